@@ -1,0 +1,53 @@
+# Every target sets up what it needs. PYTHON chooses the interpreter that .venv is made with (3.11 or 3.12).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PROTO_DIR := protos
+PROTO := $(PROTO_DIR)/tome_api/v1/inference.proto
+# google.rpc.Status comes with the googleapis-common-protos package.
+PROTOC = $(BIN)/python -m grpc_tools.protoc -I $(PROTO_DIR) \
+  -I $$($(BIN)/python -c 'import google.rpc, pathlib; print(pathlib.Path(list(google.rpc.__path__)[0]).parents[1])')
+
+.PHONY: demo test lint proto bench nightly gpu clean help
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(STAMP)  ## serve the bundled model and send it its sample images at several r
+	$(BIN)/tome-server demo
+
+test: $(STAMP) lint  ## lint, type-check and run every test that guards a change
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff, mypy --strict, import layers, proto and Dockerfile linters
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(PROTOC) --include_imports --include_source_info --descriptor_set_out=$(VENV)/api.binpb $(PROTO)
+	$(BIN)/buf lint $(VENV)/api.binpb --path tome_api
+	$(BIN)/hadolint Dockerfile
+
+proto: $(STAMP)  ## regenerate the stubs beside the .proto files
+	$(PROTOC) --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc --python_out=$(PROTO_DIR) \
+	  --pyi_out=$(PROTO_DIR) --grpc_python_out=$(PROTO_DIR) --mypy_grpc_out=quiet:$(PROTO_DIR) $(PROTO)
+
+bench: $(STAMP)  ## the merging benchmark, both sides from one run
+	$(BIN)/python -m benchmarks.merging
+
+nightly: $(STAMP)  ## the slow tests as well
+	$(BIN)/python -m pytest -m 'not cuda'
+
+gpu:  ## CUDA tests and benchmarks with the python3 at hand, nothing installed, no network
+	PYTHONPATH=protos:server:client python3 -m pytest -m cuda -p no:cacheprovider -o filterwarnings=default -o timeout=0
+	PYTHONPATH=protos:server:client:. python3 -m benchmarks.merging --device cuda
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# One installation, redone when what is installed changes.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	touch $@
