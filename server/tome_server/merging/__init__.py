@@ -1,0 +1,24 @@
+"""Token Merging (ToMe, arXiv 2210.09461) for timm's Vision Transformers. Usable alone, as a library.
+
+    merged = merge(timm.create_model("vit_base_patch16_224", pretrained=True).eval())
+    merged(images, r=8).logits
+"""
+
+import tome_server.timm_import  # noqa: F401  isort: skip
+
+from tome_server.merging.macs import MacCount, macs
+from tome_server.merging.model import MergedModel, MergedOutput, merge, unmerge
+from tome_server.merging.schedule import Schedule, tokens_per_block
+from tome_server.merging.support import UnsupportedModelError
+
+__all__ = [
+    "MacCount",
+    "MergedModel",
+    "MergedOutput",
+    "Schedule",
+    "UnsupportedModelError",
+    "macs",
+    "merge",
+    "tokens_per_block",
+    "unmerge",
+]
