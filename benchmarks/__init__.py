@@ -1,0 +1,1 @@
+"""Benchmarks: each module prints a table, and JSON with --json."""

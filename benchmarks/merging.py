@@ -1,8 +1,8 @@
 """How much of the saved work becomes saved time: the merged model against timm's own, timed in turn in one run.
 
-For each batch size, thread count and r: `mac_ratio` (multiply-accumulates of the unmerged model over the merged), `speedup`
-(time of timm's model over ours, median of the rounds) and `efficiency` = speedup / mac_ratio, with the quartiles over the
-rounds. Weights are random: they don't change the time.
+For each batch size, thread count and r: `mac_ratio` (multiply-accumulates of the unmerged model over the merged),
+`speedup` (time of timm's model over ours, median of the rounds) and `efficiency` = speedup / mac_ratio, with the
+quartiles over the rounds. Weights are random: they don't change the time.
 """
 
 import argparse
@@ -22,9 +22,8 @@ import tome_server.timm_import  # noqa: F401  isort: skip
 
 import timm
 import torch
-from tqdm import tqdm
-
 from tome_server.merging import macs, merge
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)

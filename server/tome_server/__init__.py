@@ -1,0 +1,1 @@
+"""A gRPC model server that turns a request's deadline into a token-merging ratio."""

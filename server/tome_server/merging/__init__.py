@@ -1,7 +1,7 @@
 """Token Merging (ToMe, arXiv 2210.09461) for timm's Vision Transformers. Usable alone, as a library.
 
-    merged = merge(timm.create_model("vit_base_patch16_224", pretrained=True).eval())
-    merged(images, r=8).logits
+merged = merge(timm.create_model("vit_base_patch16_224", pretrained=True).eval())
+merged(images, r=8).logits
 """
 
 import tome_server.timm_import  # noqa: F401  isort: skip

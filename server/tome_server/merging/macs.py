@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from tome_server.merging.schedule import Schedule, as_schedule, mergeable
@@ -34,7 +35,7 @@ class MacCount:
         return self.dense / self.merged
 
 
-def macs(model: nn.Module, r: int | Schedule, image_size: tuple[int, int] | None = None) -> MacCount:
+def macs(model: VisionTransformer, r: int | Schedule, image_size: tuple[int, int] | None = None) -> MacCount:
     """Count for one image of `image_size` (height, width) pixels, by default the model's own.
 
     Softmax, norms, activations and biases are left out, as papers do. That the last block may compute prefix tokens
@@ -61,19 +62,20 @@ def macs(model: nn.Module, r: int | Schedule, image_size: tuple[int, int] | None
     return MacCount(dense, merged, overhead, patches + prefix, tuple(counts))
 
 
-def _block(block: nn.Module, tokens_in: int, tokens_out: int) -> int:
-    attention = _linear(block.attn) * tokens_in + 2 * tokens_in**2 * block.attn.num_heads * block.attn.head_dim
-    return attention + _linear(block.mlp) * tokens_out
+def _block(block: Block, tokens_in: int, tokens_out: int) -> int:
+    scores: int = 2 * tokens_in**2 * block.attn.num_heads * block.attn.head_dim
+    return _linear(block.attn) * tokens_in + scores + _linear(block.mlp) * tokens_out
 
 
-def _merge(block: nn.Module, tokens: int, prefix: int) -> int:
-    heads, dim = block.attn.num_heads, block.attn.head_dim
+def _merge(block: Block, tokens: int, prefix: int) -> int:
+    heads: int = block.attn.num_heads
+    dim: int = block.attn.head_dim
     pairs = ((tokens - prefix) // 2) * ((tokens - prefix + 1) // 2)
     # Similarity of every pair; the keys' mean over heads and its norm; the weighted sum of tokens.
-    return pairs * dim + tokens * (heads + 1) * dim + tokens * block.norm2.weight.numel()
+    return pairs * dim + tokens * (heads + 1) * dim + tokens * int(block.norm2.weight.numel())
 
 
-def _head(model: nn.Module, tokens: int) -> int:
+def _head(model: VisionTransformer, tokens: int) -> int:
     count = _linear(model.head)
     if hasattr(model, "head_dist"):
         count += _linear(model.head_dist)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tome_server.merging.schedule import Schedule, as_schedule, tokens_per_block
@@ -33,9 +34,9 @@ class MergedModel(nn.Module):
     Shares the model's parameters and changes nothing in it. Holds no state of a call: threads may share one.
     """
 
-    def __init__(self, model: nn.Module, proportional_attention: bool) -> None:
+    def __init__(self, model: VisionTransformer, proportional_attention: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model: VisionTransformer = model
         self.proportional_attention = proportional_attention
         self.train(model.training)
 
@@ -50,12 +51,7 @@ class MergedModel(nn.Module):
         return int(self.model.num_prefix_tokens)
 
     def forward(
-        self,
-        images: Tensor,
-        r: int | Schedule = 0,
-        *,
-        return_tokens: bool = False,
-        return_token_map: bool = False,
+        self, images: Tensor, r: int | Schedule = 0, *, return_tokens: bool = False, return_token_map: bool = False
     ) -> MergedOutput:
         """Classify `images` [B, C, H, W], merging `r` tokens in every block, or as a schedule says.
 
@@ -64,9 +60,7 @@ class MergedModel(nn.Module):
         """
         per_block = as_schedule(r).per_block(self.depth)
         if images.ndim != 4 or images.shape[1] != self.model.in_chans:
-            raise ValueError(
-                f"images must be [batch, {self.model.in_chans}, height, width], not {list(images.shape)}"
-            )
+            raise ValueError(f"images must be [batch, {self.model.in_chans}, height, width], not {list(images.shape)}")
         whole = return_tokens or return_token_map
         encoded = encode(
             self.model,
@@ -98,7 +92,7 @@ class MergedModel(nn.Module):
         return rows * columns
 
 
-def merge(model: nn.Module, *, proportional_attention: bool | None = None) -> MergedModel:
+def merge(model: VisionTransformer, *, proportional_attention: bool | None = None) -> MergedModel:
     """Return `model`, a timm VisionTransformer or VisionTransformerDistilled, with token merging (arXiv 2210.09461).
 
     `proportional_attention` weighs each token by the patches it stands for, as supervised weights need it; None

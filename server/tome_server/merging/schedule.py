@@ -1,5 +1,6 @@
 """How many tokens each block merges (ToMe, section 4.1 "Merging schedule")."""
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Schedule:
             return self.values
         # Rounding the running total, not each value, keeps the total at r * depth.
         totals = [_half_up(self.r * (i + self.inflect * i * (i - depth) / max(depth - 1, 1))) for i in range(depth + 1)]
-        return tuple(after - before for before, after in zip(totals, totals[1:], strict=False))
+        return tuple(after - before for before, after in itertools.pairwise(totals))
 
 
 def as_schedule(r: "int | Schedule") -> Schedule:

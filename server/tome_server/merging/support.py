@@ -13,7 +13,7 @@ class UnsupportedModelError(ValueError):
     """The model, or a part of it, isn't one whose forward pass is known here."""
 
 
-def check_supported(model: nn.Module) -> None:
+def check_supported(model: VisionTransformer) -> None:
     """Raise UnsupportedModelError, naming the class and what is supported, unless `model` can be merged.
 
     Classes are compared exactly: a subclass may compute something else in its own forward.

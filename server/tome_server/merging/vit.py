@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
-from torch import Tensor, nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 from torch.nn import functional as F
 
 from tome_server.merging.matching import combine, match, moves
@@ -31,13 +33,13 @@ class Encoded:
     """[B, patches] index of the token that each patch went into, if asked for."""
 
 
-def reads_prefix_only(model: nn.Module) -> bool:
+def reads_prefix_only(model: VisionTransformer) -> bool:
     """Return whether the classifier reads nothing but prefix tokens."""
     return model.attn_pool is None and model.global_pool == "token"
 
 
 def encode(
-    model: nn.Module,
+    model: VisionTransformer,
     images: Tensor,
     per_block: Sequence[int],
     *,
@@ -80,9 +82,7 @@ def encode(
     return Encoded(model.norm(x), size, token_map)
 
 
-def attend(
-    attn: nn.Module, x: Tensor, bias: Tensor | None, queries: int | None = None
-) -> tuple[Tensor, Tensor]:
+def attend(attn: Attention, x: Tensor, bias: Tensor | None, queries: int | None = None) -> tuple[Tensor, Tensor]:
     """Run timm's Attention on `x` [B, N, C], adding `bias` [B, 1, 1, N] to the logits of each key.
 
     Only the first `queries` tokens ask, if given. Returns their result [B, queries or N, C] and the keys
@@ -90,20 +90,14 @@ def attend(
     """
     batch, tokens, _ = x.shape
     heads, dim = attn.num_heads, attn.head_dim
-    asking = x if queries is None else x[:, :queries]
-    if queries is None:
-        q, k, v = attn.qkv(x).view(batch, tokens, 3, heads, dim).permute(2, 0, 3, 1, 4).unbind(0)
-    else:
-        (w_q, w_kv), (b_q, b_kv) = _split(attn.qkv.weight, heads * dim), _split(attn.qkv.bias, heads * dim)
-        q = F.linear(asking, w_q, b_q).view(batch, queries, heads, dim).transpose(1, 2)
-        k, v = F.linear(x, w_kv, b_kv).view(batch, tokens, 2, heads, dim).permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = attn.q_norm(q), attn.k_norm(k)
+    q, k, v = attn.qkv(x).view(batch, tokens, 3, heads, dim).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attn.q_norm(q[:, :, :queries]), attn.k_norm(k)
 
     dropout = attn.attn_drop.p if attn.training else 0.0
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=attn.scale)
     out = attn.norm(out.transpose(1, 2).reshape(batch, -1, heads * dim))
     if attn.gate is not None:
-        out = out * attn.gate(asking).sigmoid()
+        out = out * attn.gate(x[:, :queries]).sigmoid()
     return attn.proj_drop(attn.proj(out)), k
 
 
@@ -117,7 +111,7 @@ def size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
     return bias
 
 
-def classify(model: nn.Module, encoded: Encoded) -> tuple[Tensor, Tensor]:
+def classify(model: VisionTransformer, encoded: Encoded) -> tuple[Tensor, Tensor]:
     """Return logits [B, classes] and the features [B, D] they are made from, pooling by size."""
     if type(model) is VisionTransformerDistilled:
         return model.forward_head(encoded.tokens), model.forward_head(encoded.tokens, pre_logits=True)
@@ -125,7 +119,7 @@ def classify(model: nn.Module, encoded: Encoded) -> tuple[Tensor, Tensor]:
     return model.head(features), features
 
 
-def _pool(model: nn.Module, encoded: Encoded) -> Tensor:
+def _pool(model: VisionTransformer, encoded: Encoded) -> Tensor:
     if reads_prefix_only(model):
         return encoded.tokens[:, 0]
     first = 0 if model.pool_include_prefix else model.num_prefix_tokens
@@ -139,7 +133,3 @@ def _pool(model: nn.Module, encoded: Encoded) -> Tensor:
     if model.global_pool == "max":
         return x.amax(dim=1)
     return 0.5 * (x.amax(dim=1) + (x * share).sum(dim=1))
-
-
-def _split(parameter: Tensor | None, rows: int) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if parameter is None else (parameter[:rows], parameter[rows:])

@@ -1,0 +1,1 @@
+"""What is served: loading, preprocessing, labels, data sets, the bundled model."""

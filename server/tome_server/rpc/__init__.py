@@ -1,0 +1,1 @@
+"""The gRPC face: servicer, conversions, the status contract, health."""

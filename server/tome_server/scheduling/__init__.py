@@ -1,0 +1,1 @@
+"""Decides what runs next. Pure Python, no clock, no threads."""

@@ -1,0 +1,6 @@
+"""`python -m tome_server` is `tome-server`."""
+
+from tome_server.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Wires the server together, and is the only module that knows all of its parts."""
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import tome_server.timm_import  # noqa: F401  isort: skip
+
+import timm
+import torch
+from prometheus_client import start_http_server
+
+from tome_server.config import ConfigError, ModelConfig, ServerConfig
+from tome_server.engine import Engine
+from tome_server.models.datasets import load_labelled
+from tome_server.models.hosted import HostedModel
+from tome_server.models.loading import BUNDLED_PREFIX, ModelSpec, bundled_spec, load, weights_digest
+from tome_server.models.preprocess import Limits
+from tome_server.observability.metrics import Metrics
+from tome_server.rpc.server import PortInUseError, RpcServer, TlsFiles
+from tome_server.runtime.evaluation import evaluate
+from tome_server.runtime.executor import Executor, Work, run_batch
+from tome_server.runtime.threads import available_cpus
+from tome_server.scheduling.queue import Limits as BatchLimits
+
+log = logging.getLogger(__name__)
+
+
+async def serve(config: ServerConfig) -> None:
+    """Serve until SIGTERM or SIGINT, then answer what is in flight and return.
+
+    Prints one line of JSON to standard output once ready: the addresses and what start-up took. Raises ConfigError,
+    ModelLoadError or PortInUseError, in words for the operator, if it can't start.
+    """
+    began = time.monotonic()
+    stopping = asyncio.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, stopping.set)
+
+    specs = model_specs(config.models)
+    device = choose_device(config.device)
+    torch.set_num_threads(config.threads or available_cpus())
+    metrics = Metrics()
+    engine = Engine(
+        executor=Executor(device),
+        metrics=metrics,
+        batching=BatchLimits(config.batching.max_batch, config.batching.max_delay),
+        max_pending=config.batching.max_pending,
+        decode_threads=available_cpus(),
+        names=[spec.name for spec in specs],
+    )
+    tls = TlsFiles(config.tls.certificate, config.tls.key) if config.tls else None
+    rpc = RpcServer(engine, config.listen, config.limits.max_image_bytes, config.reply_margin, tls)
+    metrics_url, stop_metrics = _serve_metrics(config.metrics, metrics)
+    await rpc.start()
+    log.info("listening on %s, loading %s", rpc.address, ", ".join(engine.names))
+    dispatcher = asyncio.create_task(engine.run())
+    try:
+        limits = Limits(config.limits.max_image_bytes, config.limits.max_image_pixels)
+        for spec in specs:
+            model = await asyncio.to_thread(_load_warm, spec, device, limits)
+            engine.models[spec.name] = model
+            metrics.model_info.labels(spec.name).info({"architecture": model.architecture, "device": str(device)})
+        await rpc.ready()
+        ready = {"grpc": rpc.address, "metrics": metrics_url, "seconds": round(time.monotonic() - began, 3)}
+        print(json.dumps({"ready": ready}), flush=True)
+        await _until(stopping, dispatcher)
+        log.info("stopping; answering what is in flight, for at most %.0f s", config.drain_timeout)
+    finally:
+        await rpc.stop(config.drain_timeout)
+        dispatcher.cancel()
+        engine.close()
+        stop_metrics()
+    log.info("stopped")
+
+
+def model_specs(models: Sequence[ModelConfig]) -> list[ModelSpec]:
+    """Return what to load for each configured model. Raises ConfigError if two have the same name."""
+    specs = [_spec(model) for model in models]
+    names = [spec.name for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two models are named {name!r}; give one another `name`")
+    return specs
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device for "auto", "cpu", "cuda" or "cuda:N". Raises ConfigError if it isn't there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is none of auto, cpu, cuda, cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r}: torch {torch.__version__} sees no CUDA device")
+    return device
+
+
+def _spec(model: ModelConfig) -> ModelSpec:
+    given = model.model_dump(exclude_unset=True, exclude={"source"})
+    if model.source.startswith(BUNDLED_PREFIX):
+        allowed = {"name", "default_r", "description"}
+        if extra := sorted(given.keys() - allowed):
+            raise ConfigError(f"model {model.source} is complete as it is; {', '.join(extra)} can't be set")
+        spec = bundled_spec(model.source.removeprefix(BUNDLED_PREFIX))
+        return ModelSpec(**{**spec.__dict__, **given})
+    return ModelSpec(architecture=model.source, **{"name": model.source.split(".")[0], **given})
+
+
+def _load_warm(spec: ModelSpec, device: torch.device, limits: Limits) -> HostedModel:
+    """Load a model and run it once, so that the first request doesn't pay for what torch sets up lazily."""
+    model = load(spec, device, limits)
+    image = torch.zeros(model.preprocess.settings.input_size)
+    for r in {0, model.default_r, model.grid[-1].r}:
+        run_batch(model, [Work(image, top_k=1)], r, device)
+    return model
+
+
+def _serve_metrics(address: str | None, metrics: Metrics) -> tuple[str | None, Callable[[], None]]:
+    if address is None:
+        return None, lambda: None
+    host, _, port = address.rpartition(":")
+    try:
+        server, _ = start_http_server(int(port), host, registry=metrics.registry)
+    except OSError as error:
+        raise PortInUseError(f"can't serve metrics on {address}: {error.strerror}") from error
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+
+    return f"http://{host}:{server.server_port}/metrics", stop
+
+
+async def _until(stopping: asyncio.Event, dispatcher: "asyncio.Task[None]") -> None:
+    """Wait for the order to stop. A dispatcher that dies takes the server with it, loudly."""
+    wait = asyncio.create_task(stopping.wait())
+    await asyncio.wait({wait, dispatcher}, return_when=asyncio.FIRST_COMPLETED)
+    if dispatcher.done():
+        dispatcher.result()
+
+
+def evaluate_model(
+    config: ServerConfig, data: Path, *, limit: int | None = None, grid: Sequence[int] | None = None
+) -> dict[str, object]:
+    """Evaluate the first configured model on the images at `data`; returns the report that quality.json holds.
+
+    Raises ConfigError, ModelLoadError or DatasetError, in words for the operator.
+    """
+    images = load_labelled(data)
+    # An old report must not keep the model from being measured anew.
+    spec = replace(model_specs(config.models)[0], quality=None)
+    device = choose_device(config.device)
+    torch.set_num_threads(config.threads or available_cpus())
+    model = load(spec, device)
+    levels = evaluate(
+        model, images, grid or [level.r for level in model.grid], device, limit=limit, progress=sys.stderr.isatty()
+    )
+    return {
+        "model": spec.architecture,
+        "weights_sha256": weights_digest(spec.checkpoint) if spec.checkpoint else None,
+        "data": data.name,
+        "images": min(limit or len(images), len(images)),
+        "device": str(device),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "levels": [
+            {"r": r, "macs": model.cost(r).total, "top1": quality.top1, "agreement": quality.agreement}
+            for r, quality in levels.items()
+        ],
+    }

@@ -1,0 +1,167 @@
+"""The `tome-server` command."""
+
+import argparse
+import asyncio
+import importlib.metadata
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# torch and timm take seconds to import, so each command imports what it needs when it runs.
+if TYPE_CHECKING:
+    from tome_server.config import ServerConfig
+
+EPILOG = """examples:
+  tome-server serve                                     the bundled model, on port 8500
+  tome-server serve --model vit_base_patch16_224 --default-r 8
+  tome-server serve --config server.yaml
+  tome-server demo                                      see it work
+  tome-server evaluate --data images/ --output quality.json
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with 0, 1 for a failure (said on standard error) or 2 for wrong usage."""
+    args = _parser().parse_args(argv)
+    # Before torch is imported: its idle threads would otherwise spin, and starve whatever shares the CPU.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from tome_server.config import ConfigError
+    from tome_server.errors import ModelLoadError
+    from tome_server.rpc.server import PortInUseError
+
+    try:
+        sys.exit(args.run(args))
+    except (ConfigError, ModelLoadError, PortInUseError) as error:
+        sys.exit(f"tome-server: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from tome_server.app import serve
+
+    logging.basicConfig(
+        level=args.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    asyncio.run(serve(_config(args)))
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from tome_server.demo import run
+
+    return run(as_json=args.json)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from tome_server.app import evaluate_model
+    from tome_server.models.datasets import DatasetError
+
+    try:
+        report = evaluate_model(_config(args), args.data, limit=args.limit, grid=args.r)
+    except DatasetError as error:
+        sys.exit(f"tome-server: {error}")
+    text = json.dumps(report, indent=2) + "\n"
+    if args.output:
+        args.output.write_text(text)
+    else:
+        sys.stdout.write(text)
+    return 0
+
+
+def _config(args: argparse.Namespace) -> "ServerConfig":
+    """Return the configuration file's settings, overridden by flags."""
+    from pydantic import ValidationError
+
+    from tome_server.config import ConfigError, ServerConfig, read_config
+
+    config = read_config(args.config) if args.config else ServerConfig()
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    changes: dict[str, Any] = {
+        name: given[name] for name in ("listen", "metrics", "device", "threads", "drain_timeout") if name in given
+    }
+    if changes.get("metrics") == "off":
+        changes["metrics"] = None
+    batching = {name: given[name] for name in ("max_batch", "max_delay", "max_pending") if name in given}
+    model = {name: given[name] for name in ("checkpoint", "labels", "quality", "default_r") if name in given}
+    settings = config.model_dump()
+    settings["batching"] |= batching
+    if "model" in given:
+        changes["models"] = [{"source": given["model"]} | model]
+    elif model:
+        changes["models"] = [config.models[0].model_dump(exclude_unset=True) | model, *config.models[1:]]
+    else:
+        changes["models"] = config.models
+    try:
+        return ServerConfig.model_validate(settings | changes)
+    except ValidationError as error:
+        raise ConfigError(
+            "\n".join(f"--{str(e['loc'][-1]).replace('_', '-')}: {e['msg']}" for e in error.errors())
+        ) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tome-server",
+        description="Serves Vision Transformers over gRPC, merging tokens (ToMe) as far as each request asks.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"tome-serving {importlib.metadata.version('tome-serving')}"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="serve models until SIGTERM", description="Serve models until SIGTERM.")
+    _add_model_flags(serve)
+    serve.add_argument("--listen", metavar="HOST:PORT", help="gRPC address (default: 0.0.0.0:8500; port 0: a free one)")
+    serve.add_argument("--metrics", metavar="HOST:PORT", help="Prometheus address (default: 0.0.0.0:8501), or off")
+    serve.add_argument("--max-batch", type=int, metavar="N", help="images in a batch (default: 8)")
+    serve.add_argument("--max-delay", metavar="TIME", help="wait for batch-mates on an idle device (default: 0ms)")
+    serve.add_argument("--max-pending", type=int, metavar="N", help="requests held at once (default: 256)")
+    serve.add_argument("--drain-timeout", metavar="TIME", help="time for calls in flight after SIGTERM (default: 30s)")
+    serve.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    serve.set_defaults(run=_serve)
+
+    demo = commands.add_parser(
+        "demo",
+        help="serve the bundled model and send it its sample images",
+        description="Start a server of the bundled model, send it its sample images at several r, show what came back.",
+    )
+    demo.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    demo.set_defaults(run=_demo)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure top-1 and agreement with r = 0 at each r",
+        description="Measure top-1 (where images are labelled) and agreement with r = 0 at each r of a model's grid.",
+    )
+    _add_model_flags(evaluate)
+    evaluate.add_argument(
+        "--data", type=Path, required=True, metavar="PATH",
+        help="folder of images, folder of one subfolder a class, or idx file of images",
+    )  # fmt: skip
+    evaluate.add_argument("--r", type=_integers, metavar="R,R,…", help="r values (default: the model's grid)")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N images")
+    evaluate.add_argument("--output", type=Path, metavar="FILE", help="where to write JSON (default: standard output)")
+    evaluate.set_defaults(run=_evaluate)
+    return parser
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML settings; flags override them")
+    parser.add_argument("--model", metavar="SOURCE", help="bundled:fashion (default) or a timm architecture")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="local weights, .safetensors or .pth")
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="class names, one a line")
+    parser.add_argument("--quality", type=Path, metavar="FILE", help="what `tome-server evaluate` wrote")
+    parser.add_argument("--default-r", type=int, metavar="R", help="r where a request names none (default: 0)")
+    parser.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads for the model (default: all it may use)")
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]

@@ -1,0 +1,190 @@
+"""The server's settings: a YAML file, checked strictly, with errors that name the line and the nearest valid key."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
+_SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+class ConfigError(Exception):
+    """The configuration can't be used; the message is for the person who wrote it."""
+
+
+def parse_duration(value: object) -> object:
+    """Turn "50ms", "1.5s", "2m" or a number of seconds into seconds. Raises ValueError for other text."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"([0-9.]+)\s*(us|ms|s|m)", value.strip())
+    if not found:
+        raise ValueError(f"{value!r} is no duration; write for example 50ms, 1.5s or 2m")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def parse_size(value: object) -> object:
+    """Turn "16MiB" or a number of bytes into bytes. Raises ValueError for other text."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"([0-9]+)\s*(KiB|MiB|GiB)", value.strip())
+    if not found:
+        raise ValueError(f"{value!r} is no size; write for example 512KiB or 16MiB")
+    return int(found[1]) * _SIZES[found[2]]
+
+
+Duration = Annotated[float, BeforeValidator(parse_duration), Field(ge=0, allow_inf_nan=False)]
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Address = Annotated[str, Field(pattern=r"^[^\s]+:[0-9]+$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Strict):
+    """One model to host."""
+
+    source: str = "bundled:fashion"
+    """bundled:NAME, or a timm architecture"""
+    name: str | None = None
+    """What requests call it; by default the source's own name."""
+    kwargs: dict[str, Any] = {}
+    """Further arguments of timm's create_model."""
+    checkpoint: Path | None = None
+    """Local weights, .safetensors or .pth; by default the pretrained ones from the hub."""
+    labels: Path | None = None
+    """A file with one class name a line."""
+    quality: Path | None = None
+    """What `tome-server evaluate` wrote."""
+    data: dict[str, Any] = {}
+    """Overrides of timm's data config."""
+    default_r: Annotated[int, Field(ge=0)] = 0
+    """r where a request names none."""
+    proportional_attention: bool | None = None
+    """Weigh tokens by the patches they stand for; by default on, except for MAE weights."""
+    description: str = ""
+
+
+class BatchingConfig(_Strict):
+    """How requests wait."""
+
+    max_batch: Annotated[int, Field(ge=1)] = 8
+    """Images in a batch."""
+    max_delay: Duration = 0.0
+    """How long an idle device waits for batch-mates. 0 starts at once; batches still form while the device is busy."""
+    max_pending: Annotated[int, Field(ge=1)] = 256
+    """Requests held at once; more are refused with RESOURCE_EXHAUSTED."""
+
+
+class LimitsConfig(_Strict):
+    """What one image may cost."""
+
+    max_image_bytes: Size = 16 * 2**20
+    max_image_pixels: Annotated[int, Field(gt=0)] = 50_000_000
+
+
+class TlsConfig(_Strict):
+    """PEM files of the server's identity."""
+
+    certificate: Path
+    key: Path
+
+
+class ServerConfig(_Strict):
+    """Everything a server is told."""
+
+    listen: Address = "0.0.0.0:8500"
+    """gRPC host:port; port 0 picks a free one."""
+    metrics: Address | None = "0.0.0.0:8501"
+    """Prometheus host:port; null serves none."""
+    models: Annotated[tuple[ModelConfig, ...], Field(min_length=1)] = (ModelConfig(),)
+    """The first answers requests that name no model."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads for the model; by default as many as the process may use CPUs."""
+    batching: BatchingConfig = BatchingConfig()
+    limits: LimitsConfig = LimitsConfig()
+    tls: TlsConfig | None = None
+    """Serve over TLS; by default plain text."""
+    reply_margin: Duration = 0.001
+    """Kept back from each deadline for the answer's way to the client."""
+    drain_timeout: Duration = 30.0
+    """How long requests in flight may take after SIGTERM."""
+
+
+def read_config(path: Path) -> ServerConfig:
+    """Read a YAML file; relative paths in it count from its folder.
+
+    Raises ConfigError with file, line and, for an unknown key, the nearest valid one.
+    """
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if root is None:
+        return ServerConfig()
+    try:
+        config = ServerConfig.model_validate(yaml.SafeLoader("").construct_document(root))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(path, root, dict(e)) for e in error.errors())) from error
+    return _beside(config, path.parent)
+
+
+def _beside(config: ServerConfig, folder: Path) -> ServerConfig:
+    def resolve(part: Any) -> Any:
+        changes: dict[str, Any] = {}
+        for name, value in part:
+            if isinstance(value, Path):
+                changes[name] = folder / value
+            elif isinstance(value, BaseModel):
+                changes[name] = resolve(value)
+            elif isinstance(value, tuple):
+                changes[name] = tuple(resolve(item) for item in value)
+        return part.model_copy(update=changes)
+
+    resolved: ServerConfig = resolve(config)
+    return resolved
+
+
+def _explain(path: Path, root: yaml.Node, error: dict[str, Any]) -> str:
+    location: tuple[str | int, ...] = error["loc"]
+    line = _line(root, location)
+    where = ".".join(map(str, location)) or "the file"
+    if error["type"] != "extra_forbidden":
+        return f"{path}:{line}: {where}: {error['msg']}"
+    valid = _fields(location[:-1])
+    close = difflib.get_close_matches(str(location[-1]), valid, 1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"valid keys are {', '.join(valid)}"
+    return f"{path}:{line}: {where} is not a setting; {hint}"
+
+
+def _line(node: yaml.Node, location: tuple[str | int, ...]) -> int:
+    """Line, from 1, of the key at `location`."""
+    line = node.start_mark.line
+    for step in location:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == step]
+            if not found:
+                break
+            line, node = found[0][0].start_mark.line, found[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int):
+            node = node.value[step]
+            line = node.start_mark.line
+    return line + 1
+
+
+def _fields(location: tuple[str | int, ...]) -> list[str]:
+    sections: dict[str | int, type[BaseModel]] = {
+        "models": ModelConfig,
+        "batching": BatchingConfig,
+        "limits": LimitsConfig,
+        "tls": TlsConfig,
+    }
+    return sorted(sections.get(location[0], ServerConfig).model_fields if location else ServerConfig.model_fields)

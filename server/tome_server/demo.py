@@ -1,0 +1,158 @@
+"""`tome-server demo`: the main job once through, with a real server process, a real channel and the bundled model."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import IO
+
+from prometheus_client.parser import text_string_to_metric_families
+from tome_client import Client
+
+from tome_server.models.bundled import BUNDLED
+
+SAMPLES = BUNDLED / "fashion" / "samples"
+START_TIMEOUT = 60.0
+STOP_TIMEOUT = 30.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image at one r."""
+
+    image: str
+    label: str
+    """what the image is"""
+    prediction: str
+    """what the model says"""
+    score: float
+    r: int
+    tokens_in: int
+    tokens_out: int
+    flops: int
+    flops_saved: int
+    latency_ms: float
+    """the server's time, arrival to answer"""
+
+
+def run(as_json: bool = False) -> int:
+    """Run the demo and print what came back. Returns the exit status: 0 only if all of it worked."""
+    try:
+        with _server() as ready:
+            with Client(ready["grpc"], timeout=30) as client:
+                grid = [level.r for level in client.model().r_grid]
+                rows = list(_classify(client, _spread(grid)))
+            counters = _counters(ready["metrics"])
+    except _DemoError as error:
+        print(f"tome-server demo: {error}", file=sys.stderr)
+        return 1
+    saved = sum(row.flops_saved for row in rows)
+    agree = counters["tome_flops_saved_total"] == saved
+    if as_json:
+        report = {"start_seconds": ready["seconds"], "rows": [asdict(row) for row in rows], "metrics": counters}
+        print(json.dumps(report | {"counters_agree": agree}, indent=2))
+    else:
+        _print(rows, counters, agree)
+    return 0 if agree and rows else 1
+
+
+class _DemoError(Exception):
+    """A step that did not work."""
+
+
+@contextmanager
+def _server() -> Iterator[dict[str, str]]:
+    """Run a server of the bundled model in its own process, on free ports; yields its line of readiness."""
+    command = [sys.executable, "-m", "tome_server", "serve", "--model", "bundled:fashion"]
+    command += ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        # A server that hangs is killed, which ends the read below.
+        watchdog = threading.Timer(START_TIMEOUT, process.kill)
+        watchdog.start()
+        try:
+            line = process.stdout.readline() if process.stdout else ""
+            watchdog.cancel()
+            if not line:
+                raise _DemoError(f"the server did not start:\n{_text(log)}")
+            yield json.loads(line)["ready"]
+            process.terminate()
+            status = process.wait(STOP_TIMEOUT)
+            if status != 0:
+                raise _DemoError(f"the server stopped with status {status}:\n{_text(log)}")
+        finally:
+            watchdog.cancel()
+            process.kill()
+            process.wait()
+            if process.stdout:
+                process.stdout.close()
+
+
+def _classify(client: Client, grid: Sequence[int]) -> Iterator[Row]:
+    labels: dict[str, str] = json.loads((SAMPLES / "labels.json").read_text())
+    for name, label in labels.items():
+        for r in grid:
+            result = client.predict(SAMPLES / name, r=r, top_k=1)
+            best, merging = result.predictions[0], result.merging
+            yield Row(
+                image=name,
+                label=label,
+                prediction=best.label,
+                score=best.score,
+                r=merging.r,
+                tokens_in=merging.tokens_in,
+                tokens_out=merging.tokens_out,
+                flops=merging.flops,
+                flops_saved=merging.flops_saved,
+                latency_ms=result.timing.total * 1e3,
+            )
+
+
+def _spread(grid: Sequence[int]) -> list[int]:
+    """First, middle and last of the grid."""
+    return sorted({grid[0], grid[len(grid) // 2], grid[-1]})
+
+
+def _counters(url: str) -> dict[str, float]:
+    """Read the counters of work done and saved from the metrics endpoint."""
+    with urllib.request.urlopen(url, timeout=10) as response:
+        text = response.read().decode()
+    wanted = ("tome_requests", "tome_tokens_input", "tome_tokens_merged", "tome_flops", "tome_flops_saved")
+    return {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(text)
+        if family.name in wanted
+        for sample in family.samples
+        if sample.name.endswith("_total")
+    }
+
+
+def _print(rows: Sequence[Row], counters: dict[str, float], agree: bool) -> None:
+    print(f"{'image':<26}{'label':<13}{'prediction':<20}{'r':>3}{'tokens':>12}{'FLOPs saved':>13}{'latency':>11}")
+    for row in rows:
+        verdict = "✓" if row.prediction == row.label else "✗"
+        share = row.flops_saved / (row.flops + row.flops_saved)
+        print(
+            f"{row.image:<26}{row.label:<13}{verdict + ' ' + row.prediction:<14}{row.score:>5.2f} {row.r:>3}"
+            f"{f'{row.tokens_in} → {row.tokens_out}':>12}{share:>13.1%}{row.latency_ms:>8.1f} ms"
+        )
+    print()
+    for r in sorted({row.r for row in rows}):
+        chosen = [row for row in rows if row.r == r]
+        right = sum(row.prediction == row.label for row in chosen)
+        latency = sorted(row.latency_ms for row in chosen)[len(chosen) // 2]
+        print(f"r = {r:>2}: {right} of {len(chosen)} right, median latency {latency:.1f} ms")
+    print("\nfrom the metrics endpoint:")
+    for name, value in counters.items():
+        print(f"  {name} {value:,.0f}")
+    print("  which agrees with the replies" if agree else "  which does NOT agree with the replies")
+
+
+def _text(log: IO[str]) -> str:
+    log.seek(0)
+    return log.read()

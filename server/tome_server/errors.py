@@ -1,0 +1,55 @@
+"""Why a request or a model is refused. `rpc.errors` says which gRPC status each becomes."""
+
+from collections.abc import Sequence
+
+
+class RequestError(Exception):
+    """A request that gets no prediction; the message is for the caller to act on."""
+
+
+class InvalidRequestError(RequestError):
+    """The request itself is wrong, and would be on any server."""
+
+    def __init__(self, field: str, description: str) -> None:
+        super().__init__(f"{field}: {description}")
+        self.field = field
+        """Name of the request's field."""
+        self.description = description
+
+
+class UnknownModelError(RequestError):
+    """No model of that name is hosted."""
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        super().__init__(f"no model is named {name!r}; this server hosts {', '.join(known)}")
+        self.name = name
+
+
+class ExpiredError(RequestError):
+    """The deadline passed before there was an answer."""
+
+    def __init__(self, stage: str, budget: float) -> None:
+        super().__init__(f"the deadline passed during {stage}, {budget * 1e3:.0f} ms after arrival")
+        self.stage = stage
+        """decode, queue or compute"""
+
+
+class OverloadedError(RequestError):
+    """The server holds as many requests as it may."""
+
+    def __init__(self, pending: int, retry_after: float) -> None:
+        super().__init__(f"{pending} requests are waiting already; retry in {retry_after * 1e3:.0f} ms")
+        self.retry_after = retry_after
+        """seconds"""
+
+
+class UnavailableError(RequestError):
+    """The server is loading or draining; another replica may answer now."""
+
+
+class ModelFailedError(RequestError):
+    """The model raised on this very input."""
+
+
+class ModelLoadError(Exception):
+    """A model can't be hosted as configured; the message is for the operator to act on."""

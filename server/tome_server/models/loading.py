@@ -1,0 +1,195 @@
+"""Loads what is to be served: the bundled model, a timm architecture with pretrained weights, or a local checkpoint."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tome_server.timm_import  # noqa: F401  isort: skip
+
+import timm
+import torch
+import yaml
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
+from timm.models import load_state_dict
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from tome_server.errors import ModelLoadError
+from tome_server.merging import MergedModel, UnsupportedModelError, merge
+from tome_server.models.bundled import BUNDLED
+from tome_server.models.hosted import HostedModel, Quality
+from tome_server.models.preprocess import ImageSettings, Limits, Preprocess
+
+BUNDLED_PREFIX = "bundled:"
+# Largest difference between timm's logits and ours at r = 0, as a share of the largest logit, that rounding explains.
+EQUAL = 1e-4
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What to load."""
+
+    name: str
+    """What requests call it."""
+    architecture: str
+    """timm's name, with or without a tag."""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of timm's create_model."""
+    checkpoint: Path | None = None
+    """Local weights (.safetensors, or .pth read with weights_only); None takes timm's pretrained ones from the hub."""
+    labels: Path | None = None
+    """One class name a line; None takes ImageNet's where the classes are ImageNet's."""
+    quality: Path | None = None
+    """What `tome-server evaluate` wrote."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """Overrides of timm's data config: input_size, mean, std, interpolation, crop_pct, crop_mode."""
+    default_r: int = 0
+    """r where neither request nor deadline decides."""
+    proportional_attention: bool | None = None
+    """None: on, but for MAE weights."""
+    description: str = ""
+
+
+def bundled_spec(name: str) -> ModelSpec:
+    """Return the spec of the bundled model `name` ("fashion"). Raises ModelLoadError if there is none."""
+    folder = BUNDLED / name
+    if not (folder / "config.yaml").is_file():
+        known = sorted(path.parent.name for path in BUNDLED.glob("*/config.yaml"))
+        raise ModelLoadError(f"no bundled model is named {name!r}; there is {', '.join(known)}")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    quality = folder / "quality.json"
+    return ModelSpec(
+        name=name,
+        architecture=config["architecture"],
+        kwargs=config["kwargs"],
+        checkpoint=folder / "weights.safetensors",
+        labels=folder / "labels.txt",
+        quality=quality if quality.is_file() else None,
+        data=config["data"],
+        description=config["description"],
+    )
+
+
+def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) -> HostedModel:
+    """Load a model onto `device` and prove that it gives timm's own answer at r = 0.
+
+    Raises ModelLoadError, in words for the operator, if any part of the spec can't be had or doesn't fit.
+    """
+    model = _create(spec)
+    if spec.checkpoint is not None:
+        _load_weights(model, spec.checkpoint, spec.architecture)
+    model = model.to(device).eval().requires_grad_(False)
+    try:
+        merged = merge(model, proportional_attention=spec.proportional_attention)
+    except UnsupportedModelError as error:
+        raise ModelLoadError(f"{spec.architecture} can't be merged: {error}") from error
+    settings = ImageSettings.from_timm(resolve_data_config(dict(spec.data), model=model))
+    _check_equal(merged, settings, device)
+    hosted = HostedModel(
+        name=spec.name,
+        architecture=spec.architecture,
+        description=spec.description,
+        merged=merged,
+        preprocess=Preprocess(settings, limits or Limits()),
+        labels=_labels(spec, model),
+        default_r=spec.default_r,
+        quality=_quality(spec),
+    )
+    if not 0 <= spec.default_r <= hosted.largest_r:
+        raise ModelLoadError(f"default_r must lie in 0..{hosted.largest_r} for {spec.name}, and is {spec.default_r}")
+    return hosted
+
+
+def weights_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _create(spec: ModelSpec) -> VisionTransformer:
+    if not timm.is_model(spec.architecture):
+        close = timm.list_models(f"*{spec.architecture.split('.')[0][:12]}*")[:5]
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise ModelLoadError(f"timm has no model named {spec.architecture!r}{hint}")
+    try:
+        model: VisionTransformer = timm.create_model(
+            spec.architecture, pretrained=spec.checkpoint is None, **dict(spec.kwargs)
+        )
+    except Exception as error:
+        # Whatever the hub's client raises without a network, or timm for arguments that don't fit.
+        what = "be built" if spec.checkpoint else "be built with pretrained weights from the hub"
+        raise ModelLoadError(
+            f"{spec.architecture} can't {what}: {error}"
+            + ("" if spec.checkpoint else "; name a local checkpoint instead")
+        ) from error
+    return model
+
+
+def _load_weights(model: nn.Module, path: Path, architecture: str) -> None:
+    try:
+        weights = load_state_dict(str(path), device="cpu", weights_only=True)
+    except Exception as error:
+        raise ModelLoadError(f"checkpoint {path} can't be read: {error}") from error
+    wanted = model.state_dict()
+    problems = {
+        "missing": [key for key in wanted if key not in weights],
+        "unexpected": [key for key in weights if key not in wanted],
+        "of another shape": [
+            f"{key} {list(weights[key].shape)} for {list(wanted[key].shape)}"
+            for key in wanted
+            if key in weights and weights[key].shape != wanted[key].shape
+        ],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{what}: {_first(keys)}" for what, keys in problems.items() if keys)
+        raise ModelLoadError(f"checkpoint {path} doesn't fit {architecture}: {listed}")
+    model.load_state_dict(weights)
+
+
+def _first(keys: list[str], most: int = 5) -> str:
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def _labels(spec: ModelSpec, model: VisionTransformer) -> tuple[str, ...]:
+    if spec.labels is not None:
+        try:
+            labels = tuple(spec.labels.read_text(encoding="utf-8").splitlines())
+        except OSError as error:
+            raise ModelLoadError(f"labels {spec.labels} can't be read: {error.strerror}") from error
+        if len(labels) != model.num_classes:
+            raise ModelLoadError(f"{spec.labels} has {len(labels)} labels; {spec.name} has {model.num_classes} classes")
+        return labels
+    subset = infer_imagenet_subset(model)
+    if subset is None:
+        return ()
+    names = ImageNetInfo(subset)
+    return tuple(names.index_to_description(i) for i in range(model.num_classes))
+
+
+def _quality(spec: ModelSpec) -> dict[int, Quality]:
+    if spec.quality is None:
+        return {}
+    try:
+        report = json.loads(spec.quality.read_text())
+        levels = {level["r"]: Quality(level["agreement"], level.get("top1")) for level in report["levels"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelLoadError(f"quality report {spec.quality} can't be read: {error!r}") from error
+    if spec.checkpoint is not None and report.get("weights_sha256") != weights_digest(spec.checkpoint):
+        raise ModelLoadError(
+            f"quality report {spec.quality} was measured on other weights than {spec.checkpoint}; "
+            "run tome-server evaluate again"
+        )
+    return levels
+
+
+@torch.inference_mode()
+def _check_equal(merged: MergedModel, settings: ImageSettings, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, *settings.input_size, generator=generator).to(device)
+    theirs, ours = merged.model(image), merged(image).logits
+    difference = float((theirs - ours).abs().max() / theirs.abs().max().clamp(min=1e-6))
+    if not difference <= EQUAL:
+        raise ModelLoadError(f"merging would change this model even at r = 0 (relative difference {difference:.1e})")

@@ -1,0 +1,135 @@
+"""Between messages and the engine's own types."""
+
+import math
+
+from google.protobuf.duration_pb2 import Duration
+from tome_api.v1 import inference_pb2 as pb
+
+from tome_server.engine import EncodedImage, Normalised, Pixels, Reply, Request
+from tome_server.errors import InvalidRequestError
+from tome_server.models.hosted import HostedModel, MergeLevel
+
+# As the protobuf specification bounds a Duration: about 10,000 years.
+_LONGEST = 315_576_000_000
+
+
+def request_from(message: pb.PredictRequest, arrival: float, time_remaining: float | None, margin: float) -> Request:
+    """Return the engine's request for `message`.
+
+    Its deadline is `arrival` plus the lesser of its budget and the gRPC deadline's `time_remaining`, less `margin` for
+    the way back; all in seconds. Raises InvalidRequestError for what can't be right whatever the model.
+    """
+    return Request(
+        model=message.model,
+        input=_input(message),
+        arrival=arrival,
+        deadline=arrival + min(_budget(message), math.inf if time_remaining is None else time_remaining) - margin,
+        r=message.r if message.HasField("r") else None,
+        min_r=message.min_r if message.HasField("min_r") else None,
+        max_r=message.max_r if message.HasField("max_r") else None,
+        top_k=message.top_k if message.HasField("top_k") else None,
+        features=message.return_features,
+        token_map=message.return_token_map,
+    )
+
+
+def response_to(reply: Reply) -> pb.PredictResponse:
+    """Return the message for the engine's reply."""
+    labels, result, timing = reply.model.labels, reply.result, reply.timing
+    response = pb.PredictResponse(
+        model=reply.model.name,
+        predictions=[
+            pb.Prediction(class_id=class_id, label=labels[class_id] if labels else "", score=score)
+            for class_id, score in zip(result.class_ids, result.scores, strict=True)
+        ],
+        merging=pb.Merging(
+            r=reply.r,
+            tokens_in=reply.cost.tokens_in,
+            tokens_out=reply.cost.tokens[-1],
+            flops=reply.flops,
+            flops_saved=reply.flops_saved,
+        ),
+        timing=pb.Timing(
+            decode=_duration(timing.decode),
+            queue=_duration(timing.queue),
+            compute=_duration(timing.compute),
+            total=_duration(timing.total),
+            slack=None if timing.slack is None else _duration(timing.slack),
+            batch_size=timing.batch_size,
+        ),
+        features=result.features,
+    )
+    if result.token_map is not None:
+        height, width = reply.model.patch_grid
+        response.token_map.CopyFrom(pb.TokenMap(grid_height=height, grid_width=width, token=result.token_map))
+    return response
+
+
+def summary_of(name: str, model: HostedModel | None) -> pb.ModelSummary:
+    """Return the summary of a model; None while it loads."""
+    if model is None:
+        return pb.ModelSummary(name=name)
+    return pb.ModelSummary(name=name, architecture=model.architecture, description=model.description, ready=True)
+
+
+def model_to(model: HostedModel) -> pb.Model:
+    """Return the description of a model."""
+    settings = model.preprocess.settings
+    channels, height, width = settings.input_size
+    return pb.Model(
+        summary=summary_of(model.name, model),
+        input=pb.ImageInput(
+            channels=channels,
+            height=height,
+            width=width,
+            mean=settings.mean,
+            std=settings.std,
+            interpolation=settings.interpolation,
+            crop_pct=settings.crop_pct,
+            crop_mode=settings.crop_mode,
+        ),
+        labels=model.labels,
+        num_classes=model.num_classes,
+        feature_dim=model.feature_dim,
+        default_r=model.default_r,
+        r_grid=[_level(level) for level in model.grid],
+    )
+
+
+def _level(level: MergeLevel) -> pb.MergeLevel:
+    message = pb.MergeLevel(r=level.r, macs=level.cost.total, tokens_out=level.cost.tokens[-1])
+    if level.quality is not None:
+        message.agreement = level.quality.agreement
+        if level.quality.top1 is not None:
+            message.top1 = level.quality.top1
+    return message
+
+
+def _input(message: pb.PredictRequest) -> EncodedImage | Pixels | Normalised:
+    kind = message.WhichOneof("input")
+    if kind == "image":
+        return EncodedImage(message.image)
+    if kind is None:
+        raise InvalidRequestError("image", "is missing; send image or tensor")
+    tensor = message.tensor
+    if tensor.data_type == pb.Tensor.DATA_TYPE_UINT8:
+        return Pixels(tuple(tensor.shape), tensor.data)
+    if tensor.data_type == pb.Tensor.DATA_TYPE_FLOAT32:
+        return Normalised(tuple(tensor.shape), tensor.data)
+    raise InvalidRequestError("tensor.data_type", "must be DATA_TYPE_UINT8 or DATA_TYPE_FLOAT32")
+
+
+def _budget(message: pb.PredictRequest) -> float:
+    if not message.HasField("latency_budget"):
+        return math.inf
+    budget = message.latency_budget
+    seconds = budget.seconds + budget.nanos / 1e9
+    if not 0 < seconds <= _LONGEST:
+        raise InvalidRequestError("latency_budget", f"must be a positive duration, and is {seconds:g} s")
+    return seconds
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration

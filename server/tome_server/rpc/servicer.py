@@ -1,0 +1,136 @@
+"""The Inference service: convert, call the engine, convert back."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import TypeAlias
+
+import grpc
+from tome_api.v1 import inference_pb2 as pb
+from tome_api.v1 import inference_pb2_grpc
+
+from tome_server.engine import Engine
+from tome_server.errors import InvalidRequestError, RequestError, UnavailableError
+from tome_server.rpc import convert
+from tome_server.rpc.errors import abort, code_name, status_of
+
+log = logging.getLogger(__name__)
+
+Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
+
+# Messages of one stream that may be in the server at once; more are left in the transport, which slows the sender down.
+STREAM_WINDOW = 64
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """Answers `tome_api.v1.Inference`."""
+
+    def __init__(self, engine: Engine, reply_margin: float) -> None:
+        self._engine = engine
+        self._margin = reply_margin
+
+    async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:  # noqa: N802
+        """Classify one image."""
+        try:
+            return await self._predict(request, context)
+        except Exception as error:
+            await abort(context, status_of(error))
+
+    async def PredictStream(  # noqa: N802
+        self, requests: AsyncIterator[pb.PredictStreamRequest], context: Context
+    ) -> AsyncIterator[pb.PredictStreamResponse]:
+        """Classify a stream of images, answering in the order of completion."""
+        answers: asyncio.Queue[pb.PredictStreamResponse | None] = asyncio.Queue()
+        window = asyncio.Semaphore(STREAM_WINDOW)
+        reader = asyncio.create_task(self._read(requests, context, answers, window))
+        try:
+            while (answer := await answers.get()) is not None:
+                yield answer
+                window.release()
+            await reader
+        except UnavailableError as error:
+            await abort(context, status_of(error))
+        finally:
+            reader.cancel()
+
+    async def ListModels(  # noqa: N802
+        self, _request: pb.ListModelsRequest, _context: Context
+    ) -> pb.ListModelsResponse:
+        """List the hosted models, those still loading included."""
+        engine = self._engine
+        summaries = [convert.summary_of(name, engine.models.get(name)) for name in engine.names]
+        return pb.ListModelsResponse(models=summaries)
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
+        """Describe one model."""
+        try:
+            return pb.GetModelResponse(model=convert.model_to(self._engine.model(request.model)))
+        except RequestError as error:
+            await abort(context, status_of(error))
+
+    async def _predict(self, message: pb.PredictRequest, context: Context) -> pb.PredictResponse:
+        """Answer one message and count how that went."""
+        arrival = asyncio.get_running_loop().time()
+        code = "CANCELLED"
+        try:
+            request = convert.request_from(message, arrival, context.time_remaining(), self._margin)
+            response = convert.response_to(await self._engine.predict(request))
+            code = "OK"
+        except Exception as error:
+            code = code_name(status_of(error))
+            if not isinstance(error, RequestError):
+                log.exception("unexpected error")
+            raise
+        finally:
+            self._engine.metrics.requests.labels(self._label(message.model), code).inc()
+        return response
+
+    async def _read(
+        self,
+        requests: AsyncIterator[pb.PredictStreamRequest],
+        context: Context,
+        answers: "asyncio.Queue[pb.PredictStreamResponse | None]",
+        window: asyncio.Semaphore,
+    ) -> None:
+        """Start a task for each message of a stream, until the client half-closes or the server drains."""
+        unanswered: set[str] = set()
+
+        async def answer(message: pb.PredictStreamRequest) -> None:
+            response = pb.PredictStreamResponse(id=message.id)
+            try:
+                response.response.CopyFrom(await self._predict(message.request, context))
+            except Exception as error:
+                response.error.CopyFrom(status_of(error))
+            unanswered.discard(message.id)
+            answers.put_nowait(response)
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                while (message := await self._next(requests)) is not None:
+                    await window.acquire()
+                    if message.id in unanswered:
+                        refusal = InvalidRequestError("id", f"{message.id!r} is that of an unanswered request")
+                        answers.put_nowait(pb.PredictStreamResponse(id=message.id, error=status_of(refusal)))
+                    else:
+                        unanswered.add(message.id)
+                        tasks.create_task(answer(message))
+        finally:
+            answers.put_nowait(None)
+        if self._engine.draining.is_set():
+            raise UnavailableError("the server is shutting down; what was received has been answered")
+
+    async def _next(self, requests: AsyncIterator[pb.PredictStreamRequest]) -> pb.PredictStreamRequest | None:
+        """Return the stream's next message; None at its end or once the server drains."""
+        read = asyncio.ensure_future(anext(requests, None))
+        drain = asyncio.ensure_future(self._engine.draining.wait())
+        try:
+            await asyncio.wait({read, drain}, return_when=asyncio.FIRST_COMPLETED)
+            return read.result() if read.done() else None
+        finally:
+            drain.cancel()
+            read.cancel()
+
+    def _label(self, model: str) -> str:
+        """Return the metric label for a model's name, which is the caller's text until it is known."""
+        name = model or self._engine.names[0]
+        return name if name in self._engine.names else "unknown"

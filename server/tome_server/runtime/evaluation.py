@@ -1,0 +1,60 @@
+"""Measures what each r is worth: top-1 on labelled images, and agreement with r = 0 on any."""
+
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from tqdm import tqdm
+
+from tome_server.models.datasets import Dataset, DatasetError
+from tome_server.models.hosted import HostedModel, Quality
+
+
+@torch.inference_mode()
+def evaluate(
+    model: HostedModel,
+    images: Dataset,
+    grid: Sequence[int],
+    device: torch.device,
+    *,
+    batch: int = 64,
+    limit: int | None = None,
+    progress: bool = False,
+) -> dict[int, Quality]:
+    """Classify the first `limit` of `images` at every r of `grid` and at 0.
+
+    A folder's classes are matched to the model's labels by name, other labels are class numbers. Raises DatasetError if
+    they don't fit the model or an image can't be decoded.
+    """
+    count = len(images) if limit is None else min(limit, len(images))
+    class_ids = _class_ids(model, images)
+    agreeing: Counter[int] = Counter()
+    right: Counter[int] = Counter()
+    labelled = images[0][1] is not None
+    with ThreadPoolExecutor() as decoders, tqdm(total=count, unit="image", disable=not progress) as bar:
+        for start in range(0, count, batch):
+            chosen = [images[i] for i in range(start, min(start + batch, count))]
+            prepared = decoders.map(model.preprocess.image, [image for image, _ in chosen])
+            inputs = torch.stack(list(prepared)).to(device)
+            wanted = torch.tensor([-1 if label is None else class_ids[label] for _, label in chosen])
+            plain = model.merged(inputs).logits.argmax(dim=1).cpu()
+            for r in grid:
+                given = model.merged(inputs, r).logits.argmax(dim=1).cpu() if r else plain
+                agreeing[r] += int((given == plain).sum())
+                right[r] += int((given == wanted).sum())
+            bar.update(len(chosen))
+    return {r: Quality(agreement=agreeing[r] / count, top1=right[r] / count if labelled else None) for r in grid}
+
+
+def _class_ids(model: HostedModel, images: Dataset) -> list[int]:
+    """Return the model's class for each label of the images."""
+    numbers = [str(i) for i in range(len(images.classes))]
+    if list(images.classes) == numbers:
+        if len(numbers) > model.num_classes:
+            raise DatasetError(f"the images have {len(numbers)} classes, {model.name} has {model.num_classes}")
+        return list(range(len(numbers)))
+    unknown = [name for name in images.classes if name not in model.labels]
+    if unknown:
+        raise DatasetError(f"{model.name} has no class named {', '.join(map(repr, unknown[:5]))}")
+    return [model.labels.index(name) for name in images.classes]

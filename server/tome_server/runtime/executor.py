@@ -1,0 +1,83 @@
+"""Runs batches on the device, one at a time, in a thread of its own."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tome_server.models.hosted import HostedModel
+
+
+@dataclass(frozen=True)
+class Work:
+    """One image of a batch and what is wanted of it."""
+
+    image: Tensor
+    """[C, H, W] float32, as the model's Preprocess made it"""
+    top_k: int
+    features: bool = False
+    token_map: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the model made of one image."""
+
+    class_ids: tuple[int, ...]
+    """The top_k most probable classes, best first."""
+    scores: tuple[float, ...]
+    """Their softmax probabilities."""
+    features: tuple[float, ...] | None
+    token_map: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What a batch gave and how long it took."""
+
+    results: tuple[Result, ...]
+    seconds: float
+    """On the device, transfers included."""
+
+
+class Executor:
+    """One thread that owns a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"device-{device}")
+
+    async def run(self, model: HostedModel, batch: Sequence[Work], r: int) -> BatchResult:
+        """Run `batch` at `r` without blocking the event loop. Raises whatever the model raises."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, run_batch, model, batch, r, self.device)
+
+    def close(self) -> None:
+        """Wait for the batch on the device and end the thread."""
+        self._thread.shutdown()
+
+
+@torch.inference_mode()
+def run_batch(model: HostedModel, batch: Sequence[Work], r: int, device: torch.device) -> BatchResult:
+    """Run `batch` at `r` on `device`, in the calling thread."""
+    start = time.perf_counter()
+    images = torch.stack([work.image for work in batch]).to(device)
+    output = model.merged(images, r, return_token_map=any(work.token_map for work in batch))
+    scores, class_ids = output.logits.float().softmax(dim=-1).topk(max(work.top_k for work in batch))
+    # One transfer back for each tensor, which also waits for the device.
+    all_ids, all_scores = class_ids.tolist(), scores.tolist()
+    features = output.features.float().tolist() if any(work.features for work in batch) else None
+    token_map = output.token_map.tolist() if output.token_map is not None else None
+    results = tuple(
+        Result(
+            class_ids=tuple(all_ids[i][: work.top_k]),
+            scores=tuple(all_scores[i][: work.top_k]),
+            features=tuple(features[i]) if features and work.features else None,
+            token_map=tuple(token_map[i]) if token_map and work.token_map else None,
+        )
+        for i, work in enumerate(batch)
+    )
+    return BatchResult(results, time.perf_counter() - start)
