@@ -8,6 +8,7 @@ import tome_server.timm_import  # noqa: F401  isort: skip
 
 from tome_server.merging.macs import MacCount, macs
 from tome_server.merging.model import MergedModel, MergedOutput, merge, unmerge
+from tome_server.merging.packing import pack, packable
 from tome_server.merging.schedule import Schedule, tokens_per_block
 from tome_server.merging.support import UnsupportedModelError
 
@@ -19,6 +20,8 @@ __all__ = [
     "UnsupportedModelError",
     "macs",
     "merge",
+    "pack",
+    "packable",
     "tokens_per_block",
     "unmerge",
 ]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
+from tome_server.merging.packing import PackedLinear
 from tome_server.merging.schedule import Schedule, as_schedule, mergeable
 from tome_server.merging.support import check_supported
 
@@ -89,4 +90,5 @@ def _head(model: VisionTransformer, tokens: int) -> int:
 
 
 def _linear(module: nn.Module) -> int:
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    layers = (m for m in module.modules() if isinstance(m, nn.Linear | PackedLinear))
+    return sum(layer.in_features * layer.out_features for layer in layers)

@@ -15,14 +15,18 @@ from tome_server.merging.schedule import mergeable
 
 @dataclass(frozen=True)
 class Matching:
-    """Which tokens stay and which go where, for N tokens becoming N - r: the prefix, sources left, destinations."""
+    """Which tokens stay and which go where, for N tokens becoming N - r: the prefix, sources left, destinations.
+
+    Rows count over the whole batch, as of [B, N, C] seen as [B * N, C]: whole rows can then be selected and added,
+    which on the CPU is several times faster than gather and scatter with an index for every channel.
+    """
 
     order: Tensor
-    """[B, N - r] position, before the merge, of each token that stays."""
+    """[B, N - r] row, before the merge, of each token that stays."""
     merged: Tensor
-    """[B, r] position, before the merge, of each token that goes."""
+    """[B, r] row, before the merge, of each token that goes."""
     into: Tensor
-    """[B, r] position, after the merge, of the token that each of them goes into."""
+    """[B, r] row, after the merge, of the token that each of them goes into."""
 
 
 def match(metric: Tensor, r: int, prefix: int) -> Matching:
@@ -34,27 +38,21 @@ def match(metric: Tensor, r: int, prefix: int) -> Matching:
     """
     batch, tokens, _ = metric.shape
     r = min(r, mergeable(tokens, prefix))
-    positions = torch.arange(tokens, device=metric.device)
+    rows = torch.arange(batch * tokens, device=metric.device).view(batch, tokens)
     if r == 0:
-        none = positions.new_empty(batch, 0)
-        return Matching(positions.expand(batch, tokens), none, none)
+        return Matching(rows, rows[:, :0], rows[:, :0])
 
     first_source, first_destination = prefix + prefix % 2, prefix + 1 - prefix % 2
+    sources, destinations = rows[:, first_source::2], rows[:, first_destination::2]
     metric = F.normalize(metric, dim=-1)
     similarity = metric[:, first_source::2] @ metric[:, first_destination::2].mT
-    best, destination = similarity.max(dim=-1)
+    best, choice = similarity.max(dim=-1)
     ranked = best.argsort(dim=-1, descending=True, stable=True)
     gone, stay = ranked[:, :r], ranked[:, r:].sort(dim=-1).values
 
-    order = torch.cat(
-        [
-            positions[:prefix].expand(batch, prefix),
-            stay * 2 + first_source,
-            positions[first_destination::2].expand(batch, -1),
-        ],
-        dim=1,
-    )
-    return Matching(order, gone * 2 + first_source, destination.gather(1, gone) + prefix + stay.shape[1])
+    order = torch.cat([rows[:, :prefix], sources.gather(1, stay), destinations], dim=1)
+    first_row = torch.arange(0, batch * (tokens - r), tokens - r, device=metric.device).unsqueeze(1)
+    return Matching(order, sources.gather(1, gone), choice.gather(1, gone) + (first_row + prefix + stay.shape[1]))
 
 
 def combine(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
@@ -64,30 +62,26 @@ def combine(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor
     """
     if matching.merged.shape[1] == 0:
         return x, size
-    batch, tokens, channels = x.shape
-    left = matching.order.shape[1]
-    # One row a token over the whole batch: index_select and index_add_ on rows beat gather and scatter on elements,
-    # which need an index for every channel.
-    image = torch.arange(batch, device=x.device).unsqueeze(1)
-    order = (matching.order + image * tokens).flatten()
-    merged = (matching.merged + image * tokens).flatten()
-    into = (matching.into + image * left).flatten()
+    batch, left = matching.order.shape
+    order, merged, into = matching.order.flatten(), matching.merged.flatten(), matching.into.flatten()
 
-    rows, sizes = x.reshape(-1, channels), size.reshape(-1)
-    added = sizes[merged]
-    after = sizes[order].index_add_(0, into, added)
+    sizes = size.flatten()
+    added = sizes.index_select(0, merged)
+    after = sizes.index_select(0, order).index_add_(0, into, added)
+    share = (added / after.index_select(0, into)).unsqueeze(1).to(x.dtype)
+
+    rows = x.flatten(0, 1)
     out = rows.index_select(0, order)
     # A weighted mean as a step from the destination towards each source: only rows that change are computed.
-    step = rows.index_select(0, merged) - out.index_select(0, into)
-    out.index_add_(0, into, step * (added / after[into]).unsqueeze(1).to(x.dtype))
-    return out.view(batch, left, channels), after.view(batch, left)
+    step = (rows.index_select(0, merged) - out.index_select(0, into)) * share
+    return out.index_add_(0, into, step).view(batch, left, -1), after.view(batch, left)
 
 
 def moves(matching: Matching) -> Tensor:
-    """Return, for each of the N tokens before the merge, its position after it: [B, N]."""
+    """Return, for each of the N tokens of each image before the merge, its position after it: [B, N]."""
     batch, left = matching.order.shape
-    places = torch.arange(left, device=matching.order.device).expand(batch, left)
-    position = matching.order.new_empty(batch, left + matching.merged.shape[1])
-    position.scatter_(1, matching.order, places)
-    position.scatter_(1, matching.merged, matching.into)
-    return position
+    tokens = left + matching.merged.shape[1]
+    place = matching.order.new_empty(batch * tokens)
+    place[matching.order.flatten()] = torch.arange(batch * left, device=place.device)
+    place[matching.merged.flatten()] = matching.into.flatten()
+    return place.view(batch, tokens) % left

@@ -38,7 +38,8 @@ class MergedModel(nn.Module):
         super().__init__()
         self.model: VisionTransformer = model
         self.proportional_attention = proportional_attention
-        self.train(model.training)
+        # Not train(): that would set the mode of the model's parts, which aren't ours to change.
+        self.training = model.training
 
     @property
     def depth(self) -> int:
@@ -59,8 +60,7 @@ class MergedModel(nn.Module):
         negative, the schedule doesn't fit the model's depth, or the images don't fit the model.
         """
         per_block = as_schedule(r).per_block(self.depth)
-        if images.ndim != 4 or images.shape[1] != self.model.in_chans:
-            raise ValueError(f"images must be [batch, {self.model.in_chans}, height, width], not {list(images.shape)}")
+        self._check(images)
         whole = return_tokens or return_token_map
         encoded = encode(
             self.model,
@@ -91,6 +91,16 @@ class MergedModel(nn.Module):
         rows, columns = self.grid(height, width)
         return rows * columns
 
+    def _check(self, images: Tensor) -> None:
+        embed = self.model.patch_embed
+        if images.ndim != 4 or images.shape[1] != self.model.in_chans:
+            raise ValueError(f"images must be [batch, {self.model.in_chans}, height, width], not {list(images.shape)}")
+        size = tuple(images.shape[-2:])
+        if embed.strict_img_size and embed.img_size is not None and size != tuple(embed.img_size):
+            raise ValueError(f"images must be {embed.img_size[0]}×{embed.img_size[1]} pixels, not {size[0]}×{size[1]}")
+        if not embed.dynamic_img_pad and (size[0] % embed.patch_size[0] or size[1] % embed.patch_size[1]):
+            raise ValueError(f"images of {size[0]}×{size[1]} pixels don't divide into patches of {embed.patch_size}")
+
 
 def merge(model: VisionTransformer, *, proportional_attention: bool | None = None) -> MergedModel:
     """Return `model`, a timm VisionTransformer or VisionTransformerDistilled, with token merging (arXiv 2210.09461).
@@ -101,7 +111,9 @@ def merge(model: VisionTransformer, *, proportional_attention: bool | None = Non
     """
     check_supported(model)
     if proportional_attention is None:
-        proportional_attention = "mae" not in str((model.pretrained_cfg or {}).get("tag") or "").split("_")
+        proportional_attention = "mae" not in str(
+            (getattr(model, "pretrained_cfg", None) or {}).get("tag") or ""
+        ).split("_")
     return MergedModel(model, proportional_attention)
 
 

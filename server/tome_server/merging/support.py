@@ -1,6 +1,6 @@
 """Which models can be merged: an allow-list, so that a model which works differently is refused and never wrong."""
 
-from timm.layers import Attention, AttentionPoolLatent
+from timm.layers import Attention, AttentionPoolLatent, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
@@ -19,6 +19,7 @@ def check_supported(model: VisionTransformer) -> None:
     Classes are compared exactly: a subclass may compute something else in its own forward.
     """
     _require("model", model, *MODELS)
+    _require("patch_embed", model.patch_embed, PatchEmbed)
     for i, block in enumerate(model.blocks):
         _require(f"blocks.{i}", block, Block)
         _require(f"blocks.{i}.attn", block.attn, Attention)

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from tome_server.errors import ModelLoadError
-from tome_server.merging import MergedModel, UnsupportedModelError, merge
+from tome_server.merging import MergedModel, UnsupportedModelError, merge, pack, packable
 from tome_server.models.bundled import BUNDLED
 from tome_server.models.hosted import HostedModel, Quality
 from tome_server.models.preprocess import ImageSettings, Limits, Preprocess
@@ -86,8 +86,11 @@ def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) ->
         merged = merge(model, proportional_attention=spec.proportional_attention)
     except UnsupportedModelError as error:
         raise ModelLoadError(f"{spec.architecture} can't be merged: {error}") from error
+    plain = merged.model
+    if packable(merged):
+        merged = pack(merged)
     settings = ImageSettings.from_timm(resolve_data_config(dict(spec.data), model=model))
-    _check_equal(merged, settings, device)
+    _check_equal(plain, merged, settings, device)
     hosted = HostedModel(
         name=spec.name,
         architecture=spec.architecture,
@@ -186,10 +189,10 @@ def _quality(spec: ModelSpec) -> dict[int, Quality]:
 
 
 @torch.inference_mode()
-def _check_equal(merged: MergedModel, settings: ImageSettings, device: torch.device) -> None:
+def _check_equal(plain: VisionTransformer, merged: MergedModel, settings: ImageSettings, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, *settings.input_size, generator=generator).to(device)
-    theirs, ours = merged.model(image), merged(image).logits
+    theirs, ours = plain(image), merged(image).logits
     difference = float((theirs - ours).abs().max() / theirs.abs().max().clamp(min=1e-6))
     if not difference <= EQUAL:
         raise ModelLoadError(f"merging would change this model even at r = 0 (relative difference {difference:.1e})")
