@@ -1,0 +1,170 @@
+"""The client for asyncio."""
+
+# A timeout here is the gRPC deadline, which the server reads; asyncio.timeout would not reach it.
+# ruff: noqa: ASYNC109
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from types import TracebackType
+from typing import Final, Self, TypeVar, Unpack
+
+import grpc
+
+from tome_api.v1 import inference_pb2, inference_pb2_grpc
+from tome_client.channel import DEFAULT_MAX_MESSAGE_BYTES, channel_credentials, channel_options
+from tome_client.errors import TomeError, error_from_rpc
+from tome_client.inputs import Image, is_path
+from tome_client.requests import PredictOptions, StreamItem, predict_request, stream_request
+from tome_client.results import (
+    ModelInfo,
+    ModelSummary,
+    PredictResult,
+    StreamResult,
+    model_info,
+    model_summaries,
+    predict_result,
+    stream_result,
+)
+
+_Response = TypeVar("_Response")
+
+_END: Final = None
+
+
+class AsyncClient:
+    """A connection to a tome-serving server, for one event loop. As Client, awaited.
+
+    Must be made where the loop runs. Cancelling a task that waits for an answer cancels its request
+    on the server too.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        tls: bool | grpc.ChannelCredentials = False,
+        root_certificates: bytes | None = None,
+        timeout: float | None = None,
+        metadata: Iterable[tuple[str, str | bytes]] = (),
+        retries: bool = True,
+        max_send_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        max_receive_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        credentials = channel_credentials(tls, root_certificates)
+        options = channel_options(retries=retries, max_send_bytes=max_send_bytes, max_receive_bytes=max_receive_bytes)
+        self._channel = (
+            grpc.aio.insecure_channel(target, options)
+            if credentials is None
+            else grpc.aio.secure_channel(target, credentials, options)
+        )
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+        self._target = target
+        self._timeout = timeout
+        self._metadata = tuple(metadata)
+        self._max_send_bytes = max_send_bytes
+
+    async def predict(
+        self, image: Image, *, timeout: float | None = None, **options: Unpack[PredictOptions]
+    ) -> PredictResult:
+        """Classifies one image; arguments and errors are those of Client.predict."""
+        request = (
+            await asyncio.to_thread(predict_request, image, options)
+            if is_path(image)
+            else predict_request(image, options)
+        )
+        return predict_result(await self._call(self._stub.Predict, request, timeout))
+
+    async def predict_stream(
+        self,
+        items: Iterable[StreamItem] | AsyncIterable[StreamItem],
+        *,
+        timeout: float | None = None,
+        in_flight: int = 32,
+    ) -> AsyncIterator[StreamResult]:
+        """Classifies many images over one call; as Client.predict_stream, read in this loop."""
+        arrived: asyncio.Queue[StreamResult | Exception | None] = asyncio.Queue()
+        room = asyncio.Semaphore(in_flight)
+        closed = asyncio.Event()
+
+        async def requests() -> AsyncIterator[inference_pb2.PredictStreamRequest]:
+            waiting = aiter(_asynchronous(items))
+            while await room.acquire() and not closed.is_set():
+                try:
+                    item = await anext(waiting)
+                except StopAsyncIteration:
+                    return
+                except Exception as error:  # gRPC would swallow it.
+                    arrived.put_nowait(error)
+                    return
+                try:
+                    yield (
+                        await asyncio.to_thread(stream_request, item, self._max_send_bytes)
+                        if is_path(item.image)
+                        else stream_request(item, self._max_send_bytes)
+                    )
+                except TomeError as error:
+                    arrived.put_nowait(StreamResult(item.id, error=error))
+
+        async def receive() -> None:
+            try:
+                async for response in call:
+                    arrived.put_nowait(stream_result(response))
+            except grpc.RpcError as error:
+                arrived.put_nowait(error_from_rpc(error, self._target))
+            else:
+                arrived.put_nowait(_END)
+
+        call = self._stub.PredictStream(requests(), timeout=timeout, metadata=self._metadata)
+        receiving = asyncio.create_task(receive())
+        try:
+            while (result := await arrived.get()) is not _END:
+                if isinstance(result, Exception):
+                    raise result
+                room.release()
+                yield result
+        finally:
+            closed.set()
+            room.release()
+            call.cancel()
+            receiving.cancel()
+
+    async def models(self, *, timeout: float | None = None) -> tuple[ModelSummary, ...]:
+        """Lists the hosted models, as Client.models."""
+        request = inference_pb2.ListModelsRequest()
+        return model_summaries(await self._call(self._stub.ListModels, request, timeout))
+
+    async def model(self, name: str = "", *, timeout: float | None = None) -> ModelInfo:
+        """Describes one model, as Client.model."""
+        request = inference_pb2.GetModelRequest(model=name)
+        return model_info(await self._call(self._stub.GetModel, request, timeout))
+
+    async def close(self) -> None:
+        """Closes the connection; calls still waiting are cancelled."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _call(
+        self, method: Callable[..., Awaitable[_Response]], request: object, timeout: float | None
+    ) -> _Response:
+        try:
+            return await method(request, timeout=self._timeout if timeout is None else timeout, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, self._target) from error
+
+
+async def _asynchronous(items: Iterable[StreamItem] | AsyncIterable[StreamItem]) -> AsyncIterator[StreamItem]:
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    else:
+        for item in items:
+            yield item

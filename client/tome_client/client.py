@@ -1,0 +1,197 @@
+"""The client for threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Final, Self, TypeVar, Unpack
+
+import grpc
+
+from tome_api.v1 import inference_pb2, inference_pb2_grpc
+from tome_client.channel import DEFAULT_MAX_MESSAGE_BYTES, channel_credentials, channel_options
+from tome_client.errors import TomeError, error_from_rpc
+from tome_client.inputs import Image
+from tome_client.requests import PredictOptions, StreamItem, predict_request, stream_request
+from tome_client.results import (
+    ModelInfo,
+    ModelSummary,
+    PredictResult,
+    StreamResult,
+    model_info,
+    model_summaries,
+    predict_result,
+    stream_result,
+)
+
+_Response = TypeVar("_Response")
+
+_END: Final = None
+
+
+class Client:
+    """A connection to a tome-serving server. Any number of threads may share one.
+
+    A call that fails with UNAVAILABLE or RESOURCE_EXHAUSTED is tried up to four times, waiting as
+    long as the server asks for or else longer each time; its timeout bounds all tries together.
+
+    Args:
+        target: "host:port", or any gRPC target. Calls go round the addresses it resolves to.
+        tls: True for TLS with the system's root certificates, or credentials of your own.
+        root_certificates: PEM certificates to trust instead of the system's; implies TLS.
+        timeout: Seconds that a call may take where it names no timeout itself; None: no limit.
+            It is the gRPC deadline, so the server merges as it requires. Streams don't take it.
+        metadata: Sent with every call, such as ("authorization", "Bearer ...").
+        retries: False to try every call once.
+        max_send_bytes: The largest request that can be sent.
+        max_receive_bytes: The largest answer that is accepted.
+
+    Raises:
+        ValueError: Root certificates beside credentials of your own.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        tls: bool | grpc.ChannelCredentials = False,
+        root_certificates: bytes | None = None,
+        timeout: float | None = None,
+        metadata: Iterable[tuple[str, str | bytes]] = (),
+        retries: bool = True,
+        max_send_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        max_receive_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        credentials = channel_credentials(tls, root_certificates)
+        options = channel_options(retries=retries, max_send_bytes=max_send_bytes, max_receive_bytes=max_receive_bytes)
+        self._channel = (
+            grpc.insecure_channel(target, options)
+            if credentials is None
+            else grpc.secure_channel(target, credentials, options)
+        )
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+        self._target = target
+        self._timeout = timeout
+        self._metadata = tuple(metadata)
+        self._max_send_bytes = max_send_bytes
+
+    def predict(
+        self, image: Image, *, timeout: float | None = None, **options: Unpack[PredictOptions]
+    ) -> PredictResult:
+        """Classifies one image.
+
+        Args:
+            image: A path, the bytes of an encoded image, a Pillow image, or an array: uint8
+                [height, width, 3] RGB, or float32 [channels, height, width] as the model wants it.
+            timeout: Seconds until the call is given up.
+            **options: `model`, `budget` (seconds or a timedelta), `r`, `min_r`, `max_r`, `top_k`,
+                `features` and `token_map`; see PredictOptions.
+
+        Raises:
+            TomeError: The server refused or failed, or could not be reached.
+            OSError: The image's file cannot be read.
+            TypeError: Nothing that can be an image, or no such option.
+            ValueError: An array, or an option's value, that cannot be sent.
+        """
+        request = predict_request(image, options)
+        return predict_result(self._call(self._stub.Predict, request, timeout))
+
+    def predict_stream(
+        self, items: Iterable[StreamItem], *, timeout: float | None = None, in_flight: int = 32
+    ) -> Iterator[StreamResult]:
+        """Classifies many images over one call; yields results in the order of completion.
+
+        An item that fails, or cannot be sent, yields its error, and the others go on. The call
+        starts with the first result that is asked for, and ends early if the iterator is closed.
+        `items` is read by another thread.
+
+        Args:
+            items: The images, each with an id.
+            timeout: Seconds until the whole stream is given up, and every item's deadline with it.
+            in_flight: Items sent and not yet yielded, at most; so a long `items` is read only as
+                fast as the server answers and the caller takes the answers.
+
+        Raises:
+            TomeError: The stream as a whole failed.
+            Exception: Whatever `items` raises.
+        """
+        arrived: SimpleQueue[StreamResult | Exception | None] = SimpleQueue()
+        room = threading.Semaphore(in_flight)
+        closed = threading.Event()
+
+        def requests() -> Iterator[inference_pb2.PredictStreamRequest]:
+            waiting = iter(items)
+            while room.acquire() and not closed.is_set():
+                try:
+                    item = next(waiting)
+                except StopIteration:
+                    return
+                except Exception as error:  # gRPC's thread would swallow it.
+                    arrived.put(error)
+                    return
+                try:
+                    yield stream_request(item, self._max_send_bytes)
+                except TomeError as error:
+                    arrived.put(StreamResult(item.id, error=error))
+
+        def receive() -> None:
+            try:
+                for response in call:
+                    arrived.put(stream_result(response))
+            except grpc.RpcError as error:
+                arrived.put(error_from_rpc(error, self._target))
+            else:
+                arrived.put(_END)
+
+        call = self._stub.PredictStream(requests(), timeout=timeout, metadata=self._metadata)
+        # Waiting for the server in a thread of its own lets errors from before sending overtake.
+        threading.Thread(target=receive, name="tome-client-stream", daemon=True).start()
+        try:
+            while (result := arrived.get()) is not _END:
+                if isinstance(result, Exception):
+                    raise result
+                room.release()
+                yield result
+        finally:
+            closed.set()
+            room.release()
+            call.cancel()
+
+    def models(self, *, timeout: float | None = None) -> tuple[ModelSummary, ...]:
+        """Lists the hosted models.
+
+        Raises:
+            TomeError: The server failed or could not be reached.
+        """
+        request = inference_pb2.ListModelsRequest()
+        return model_summaries(self._call(self._stub.ListModels, request, timeout))
+
+    def model(self, name: str = "", *, timeout: float | None = None) -> ModelInfo:
+        """Describes one model, the server's first unless named.
+
+        Raises:
+            TomeError: NOT_FOUND for a name that is not hosted; the server failed or could not be
+                reached.
+        """
+        request = inference_pb2.GetModelRequest(model=name)
+        return model_info(self._call(self._stub.GetModel, request, timeout))
+
+    def close(self) -> None:
+        """Closes the connection; calls still waiting end with CANCELLED."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, method: Callable[..., _Response], request: object, timeout: float | None) -> _Response:
+        try:
+            return method(request, timeout=self._timeout if timeout is None else timeout, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, self._target) from error

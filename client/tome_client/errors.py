@@ -1,0 +1,104 @@
+"""What went wrong, as one exception: the gRPC status and the details that came with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+# What gRPC says of a call that it gave up itself; a server's own refusal has details.
+_GRPC_TIMED_OUT = "Deadline Exceeded"
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One field of the request that the server did not accept, and why."""
+
+    field: str
+    description: str
+
+
+class TomeError(Exception):
+    """A call, or one item of a stream, that got no answer.
+
+    Attributes:
+        code: The gRPC status code.
+        message: A sentence for people.
+        field_violations: The fields that were wrong, with INVALID_ARGUMENT.
+        reason: Why a deadline could not be kept, with DEADLINE_EXCEEDED: "INFEASIBLE" (refused on
+            arrival) or "EXPIRED" (passed while waiting). None where the server gave no reason.
+        metadata: The reason's particulars, such as the smallest latency possible now.
+        retry_delay: Seconds to wait before trying again, with RESOURCE_EXHAUSTED, where the
+            server said so.
+    """
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        message: str,
+        *,
+        field_violations: tuple[FieldViolation, ...] = (),
+        reason: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        retry_delay: float | None = None,
+    ) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+        self.field_violations = field_violations
+        self.reason = reason
+        self.metadata: Mapping[str, str] = dict(metadata or {})
+        self.retry_delay = retry_delay
+
+    def __str__(self) -> str:
+        return f"{self.code.name}: {self.message}"
+
+
+def error_from_status(status: status_pb2.Status) -> TomeError:
+    """Returns the error that a google.rpc.Status describes, as the items of a stream carry it."""
+    code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
+    return TomeError(code, status.message, **_details(status.details))
+
+
+def error_from_rpc(error: grpc.RpcError, target: str) -> TomeError:
+    """Returns the error that a failed call to `target` ended with."""
+    code = error.code()
+    message = error.details() or "no message"
+    if code is grpc.StatusCode.UNAVAILABLE:
+        message = f"{target} is unavailable: {message}"
+    elif code is grpc.StatusCode.DEADLINE_EXCEEDED and message == _GRPC_TIMED_OUT:
+        message = f"no answer from {target} within the timeout"
+    try:
+        status = rpc_status.from_call(error)
+    except (ValueError, DecodeError):  # A proxy rewrote the status: its details are another's.
+        status = None
+    return TomeError(code, message, **(_details(status.details) if status else {}))
+
+
+def _details(packed: Iterable[Any]) -> dict[str, Any]:
+    """Returns TomeError's optional arguments, from the google.rpc messages that are known."""
+    found: dict[str, Any] = {}
+    for detail in packed:
+        if detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
+            bad_request = error_details_pb2.BadRequest()
+            detail.Unpack(bad_request)
+            found["field_violations"] = tuple(
+                FieldViolation(violation.field, violation.description) for violation in bad_request.field_violations
+            )
+        elif detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            info = error_details_pb2.ErrorInfo()
+            detail.Unpack(info)
+            found["reason"] = info.reason
+            found["metadata"] = dict(info.metadata)
+        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            retry = error_details_pb2.RetryInfo()
+            detail.Unpack(retry)
+            found["retry_delay"] = retry.retry_delay.ToNanoseconds() / 1e9
+    return found

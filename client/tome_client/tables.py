@@ -1,0 +1,90 @@
+"""What the command line prints of results, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from tome_client.durations import milliseconds
+from tome_client.results import ModelInfo, ModelSummary, Prediction, PredictResult
+
+_UNMEASURED = "-"
+
+
+def prediction_table(answered: Iterable[tuple[str, PredictResult, float]]) -> str:
+    """Returns a line for each image.
+
+    Args:
+        answered: The image's name, its result, and the seconds from sending to answer.
+    """
+    header = ("image", "predictions", "r", "tokens", "FLOPs saved", "server", "round trip")
+    rows = [
+        (
+            name,
+            ", ".join(prediction_text(one) for one in result.predictions),
+            str(result.merging.r),
+            f"{result.merging.tokens_in} → {result.merging.tokens_out}",
+            f"{result.merging.saved_share:.1%}",
+            milliseconds(result.timing.total),
+            milliseconds(round_trip),
+        )
+        for name, result, round_trip in answered
+    ]
+    return _table(header, rows, right=(2, 3, 4, 5, 6))
+
+
+def prediction_text(prediction: Prediction) -> str:
+    """Returns a class and its probability, such as "Coat 0.93"."""
+    return f"{prediction.label or f'#{prediction.class_id}'} {prediction.score:.2f}"
+
+
+def model_table(models: Iterable[ModelSummary]) -> str:
+    """Returns a line for each hosted model."""
+    rows = [(one.name, one.architecture, "yes" if one.ready else "loading", one.description) for one in models]
+    return _table(("name", "architecture", "ready", "description"), rows)
+
+
+def model_details(model: ModelInfo) -> str:
+    """Returns everything about one model, its r grid as a table."""
+    expects = model.input
+    facts = (
+        ("name", model.summary.name),
+        ("architecture", model.summary.architecture),
+        ("description", model.summary.description),
+        ("ready", "yes" if model.summary.ready else "loading"),
+        (
+            "input",
+            f"{expects.channels} channels, {expects.height} high, {expects.width} wide; "
+            f"{expects.interpolation}, {expects.crop_mode} crop {expects.crop_pct:.4g}",
+        ),
+        ("classes", _classes(model)),
+        ("features", str(model.feature_dim)),
+        ("default r", str(model.default_r)),
+    )
+    levels = [
+        (str(level.r), f"{level.macs / 1e9:.3f}", str(level.tokens_out), _share(level.top1), _share(level.agreement))
+        for level in model.r_grid
+    ]
+    header = ("r", "GMACs", "tokens", "top-1", "agreement")
+    return f"{_table((), facts)}\n\n{_table(header, levels, right=range(len(header)))}"
+
+
+def _classes(model: ModelInfo) -> str:
+    shown = ", ".join(model.labels[:10])
+    more = ", …" if len(model.labels) > 10 else ""
+    return f"{model.num_classes} ({shown}{more})" if shown else str(model.num_classes)
+
+
+def _share(measured: float | None) -> str:
+    return _UNMEASURED if measured is None else f"{measured:.2%}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    lines = [header, *rows] if header else rows
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

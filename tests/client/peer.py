@@ -1,0 +1,161 @@
+"""A server that plays a script: what the client does when a real one would rarely do it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import grpc
+from google.protobuf import any_pb2
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import status_pb2
+from grpc_status import rpc_status
+from typing_extensions import override
+
+from tome_api.v1 import inference_pb2, inference_pb2_grpc
+
+
+def status(code: grpc.StatusCode, message: str, *details: Message) -> status_pb2.Status:
+    packed = []
+    for detail in details:
+        packed.append(any_pb2.Any())
+        packed[-1].Pack(detail)
+    return status_pb2.Status(code=code.value[0], message=message, details=packed)
+
+
+@dataclass
+class Failure:
+    code: grpc.StatusCode
+    message: str = "scripted"
+    trailers: tuple[tuple[str, str | bytes], ...] = ()
+    details: tuple[Message, ...] = ()
+
+
+@dataclass
+class Call:
+    request: inference_pb2.PredictRequest
+    metadata: dict[str, str | bytes]
+    time_remaining: float | None
+    at: float = field(default_factory=time.monotonic)
+
+
+class Peer(inference_pb2_grpc.InferenceServicer):
+    """Answers with the model's name; before that, with one of `failures` each call.
+
+    In a stream, a request for the model "missing" gets NOT_FOUND, one for "late" is answered after
+    the next, and one for "fatal" ends the stream.
+    """
+
+    def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
+        self.calls: list[Call] = []
+        self.failures: deque[Failure] = deque()
+        self.hold = threading.Event()
+        self.hold.set()
+        self.called = threading.Event()
+        self.cancelled = threading.Event()
+        self._server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.max_receive_message_length", -1)])
+        inference_pb2_grpc.add_InferenceServicer_to_server(self, self._server)
+        self.port = (
+            self._server.add_secure_port("localhost:0", credentials)
+            if credentials
+            else self._server.add_insecure_port("127.0.0.1:0")
+        )
+        self.target = f"localhost:{self.port}" if credentials else f"127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Peer:
+        self._server.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.hold.set()
+        self._server.stop(None).wait()
+
+    @override
+    def Predict(self, request, context):
+        self._begin(request, context)
+        return answer(request)
+
+    @override
+    def PredictStream(self, request_iterator, context) -> Iterator:
+        late = []
+        for item in request_iterator:
+            self._begin(item.request, context)
+            if item.request.model == "late":
+                late.append(item)
+                continue
+            if item.request.model == "fatal":
+                context.abort(grpc.StatusCode.INTERNAL, "the stream broke")
+            yield self._stream_answer(item)
+            yield from map(self._stream_answer, late)
+            late.clear()
+
+    @override
+    def ListModels(self, request, context):
+        self._begin(request, context)
+        return inference_pb2.ListModelsResponse(models=[MODEL.summary])
+
+    @override
+    def GetModel(self, request, context):
+        self._begin(request, context)
+        return inference_pb2.GetModelResponse(model=MODEL)
+
+    def _begin(self, request, context) -> None:
+        context.add_callback(self.cancelled.set)
+        self.calls.append(Call(request, dict(context.invocation_metadata()), context.time_remaining()))
+        self.called.set()
+        self.hold.wait()
+        if self.failures:
+            failure = self.failures.popleft()
+            context.set_trailing_metadata(failure.trailers)
+            if failure.details:
+                full = status(failure.code, failure.message, *failure.details)
+                context.abort_with_status(rpc_status.to_status(full))
+            context.abort(failure.code, failure.message)
+
+    def _stream_answer(self, item):
+        if item.request.model == "missing":
+            error = status(grpc.StatusCode.NOT_FOUND, "no such model")
+            return inference_pb2.PredictStreamResponse(id=item.id, error=error)
+        return inference_pb2.PredictStreamResponse(id=item.id, response=answer(item.request))
+
+
+def answer(request: inference_pb2.PredictRequest) -> inference_pb2.PredictResponse:
+    predictions = [
+        inference_pb2.Prediction(class_id=4, label="Coat", score=0.75),
+        inference_pb2.Prediction(class_id=2, label="Trouser", score=0.25),
+    ]
+    token_map = inference_pb2.TokenMap(grid_height=2, grid_width=2, token=[1, 1, 2, 3])
+    return inference_pb2.PredictResponse(
+        model=request.model or "first",
+        predictions=predictions[: request.top_k],
+        merging=inference_pb2.Merging(r=request.r, tokens_in=197, tokens_out=101, flops=600, flops_saved=400),
+        timing=inference_pb2.Timing(total=Duration(nanos=12_340_000), batch_size=1),
+        token_map=token_map if request.return_token_map else None,
+    )
+
+
+MODEL = inference_pb2.Model(
+    summary=inference_pb2.ModelSummary(
+        name="fashion", architecture="vit_tiny", description="Clothes", ready=True
+    ),
+    input=inference_pb2.ImageInput(
+        channels=1, height=28, width=28, mean=[0.5], std=[0.5],
+        interpolation="bicubic", crop_pct=1.0, crop_mode="center",
+    ),
+    labels=["Trouser", "Coat"],
+    num_classes=2,
+    feature_dim=192,
+    default_r=0,
+    r_grid=[
+        inference_pb2.MergeLevel(r=0, macs=20_000_000, tokens_out=50, top1=0.91, agreement=1.0),
+        inference_pb2.MergeLevel(r=4, macs=12_345_678, tokens_out=26),
+    ],
+)  # fmt: skip

@@ -1,0 +1,196 @@
+import shutil
+import subprocess
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tome_client import Client, StreamItem, TomeError, __version__
+from tome_client.channel import channel_credentials
+
+from .peer import Failure, Peer
+
+UNAVAILABLE = Failure(grpc.StatusCode.UNAVAILABLE)
+FULL = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def pushback(milliseconds: int) -> tuple[tuple[str, str], ...]:
+    return (("grpc-retry-pushback-ms", str(milliseconds)),)
+
+
+@pytest.mark.parametrize("failure", [UNAVAILABLE, Failure(FULL)])
+def test_a_busy_or_absent_server_is_tried_four_times(peer: Peer, failure: Failure) -> None:
+    peer.failures.extend([failure] * 3)
+    with Client(peer.target) as client:
+        assert client.predict(b"").model == "first"
+    assert len(peer.calls) == 4
+
+
+def test_the_fifth_time_is_not_tried(peer: Peer) -> None:
+    peer.failures.extend([UNAVAILABLE] * 4)
+    with Client(peer.target) as client, pytest.raises(TomeError, match=r"UNAVAILABLE: .*scripted"):
+        client.predict(b"")
+    assert len(peer.calls) == 4
+
+
+def test_a_retry_waits_as_long_as_the_server_asks(peer: Peer) -> None:
+    peer.failures.append(Failure(FULL, trailers=pushback(400)))
+    with Client(peer.target) as client:
+        client.predict(b"")
+    first, second = peer.calls
+    assert 0.4 <= second.at - first.at < 1.5
+
+
+def test_a_server_that_asks_not_to_come_back_is_not_asked_again(peer: Peer) -> None:
+    peer.failures.append(Failure(FULL, trailers=pushback(-1)))
+    with Client(peer.target) as client, pytest.raises(TomeError, match="RESOURCE_EXHAUSTED"):
+        client.predict(b"")
+    assert len(peer.calls) == 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.INTERNAL,
+    ],
+)
+def test_what_would_fail_again_is_not_retried(peer: Peer, code: grpc.StatusCode) -> None:
+    peer.failures.append(Failure(code))
+    with Client(peer.target) as client, pytest.raises(TomeError, match=code.name):
+        client.predict(b"")
+    assert len(peer.calls) == 1
+
+
+def test_retries_can_be_switched_off(peer: Peer) -> None:
+    peer.failures.append(UNAVAILABLE)
+    with Client(peer.target, retries=False) as client, pytest.raises(TomeError, match="UNAVAILABLE"):
+        client.predict(b"")
+    assert len(peer.calls) == 1
+
+
+def test_a_large_image_is_retried_too(peer: Peer) -> None:
+    image = bytes(5_000_000)
+    peer.failures.append(UNAVAILABLE)
+    with Client(peer.target) as client:
+        client.predict(image)
+    assert [call.request.image == image for call in peer.calls] == [True, True]
+
+
+def test_a_stream_is_retried_from_its_start(peer: Peer) -> None:
+    peer.failures.append(UNAVAILABLE)
+    with Client(peer.target) as client:
+        results = list(client.predict_stream([StreamItem("a", b""), StreamItem("b", b"")]))
+    assert [one.id for one in results] == ["a", "b"]
+
+
+def test_the_timeout_bounds_all_tries_together(peer: Peer) -> None:
+    peer.failures.extend([Failure(FULL, trailers=pushback(30_000))] * 3)
+    with Client(peer.target) as client, pytest.raises(TomeError, match="within the timeout"):
+        client.predict(b"", timeout=0.2)
+    assert len(peer.calls) == 1
+
+
+def test_retries_cease_while_most_calls_fail(peer: Peer) -> None:
+    peer.failures.extend([Failure(FULL, trailers=pushback(1))] * 400)
+    with Client(peer.target) as client:
+        for _ in range(100):
+            with pytest.raises(TomeError):
+                client.predict(b"")
+    # Four tries each until half of the hundred tokens are spent, then one each.
+    assert 100 < len(peer.calls) < 150
+
+
+def test_calls_go_round_the_servers() -> None:
+    with ExitStack() as stack:
+        peers = [stack.enter_context(Peer()) for _ in range(2)]
+        addresses = ",".join(one.target for one in peers)
+        client = stack.enter_context(Client(f"ipv4:{addresses}"))
+        client.models()
+        for _ in range(10):
+            client.predict(b"")
+            # The second connection may take a moment longer than the first.
+            if all(one.calls for one in peers):
+                break
+        for one in peers:
+            one.calls.clear()
+        for _ in range(10):
+            client.predict(b"")
+        assert [len(one.calls) for one in peers] == [5, 5]
+
+
+def test_a_server_that_is_gone_is_passed_over() -> None:
+    with Peer() as gone:
+        pass
+    with Peer() as present, Client(f"ipv4:{gone.target},{present.target}") as client:
+        for _ in range(4):
+            assert client.predict(b"").model == "first"
+
+
+def test_the_server_learns_who_asks(peer: Peer) -> None:
+    with Client(peer.target, metadata=[("authorization", "Bearer secret")]) as client:
+        client.predict(b"")
+    metadata = peer.calls[0].metadata
+    assert metadata["user-agent"].startswith(f"tome-client/{__version__} grpc-python/")
+    assert metadata["authorization"] == "Bearer secret"
+
+
+def test_messages_up_to_64_mib_are_sent_and_no_larger_ones(peer: Peer) -> None:
+    with Client(peer.target) as client:
+        client.predict(bytes(60_000_000))
+        with pytest.raises(TomeError, match=r"RESOURCE_EXHAUSTED.*larger than max"):
+            client.predict(bytes(68_000_000))
+    assert Counter(len(call.request.image) for call in peer.calls) == {60_000_000: 1}
+
+
+def test_limits_can_be_set(peer: Peer) -> None:
+    with Client(peer.target, max_send_bytes=1000) as client, pytest.raises(TomeError, match="larger than max"):
+        client.predict(bytes(1001))
+    with Client(peer.target, max_receive_bytes=10) as client, pytest.raises(TomeError, match="larger than max"):
+        client.predict(b"", model="a name of more than ten bytes")
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[bytes, bytes]:
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not installed")
+    key, chain = tmp_path / "key.pem", tmp_path / "chain.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2"
+    command += " -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    subprocess.run([*command.split(), "-keyout", key, "-out", chain], check=True, capture_output=True)
+    return key.read_bytes(), chain.read_bytes()
+
+
+def test_a_server_is_trusted_by_the_root_certificates_given(certificate: tuple[bytes, bytes]) -> None:
+    key, chain = certificate
+    with Peer(grpc.ssl_server_credentials([(key, chain)])) as peer:
+        with Client(peer.target, root_certificates=chain) as client:
+            assert client.predict(b"").model == "first"
+        own = grpc.ssl_channel_credentials(chain)
+        with Client(peer.target, tls=own) as client:
+            assert client.predict(b"").model == "first"
+
+
+@pytest.mark.parametrize("tls", [True, False])
+def test_a_server_is_not_trusted_without(certificate: tuple[bytes, bytes], tls: bool) -> None:
+    with (
+        Peer(grpc.ssl_server_credentials([certificate])) as peer,
+        Client(peer.target, tls=tls, retries=False) as client,
+        pytest.raises(TomeError, match="is unavailable"),
+    ):
+        client.predict(b"")
+
+
+def test_root_certificates_never_mean_plain_text() -> None:
+    assert channel_credentials(tls=False, root_certificates=None) is None
+    assert channel_credentials(tls=False, root_certificates=b"PEM") is not None
+
+
+def test_root_certificates_beside_credentials_are_refused() -> None:
+    with pytest.raises(ValueError, match="part of the credentials"):
+        Client("localhost:1", tls=grpc.ssl_channel_credentials(), root_certificates=b"PEM")

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import pytest
+from PIL import Image
+
+from tome_client import __version__
+from tome_client.cli import argument_parser, main
+
+from .peer import Failure, Peer
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> str:
+    file = tmp_path / "image.png"
+    Image.new("RGB", (28, 28), "navy").save(file)
+    return str(file)
+
+
+@pytest.fixture(autouse=True)
+def target(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOME_TARGET", peer.target)
+
+
+def usage_error(*argv: str) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main(argv)
+    assert exited.value.code == 2
+
+
+def test_the_target_is_localhost_the_environments_or_the_one_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TOME_TARGET")
+    assert argument_parser().parse_args(["models"]).target == "localhost:8500"
+    monkeypatch.setenv("TOME_TARGET", "vision:1")
+    assert argument_parser().parse_args(["models"]).target == "vision:1"
+    assert argument_parser().parse_args(["--target", "a:2", "models"]).target == "a:2"
+    assert argument_parser().parse_args(["models", "--target", "a:3"]).target == "a:3"
+
+
+def test_the_connections_options_may_stand_before_and_after_the_command() -> None:
+    for argv in (["--tls", "--ca", "f", "models"], ["models", "--tls", "--ca", "f"]):
+        args = argument_parser().parse_args(argv)
+        assert (args.tls, args.ca) == (True, Path("f"))
+    assert argument_parser().parse_args(["models"]).tls is False
+
+
+def test_predictions_are_shown_as_a_table(image: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", image]) == 0
+    out, err = capsys.readouterr()
+    header, line = out.splitlines()
+    assert header.split()[:3] == ["image", "predictions", "r"]
+    assert line.startswith(f"{image}  Coat 0.75, Trouser 0.25  0  197 → 101")
+    assert err == ""
+
+
+def test_options_reach_the_request(image: str, peer: Peer) -> None:
+    argv = ["predict", image, "--budget", "50ms", "--r", "8", "--min-r", "2", "--max-r", "9"]
+    assert main([*argv, "--top-k", "1", "--model", "m"]) == 0
+    request = peer.calls[0].request
+    assert request.image == Path(image).read_bytes()
+    assert request.latency_budget.ToMilliseconds() == 50
+    assert (request.r, request.min_r, request.max_r) == (8, 2, 9)
+    assert (request.top_k, request.model) == (1, "m")
+
+
+def test_what_is_not_given_is_left_to_the_server(image: str, peer: Peer) -> None:
+    main(["predict", image])
+    request = peer.calls[0].request
+    assert [field.name for field, _ in request.ListFields()] == ["image", "top_k"]
+    assert request.top_k == 3
+
+
+def test_json_is_one_array_in_the_order_of_the_command_line(image: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", image, "nowhere.png", image, "--json"]) == 1
+    out, err = capsys.readouterr()
+    first, second, third = json.loads(out)
+    assert first["image"] == third["image"] == image
+    assert first["result"]["predictions"][0] == {"class_id": 4, "label": "Coat", "score": 0.75}
+    assert first["error"] is None
+    assert first["round_trip"] > 0
+    assert second["result"] is None
+    assert second["error"]["code"] == "INVALID_ARGUMENT"
+    assert "nowhere.png: INVALID_ARGUMENT: " in err
+
+
+def test_each_failure_is_one_line_and_the_rest_are_answered(image: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", image, "nowhere.png"]) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    assert err == ("tome-client: nowhere.png: INVALID_ARGUMENT: [Errno 2] No such file or directory: 'nowhere.png'\n")
+
+
+def test_a_refused_image_names_code_and_message(image: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", image, "--model", "missing"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"tome-client: {image}: NOT_FOUND: no such model\n")
+
+
+def test_a_broken_stream_fails_every_image_without_an_answer(
+    image: str, peer: Peer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peer.failures.append(Failure(grpc.StatusCode.INTERNAL, "the stream\nbroke"))
+    assert main(["predict", image, image]) == 1
+    line = f"tome-client: {image}: INTERNAL: the stream broke\n"
+    assert capsys.readouterr().err == 2 * line
+
+
+def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["fashion", "vit_tiny", "yes", "Clothes"]
+    assert main(["models", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["name"] == "fashion"
+
+
+def test_one_model_is_described(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "fashion"]) == 0
+    assert "GMACs" in capsys.readouterr().out
+    assert main(["models", "fashion", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["r_grid"][0]["top1"] == 0.91
+
+
+def test_a_picture_is_drawn(image: str, peer: Peer, tmp_path: Path, capsys) -> None:
+    picture = tmp_path / "out.png"
+    assert main(["visualize", image, "--r", "8", "-o", str(picture)]) == 0
+    assert peer.calls[0].request.return_token_map
+    assert peer.calls[0].request.r == 8
+    with Image.open(picture) as drawn:
+        assert drawn.size == (2 * 448 + 8, 448)
+    assert capsys.readouterr().out == (f"{picture}: Coat 0.75; r 8, 197 → 101 tokens, 40.0% of FLOPs saved\n")
+
+
+def test_a_failed_call_is_one_line(peer: Peer, capsys: pytest.CaptureFixture[str]) -> None:
+    peer.failures.append(Failure(grpc.StatusCode.NOT_FOUND, "no such model"))
+    assert main(["models", "x"]) == 1
+    assert capsys.readouterr().err == "tome-client: NOT_FOUND: no such model\n"
+
+
+def test_a_missing_certificate_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--ca", "nowhere.pem"]) == 1
+    assert "No such file or directory: 'nowhere.pem'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["guess"],
+        ["predict"],
+        ["predict", "a.png", "--r", "many"],
+        ["visualize", "a.png"],
+        ["predict", "a.png", "--budget", "soon"],
+    ],
+)
+def test_a_wrong_command_line_exits_with_2(argv: list[str]) -> None:
+    usage_error(*argv)
+
+
+def test_a_wrong_budget_names_the_forms_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    usage_error("predict", "a.png", "--budget", "soon")
+    assert "--budget: not a duration: 'soon'; write it like 50ms" in capsys.readouterr().err
+
+
+def test_help_has_examples_and_the_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main(["--help"])
+    assert exited.value.code == 0
+    out = capsys.readouterr().out
+    assert "tome-client predict shirt.png" in out
+    assert "Exits with 0" in out
+
+
+def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"tome-client {__version__}\n"
+
+
+@pytest.mark.parametrize("command", [["predict", "{image}"], ["models"]])
+def test_ctrl_c_ends_quietly_with_130(command: list[str], image: str, peer: Peer) -> None:
+    peer.hold.clear()
+    running = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from tome_client.cli import main; sys.exit(main())"]
+        + [word.format(image=image) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert peer.called.wait(20)
+    running.send_signal(signal.SIGINT)
+    assert running.communicate(timeout=20) == ("", "")
+    assert running.returncode == 130
