@@ -1,5 +1,7 @@
 # Every target sets up what it needs. PYTHON chooses the interpreter that .venv is made with (3.11 or 3.12).
 PYTHON ?= python3
+# Further arguments of pip, such as the index of CPU builds of torch.
+PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -39,9 +41,10 @@ bench: $(STAMP)  ## the merging benchmark, both sides from one run
 nightly: $(STAMP)  ## the slow tests as well
 	$(BIN)/python -m pytest -m 'not cuda'
 
-gpu:  ## CUDA tests and benchmarks with the python3 at hand, nothing installed, no network
-	PYTHONPATH=protos:server:client python3 -m pytest -m cuda -p no:cacheprovider -o filterwarnings=default -o timeout=0
-	PYTHONPATH=protos:server:client:. python3 -m benchmarks.merging --device cuda
+# The project's pytest settings name plugins that such a machine may lack, so they are left out (-c /dev/null).
+gpu:  ## CUDA tests and benchmarks with the python3 at hand; installs nothing, needs no network
+	PYTHONPATH=protos:server:client python3 -m pytest -c /dev/null --rootdir . -p no:cacheprovider -m cuda tests/server/merging/test_cuda.py
+	PYTHONPATH=protos:server:client python3 -m benchmarks.merging --device cuda --dtype float16 --threads 1
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -49,5 +52,5 @@ clean:  ## remove the virtual environment and caches
 # One installation, redone when what is installed changes.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	touch $@

@@ -1,0 +1,52 @@
+"""The merged model on a CUDA device. `make gpu` runs these; elsewhere they are deselected."""
+
+import pytest
+import timm
+import torch
+
+from tome_server.merging import merge
+from tome_server.models.bundled import BUNDLED
+from tome_server.models.loading import bundled_spec, load
+from tome_server.runtime.executor import Work, run_batch
+
+pytestmark = pytest.mark.cuda
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("tokens_across", [8, 12, 14, 16])
+@pytest.mark.parametrize("r", [0, 3, 8])
+def test_float32_gives_what_the_cpu_gives(tokens_across: int, r: int) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16 * tokens_across, depth=4).eval().double()
+    images = torch.randn(4, 3, 16 * tokens_across, 16 * tokens_across, dtype=torch.float64)
+    with torch.inference_mode():
+        expected = merge(model)(images, r, return_token_map=True)
+        given = merge(model.to(CUDA))(images.to(CUDA), r, return_token_map=True)
+    torch.testing.assert_close(given.logits.cpu(), expected.logits, rtol=1e-8, atol=1e-8)
+    assert torch.equal(given.token_map.cpu(), expected.token_map)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [176, 208, 224])
+def test_half_precision_agrees_with_float32_where_no_token_is_merged(dtype: torch.dtype, size: int) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=size).eval().to(CUDA)
+    images = torch.randn(4, 3, size, size, device=CUDA)
+    with torch.inference_mode():
+        expected = merge(model)(images).logits
+        half = merge(model.to(dtype))
+        given, merged = half(images.to(dtype)).logits, half(images.to(dtype), 8).logits
+    assert (given.float() - expected).norm() / expected.norm() < 3e-2
+    assert merged.isfinite().all()
+
+
+def test_the_bundled_model_classifies_its_samples_as_on_the_cpu() -> None:
+    spec = bundled_spec("fashion")
+    on_cpu, on_cuda = load(spec, torch.device("cpu")), load(spec, CUDA)
+    samples = sorted((BUNDLED / "fashion" / "samples").glob("*.png"))
+    works = [Work(on_cpu.preprocess.encoded(path.read_bytes()), top_k=1) for path in samples]
+    for r in (0, on_cpu.grid[-1].r):
+        expected = run_batch(on_cpu, works, r, torch.device("cpu"))
+        given = run_batch(on_cuda, works, r, CUDA)
+        assert [x.class_ids for x in given.results] == [x.class_ids for x in expected.results]
