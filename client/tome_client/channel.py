@@ -9,7 +9,8 @@ import grpc
 
 from tome_client.version import __version__
 
-DEFAULT_MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
+# What a server with default limits takes: anything longer would be refused there, and tried again in vain.
+DEFAULT_MAX_MESSAGE_BYTES: Final = 32 * 1024 * 1024
 
 # UNAVAILABLE: loading, draining or gone; another address may answer. RESOURCE_EXHAUSTED: the
 # queue is full; the server's grpc-retry-pushback-ms trailer, if it sends one, says when to come

@@ -25,7 +25,7 @@ from tome_client.version import __version__
 _EXAMPLES = """\
 examples:
   tome-client predict shirt.png                     no deadline of its own: the model's default
-  tome-client predict *.jpg --budget 50ms           each answered in 50 ms, as merged as that takes
+  tome-client predict *.jpg --budget 50ms           each answered in 50 ms, or refused
   tome-client predict shirt.png --r 8 --json        exactly 8 tokens merged in each block
   tome-client models                                what is hosted
   tome-client models fashion                        what each r of one model costs and keeps

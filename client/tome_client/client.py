@@ -42,7 +42,7 @@ class Client:
         tls: True for TLS with the system's root certificates, or credentials of your own.
         root_certificates: PEM certificates to trust instead of the system's; implies TLS.
         timeout: Seconds that a call may take where it names no timeout itself; None: no limit.
-            It is the gRPC deadline, so the server merges as it requires. Streams don't take it.
+            It is the gRPC deadline, which the server sees too. Streams don't take it.
         metadata: Sent with every call, such as ("authorization", "Bearer ...").
         retries: False to try every call once.
         max_send_bytes: The largest request that can be sent.

@@ -32,9 +32,9 @@ class TomeError(Exception):
         code: The gRPC status code.
         message: A sentence for people.
         field_violations: The fields that were wrong, with INVALID_ARGUMENT.
-        reason: Why a deadline could not be kept, with DEADLINE_EXCEEDED: "INFEASIBLE" (refused on
-            arrival) or "EXPIRED" (passed while waiting). None where the server gave no reason.
-        metadata: The reason's particulars, such as the smallest latency possible now.
+        reason: Why a deadline could not be kept, with DEADLINE_EXCEEDED: "EXPIRED" if it passed while
+            the server worked on the request. None where the server gave no reason.
+        metadata: The reason's particulars, such as the stage that the deadline passed in.
         retry_delay: Seconds to wait before trying again, with RESOURCE_EXHAUSTED, where the
             server said so.
     """

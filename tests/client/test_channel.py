@@ -140,7 +140,7 @@ def test_the_server_learns_who_asks(peer: Peer) -> None:
     assert metadata["authorization"] == "Bearer secret"
 
 
-def test_messages_up_to_64_mib_are_sent_and_no_larger_ones(peer: Peer) -> None:
+def test_messages_up_to_32_mib_are_sent_and_no_larger_ones(peer: Peer) -> None:
     with Client(peer.target) as client:
         client.predict(bytes(60_000_000))
         with pytest.raises(TomeError, match=r"RESOURCE_EXHAUSTED.*larger than max"):
