@@ -142,10 +142,10 @@ def test_the_server_learns_who_asks(peer: Peer) -> None:
 
 def test_messages_up_to_32_mib_are_sent_and_no_larger_ones(peer: Peer) -> None:
     with Client(peer.target) as client:
-        client.predict(bytes(60_000_000))
+        client.predict(bytes(30_000_000))
         with pytest.raises(TomeError, match=r"RESOURCE_EXHAUSTED.*larger than max"):
-            client.predict(bytes(68_000_000))
-    assert Counter(len(call.request.image) for call in peer.calls) == {60_000_000: 1}
+            client.predict(bytes(34_000_000))
+    assert Counter(len(call.request.image) for call in peer.calls) == {30_000_000: 1}
 
 
 def test_limits_can_be_set(peer: Peer) -> None:
