@@ -22,8 +22,9 @@ import tome_server.timm_import  # noqa: F401  isort: skip
 
 import timm
 import torch
-from tome_server.merging import macs, merge, pack, packable
 from tqdm import tqdm
+
+from tome_server.merging import macs, merge, pack, packable
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     # Before torch is imported: its idle threads would otherwise spin, and starve whatever shares the CPU.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from tome_server.config import ConfigError
-    from tome_server.errors import ModelLoadError
-    from tome_server.rpc.server import PortInUseError
+    try:
+        from tome_server.config import ConfigError
+        from tome_server.errors import ModelLoadError
+        from tome_server.rpc.server import PortInUseError
+    except ModuleNotFoundError as error:
+        # The plain install is the client alone, and still has this command.
+        sys.exit(f"tome-server: {error}; the server needs: pip install 'tome-serving[server]'")
 
     try:
         sys.exit(args.run(args))
@@ -59,8 +63,11 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from tome_server.app import evaluate_model
+    from tome_server.config import ConfigError
     from tome_server.models.datasets import DatasetError
 
+    if args.output and not args.output.parent.is_dir():
+        raise ConfigError(f"--output: there is no folder {args.output.parent}")
     try:
         report = evaluate_model(_config(args), args.data, limit=args.limit, grid=args.r)
     except DatasetError as error:
@@ -77,15 +84,13 @@ def _config(args: argparse.Namespace) -> "ServerConfig":
     """Return the configuration file's settings, overridden by flags."""
     from pydantic import ValidationError
 
-    from tome_server.config import ConfigError, ServerConfig, read_config
+    from tome_server.config import ConfigError, ServerConfig, faults, read_config
 
     config = read_config(args.config) if args.config else ServerConfig()
     given = {name: value for name, value in vars(args).items() if value is not None}
     changes: dict[str, Any] = {
         name: given[name] for name in ("listen", "metrics", "device", "threads", "drain_timeout") if name in given
     }
-    if changes.get("metrics") == "off":
-        changes["metrics"] = None
     batching = {name: given[name] for name in ("max_batch", "max_delay", "max_pending") if name in given}
     model = {name: given[name] for name in ("checkpoint", "labels", "quality", "default_r") if name in given}
     settings = config.model_dump()
@@ -100,7 +105,7 @@ def _config(args: argparse.Namespace) -> "ServerConfig":
         return ServerConfig.model_validate(settings | changes)
     except ValidationError as error:
         raise ConfigError(
-            "\n".join(f"--{str(e['loc'][-1]).replace('_', '-')}: {e['msg']}" for e in error.errors())
+            "\n".join(f"--{str(location[-1]).replace('_', '-')}: {what}" for location, what in faults(error))
         ) from error
 
 
@@ -145,8 +150,10 @@ def _parser() -> argparse.ArgumentParser:
         "--data", type=Path, required=True, metavar="PATH",
         help="folder of images, folder of one subfolder a class, or idx file of images",
     )  # fmt: skip
-    evaluate.add_argument("--r", type=_integers, metavar="R,R,…", help="r values (default: the model's grid)")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N images")
+    evaluate.add_argument(
+        "--r", type=_r_values, metavar="R,R,…", help="r values, besides 0 (default: the model's grid)"
+    )
+    evaluate.add_argument("--limit", type=_positive, metavar="N", help="only the first N images")
     evaluate.add_argument("--output", type=Path, metavar="FILE", help="where to write JSON (default: standard output)")
     evaluate.set_defaults(run=_evaluate)
     return parser
@@ -163,5 +170,14 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads for the model (default: all it may use)")
 
 
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+def _r_values(text: str) -> list[int]:
+    values = text.split(",")
+    if not all(value.strip().isdecimal() for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of r values; write for example 0,4,8")
+    return [int(value) for value in values]
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1")
+    return int(text)

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
 _SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+# Where pydantic's words are about Python.
+_WORDS = {
+    "model_type": "must be a mapping, `setting: value`",
+    "tuple_type": "must be a list",
+    "path_type": "must be a path",
+    "missing": "is missing",
+}
 
 
 class ConfigError(Exception):
@@ -18,9 +27,9 @@ class ConfigError(Exception):
 
 def parse_duration(value: object) -> object:
     """Turn "50ms", "1.5s", "2m" or a number of seconds into seconds. Raises ValueError for other text."""
-    if not isinstance(value, str):
+    if not isinstance(value, str | bool):
         return value
-    found = re.fullmatch(r"([0-9.]+)\s*(us|ms|s|m)", value.strip())
+    found = re.fullmatch(r"([0-9]+|[0-9]*\.[0-9]+)\s*(us|ms|s|m)", str(value).strip())
     if not found:
         raise ValueError(f"{value!r} is no duration; write for example 50ms, 1.5s or 2m")
     return float(found[1]) * _UNITS[found[2]]
@@ -28,17 +37,29 @@ def parse_duration(value: object) -> object:
 
 def parse_size(value: object) -> object:
     """Turn "16MiB" or a number of bytes into bytes. Raises ValueError for other text."""
-    if not isinstance(value, str):
+    if not isinstance(value, str | bool):
         return value
-    found = re.fullmatch(r"([0-9]+)\s*(KiB|MiB|GiB)", value.strip())
+    found = re.fullmatch(r"([0-9]+)\s*(KiB|MiB|GiB)", str(value).strip())
     if not found:
         raise ValueError(f"{value!r} is no size; write for example 512KiB or 16MiB")
     return int(found[1]) * _SIZES[found[2]]
 
 
+def parse_address(value: object) -> object:
+    """Turn "off", and YAML's reading of it, into None. Raises ValueError for text that is no host:port."""
+    if value is False or value == "off":
+        return None
+    if isinstance(value, str):
+        found = re.fullmatch(r"\S+:([0-9]{1,5})", value)
+        if not found or int(found[1]) > 65535:
+            raise ValueError(f"{value!r} is no address; write for example 0.0.0.0:8500")
+    return value
+
+
+Count = Annotated[int, Field(ge=1, strict=True)]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(ge=0, allow_inf_nan=False)]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
-Address = Annotated[str, Field(pattern=r"^[^\s]+:[0-9]+$")]
+Address = Annotated[str, BeforeValidator(parse_address)]
 
 
 class _Strict(BaseModel):
@@ -62,7 +83,7 @@ class ModelConfig(_Strict):
     """What `tome-server evaluate` wrote."""
     data: dict[str, Any] = {}
     """Overrides of timm's data config."""
-    default_r: Annotated[int, Field(ge=0)] = 0
+    default_r: Annotated[int, Field(ge=0, strict=True)] = 0
     """r where a request names none."""
     proportional_attention: bool | None = None
     """Weigh tokens by the patches they stand for; by default on, except for MAE weights."""
@@ -72,11 +93,11 @@ class ModelConfig(_Strict):
 class BatchingConfig(_Strict):
     """How requests wait."""
 
-    max_batch: Annotated[int, Field(ge=1)] = 8
+    max_batch: Count = 8
     """Images in a batch."""
     max_delay: Duration = 0.0
     """How long an idle device waits for batch-mates. 0 starts at once; batches still form while the device is busy."""
-    max_pending: Annotated[int, Field(ge=1)] = 256
+    max_pending: Count = 256
     """Requests held at once; more are refused with RESOURCE_EXHAUSTED."""
 
 
@@ -84,7 +105,7 @@ class LimitsConfig(_Strict):
     """What one image may cost."""
 
     max_image_bytes: Size = 16 * 2**20
-    max_image_pixels: Annotated[int, Field(gt=0)] = 50_000_000
+    max_image_pixels: Count = 50_000_000
 
 
 class TlsConfig(_Strict):
@@ -99,13 +120,13 @@ class ServerConfig(_Strict):
 
     listen: Address = "0.0.0.0:8500"
     """gRPC host:port; port 0 picks a free one."""
-    metrics: Address | None = "0.0.0.0:8501"
-    """Prometheus host:port; null serves none."""
+    metrics: Annotated[str | None, BeforeValidator(parse_address)] = "0.0.0.0:8501"
+    """Prometheus host:port; off or null serves none."""
     models: Annotated[tuple[ModelConfig, ...], Field(min_length=1)] = (ModelConfig(),)
     """The first answers requests that name no model."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
-    threads: Annotated[int, Field(ge=1)] | None = None
+    threads: Count | None = None
     """CPU threads for the model; by default as many as the process may use CPUs."""
     batching: BatchingConfig = BatchingConfig()
     limits: LimitsConfig = LimitsConfig()
@@ -124,17 +145,53 @@ def read_config(path: Path) -> ServerConfig:
     """
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        if root is None or root.tag == "tag:yaml.org,2002:null":
+            return ServerConfig()
+        wrong_keys = [f"{path}:{key.start_mark.line + 1}: {what}" for key, what in _wrong_keys(root, set())]
+        if wrong_keys:
+            raise ConfigError("\n".join(wrong_keys))
+        settings = yaml.SafeLoader("").construct_document(root)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: text that isn't UTF-8, and dates that don't exist
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if root is None:
-        return ServerConfig()
     try:
-        config = ServerConfig.model_validate(yaml.SafeLoader("").construct_document(root))
+        config = ServerConfig.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(path, root, dict(e)) for e in error.errors())) from error
+        raise ConfigError("\n".join(_explain(path, root, *fault) for fault in faults(error))) from error
     return _beside(config, path.parent)
+
+
+def faults(error: ValidationError) -> Iterator[tuple[tuple[str | int, ...], str | None]]:
+    """Yield where each fault lies and what is wrong there: None for a setting that doesn't exist."""
+    found = error.errors()
+    for fault in found:
+        location = fault["loc"]
+        # A list is reported as too short when none of its items is right.
+        if any(len(other["loc"]) > len(location) and other["loc"][: len(location)] == location for other in found):
+            continue
+        what = _WORDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
+        yield location, None if fault["type"] == "extra_forbidden" else what
+
+
+def _wrong_keys(node: yaml.Node, seen: set[int]) -> Iterator[tuple[yaml.Node, str]]:
+    """Find keys that YAML would let pass: given twice, where the last would win, and others than text."""
+    if id(node) in seen:  # an anchor may hold itself
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _wrong_keys(item, seen)
+    elif isinstance(node, yaml.MappingNode):
+        first: dict[str, int] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag not in _KEY_TAGS:
+                yield key, "a setting's name must be text"
+            elif key.value in first:
+                yield key, f"{key.value} is given twice, first on line {first[key.value]}"
+            else:
+                first[key.value] = key.start_mark.line + 1
+            yield from _wrong_keys(value, seen)
 
 
 def _beside(config: ServerConfig, folder: Path) -> ServerConfig:
@@ -153,12 +210,11 @@ def _beside(config: ServerConfig, folder: Path) -> ServerConfig:
     return resolved
 
 
-def _explain(path: Path, root: yaml.Node, error: dict[str, Any]) -> str:
-    location: tuple[str | int, ...] = error["loc"]
+def _explain(path: Path, root: yaml.Node, location: tuple[str | int, ...], what: str | None) -> str:
     line = _line(root, location)
     where = ".".join(map(str, location)) or "the file"
-    if error["type"] != "extra_forbidden":
-        return f"{path}:{line}: {where}: {error['msg']}"
+    if what is not None:
+        return f"{path}:{line}: {where}: {what}"
     valid = _fields(location[:-1])
     close = difflib.get_close_matches(str(location[-1]), valid, 1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else f"valid keys are {', '.join(valid)}"

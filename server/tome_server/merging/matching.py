@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tome_server.merging.schedule import mergeable
 
@@ -44,8 +43,8 @@ def match(metric: Tensor, r: int, prefix: int) -> Matching:
 
     first_source, first_destination = prefix + prefix % 2, prefix + 1 - prefix % 2
     sources, destinations = rows[:, first_source::2], rows[:, first_destination::2]
-    metric = F.normalize(metric, dim=-1)
-    similarity = metric[:, first_source::2] @ metric[:, first_destination::2].mT
+    direction = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp_min(1e-12)
+    similarity = torch.bmm(direction[:, first_source::2], direction[:, first_destination::2].mT)
     best, choice = similarity.max(dim=-1)
     ranked = best.argsort(dim=-1, descending=True, stable=True)
     gone, stay = ranked[:, :r], ranked[:, r:].sort(dim=-1).values

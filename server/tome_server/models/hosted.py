@@ -1,5 +1,6 @@
 """A model as it is served: network, input, labels, and what each r costs and is worth."""
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -78,8 +79,7 @@ class HostedModel:
 
     @cached_property
     def grid(self) -> tuple[MergeLevel, ...]:
-        """The r values that the model is served at, from 0 to the last that leaves about half of the work."""
+        """The r values that the model is served at, evenly from 0 to where about half of the work is left."""
         last = max(r for r in range(self.largest_r + 1) if self.cost(r).merged >= LEAST_WORK * self.cost(0).dense)
-        steps = max(1, min(GRID_STEPS, last))
-        grid = sorted({round(i * last / steps) for i in range(steps + 1)})
-        return tuple(MergeLevel(r, self.cost(r), self.quality.get(r)) for r in grid)
+        step = max(1, math.ceil(last / GRID_STEPS))
+        return tuple(MergeLevel(r, self.cost(r), self.quality.get(r)) for r in range(0, last + 1, step))

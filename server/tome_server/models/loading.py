@@ -1,9 +1,10 @@
 """Loads what is to be served: the bundled model, a timm architecture with pretrained weights, or a local checkpoint."""
 
+import difflib
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from tome_server.errors import ModelLoadError
 from tome_server.merging import MergedModel, UnsupportedModelError, merge, pack, packable
+from tome_server.merging.support import check_supported
 from tome_server.models.bundled import BUNDLED
 from tome_server.models.hosted import HostedModel, Quality
 from tome_server.models.preprocess import ImageSettings, Limits, Preprocess
@@ -82,14 +84,11 @@ def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) ->
     if spec.checkpoint is not None:
         _load_weights(model, spec.checkpoint, spec.architecture)
     model = model.to(device).eval().requires_grad_(False)
-    try:
-        merged = merge(model, proportional_attention=spec.proportional_attention)
-    except UnsupportedModelError as error:
-        raise ModelLoadError(f"{spec.architecture} can't be merged: {error}") from error
+    merged = merge(model, proportional_attention=spec.proportional_attention)
     plain = merged.model
     if packable(merged):
         merged = pack(merged)
-    settings = ImageSettings.from_timm(resolve_data_config(dict(spec.data), model=model))
+    settings = _settings(spec, model)
     _check_equal(plain, merged, settings, device)
     hosted = HostedModel(
         name=spec.name,
@@ -114,13 +113,19 @@ def weights_digest(path: Path) -> str:
 
 def _create(spec: ModelSpec) -> VisionTransformer:
     if not timm.is_model(spec.architecture):
-        close = timm.list_models(f"*{spec.architecture.split('.')[0][:12]}*")[:5]
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        name = spec.architecture.split(".")[0]
+        close = difflib.get_close_matches(name, timm.list_models(), 3) or timm.list_models(f"{name}*")[:3]
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ModelLoadError(f"timm has no model named {spec.architecture!r}{hint}")
     try:
+        if spec.checkpoint is None:
+            _check_before_download(spec)
         model: VisionTransformer = timm.create_model(
             spec.architecture, pretrained=spec.checkpoint is None, **dict(spec.kwargs)
         )
+        check_supported(model)
+    except UnsupportedModelError as error:
+        raise ModelLoadError(f"{spec.architecture} can't be merged: {error}") from error
     except Exception as error:
         # Whatever the hub's client raises without a network, or timm for arguments that don't fit.
         what = "be built" if spec.checkpoint else "be built with pretrained weights from the hub"
@@ -131,11 +136,23 @@ def _create(spec: ModelSpec) -> VisionTransformer:
     return model
 
 
+def _check_before_download(spec: ModelSpec) -> None:
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(spec.architecture, **dict(spec.kwargs))
+    except Exception:  # not every architecture can be built without memory; what is wrong shows in building it for real
+        return
+    check_supported(model)
+
+
 def _load_weights(model: nn.Module, path: Path, architecture: str) -> None:
+    if not path.is_file():
+        raise ModelLoadError(f"checkpoint {path} is no file")
     try:
         weights = load_state_dict(str(path), device="cpu", weights_only=True)
+        weights = {key: value for key, value in weights.items() if isinstance(value, torch.Tensor)}
     except Exception as error:
-        raise ModelLoadError(f"checkpoint {path} can't be read: {error}") from error
+        raise ModelLoadError(f"checkpoint {path} can't be read: {str(error) or repr(error)}") from error
     wanted = model.state_dict()
     problems = {
         "missing": [key for key in wanted if key not in weights],
@@ -160,8 +177,8 @@ def _labels(spec: ModelSpec, model: VisionTransformer) -> tuple[str, ...]:
     if spec.labels is not None:
         try:
             labels = tuple(spec.labels.read_text(encoding="utf-8").splitlines())
-        except OSError as error:
-            raise ModelLoadError(f"labels {spec.labels} can't be read: {error.strerror}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelLoadError(f"labels {spec.labels} can't be read: {error}") from error
         if len(labels) != model.num_classes:
             raise ModelLoadError(f"{spec.labels} has {len(labels)} labels; {spec.name} has {model.num_classes} classes")
         return labels
@@ -177,22 +194,49 @@ def _quality(spec: ModelSpec) -> dict[int, Quality]:
         return {}
     try:
         report = json.loads(spec.quality.read_text())
-        levels = {level["r"]: Quality(level["agreement"], level.get("top1")) for level in report["levels"]}
+        levels = {int(level["r"]): _level_quality(level) for level in report["levels"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelLoadError(f"quality report {spec.quality} can't be read: {error!r}") from error
-    if spec.checkpoint is not None and report.get("weights_sha256") != weights_digest(spec.checkpoint):
+    if spec.checkpoint is not None:
+        same = report.get("weights_sha256") == weights_digest(spec.checkpoint)
+    else:
+        same = report.get("weights_sha256") is None and report.get("model") == spec.architecture
+    if not same:
         raise ModelLoadError(
-            f"quality report {spec.quality} was measured on other weights than {spec.checkpoint}; "
-            "run tome-server evaluate again"
+            f"quality report {spec.quality} was measured on other weights than "
+            f"{spec.checkpoint or spec.architecture}; run tome-server evaluate again"
         )
     return levels
+
+
+def _level_quality(level: Mapping[str, Any]) -> Quality:
+    top1 = level.get("top1")
+    return Quality(float(level["agreement"]), None if top1 is None else float(top1))
+
+
+def _settings(spec: ModelSpec, model: VisionTransformer) -> ImageSettings:
+    valid = [setting.name for setting in fields(ImageSettings)]
+    if unknown := sorted(spec.data.keys() - set(valid)):
+        raise ModelLoadError(f"data of {spec.name}: {', '.join(unknown)} is none of {', '.join(valid)}")
+    # timm's data config knows the size that the pretrained weights had, which kwargs may have changed.
+    size = (model.in_chans, *model.patch_embed.img_size)
+    try:
+        return ImageSettings.from_timm(resolve_data_config({"input_size": size, **spec.data}, model=model))
+    except AssertionError as error:
+        sizes = "input_size is [channels, height, width]; mean and std are lists of one number a channel"
+        raise ModelLoadError(f"data of {spec.name}: {sizes}") from error
+    except (TypeError, ValueError) as error:
+        raise ModelLoadError(f"data of {spec.name}: {error}") from error
 
 
 @torch.inference_mode()
 def _check_equal(plain: VisionTransformer, merged: MergedModel, settings: ImageSettings, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, *settings.input_size, generator=generator).to(device)
-    theirs, ours = plain(image), merged(image).logits
+    try:
+        theirs, ours = plain(image), merged(image).logits
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ModelLoadError(f"the model fails on an input of {list(settings.input_size)}: {error}") from error
     difference = float((theirs - ours).abs().max() / theirs.abs().max().clamp(min=1e-6))
     if not difference <= EQUAL:
         raise ModelLoadError(f"merging would change this model even at r = 0 (relative difference {difference:.1e})")

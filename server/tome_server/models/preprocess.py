@@ -17,6 +17,8 @@ from torch import Tensor
 from tome_server.errors import InvalidRequestError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+CROP_MODES = ("center", "squash", "border")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 # Pillow's own guard warns at a size of its choosing and is process-wide; `max_pixels` below is checked on the header,
 # before anything is decoded.
@@ -35,7 +37,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How a model wants its input, in timm's terms."""
+    """How a model wants its input, in timm's terms. Raises ValueError if they make no sense."""
 
     input_size: tuple[int, int, int]
     """channels, height, width"""
@@ -44,6 +46,18 @@ class ImageSettings:
     interpolation: str
     crop_pct: float
     crop_mode: str
+
+    def __post_init__(self) -> None:
+        channels, *_ = self.input_size
+        if min(self.input_size) < 1:
+            raise ValueError(f"input_size must be channels, height and width, not {list(self.input_size)}")
+        if len(self.mean) != channels or len(self.std) != channels or min(self.std) <= 0:
+            raise ValueError(f"mean and std take {channels} numbers, one a channel, and no std may be 0")
+        if not self.crop_pct > 0:
+            raise ValueError(f"crop_pct must be positive, and is {self.crop_pct}")
+        for value, valid in ((self.crop_mode, CROP_MODES), (self.interpolation, INTERPOLATIONS)):
+            if value not in valid:
+                raise ValueError(f"{value!r} is none of {', '.join(valid)}")
 
     @classmethod
     def from_timm(cls, data_config: dict[str, Any]) -> "ImageSettings":
@@ -73,8 +87,8 @@ class Preprocess:
             crop_pct=settings.crop_pct,
             crop_mode=settings.crop_mode,
         )
-        # timm resizes the shorter side to this, then crops.
-        self._resized = math.floor(min(settings.input_size[1:]) / settings.crop_pct)
+        # timm resizes the shorter side to this, or to less where height and width differ, then crops.
+        self._resized = math.floor(max(settings.input_size[1:]) / settings.crop_pct)
 
     def encoded(self, data: bytes) -> Tensor:
         """Decode and prepare a JPEG, PNG, WebP or BMP image: [C, H, W] float32.
@@ -166,7 +180,7 @@ def _flatten(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits a pixel; convert() would clip instead of scale
         wide = np.asarray(image).astype(np.int64).clip(0, 65535)
         return Image.fromarray((wide // 257).astype(np.uint8)).convert("RGB")
-    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+    if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image.convert("RGB")

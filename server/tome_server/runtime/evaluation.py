@@ -22,11 +22,13 @@ def evaluate(
     limit: int | None = None,
     progress: bool = False,
 ) -> dict[int, Quality]:
-    """Classify the first `limit` of `images` at every r of `grid` and at 0.
+    """Classify the first `limit` of `images` at 0 and at every r of `grid`, in ascending order.
 
+    An r beyond the model's largest is brought down to it, as merging itself does.
     A folder's classes are matched to the model's labels by name, other labels are class numbers. Raises DatasetError if
     they don't fit the model or an image can't be decoded.
     """
+    levels = sorted({0, *(min(r, model.largest_r) for r in grid)})
     count = len(images) if limit is None else min(limit, len(images))
     class_ids = _class_ids(model, images)
     agreeing: Counter[int] = Counter()
@@ -39,12 +41,12 @@ def evaluate(
             inputs = torch.stack(list(prepared)).to(device)
             wanted = torch.tensor([-1 if label is None else class_ids[label] for _, label in chosen])
             plain = model.merged(inputs).logits.argmax(dim=1).cpu()
-            for r in grid:
+            for r in levels:
                 given = model.merged(inputs, r).logits.argmax(dim=1).cpu() if r else plain
                 agreeing[r] += int((given == plain).sum())
                 right[r] += int((given == wanted).sum())
             bar.update(len(chosen))
-    return {r: Quality(agreement=agreeing[r] / count, top1=right[r] / count if labelled else None) for r in grid}
+    return {r: Quality(agreement=agreeing[r] / count, top1=right[r] / count if labelled else None) for r in levels}
 
 
 def _class_ids(model: HostedModel, images: Dataset) -> list[int]:

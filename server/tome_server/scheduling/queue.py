@@ -35,7 +35,7 @@ class Ticket(Generic[T]):
 
 @dataclass(eq=False)
 class _Group(Generic[T]):
-    """Tickets that may share a batch. Tickets that stopped waiting stay in the heaps until they surface."""
+    """Tickets that may share a batch. Tickets that stopped waiting stay in the heaps until they surface or prevail."""
 
     size: int = 0
     by_deadline: list[tuple[float, int, Ticket[T]]] = field(default_factory=list)
@@ -47,9 +47,19 @@ class _Group(Generic[T]):
     def oldest(self) -> Ticket[T]:
         return _first(self.by_arrival)
 
+    def compact(self) -> None:
+        """Drop tickets that stopped waiting from a heap that holds more of them than of the others."""
+        for heap in (self.by_deadline, self.by_arrival):
+            if len(heap) > 2 * self.size:
+                heap[:] = [entry for entry in heap if entry[2].waiting]
+                heapq.heapify(heap)
+
 
 class DeadlineQueue(Generic[T]):
-    """Earliest deadline first; requests that tie go in order of arrival. push, cancel and take are O(log n) a ticket.
+    """Earliest deadline first; requests that tie go in order of arrival.
+
+    push, cancel and take cost O(log n) a ticket, averaged over many. Tickets that stopped waiting are kept for a while,
+    but never more of them than of the others.
 
     A batch holds tickets of one group only (the same model at the same r): the group of the earliest deadline.
     """
@@ -81,16 +91,21 @@ class DeadlineQueue(Generic[T]):
         members.size -= 1
         if members.size == 0:
             del self._groups[ticket.group]
+        else:
+            members.compact()
         return True
 
     def ready_at(self) -> float | None:
-        """Return when the next batch may start: at once (-inf) if it is full, None if nobody waits."""
+        """Return when the next batch may start, -inf for at once; None if nobody waits.
+
+        It waits `max_delay` for batch-mates, but not while another batch is full, nor past its earliest deadline.
+        """
         group = self._next_group()
         if group is None:
             return None
-        if group.size >= self._limits.max_batch:
-            return -math.inf
-        return group.oldest().arrival + self._limits.max_delay
+        start = group.oldest().arrival + self._limits.max_delay
+        full = any(members.size >= self._limits.max_batch for members in self._groups.values())
+        return -math.inf if full or start >= group.first().deadline else start
 
     def take(self, now: float) -> list[T]:
         """Remove and return the next batch, without requests whose deadline has passed: those are dropped."""

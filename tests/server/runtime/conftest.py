@@ -1,0 +1,36 @@
+"""A model small enough to run in every test."""
+
+import tome_server.timm_import  # noqa: F401  isort: skip
+
+import pytest
+import timm
+import torch
+
+from tome_server.merging import merge
+from tome_server.models.hosted import HostedModel
+from tome_server.models.preprocess import ImageSettings, Limits, Preprocess
+
+LABELS = ("coat", "bag", "shirt", "boot")
+
+
+@pytest.fixture(scope="session")
+def model() -> HostedModel:
+    """16 patches, 4 classes, random weights."""
+    torch.manual_seed(0)
+    network = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=48, depth=2, num_heads=3, num_classes=len(LABELS)
+    )
+    # timm starts at almost nothing, which would make every image the same.
+    for name, parameter in network.named_parameters():
+        if parameter.ndim > 1 and name not in ("cls_token", "pos_embed"):
+            torch.nn.init.normal_(parameter, std=3 * parameter[0].numel() ** -0.5)
+    settings = ImageSettings((3, 16, 16), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
+    return HostedModel(
+        name="tiny",
+        architecture="vit_tiny_patch16_224",
+        description="",
+        merged=merge(network.eval().requires_grad_(False)),
+        preprocess=Preprocess(settings, Limits()),
+        labels=LABELS,
+        default_r=0,
+    )

@@ -1,0 +1,319 @@
+"""The server as its operator meets it: a process that starts, says what is wrong, drains and stops."""
+
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import yaml
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rpc.wire import black_png, connected, refusal, refusal_in, refusal_of, scrape, until
+
+from tome_api.v1 import inference_pb2 as pb
+
+BUNDLED = Path(__file__).parents[2] / "server/tome_server/models/bundled/fashion"
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def health(target: str) -> int:
+    with grpc.insecure_channel(target) as channel:
+        return health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()).status
+
+
+@pytest.fixture(scope="module")
+def image() -> bytes:
+    return (BUNDLED / "samples" / "00002_trouser.png").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def slow() -> pb.PredictRequest:
+    """A request that takes a noticeable part of a second to decode."""
+    return pb.PredictRequest(image=black_png(4000, 4000), r=15)
+
+
+# Starting
+
+
+@pytest.fixture(scope="module")
+def taken() -> Iterator[str]:
+    """An address that something else listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        yield f"127.0.0.1:{other.getsockname()[1]}"
+
+
+def test_a_port_in_use_is_said_in_a_sentence(taken: str) -> None:
+    command = [sys.executable, "-m", "tome_server", "serve", "--listen", taken, "--metrics", "off"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1] == f"tome-server: can't listen on {taken}: is the port in use?"
+    assert "Traceback" not in done.stderr
+
+
+# Importing torch takes most of a start that fails; this does it once for all of them.
+ONE_PROCESS = """
+import json, os, sys
+from tome_server.cli import main
+for argv in json.load(sys.stdin):
+    try:
+        main(["serve", *argv])
+    except SystemExit as end:
+        print(json.dumps(end.code), flush=True)
+    except BaseException as error:
+        print(json.dumps(repr(error)), flush=True)
+"""
+
+
+def test_what_cannot_be_served_is_said_in_a_sentence(taken: str, tmp_path: Path) -> None:
+    def config(name: str, **settings: Any) -> str:
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"listen": "127.0.0.1:0", "metrics": None, **settings}))
+        return str(tmp_path / f"{name}.yaml")
+
+    (tmp_path / "junk.pem").write_text("junk")
+    (tmp_path / "junk.key").write_text("junk")
+    base = ["--listen", "127.0.0.1:0", "--metrics", "off"]
+    weights = str(BUNDLED / "weights.safetensors")
+    cases = {
+        f"can't serve metrics on {taken}: Address already in use": [*base[:2], "--metrics", taken],
+        "typo.yaml:2: batching.max_bach is not a setting; did you mean 'max_batch'?": [
+            "--config",
+            config("typo", batching={"max_bach": 3}),
+        ],
+        "cls_token [1, 1, 128] for [1, 1, 192]": [
+            *base, "--model", "vit_tiny_patch16_224", "--checkpoint", weights,
+        ],
+        "timm has no model named 'vit_tiny_patch16_22'; did you mean vit_tiny_patch16_224": [
+            *base, "--model", "vit_tiny_patch16_22",
+        ],
+        "can't be built with pretrained weights from the hub: ": [*base, "--model", "vit_tiny_patch16_224"],
+        "no-such.pem: No such file or directory": [
+            "--config", config("no-tls", tls={"certificate": "no-such.pem", "key": "junk.key"}),
+        ],
+        "junk.pem and junk.key are no certificate and its key": [
+            "--config", config("junk-tls", tls={"certificate": "junk.pem", "key": "junk.key"}),
+        ],
+        "two models are named 'fashion'": [
+            "--config", config("twice", models=[{"source": "bundled:fashion"}, {"source": "bundled:fashion"}]),
+        ],
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_PROCESS],
+        input=json.dumps(list(cases.values())),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+    )
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(said) == len(cases), done.stderr
+    for sentence, problem in zip(said, cases, strict=True):
+        assert sentence.startswith("tome-server: ")
+        assert problem in sentence
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["serve"], ["demo"], ["evaluate"]], ids=str)
+def test_help_is_to_be_had_of_every_command(command: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tome_server", *command, "--help"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(f"usage: {' '.join(['tome-server', *command])}")
+    assert done.stderr == ""
+
+
+def test_while_a_model_loads_the_others_are_served_and_health_waits(tmp_path: Path, image: bytes) -> None:
+    labels = tmp_path / "labels.fifo"
+    os.mkfifo(labels)  # loading waits until somebody writes to it
+    architecture = yaml.safe_load((BUNDLED / "config.yaml").read_text())
+    loading = {
+        "name": "slow",
+        "source": architecture["architecture"],
+        "kwargs": architecture["kwargs"],
+        "data": architecture["data"],
+        "checkpoint": str(BUNDLED / "weights.safetensors"),
+        "labels": str(labels),
+    }
+    config = tmp_path / "server.yaml"
+    config.write_text(
+        yaml.safe_dump({"listen": "127.0.0.1:0", "metrics": None, "models": [{"source": "bundled:fashion"}, loading]})
+    )
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "tome_server", "serve", "--config", str(config)]
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+    ):
+        try:
+            until(lambda: "listening on " in log.read_text(), "the port is open")
+            target = log.read_text().partition("listening on ")[2].partition(",")[0]
+            with connected(target) as stub:
+                until(lambda: stub.ListModels(pb.ListModelsRequest()).models[0].ready, "the first model is loaded")
+                ready = {model.name: model.ready for model in stub.ListModels(pb.ListModelsRequest()).models}
+                assert ready == {"fashion": True, "slow": False}
+                assert health(target) == NOT_SERVING
+                assert stub.Predict(pb.PredictRequest(image=image)).predictions[0].label == "Trouser"
+                request = pb.PredictRequest(model="slow", image=image)
+                for refused in (
+                    refusal(lambda: stub.Predict(request)),
+                    refusal(lambda: stub.GetModel(pb.GetModelRequest(model="slow"))),
+                    refusal_in(
+                        next(stub.PredictStream(iter([pb.PredictStreamRequest(id="1", request=request)]))).error
+                    ),
+                ):
+                    assert (refused.code, refused.message) == (UNAVAILABLE, "model slow is loading")
+                labels.write_text((BUNDLED / "labels.txt").read_text())
+                assert json.loads(process.stdout.readline())["ready"]["grpc"] == target
+                assert health(target) == SERVING
+                assert stub.Predict(request).predictions[0].label == "Trouser"
+            process.terminate()
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+
+
+# Stopping
+
+
+class OpenStream:
+    """A stream that the client doesn't close."""
+
+    def __init__(self, stub: Any, requests: list[pb.PredictStreamRequest], half_close: bool = False) -> None:
+        self._outgoing: queue.SimpleQueue[pb.PredictStreamRequest | None] = queue.SimpleQueue()
+        for message in [*requests, *([None] if half_close else [])]:
+            self._outgoing.put(message)
+        self.call = stub.PredictStream(iter(self._outgoing.get, None))
+
+    def read(self) -> tuple[list[pb.PredictStreamResponse], Any]:
+        """Read to the end; returns the answers and the refusal at the end, if it is one."""
+        answers = []
+        try:
+            answers.extend(self.call)
+        except grpc.RpcError as error:
+            return answers, refusal_of(error)
+        finally:
+            self._outgoing.put(None)
+        return answers, None
+
+
+def watch(target: str, channel: grpc.Channel) -> Any:
+    """Return a call that reports the server's health, already reported once."""
+    call = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+    assert next(call).status == SERVING
+    return call
+
+
+@pytest.mark.parametrize("order", [signal.SIGTERM, signal.SIGINT], ids=lambda order: order.name)
+def test_a_server_told_to_stop_answers_what_is_in_flight(
+    own_server: Callable[..., Any], slow: pb.PredictRequest, order: signal.Signals
+) -> None:
+    """Nothing else holds it up: it would wait for ten minutes."""
+    server = own_server("--drain-timeout", "600s")
+    messages = [pb.PredictStreamRequest(id=str(i), request=slow) for i in range(4)]
+    with connected(server.target) as stub, grpc.insecure_channel(server.target) as channel:
+        other_watcher, watcher = watch(server.target, channel), watch(server.target, channel)
+        other_watcher.cancel()
+        idle = OpenStream(stub, [])
+        unary = [stub.Predict.future(slow) for _ in range(4)]
+        open_stream, closed_stream = OpenStream(stub, messages), OpenStream(stub, messages, half_close=True)
+        until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 12, "all requests are in flight")
+        server.process.send_signal(order)
+        assert [state.status for state in watcher] == [NOT_SERVING]
+        assert all(call.result().merging.r == 15 for call in unary)
+        answers, end = closed_stream.read()
+        assert sorted(answer.id for answer in answers) == list("0123")
+        assert all(answer.HasField("response") for answer in answers)
+        assert end is None
+        answers, end = open_stream.read()
+        assert sorted(answer.id for answer in answers) == list("0123")
+        assert all(answer.HasField("response") for answer in answers)
+        assert end.code is UNAVAILABLE
+        assert end.message == "the server is shutting down; what was received has been answered"
+        answers, end = idle.read()
+        assert (answers, end.code) == ([], UNAVAILABLE)
+    assert server.process.wait(60) == 0
+    log = server.log.read_text()
+    assert log.splitlines()[-1].endswith("tome_server.app: stopped")
+    assert "Traceback" not in log
+    assert "ERROR" not in log
+
+
+def test_a_stream_that_sends_on_while_the_server_drains_loses_nothing(
+    own_server: Callable[..., Any], image: bytes
+) -> None:
+    """Each message is answered with a prediction, or with UNAVAILABLE, or was not taken from the stream."""
+    server = own_server()
+    sent = 0
+
+    def endless() -> Iterator[pb.PredictStreamRequest]:
+        nonlocal sent
+        while True:
+            sent += 1
+            yield pb.PredictStreamRequest(id=str(sent), request=pb.PredictRequest(image=image, r=15))
+
+    with connected(server.target) as stub:
+        call = stub.PredictStream(endless())
+        answers = [next(call) for _ in range(100)]
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(grpc.RpcError) as caught:
+            answers.extend(call)
+        assert refusal_of(caught.value).code is UNAVAILABLE
+    assert server.process.wait(60) == 0
+    ids = sorted(int(answer.id) for answer in answers)
+    assert ids == list(range(1, len(ids) + 1))
+    assert len(ids) <= sent
+    for answer in answers:
+        assert answer.HasField("response") or refusal_in(answer.error).code is UNAVAILABLE
+
+
+def test_calls_that_outlast_the_drain_timeout_are_cut(own_server: Callable[..., Any], slow: pb.PredictRequest) -> None:
+    server = own_server("--drain-timeout", "0s")
+    with connected(server.target) as stub:
+        calls = [stub.Predict.future(slow) for _ in range(8)]
+        until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 8, "all requests are in flight")
+        assert server.terminate(60) == 0
+        for call in calls:
+            assert refusal(call.result).code in (UNAVAILABLE, grpc.StatusCode.CANCELLED)
+    assert "Traceback" not in server.log.read_text()
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def identity(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A self-signed certificate of localhost, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    certificate, key = folder / "server.pem", folder / "server.key"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    try:
+        subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("needs openssl")
+    return certificate, key
+
+
+def test_tls_is_served_and_nothing_else(
+    own_server: Callable[..., Any], identity: tuple[Path, Path], tmp_path: Path, image: bytes
+) -> None:
+    certificate, key = identity
+    config = tmp_path / "tls.yaml"
+    config.write_text(yaml.safe_dump({"tls": {"certificate": str(certificate), "key": str(key)}}))
+    server = own_server("--config", str(config))
+    with connected(server.target, grpc.ssl_channel_credentials(certificate.read_bytes())) as stub:
+        assert stub.Predict(pb.PredictRequest(image=image)).predictions[0].label == "Trouser"
+    for stranger in (None, grpc.ssl_channel_credentials()):
+        with connected(server.target, stranger) as stub:
+            assert refusal(lambda stub=stub: stub.Predict(pb.PredictRequest(image=image))).code is UNAVAILABLE
+    assert server.terminate() == 0

@@ -1,0 +1,301 @@
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tome_server import app, cli
+from tome_server.config import ServerConfig
+from tome_server.errors import ModelLoadError
+from tome_server.models.datasets import DatasetError
+
+FILE = """
+listen: 127.0.0.1:1
+metrics: 127.0.0.1:2
+device: cpu
+threads: 5
+drain_timeout: 7s
+reply_margin: 9ms
+batching: {max_batch: 3, max_delay: 4ms, max_pending: 6}
+limits: {max_image_bytes: 1MiB}
+models:
+  - {source: first, name: one, checkpoint: first.pth, default_r: 2}
+  - {source: second}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "server.yaml"
+    path.write_text(FILE)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _same_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command sets OMP_WAIT_POLICY for its own process, which here is pytest's."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def config(monkeypatch: pytest.MonkeyPatch, *flags: str) -> ServerConfig:
+    """The settings that `tome-server serve` would serve with."""
+    served: list[ServerConfig] = []
+
+    async def serve(settings: ServerConfig) -> None:
+        served.append(settings)
+
+    monkeypatch.setattr(app, "serve", serve)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["serve", *flags])
+    assert caught.value.code == 0
+    return served[0]
+
+
+def failure(*args: str) -> str:
+    """What a command that fails says."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(args)
+    assert isinstance(caught.value.code, str)  # Python prints it on standard error and exits with 1
+    return caught.value.code
+
+
+def wrong_usage(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(args)
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_without_flags_the_defaults_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config(monkeypatch) == ServerConfig()
+
+
+def test_a_file_is_served_as_it_is(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    served = config(monkeypatch, "--config", str(file))
+    assert served.listen == "127.0.0.1:1"
+    assert served.batching.max_delay == 0.004
+    assert served.limits.max_image_bytes == 2**20
+    assert [model.source for model in served.models] == ["first", "second"]
+    assert served.models[1].model_dump(exclude_unset=True) == {"source": "second"}
+
+
+FLAGS: list[tuple[list[str], tuple[str, ...], Any]] = [
+    (["--listen", "h:8"], ("listen",), "h:8"),
+    (["--metrics", "h:9"], ("metrics",), "h:9"),
+    (["--metrics", "off"], ("metrics",), None),
+    (["--device", "cuda:1"], ("device",), "cuda:1"),
+    (["--threads", "2"], ("threads",), 2),
+    (["--drain-timeout", "1m"], ("drain_timeout",), 60.0),
+    (["--max-batch", "16"], ("batching", "max_batch"), 16),
+    (["--max-delay", "50ms"], ("batching", "max_delay"), 0.05),
+    (["--max-pending", "9"], ("batching", "max_pending"), 9),
+]
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed", "value"), FLAGS, ids=lambda case: " ".join(case) if isinstance(case, list) else ""
+)
+def test_a_flag_overrides_its_own_setting_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, file: Path, flags: list[str], changed: tuple[str, ...], value: Any
+) -> None:
+    expected = config(monkeypatch, "--config", str(file)).model_dump()
+    section = expected
+    for key in changed[:-1]:
+        section = section[key]
+    section[changed[-1]] = value
+    assert config(monkeypatch, "--config", str(file), *flags).model_dump() == expected
+
+
+def test_model_flags_change_the_first_model_of_the_file(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    first, second = config(
+        monkeypatch, "--config", str(file), "--labels", "labels.txt", "--quality", "q.json", "--default-r", "0"
+    ).models
+    assert first.model_dump(exclude_unset=True) == {
+        "source": "first",
+        "name": "one",
+        "checkpoint": file.parent / "first.pth",
+        "labels": Path("labels.txt"),  # of a flag, a path counts from the working directory
+        "quality": Path("q.json"),
+        "default_r": 0,
+    }
+    assert second.source == "second"
+
+
+def test_a_model_flag_replaces_the_models_of_the_file(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    [model] = config(monkeypatch, "--config", str(file), "--model", "vit", "--checkpoint", "w.pth").models
+    assert model.model_dump(exclude_unset=True) == {"source": "vit", "checkpoint": Path("w.pth")}
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--max-delay", "abc"], "--max-delay: 'abc' is no duration; write for example 50ms, 1.5s or 2m"),
+        (["--drain-timeout", "-1s"], "--drain-timeout: '-1s' is no duration; write for example 50ms, 1.5s or 2m"),
+        (["--listen", "8500"], "--listen: '8500' is no address; write for example 0.0.0.0:8500"),
+        (["--metrics", "on"], "--metrics: 'on' is no address; write for example 0.0.0.0:8500"),
+        (["--max-batch", "0"], "--max-batch: Input should be greater than or equal to 1"),
+        (["--max-pending", "-1"], "--max-pending: Input should be greater than or equal to 1"),
+        (["--threads", "0"], "--threads: Input should be greater than or equal to 1"),
+        (["--default-r", "-1"], "--default-r: Input should be greater than or equal to 0"),
+    ],
+)
+def test_a_wrong_value_gives_one_sentence_that_names_the_flag(flags: list[str], says: str, file: Path) -> None:
+    name, value = flags
+    for rest in ([], ["--config", str(file)]):
+        assert failure("serve", f"{name}={value}", *rest) == f"tome-server: {says}"
+
+
+def test_a_fault_in_the_file_names_the_line(file: Path) -> None:
+    file.write_text("listen: a:1\nbatching: {max_bach: 2}")
+    said = "batching.max_bach is not a setting; did you mean 'max_batch'?"
+    assert failure("serve", "--config", str(file)) == f"tome-server: {file}:2: {said}"
+    assert failure("serve", "--config", "/nowhere.yaml") == "tome-server: /nowhere.yaml: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["sevre"],
+        ["serve", "--nonsense"],
+        ["serve", "--max-batch", "two"],
+        ["serve", "--log-level", "loud"],
+        ["serve", "extra"],
+        ["demo", "--port", "1"],
+        ["evaluate"],
+        ["evaluate", "--data"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2_and_shows_usage(capsys: pytest.CaptureFixture[str], args: list[str]) -> None:
+    assert wrong_usage(capsys, *args).startswith("usage: tome-server")
+
+
+@pytest.mark.parametrize("value", ["a", "1,b", "", "1,,2", "-1", "0,-4", "1.5"])
+def test_a_wrong_list_of_r_is_wrong_usage(capsys: pytest.CaptureFixture[str], value: str) -> None:
+    error = wrong_usage(capsys, "evaluate", "--data", ".", f"--r={value}")
+    assert f"argument --r: {value!r} is no list of r values; write for example 0,4,8" in error
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "many", "1.5"])
+def test_a_limit_of_no_images_is_wrong_usage(capsys: pytest.CaptureFixture[str], value: str) -> None:
+    error = wrong_usage(capsys, "evaluate", "--data", ".", f"--limit={value}")
+    assert f"argument --limit: {value!r} is no number from 1" in error
+
+
+def test_the_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"tome-serving {importlib.metadata.version('tome-serving')}\n"
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["serve"], ["demo"], ["evaluate"]], ids=lambda command: " ".join(command) or "all"
+)
+def test_help_exits_with_0(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command, "--help"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith(" ".join(["usage: tome-server", *command]))
+
+
+def test_the_defaults_in_the_help_are_the_defaults(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    shown = capsys.readouterr().out
+    config = ServerConfig()
+    for default in (
+        config.listen,
+        config.metrics,
+        config.batching.max_batch,
+        config.batching.max_pending,
+        "30s",
+        "0ms",
+    ):
+        assert f"(default: {default}" in shown
+    assert (config.drain_timeout, config.batching.max_delay) == (30, 0)
+
+
+@pytest.mark.parametrize("error", [ModelLoadError("no such weights"), app.PortInUseError("port 1 is taken")])
+def test_what_the_operator_can_mend_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    async def serve(_: ServerConfig) -> None:
+        raise error
+
+    monkeypatch.setattr(app, "serve", serve)
+    assert failure("serve") == f"tome-server: {error}"
+
+
+def test_an_interrupt_exits_as_shells_expect(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def serve(_: ServerConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "serve", serve)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["serve"])
+    assert caught.value.code == 130
+
+
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Calls of the evaluation, which does nothing."""
+    calls: list[tuple[Any, ...]] = []
+
+    def evaluate(config: ServerConfig, data: Path, **options: Any) -> dict[str, object]:
+        calls.append((config, data, options))
+        return {"levels": []}
+
+    monkeypatch.setattr(app, "evaluate_model", evaluate)
+    return calls
+
+
+def test_evaluate_prints_its_report(capsys: pytest.CaptureFixture[str], evaluated: list[tuple[Any, ...]]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["evaluate", "--data", "images", "--r", "0,4, 8", "--limit", "3", "--model", "vit"])
+    assert caught.value.code == 0
+    assert json.loads(capsys.readouterr().out) == {"levels": []}
+    [(settings, data, options)] = evaluated
+    assert settings.models[0].source == "vit"
+    assert data == Path("images")
+    assert options == {"limit": 3, "grid": [0, 4, 8]}
+
+
+def test_evaluate_writes_its_report(
+    capsys: pytest.CaptureFixture[str], evaluated: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    output = tmp_path / "quality.json"
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["evaluate", "--data", "images", "--output", str(output)])
+    assert caught.value.code == 0
+    assert json.loads(output.read_text()) == {"levels": []}
+    assert capsys.readouterr().out == ""
+
+
+def test_evaluate_does_not_begin_what_it_could_not_write(evaluated: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    message = failure("evaluate", "--data", "images", "--output", str(tmp_path / "gone" / "quality.json"))
+    assert message == f"tome-server: --output: there is no folder {tmp_path / 'gone'}"
+    assert evaluated == []
+
+
+def test_images_that_cannot_be_read_are_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate(*_: object, **__: object) -> None:
+        raise DatasetError("images does not exist")
+
+    monkeypatch.setattr(app, "evaluate_model", evaluate)
+    assert failure("evaluate", "--data", "images") == "tome-server: images does not exist"
+
+
+def test_without_the_servers_packages_the_way_to_get_them_is_said() -> None:
+    code = "import sys; sys.modules['pydantic'] = None; from tome_server.cli import main; main(['serve'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ)
+    assert done.returncode == 1
+    assert done.stderr.startswith("tome-server: ")
+    assert "pip install 'tome-serving[server]'" in done.stderr
+    assert "Traceback" not in done.stderr
