@@ -217,7 +217,7 @@ def accuracy(model: nn.Module, data: Images, channels: int) -> float:
     """Top-1 on all of data, in percent, in float32."""
     model.eval()
     right = 0
-    for index in torch.arange(len(data)).split(500):
+    for index in torch.arange(len(data)).split(64):
         images, labels = data.batch(index)
         logits = model(images.expand(-1, channels, -1, -1))
         right += int((logits.argmax(1) == labels).sum())

@@ -16,8 +16,9 @@ import timm
 import torch
 from prometheus_client import start_http_server
 
-from tome_server.config import ConfigError, ModelConfig, ServerConfig
+from tome_server.config import ModelConfig, ServerConfig
 from tome_server.engine import Engine
+from tome_server.errors import ConfigError
 from tome_server.models.datasets import load_labelled
 from tome_server.models.hosted import HostedModel
 from tome_server.models.loading import BUNDLED_PREFIX, ModelSpec, bundled_spec, load, weights_digest
@@ -67,7 +68,7 @@ async def serve(config: ServerConfig) -> None:
             model = await asyncio.to_thread(_load_warm, spec, device, limits)
             engine.models[spec.name] = model
             metrics.model_info.labels(spec.name).info({"architecture": model.architecture, "device": str(device)})
-        await rpc.ready()
+        rpc.ready()
         ready = {"grpc": rpc.address, "metrics": metrics_url, "seconds": round(time.monotonic() - began, 3)}
         print(json.dumps({"ready": ready}), flush=True)
         await _until(stopping, dispatcher)
@@ -128,7 +129,7 @@ def _serve_metrics(address: str | None, metrics: Metrics) -> tuple[str | None, C
         return None, lambda: None
     host, _, port = address.rpartition(":")
     try:
-        server, _ = start_http_server(int(port), host, registry=metrics.registry)
+        server, _ = start_http_server(int(port), host.strip("[]"), registry=metrics.registry)
     except OSError as error:
         raise PortInUseError(f"can't serve metrics on {address}: {error.strerror}") from error
 

@@ -30,8 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Before torch is imported: its idle threads would otherwise spin, and starve whatever shares the CPU.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        from tome_server.config import ConfigError
-        from tome_server.errors import ModelLoadError
+        from tome_server.errors import ConfigError, ModelLoadError
         from tome_server.rpc.server import PortInUseError
     except ModuleNotFoundError as error:
         # The plain install is the client alone, and still has this command.
@@ -63,7 +62,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from tome_server.app import evaluate_model
-    from tome_server.config import ConfigError
+    from tome_server.errors import ConfigError
     from tome_server.models.datasets import DatasetError
 
     if args.output and not args.output.parent.is_dir():
@@ -84,7 +83,8 @@ def _config(args: argparse.Namespace) -> "ServerConfig":
     """Return the configuration file's settings, overridden by flags."""
     from pydantic import ValidationError
 
-    from tome_server.config import ConfigError, ServerConfig, faults, read_config
+    from tome_server.config import ServerConfig, faults, read_config
+    from tome_server.errors import ConfigError
 
     config = read_config(args.config) if args.config else ServerConfig()
     given = {name: value for name, value in vars(args).items() if value is not None}

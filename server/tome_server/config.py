@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from tome_server.errors import ConfigError
+
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
 _SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
@@ -19,10 +21,6 @@ _WORDS = {
     "path_type": "must be a path",
     "missing": "is missing",
 }
-
-
-class ConfigError(Exception):
-    """The configuration can't be used; the message is for the person who wrote it."""
 
 
 def parse_duration(value: object) -> object:

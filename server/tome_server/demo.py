@@ -14,7 +14,7 @@ from typing import IO
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tome_client import Client, StreamItem
+from tome_client import Client, StreamItem, TomeError
 from tome_server.models.bundled import BUNDLED
 
 SAMPLES = BUNDLED / "fashion" / "samples"
@@ -52,7 +52,7 @@ def run(as_json: bool = False) -> int:
                 rows = list(_classify(client, _spread(grid)))
                 streams = [_stream(client, r) for r in _spread(grid)]
             counters = _counters(ready["metrics"])
-    except _DemoError as error:
+    except (_DemoError, TomeError, subprocess.TimeoutExpired) as error:
         print(f"tome-server demo: {error}", file=sys.stderr)
         return 1
     saved = sum(row.flops_saved for row in rows) + sum(stream.flops_saved for stream in streams)

@@ -34,6 +34,8 @@ FLOPS_PER_MAC = 2
 # What a refused client is told to wait: about the time that a few batches take.
 RETRY_AFTER = 0.1
 DEFAULT_TOP_K = 5
+# Characters of an unknown model's name that its refusal repeats.
+NAME_SHOWN = 100
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ class Engine:
         """Return a hosted model, the first if unnamed. Raises UnknownModelError, or UnavailableError if loading."""
         name = name or self.names[0]
         if name not in self.names:
-            raise UnknownModelError(name, self.names)
+            # The caller's text goes into the status, and gRPC drops statuses of more than a few kilobytes.
+            raise UnknownModelError(name if len(name) <= NAME_SHOWN else f"{name[:NAME_SHOWN]}…", self.names)
         if name not in self.models:
             raise UnavailableError(f"model {name} is loading")
         return self.models[name]
@@ -190,7 +193,8 @@ class Engine:
                 answer = await self._wait(job, request)
         except TimeoutError:
             stage = "decode" if job is None else "compute" if job.taken else "queue"
-            raise ExpiredError(stage, request.deadline - request.arrival) from None
+            # A budget less than the reply margin is over before it begins.
+            raise ExpiredError(stage, max(0.0, request.deadline - request.arrival)) from None
         finally:
             self._pending -= 1
             self.metrics.pending.set(self._pending)
@@ -254,7 +258,8 @@ class Engine:
             if len(batch) > 1:
                 log.exception("model %s failed on a batch of %d; running its images alone", model.name, len(batch))
                 for job in batch:
-                    await self._run_batch([job])
+                    if not job.answer.done():  # its caller may have gone
+                        await self._run_batch([job])
                 return
             log.exception("model %s failed", model.name)
             if not batch[0].answer.done():
@@ -262,7 +267,7 @@ class Engine:
             return
         self.metrics.batch_size.labels(model.name).observe(len(batch))
         for job, result in zip(batch, done.results, strict=True):
-            if not job.answer.done():  # its caller may have gone
+            if not job.answer.done():
                 job.answer.set_result(_Answer(result, started, done.seconds, len(batch)))
 
     def _reply(self, job: _Job, answer: _Answer, request: Request) -> Reply:

@@ -51,5 +51,9 @@ class ModelFailedError(RequestError):
     """The model raised on this very input."""
 
 
+class ConfigError(Exception):
+    """The configuration can't be used; the message is for the person who wrote it."""
+
+
 class ModelLoadError(Exception):
     """A model can't be hosted as configured; the message is for the operator to act on."""

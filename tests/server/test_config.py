@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tome_server.config import BatchingConfig, ConfigError, LimitsConfig, ModelConfig, ServerConfig, read_config
+from tome_server.config import BatchingConfig, LimitsConfig, ModelConfig, ServerConfig, read_config
+from tome_server.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

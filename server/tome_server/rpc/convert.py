@@ -3,14 +3,15 @@
 import math
 
 from google.protobuf.duration_pb2 import Duration
-from tome_api.v1 import inference_pb2 as pb
 
+from tome_api.v1 import inference_pb2 as pb
 from tome_server.engine import EncodedImage, Normalised, Pixels, Reply, Request
 from tome_server.errors import InvalidRequestError
 from tome_server.models.hosted import HostedModel, MergeLevel
 
 # As the protobuf specification bounds a Duration: about 10,000 years.
 _LONGEST = 315_576_000_000
+_MOST_DIMENSIONS = 8
 
 
 def request_from(message: pb.PredictRequest, arrival: float, time_remaining: float | None, margin: float) -> Request:
@@ -112,6 +113,9 @@ def _input(message: pb.PredictRequest) -> EncodedImage | Pixels | Normalised:
     if kind is None:
         raise InvalidRequestError("image", "is missing; send image or tensor")
     tensor = message.tensor
+    # A shape goes into the refusal's text, and gRPC drops statuses of more than a few kilobytes.
+    if len(tensor.shape) > _MOST_DIMENSIONS:
+        raise InvalidRequestError("tensor.shape", f"must have three dimensions, and has {len(tensor.shape):,}")
     if tensor.data_type == pb.Tensor.DATA_TYPE_UINT8:
         return Pixels(tuple(tensor.shape), tensor.data)
     if tensor.data_type == pb.Tensor.DATA_TYPE_FLOAT32:
@@ -125,7 +129,11 @@ def _budget(message: pb.PredictRequest) -> float:
     budget = message.latency_budget
     seconds = budget.seconds + budget.nanos / 1e9
     if not 0 < seconds <= _LONGEST:
-        raise InvalidRequestError("latency_budget", f"must be a positive duration, and is {seconds:g} s")
+        raise InvalidRequestError(
+            "latency_budget", f"must be a positive duration of at most {_LONGEST:,} s, and is {seconds:g} s"
+        )
+    if not 0 <= budget.nanos < 1e9:
+        raise InvalidRequestError("latency_budget", f"must have nanos in 0..999,999,999, and has {budget.nanos:,}")
     return seconds
 
 

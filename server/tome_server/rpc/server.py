@@ -1,14 +1,17 @@
 """The gRPC server: services, health, reflection, limits."""
 
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from tome_api.v1 import inference_pb2, inference_pb2_grpc
 
+from tome_api.v1 import inference_pb2, inference_pb2_grpc
 from tome_server.engine import Engine
+from tome_server.errors import ConfigError
+from tome_server.rpc import health
 from tome_server.rpc.servicer import InferenceServicer
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -46,10 +49,10 @@ class RpcServer:
                 ("grpc.keepalive_permit_without_calls", 1),
             ]
         )
-        self._health = health.aio.HealthServicer()
+        self._health = health.HealthServicer(("", SERVICE))
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(engine, reply_margin), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (SERVICE, health.SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         host = address.rpartition(":")[0]
         try:
@@ -60,23 +63,31 @@ class RpcServer:
 
     async def start(self) -> None:
         """Start to listen, NOT_SERVING."""
-        for service in ("", SERVICE):
-            await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
 
-    async def ready(self) -> None:
+    def ready(self) -> None:
         """Report SERVING."""
-        for service in ("", SERVICE):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._health.ready()
 
     async def stop(self, grace: float) -> None:
         """Report NOT_SERVING, refuse new calls, and end once calls in flight are answered, or after `grace` seconds."""
-        await self._health.enter_graceful_shutdown()
+        self._health.stop()
         self._engine.drain()
         await self._server.stop(grace)
 
     def _listen(self, address: str, tls: TlsFiles | None) -> int:
         if tls is None:
             return self._server.add_insecure_port(address)
+        return self._server.add_secure_port(address, _credentials(tls))
+
+
+def _credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+    """Read the files. Raises ConfigError if they can't be used, of which gRPC would only say that the port can't."""
+    try:
         pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
-        return self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(tls.certificate, tls.key, password="")
+    except ssl.SSLError as error:
+        raise ConfigError(f"tls: {tls.certificate} and {tls.key} are no certificate and its key: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"tls: {error.filename}: {error.strerror}") from error
+    return grpc.ssl_server_credentials([pair])

@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 from typing import TypeAlias
 
 import grpc
+
 from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
-
 from tome_server.engine import Engine
 from tome_server.errors import InvalidRequestError, RequestError, UnavailableError
 from tome_server.rpc import convert
@@ -82,7 +82,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 log.exception("unexpected error")
             raise
         finally:
-            self._engine.metrics.requests.labels(self._label(message.model), code).inc()
+            self._count(message.model, code)
         return response
 
     async def _read(
@@ -94,6 +94,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> None:
         """Start a task for each message of a stream, until the client half-closes or the server drains."""
         unanswered: set[str] = set()
+        refusal: UnavailableError | None = None
 
         async def answer(message: pb.PredictStreamRequest) -> None:
             response = pb.PredictStreamResponse(id=message.id)
@@ -106,31 +107,37 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
         try:
             async with asyncio.TaskGroup() as tasks:
-                while (message := await self._next(requests)) is not None:
-                    await window.acquire()
-                    if message.id in unanswered:
-                        refusal = InvalidRequestError("id", f"{message.id!r} is that of an unanswered request")
-                        answers.put_nowait(pb.PredictStreamResponse(id=message.id, error=status_of(refusal)))
-                    else:
-                        unanswered.add(message.id)
-                        tasks.create_task(answer(message))
+                try:
+                    while (message := await self._next(requests)) is not None:
+                        await window.acquire()
+                        if message.id in unanswered:
+                            status = status_of(InvalidRequestError("id", "is that of an unanswered request"))
+                            self._count(message.request.model, code_name(status))
+                            answers.put_nowait(pb.PredictStreamResponse(id=message.id, error=status))
+                        else:
+                            unanswered.add(message.id)
+                            tasks.create_task(answer(message))
+                except UnavailableError as error:
+                    refusal = error
         finally:
             answers.put_nowait(None)
-        if self._engine.draining.is_set():
-            raise UnavailableError("the server is shutting down; what was received has been answered")
+        if refusal is not None:
+            raise refusal
 
     async def _next(self, requests: AsyncIterator[pb.PredictStreamRequest]) -> pb.PredictStreamRequest | None:
-        """Return the stream's next message; None at its end or once the server drains."""
+        """Return the stream's next message, None at its end. Raises UnavailableError once the server drains."""
         read = asyncio.ensure_future(anext(requests, None))
         drain = asyncio.ensure_future(self._engine.draining.wait())
         try:
             await asyncio.wait({read, drain}, return_when=asyncio.FIRST_COMPLETED)
-            return read.result() if read.done() else None
+            if not read.done():
+                raise UnavailableError("the server is shutting down; what was received has been answered")
+            return read.result()
         finally:
             drain.cancel()
             read.cancel()
 
-    def _label(self, model: str) -> str:
-        """Return the metric label for a model's name, which is the caller's text until it is known."""
+    def _count(self, model: str, code: str) -> None:
+        """Count an answer. A model's name is the caller's text until it is known, and no label for metrics."""
         name = model or self._engine.names[0]
-        return name if name in self._engine.names else "unknown"
+        self._engine.metrics.requests.labels(name if name in self._engine.names else "unknown", code).inc()

@@ -1,0 +1,178 @@
+"""The metrics of a live server say what its replies said."""
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from rpc.wire import Metrics, black_png, connected, exposition, refusal, scrape, until
+
+from tome_api.v1 import inference_pb2 as pb
+from tome_server.observability import buckets
+
+
+@pytest.fixture(scope="module")
+def stub(server: Any) -> Iterator[Any]:
+    with connected(server.target) as stub:
+        yield stub
+
+
+@pytest.fixture(scope="module")
+def image(samples: dict[Path, str]) -> bytes:
+    return min(samples).read_bytes()
+
+
+class Change:
+    """What a server's metrics have grown by since this was made."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._before = scrape(url)
+
+    def now(self) -> Metrics:
+        return Metrics({key: value - self._before.get(key, 0) for key, value in scrape(self._url).items()})
+
+    def requests(self) -> dict[tuple[str, str], float]:
+        """Requests by model and code."""
+        return {
+            (dict(labels)["model"], dict(labels)["code"]): value
+            for (name, labels), value in self.now().items()
+            if name == "tome_requests_total" and value
+        }
+
+
+def test_counters_and_histograms_equal_the_sums_over_the_replies(server: Any, stub: Any, image: bytes) -> None:
+    change = Change(server.metrics_url)
+    rs = [0, 1, 4, 8, 15, 98] * 4
+    calls = [stub.Predict.future(pb.PredictRequest(image=image, r=r)) for r in rs]
+    replies = [call.result() for call in calls]
+    messages = (pb.PredictStreamRequest(id=str(i), request=pb.PredictRequest(image=image, r=4)) for i in range(6))
+    replies += [answer.response for answer in stub.PredictStream(messages)]
+    rs += [4] * 6
+    now = change.now()
+
+    merging = [reply.merging for reply in replies]
+    assert now.total("tome_tokens_input_total", model="fashion") == sum(one.tokens_in for one in merging)
+    assert now.total("tome_tokens_merged_total", model="fashion") == sum(
+        one.tokens_in - one.tokens_out for one in merging
+    )
+    assert now.total("tome_flops_total", model="fashion") == sum(one.flops for one in merging)
+    assert now.total("tome_flops_saved_total", model="fashion") == sum(one.flops_saved for one in merging) > 0
+    assert change.requests() == {("fashion", "OK"): len(replies)}
+
+    assert now.total("tome_request_duration_seconds_count", model="fashion") == len(replies)
+    durations = sum(reply.timing.total.ToNanoseconds() for reply in replies) / 1e9
+    assert now.total("tome_request_duration_seconds_sum", model="fashion") == pytest.approx(durations)
+    for stage in ("decode", "queue", "compute"):
+        given = sum(getattr(reply.timing, stage).ToNanoseconds() for reply in replies) / 1e9
+        assert now.total("tome_stage_duration_seconds_count", stage=stage) == len(replies)
+        assert now.total("tome_stage_duration_seconds_sum", stage=stage) == pytest.approx(given)
+
+    assert now.total("tome_merge_r_count") == len(replies)
+    assert now.total("tome_merge_r_sum") == sum(rs)
+    for bound in (0, 4, 8, 16):
+        assert now.total("tome_merge_r_bucket", le=str(float(bound))) == sum(r <= bound for r in rs)
+    # A batch of n is in n replies.
+    sizes = Counter(reply.timing.batch_size for reply in replies)
+    assert now.total("tome_batch_size_count") == sum(count / size for size, count in sizes.items())
+    assert now.total("tome_batch_size_sum") == len(replies)
+    # What is in flight is nothing now.
+    assert scrape(server.metrics_url).total("tome_requests_pending") == 0
+    assert scrape(server.metrics_url).total("tome_queue_depth") == 0
+
+
+def test_refused_requests_are_counted_under_their_codes_and_nowhere_else(server: Any, stub: Any, image: bytes) -> None:
+    change = Change(server.metrics_url)
+    bad = [
+        pb.PredictRequest(image=b"nothing"),
+        pb.PredictRequest(image=image, r=-1),
+        pb.PredictRequest(image=image, model="other"),
+        pb.PredictRequest(image=image, model="another", r=-1),
+        pb.PredictRequest(image=image, latency_budget=Duration(nanos=1)),
+        pb.PredictRequest(),
+    ]
+    for request in bad:
+        refusal(lambda request=request: stub.Predict(request))
+    answers = list(stub.PredictStream(pb.PredictStreamRequest(id=str(i), request=r) for i, r in enumerate(bad)))
+    assert all(answer.HasField("error") for answer in answers)
+    assert change.requests() == {
+        ("fashion", "INVALID_ARGUMENT"): 6,
+        ("fashion", "DEADLINE_EXCEEDED"): 2,
+        ("unknown", "NOT_FOUND"): 4,
+    }
+    now = change.now()
+    for name in ("request_duration_seconds_count", "flops_total", "tokens_input_total", "merge_r_count"):
+        assert now.total(f"tome_{name}") == 0
+
+
+def test_cancelled_requests_are_counted_as_such(server: Any, stub: Any) -> None:
+    slow = pb.PredictRequest(image=black_png(4000, 4000), r=15)
+    change = Change(server.metrics_url)
+    calls = [stub.Predict.future(slow) for _ in range(6)]
+    until(lambda: scrape(server.metrics_url).total("tome_requests_pending") >= 3, "requests are in flight")
+    for call in calls:
+        call.cancel()
+    until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 0, "nothing is pending")
+    counted = change.requests()
+    assert counted[("fashion", "CANCELLED")] >= 1
+    # One or two may have been answered before they were cancelled.
+    assert set(counted) <= {("fashion", "CANCELLED"), ("fashion", "OK")}
+    assert sum(counted.values()) <= len(calls)
+
+
+def test_overload_is_counted(own_server: Any) -> None:
+    server = own_server("--max-pending", "1", "--threads", "1")
+    slow = pb.PredictRequest(image=black_png(4000, 4000), r=15)
+    with connected(server.target) as stub:
+        calls = [stub.Predict.future(slow) for _ in range(4)]
+        refused = []
+        for call in calls:
+            try:
+                call.result()
+            except grpc.RpcError as error:
+                refused.append(error)
+    assert 1 <= len(refused) <= 3
+    for error in refused:
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "grpc-retry-pushback-ms" in dict(error.trailing_metadata())
+    assert scrape(server.metrics_url).total("tome_requests_total", code="RESOURCE_EXHAUSTED") == len(refused)
+
+
+def test_names_have_our_prefix_and_base_units(server: Any) -> None:
+    text = exposition(server.metrics_url)
+    families = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
+    assert set(re.findall(r"^# HELP (\S+) \S", text, re.MULTILINE)) == set(families)
+    for name, kind in families.items():
+        assert name.startswith("tome_")
+        assert not re.search(r"_(ms|millis|milliseconds|us|minutes|kb|mb|percent)(_|$)", name)
+        if kind == "counter":
+            assert name.endswith(("_total", "_created"))
+    durations = {name for name in families if "duration" in name and not name.endswith("_created")}
+    assert durations == {"tome_request_duration_seconds", "tome_stage_duration_seconds"}
+    info = {key for key, value in scrape(server.metrics_url).items() if key[0] == "tome_model_info" and value == 1}
+    assert [dict(labels)["model"] for _, labels in info] == ["fashion"]
+
+
+@pytest.mark.parametrize("bounds", [buckets.SECONDS, buckets.BATCH, buckets.MERGE_R], ids=["s", "batch", "r"])
+def test_buckets_rise(bounds: tuple[float, ...]) -> None:
+    assert list(bounds) == sorted(set(bounds))
+
+
+def test_promtool_finds_nothing_wrong(server: Any) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("needs promtool on PATH")
+    checked = subprocess.run(
+        [promtool, "check", "metrics"],
+        input=exposition(server.metrics_url),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr

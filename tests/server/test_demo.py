@@ -1,0 +1,66 @@
+"""`tome-server demo` as its first reader runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tome_server", "demo", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_sample_is_shown_unmerged_and_merged(report: dict[str, Any], samples: dict[Path, str]) -> None:
+    rows = report["rows"]
+    rs = sorted({row["r"] for row in rows})
+    assert rs[0] == 0
+    assert len(rs) == 3
+    shown = [(row["image"], row["label"], row["r"]) for row in rows]
+    assert sorted(shown) == sorted((file.name, label, r) for file, label in samples.items() for r in rs)
+
+
+def test_merging_saves_work_and_most_predictions_stay_right(report: dict[str, Any]) -> None:
+    for row in report["rows"]:
+        assert row["tokens_in"] == 197
+        assert (row["tokens_out"] == 197) == (row["r"] == 0)
+        assert (row["flops_saved"] > 0) == (row["r"] > 0)
+        assert row["latency_ms"] > 0
+        assert 0 < row["score"] <= 1
+    for r in {row["r"] for row in report["rows"]}:
+        right = [row["prediction"] == row["label"] for row in report["rows"] if row["r"] == r]
+        assert sum(right) >= 0.7 * len(right)
+
+
+def test_streams_are_measured_at_every_r(report: dict[str, Any], samples: dict[Path, str]) -> None:
+    assert [stream["r"] for stream in report["streams"]] == sorted({row["r"] for row in report["rows"]})
+    for stream in report["streams"]:
+        assert stream["images"] > 0
+        assert stream["images"] % len(samples) == 0
+        assert stream["images_per_second"] > 0
+
+
+def test_the_counters_agree_with_what_is_shown(report: dict[str, Any]) -> None:
+    rows, metrics = report["rows"], report["metrics"]
+    # Streams report a total; an image at the same r costs what its row says.
+    cost = {row["r"]: row for row in rows}
+    shown = rows + [cost[stream["r"]] for stream in report["streams"] for _ in range(stream["images"])]
+    assert report["counters_agree"] is True
+    assert metrics == {
+        "tome_requests_total": len(shown),
+        "tome_tokens_input_total": sum(row["tokens_in"] for row in shown),
+        "tome_tokens_merged_total": sum(row["tokens_in"] - row["tokens_out"] for row in shown),
+        "tome_flops_total": sum(row["flops"] for row in shown),
+        "tome_flops_saved_total": sum(row["flops_saved"] for row in shown),
+    }
