@@ -29,7 +29,7 @@ def run(command: list[str], folder: Path = REPOSITORY) -> str:
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_the_stubs_are_what_make_proto_generates(tmp_path: Path) -> None:
     pytest.importorskip("grpc_tools", reason="needs the dev extra")
-    recipe = run(["make", "--dry-run", "--assume-old=.venv/.installed", "proto", f"BIN={BIN}"])
+    recipe = run(["make", "--dry-run", "--no-print-directory", "--assume-old=.venv/.installed", "proto", f"BIN={BIN}"])
     assert recipe.count("_out=protos") + recipe.count("_out=quiet:protos") == 4
     elsewhere = recipe.replace("_out=protos", f"_out={tmp_path}").replace("_out=quiet:protos", f"_out=quiet:{tmp_path}")
     run(["sh", "-c", elsewhere])

@@ -18,13 +18,13 @@ from prometheus_client import start_http_server
 
 from tome_server.config import ModelConfig, ServerConfig
 from tome_server.engine import Engine
-from tome_server.errors import ConfigError
+from tome_server.errors import ConfigError, PortInUseError
 from tome_server.models.datasets import load_labelled
 from tome_server.models.hosted import HostedModel
 from tome_server.models.loading import BUNDLED_PREFIX, ModelSpec, bundled_spec, load, weights_digest
 from tome_server.models.preprocess import Limits
 from tome_server.observability.metrics import Metrics
-from tome_server.rpc.server import PortInUseError, RpcServer, TlsFiles
+from tome_server.rpc.server import RpcServer, TlsFiles
 from tome_server.runtime.evaluation import evaluate
 from tome_server.runtime.executor import Executor, Work, run_batch
 from tome_server.runtime.threads import available_cpus

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tome_server.errors import ConfigError, ModelLoadError, PortInUseError
+
 # torch and timm take seconds to import, so each command imports what it needs when it runs.
 if TYPE_CHECKING:
     from tome_server.config import ServerConfig
@@ -30,16 +32,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Before torch is imported: its idle threads would otherwise spin, and starve whatever shares the CPU.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        from tome_server.errors import ConfigError, ModelLoadError
-        from tome_server.rpc.server import PortInUseError
-    except ModuleNotFoundError as error:
-        # The plain install is the client alone, and still has this command.
-        sys.exit(f"tome-server: {error}; the server needs: pip install 'tome-serving[server]'")
-
-    try:
         sys.exit(args.run(args))
     except (ConfigError, ModelLoadError, PortInUseError) as error:
         sys.exit(f"tome-server: {error}")
+    except ModuleNotFoundError as error:
+        # The plain install is the client alone, and still has this command.
+        sys.exit(f"tome-server: {error}; the server needs: pip install 'tome-serving[server]'")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -62,7 +60,6 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from tome_server.app import evaluate_model
-    from tome_server.errors import ConfigError
     from tome_server.models.datasets import DatasetError
 
     if args.output and not args.output.parent.is_dir():
@@ -84,7 +81,6 @@ def _config(args: argparse.Namespace) -> "ServerConfig":
     from pydantic import ValidationError
 
     from tome_server.config import ServerConfig, faults, read_config
-    from tome_server.errors import ConfigError
 
     config = read_config(args.config) if args.config else ServerConfig()
     given = {name: value for name, value in vars(args).items() if value is not None}

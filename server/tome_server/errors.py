@@ -57,3 +57,7 @@ class ConfigError(Exception):
 
 class ModelLoadError(Exception):
     """A model can't be hosted as configured; the message is for the operator to act on."""
+
+
+class PortInUseError(Exception):
+    """An address can't be listened on."""

@@ -10,17 +10,13 @@ from grpc_reflection.v1alpha import reflection
 
 from tome_api.v1 import inference_pb2, inference_pb2_grpc
 from tome_server.engine import Engine
-from tome_server.errors import ConfigError
+from tome_server.errors import ConfigError, PortInUseError
 from tome_server.rpc import health
 from tome_server.rpc.servicer import InferenceServicer
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 # Room for what goes with an image of the largest size, so that one somewhat above it gets our own, clearer refusal.
 MESSAGE_SLACK = 2
-
-
-class PortInUseError(Exception):
-    """The address can't be listened on."""
 
 
 @dataclass(frozen=True)
