@@ -49,7 +49,8 @@ def macs(model: VisionTransformer, r: int | Schedule, image_size: tuple[int, int
     rows, columns = model.patch_embed.dynamic_feat_size((height, width))
     patches, prefix = rows * columns, model.num_prefix_tokens
 
-    embed = model.patch_embed.proj.weight.numel() * patches
+    proj = model.patch_embed.proj
+    embed = (proj.weight.numel() if isinstance(proj, nn.Conv2d) else _linear(proj)) * patches
     dense = embed + _head(model, patches + prefix)
     merged, overhead, tokens, counts = embed, 0, patches + prefix, []
     for block, wanted in zip(model.blocks, per_block, strict=True):

@@ -103,12 +103,12 @@ def attend(attn: Attention, x: Tensor, bias: Tensor | None, queries: int | None 
 
 def size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
     """Return log(size) as an attention mask [B, 1, 1, N] (ToMe, equation 1, "proportional attention")."""
-    batch, tokens = size.shape
-    # Memory-efficient attention on CUDA wants rows of a mask to start at multiples of 8 elements.
-    storage = size.new_empty(batch, 1, 1, (tokens + 7) // 8 * 8, dtype=dtype)
-    bias = storage[..., :tokens]
-    bias.copy_(size.log()[:, None, None, :])
-    return bias
+    bias = size.log().to(dtype)
+    if size.is_cuda:
+        # Memory-efficient attention there wants the rows of a mask to start at multiples of 8 elements.
+        tokens = size.shape[1]
+        bias = F.pad(bias, (0, -tokens % 8))[:, :tokens]
+    return bias[:, None, None, :]
 
 
 def classify(model: VisionTransformer, encoded: Encoded) -> tuple[Tensor, Tensor]:

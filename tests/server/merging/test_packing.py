@@ -1,0 +1,72 @@
+"""Packed weights: the same results, and nothing of the original touched."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from tome_server.merging import MergedModel, macs, merge, pack, packable
+from tome_server.merging.packing import PackedLinear, PackedPatches
+
+from .small_models import KINDS, Kind
+
+
+def frozen(model: nn.Module) -> MergedModel:
+    return merge(model.eval().requires_grad_(False))
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize("r", [0, 3])
+def test_packed_results_are_the_plain_ones_to_rounding(kind: Kind, r: int) -> None:
+    merged = frozen(kind.build(dtype=torch.float32))
+    images = kind.images(dtype=torch.float32)
+    with torch.inference_mode():
+        plain, packed = merged(images, r), pack(merged)(images, r)
+    assert packed.tokens_per_block == plain.tokens_per_block
+    difference = (packed.logits - plain.logits).abs().max()
+    assert difference < 1e-4 * plain.logits.abs().max()
+
+
+def test_packing_changes_nothing_in_the_model() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval().requires_grad_(False)
+    before = copy.deepcopy(model)
+    classes = [type(module) for module in model.modules()]
+    packed = pack(merge(model))
+    assert [type(module) for module in model.modules()] == classes
+    for name, value in before.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    assert packed.model.pos_embed is model.pos_embed
+
+
+def test_the_counts_of_a_packed_model_are_the_plain_ones() -> None:
+    merged = frozen(timm.create_model("vit_tiny_patch16_224", depth=3))
+    assert macs(pack(merged).model, 8) == macs(merged.model, 8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda m: m.double(), lambda m: m.bfloat16(), lambda m: m.train(), lambda m: m.requires_grad_(True)],
+    ids=["double", "bfloat16", "training", "gradients"],
+)
+def test_only_float32_for_inference_is_packed(change: Callable[[nn.Module], nn.Module]) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).eval().requires_grad_(False)
+    merged = merge(change(model))
+    assert not packable(merged)
+    with pytest.raises(ValueError, match="float32"):
+        pack(merged)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (35, 50)])
+def test_patches_are_those_of_the_convolution_and_what_fills_none_is_left_out(size: tuple[int, int]) -> None:
+    convolution = nn.Conv2d(3, 24, kernel_size=(8, 16), stride=(8, 16)).requires_grad_(False)
+    images = torch.randn(2, 3, *size)
+    torch.testing.assert_close(PackedPatches(convolution)(images), convolution(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_without_bias_can_be_packed() -> None:
+    linear = nn.Linear(16, 8, bias=False).requires_grad_(False)
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(PackedLinear(linear.weight, None)(x), linear(x), rtol=1e-4, atol=1e-5)
