@@ -27,7 +27,7 @@ from tome_server.observability.metrics import Metrics
 from tome_server.rpc.server import RpcServer, TlsFiles
 from tome_server.runtime.evaluation import evaluate
 from tome_server.runtime.executor import Executor, Work, run_batch
-from tome_server.runtime.threads import available_cpus
+from tome_server.runtime.threads import available_cpus, fastest_threads
 from tome_server.scheduling.queue import Limits as BatchLimits
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ async def serve(config: ServerConfig) -> None:
 
     specs = model_specs(config.models)
     device = choose_device(config.device)
-    torch.set_num_threads(config.threads or available_cpus())
+    torch.set_num_threads(config.threads or available_cpus())  # until they are measured, below
     metrics = Metrics()
     engine = Engine(
         executor=Executor(device),
@@ -68,6 +68,8 @@ async def serve(config: ServerConfig) -> None:
             model = await asyncio.to_thread(_load_warm, spec, device, limits)
             engine.models[spec.name] = model
             metrics.model_info.labels(spec.name).info({"architecture": model.architecture, "device": str(device)})
+        if config.threads is None and device.type == "cpu":
+            await asyncio.to_thread(_choose_threads, list(engine.models.values()), config.batching.max_batch, device)
         rpc.ready()
         ready = {"grpc": rpc.address, "metrics": metrics_url, "seconds": round(time.monotonic() - began, 3)}
         print(json.dumps({"ready": ready}), flush=True)
@@ -122,6 +124,21 @@ def _load_warm(spec: ModelSpec, device: torch.device, limits: Limits) -> HostedM
     for r in {0, model.default_r, model.grid[-1].r}:
         run_batch(model, [Work(image, top_k=1)], r, device)
     return model
+
+
+def _choose_threads(models: Sequence[HostedModel], max_batch: int, device: torch.device) -> None:
+    """Set torch's threads to what runs one image and a full batch of each model fastest."""
+
+    def run() -> None:
+        for model in models:
+            image = torch.zeros(model.preprocess.settings.input_size)
+            for size in (1, max_batch):
+                run_batch(model, [Work(image, top_k=1)] * size, model.grid[len(model.grid) // 2].r, device)
+
+    # torch's count is each thread's own from its first use of torch, which the executor's thread has yet to make.
+    threads = fastest_threads(run, available_cpus())
+    torch.set_num_threads(threads)
+    log.info("%d CPU threads, as measured", threads)
 
 
 def _serve_metrics(address: str | None, metrics: Metrics) -> tuple[str | None, Callable[[], None]]:

@@ -163,7 +163,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quality", type=Path, metavar="FILE", help="what `tome-server evaluate` wrote")
     parser.add_argument("--default-r", type=int, metavar="R", help="r where a request names none (default: 0)")
     parser.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads for the model (default: all it may use)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads for the model (default: measured)")
 
 
 def _r_values(text: str) -> list[int]:

@@ -125,7 +125,7 @@ class ServerConfig(_Strict):
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
     threads: Count | None = None
-    """CPU threads for the model; by default as many as the process may use CPUs."""
+    """CPU threads for the model; by default one, or as many as the process may use CPUs, as measured at start."""
     batching: BatchingConfig = BatchingConfig()
     limits: LimitsConfig = LimitsConfig()
     tls: TlsConfig | None = None

@@ -1,11 +1,13 @@
 import math
 import os
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tome_server.runtime import threads
-from tome_server.runtime.threads import available_cpus
+from tome_server.runtime.threads import available_cpus, fastest_threads
 
 
 @pytest.fixture
@@ -64,3 +66,14 @@ def test_the_affinity_counts_where_it_is_less(cgroup: Path, monkeypatch: pytest.
 def test_this_machine_has_a_cpu() -> None:
     assert 1 <= available_cpus() <= len(os.sched_getaffinity(0))
     assert threads._quota(Path("/nowhere"), Path("/nowhere")) == math.inf
+
+
+@pytest.mark.parametrize(("slow", "best"), [(1, 2), (2, 1)])
+def test_the_thread_count_that_runs_faster_is_chosen_and_none_is_set(slow: int, best: int) -> None:
+    before = torch.get_num_threads()
+    assert fastest_threads(lambda: time.sleep(0.05 if torch.get_num_threads() == slow else 0), most=2) == best
+    assert torch.get_num_threads() == before
+
+
+def test_a_single_cpu_is_not_measured() -> None:
+    assert fastest_threads(lambda: pytest.fail("ran"), most=1) == 1
