@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import TypeAlias
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
@@ -48,7 +49,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 yield answer
                 window.release()
             await reader
-        except UnavailableError as error:
+        except RequestError as error:
             await abort(context, status_of(error))
         finally:
             reader.cancel()
@@ -94,7 +95,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> None:
         """Start a task for each message of a stream, until the client half-closes or the server drains."""
         unanswered: set[str] = set()
-        refusal: UnavailableError | None = None
+        refusal: RequestError | None = None
 
         async def answer(message: pb.PredictStreamRequest) -> None:
             response = pb.PredictStreamResponse(id=message.id)
@@ -117,7 +118,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                         else:
                             unanswered.add(message.id)
                             tasks.create_task(answer(message))
-                except UnavailableError as error:
+                except RequestError as error:
                     refusal = error
         finally:
             answers.put_nowait(None)
@@ -125,7 +126,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             raise refusal
 
     async def _next(self, requests: AsyncIterator[pb.PredictStreamRequest]) -> pb.PredictStreamRequest | None:
-        """Return the stream's next message, None at its end. Raises UnavailableError once the server drains."""
+        """Return the stream's next message, None at its end.
+
+        Raises UnavailableError once the server drains, InvalidRequestError for bytes that are no message.
+        """
         read = asyncio.ensure_future(anext(requests, None))
         drain = asyncio.ensure_future(self._engine.draining.wait())
         try:
@@ -133,6 +137,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             if not read.done():
                 raise UnavailableError("the server is shutting down; what was received has been answered")
             return read.result()
+        except DecodeError as error:
+            raise InvalidRequestError("request", "can't be read; what came before has been answered") from error
         finally:
             drain.cancel()
             read.cancel()

@@ -450,3 +450,20 @@ def test_a_float_tensor_is_the_models_input_as_preprocessing_makes_it(
 def test_any_sensible_size_is_answered(stub: Any, size: tuple[int, int]) -> None:
     response = stub.Predict(pb.PredictRequest(image=black_png(*size), top_k=10))
     assert scores(response).sum() == pytest.approx(1, abs=1e-4)
+
+
+def test_bytes_that_are_no_message_end_their_stream_after_the_answers_due(
+    server: Any, good: pb.PredictRequest
+) -> None:
+    first = pb.PredictStreamRequest(id="first", request=good).SerializeToString()
+    with grpc.insecure_channel(server.target) as channel:
+        stream = channel.stream_stream(
+            "/tome_api.v1.Inference/PredictStream", response_deserializer=pb.PredictStreamResponse.FromString
+        )
+        call = stream(iter([first, b"\xff\xff\xff"]))
+        answer = next(call)
+        assert (answer.id, answer.WhichOneof("result")) == ("first", "response")
+        with pytest.raises(grpc.RpcError) as caught:
+            next(call)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "can't be read" in caught.value.details()
