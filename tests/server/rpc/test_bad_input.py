@@ -452,9 +452,7 @@ def test_any_sensible_size_is_answered(stub: Any, size: tuple[int, int]) -> None
     assert scores(response).sum() == pytest.approx(1, abs=1e-4)
 
 
-def test_bytes_that_are_no_message_end_their_stream_after_the_answers_due(
-    server: Any, good: pb.PredictRequest
-) -> None:
+def test_bytes_that_are_no_message_end_their_stream_after_the_answers_due(server: Any, good: pb.PredictRequest) -> None:
     first = pb.PredictStreamRequest(id="first", request=good).SerializeToString()
     with grpc.insecure_channel(server.target) as channel:
         stream = channel.stream_stream(
