@@ -22,9 +22,9 @@ def fastest_threads(run: Callable[[], None], most: int, rounds: int = 3) -> int:
     Threads that sleep between operations, as ours do so as not to starve others, are slow to wake: for a small model
     that costs more than a second thread gains.
     """
-    best = dict.fromkeys((1, most), float("inf"))
     if most == 1:
         return 1
+    best = dict.fromkeys((1, most), float("inf"))
     before = torch.get_num_threads()
     for _ in range(rounds):
         for threads in best:

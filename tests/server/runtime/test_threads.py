@@ -69,9 +69,17 @@ def test_this_machine_has_a_cpu() -> None:
 
 
 @pytest.mark.parametrize(("slow", "best"), [(1, 2), (2, 1)])
-def test_the_thread_count_that_runs_faster_is_chosen_and_none_is_set(slow: int, best: int) -> None:
+def test_the_thread_count_that_runs_faster_is_chosen_and_none_is_set(
+    slow: int, best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def run() -> None:
+        clock[0] += 2.0 if torch.get_num_threads() == slow else 1.0
+
     before = torch.get_num_threads()
-    assert fastest_threads(lambda: time.sleep(0.05 if torch.get_num_threads() == slow else 0), most=2) == best
+    assert fastest_threads(run, most=2) == best
     assert torch.get_num_threads() == before
 
 
