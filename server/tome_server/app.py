@@ -27,8 +27,11 @@ from tome_server.observability.metrics import Metrics
 from tome_server.rpc.server import RpcServer, TlsFiles
 from tome_server.runtime.evaluation import evaluate
 from tome_server.runtime.executor import Executor, Work, run_batch
+from tome_server.runtime.profile_store import ProfileKey, keep_profile, obtain_profile, profile_key
+from tome_server.runtime.profiling import measure
 from tome_server.runtime.threads import available_cpus, fastest_threads
-from tome_server.scheduling.queue import Limits as BatchLimits
+from tome_server.scheduling.profile import Profile
+from tome_server.served import ServedModel
 
 log = logging.getLogger(__name__)
 
@@ -51,25 +54,27 @@ async def serve(config: ServerConfig) -> None:
     engine = Engine(
         executor=Executor(device),
         metrics=metrics,
-        batching=BatchLimits(config.batching.max_batch, config.batching.max_delay),
+        max_delay=config.batching.max_delay,
         max_pending=config.batching.max_pending,
+        reply_margin=config.reply_margin,
         decode_threads=available_cpus(),
         names=[spec.name for spec in specs],
     )
     tls = TlsFiles(config.tls.certificate, config.tls.key) if config.tls else None
-    rpc = RpcServer(engine, config.listen, config.limits.max_image_bytes, config.reply_margin, tls)
+    rpc = RpcServer(engine, config.listen, config.limits.max_image_bytes, tls)
     metrics_url, stop_metrics = _serve_metrics(config.metrics, metrics)
     await rpc.start()
     log.info("listening on %s, loading %s", rpc.address, ", ".join(engine.names))
     dispatcher = asyncio.create_task(engine.run())
     try:
         limits = Limits(config.limits.max_image_bytes, config.limits.max_image_pixels)
-        for spec in specs:
-            model = await asyncio.to_thread(_load_warm, spec, device, limits)
-            engine.models[spec.name] = model
-            metrics.model_info.labels(spec.name).info({"architecture": model.architecture, "device": str(device)})
+        models = [await asyncio.to_thread(_load_warm, spec, device, limits) for spec in specs]
         if config.threads is None and device.type == "cpu":
-            await asyncio.to_thread(_choose_threads, list(engine.models.values()), config.batching.max_batch, device)
+            await asyncio.to_thread(_choose_threads, models, config.batching.max_batch, device)
+        for spec, model in zip(specs, models, strict=True):
+            profile = await asyncio.to_thread(_profile, spec, model, device, config)
+            engine.models[spec.name] = ServedModel(model, profile, config.policy)
+            metrics.model_info.labels(spec.name).info({"architecture": model.architecture, "device": str(device)})
         rpc.ready()
         ready = {"grpc": rpc.address, "metrics": metrics_url, "seconds": round(time.monotonic() - began, 3)}
         print(json.dumps({"ready": ready}), flush=True)
@@ -109,7 +114,7 @@ def choose_device(name: str) -> torch.device:
 def _spec(model: ModelConfig) -> ModelSpec:
     given = model.model_dump(exclude_unset=True, exclude={"source"})
     if model.source.startswith(BUNDLED_PREFIX):
-        allowed = {"name", "default_r", "description"}
+        allowed = {"name", "default_budget", "description"}
         if extra := sorted(given.keys() - allowed):
             raise ConfigError(f"model {model.source} is complete as it is; {', '.join(extra)} can't be set")
         spec = bundled_spec(model.source.removeprefix(BUNDLED_PREFIX))
@@ -121,9 +126,20 @@ def _load_warm(spec: ModelSpec, device: torch.device, limits: Limits) -> HostedM
     """Load a model and run it once, so that the first request doesn't pay for what torch sets up lazily."""
     model = load(spec, device, limits)
     image = torch.zeros(model.preprocess.settings.input_size)
-    for r in {0, model.default_r, model.grid[-1].r}:
+    for r in {0, model.grid[-1].r}:
         run_batch(model, [Work(image, top_k=1)], r, device)
     return model
+
+
+def _profile(spec: ModelSpec, model: HostedModel, device: torch.device, config: ServerConfig) -> Profile:
+    return obtain_profile(
+        model,
+        spec.checkpoint,
+        device,
+        max_batch=config.batching.max_batch,
+        budget=config.profile_time,
+        folder=config.profiles,
+    )
 
 
 def _choose_threads(models: Sequence[HostedModel], max_batch: int, device: torch.device) -> None:
@@ -194,3 +210,23 @@ def evaluate_model(
             for r, quality in levels.items()
         ],
     }
+
+
+def profile_model(
+    config: ServerConfig, *, budget: float, progress: bool = False
+) -> tuple[str, ProfileKey, Profile, Path | None]:
+    """Measure for `budget` seconds how long batches of the first configured model take, and keep that for the server.
+
+    Returns the model's name, what the profile holds for, the profile, and where it is kept: None if it can't be, which
+    is logged. Raises ConfigError or ModelLoadError, in words for the operator.
+    """
+    spec = model_specs(config.models)[0]
+    device = choose_device(config.device)
+    torch.set_num_threads(config.threads or available_cpus())
+    model = load(spec, device)
+    max_batch = config.batching.max_batch
+    if config.threads is None and device.type == "cpu":
+        _choose_threads([model], max_batch, device)
+    key = profile_key(model, spec.checkpoint, device, max_batch)
+    profile = measure(model, device, max_batch=max_batch, budget=budget, progress=progress)
+    return model.name, key, profile, keep_profile(config.profiles, model.name, key, profile)

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 EPILOG = """examples:
   tome-server serve                                     the bundled model, on port 8500
-  tome-server serve --model vit_base_patch16_224 --default-r 8
+  tome-server serve --model vit_base_patch16_224 --default-budget 200ms
   tome-server serve --config server.yaml
   tome-server demo                                      see it work
   tome-server evaluate --data images/ --output quality.json
+  tome-server profile --picture profile.png             how long batches take at each r
 """
 
 
@@ -76,6 +77,35 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _profile(args: argparse.Namespace) -> int:
+    for name in ("output", "picture"):
+        path: Path | None = getattr(args, name)
+        if path and not path.parent.is_dir():
+            raise ConfigError(f"--{name}: there is no folder {path.parent}")
+    if args.picture:
+        # Before measuring, so that a minute isn't spent on a picture that can't be drawn.
+        try:
+            from tome_server.runtime.profile_picture import FORMATS, draw
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"--picture: {error}; it needs: pip install 'tome-serving[plots]'") from error
+        if args.picture.suffix not in FORMATS:
+            raise ConfigError(f"--picture: {args.picture} must end in one of {', '.join(FORMATS)}")
+    from tome_server.app import profile_model
+    from tome_server.runtime.profile_store import profile_text
+    from tome_server.runtime.profile_table import table
+
+    name, key, profile, kept = profile_model(_config(args), budget=args.seconds, progress=sys.stderr.isatty())
+    text = profile_text(key, profile)
+    sys.stdout.write(text if args.json else table(profile))
+    if args.output:
+        args.output.write_text(text)
+    if args.picture:
+        draw(profile, f"{name} on {key.device}, {key.dtype}", args.picture)
+    if kept:
+        print(f"kept for the server in {kept}", file=sys.stderr)
+    return 0
+
+
 def _config(args: argparse.Namespace) -> "ServerConfig":
     """Return the configuration file's settings, overridden by flags."""
     from pydantic import ValidationError
@@ -84,11 +114,10 @@ def _config(args: argparse.Namespace) -> "ServerConfig":
 
     config = read_config(args.config) if args.config else ServerConfig()
     given = {name: value for name, value in vars(args).items() if value is not None}
-    changes: dict[str, Any] = {
-        name: given[name] for name in ("listen", "metrics", "device", "threads", "drain_timeout") if name in given
-    }
+    top = ("listen", "metrics", "device", "threads", "policy", "profiles", "profile_time", "drain_timeout")
+    changes: dict[str, Any] = {name: given[name] for name in top if name in given}
     batching = {name: given[name] for name in ("max_batch", "max_delay", "max_pending") if name in given}
-    model = {name: given[name] for name in ("checkpoint", "labels", "quality", "default_r") if name in given}
+    model = {name: given[name] for name in ("checkpoint", "labels", "quality", "default_budget") if name in given}
     settings = config.model_dump()
     settings["batching"] |= batching
     if "model" in given:
@@ -124,6 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--max-batch", type=int, metavar="N", help="images in a batch (default: 8)")
     serve.add_argument("--max-delay", metavar="TIME", help="wait for batch-mates on an idle device (default: 0ms)")
     serve.add_argument("--max-pending", type=int, metavar="N", help="requests held at once (default: 256)")
+    serve.add_argument("--policy", help="price (default), fixed:R, max_accuracy, max_batch or slackfit")
+    serve.add_argument("--profiles", type=Path, metavar="DIR", help="where measured latencies are kept")
+    serve.add_argument("--profile-time", metavar="TIME", help="how long to measure them if none fit (default: 5s)")
     serve.add_argument("--drain-timeout", metavar="TIME", help="time for calls in flight after SIGTERM (default: 30s)")
     serve.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     serve.set_defaults(run=_serve)
@@ -152,6 +184,22 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=_positive, metavar="N", help="only the first N images")
     evaluate.add_argument("--output", type=Path, metavar="FILE", help="where to write JSON (default: standard output)")
     evaluate.set_defaults(run=_evaluate)
+
+    profile = commands.add_parser(
+        "profile",
+        help="measure how long batches take at each r",
+        description="Measure how long batches of each size take at each r of a model's grid, and keep that where the "
+        "server looks for it at its start.",
+    )
+    _add_model_flags(profile)
+    profile.add_argument("--max-batch", type=int, metavar="N", help="the largest batch (default: 8)")
+    profile.add_argument(
+        "--seconds", type=_seconds, default=40.0, metavar="S", help="how long to measure (default: 40)"
+    )
+    profile.add_argument("--output", type=Path, metavar="FILE", help="where to write JSON as well")
+    profile.add_argument("--picture", type=Path, metavar="FILE", help="where to draw it: .png, .svg or .pdf")
+    profile.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    profile.set_defaults(run=_profile)
     return parser
 
 
@@ -161,7 +209,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="local weights, .safetensors or .pth")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="class names, one a line")
     parser.add_argument("--quality", type=Path, metavar="FILE", help="what `tome-server evaluate` wrote")
-    parser.add_argument("--default-r", type=int, metavar="R", help="r where a request names none (default: 0)")
+    parser.add_argument("--default-budget", metavar="TIME", help="budget of requests that set none (default: 1s)")
     parser.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads for the model (default: measured)")
 
@@ -177,3 +225,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return value

@@ -81,8 +81,8 @@ class ModelConfig(_Strict):
     """What `tome-server evaluate` wrote."""
     data: dict[str, Any] = {}
     """Overrides of timm's data config."""
-    default_r: Annotated[int, Field(ge=0, strict=True)] = 0
-    """r where a request names none."""
+    default_budget: Annotated[Duration, Field(gt=0)] | None = None
+    """Latency budget of requests that set none; by default 1s, or ten images' time if that is more."""
     proportional_attention: bool | None = None
     """Weigh tokens by the patches they stand for; by default on, except for MAE weights."""
     description: str = ""
@@ -126,12 +126,18 @@ class ServerConfig(_Strict):
     """auto, cpu, cuda or cuda:N"""
     threads: Count | None = None
     """CPU threads for the model; by default one, or as many as the process may use CPUs, as measured at start."""
+    policy: str = "price"
+    """What chooses r: price, fixed:R, max_accuracy, max_batch or slackfit."""
+    profiles: Path | None = None
+    """Folder of measured latencies; by default one in the user's cache."""
+    profile_time: Annotated[Duration, Field(gt=0)] = 5.0
+    """How long to measure a model's latencies at start where no profile fits."""
     batching: BatchingConfig = BatchingConfig()
     limits: LimitsConfig = LimitsConfig()
     tls: TlsConfig | None = None
     """Serve over TLS; by default plain text."""
     reply_margin: Duration = 0.001
-    """Kept back from each deadline for the answer's way to the client."""
+    """The least kept back from each deadline for the answer's way to the client; more where that is measured."""
     drain_timeout: Duration = 30.0
     """How long requests in flight may take after SIGTERM."""
 

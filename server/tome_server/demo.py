@@ -22,6 +22,10 @@ START_TIMEOUT = 60.0
 STOP_TIMEOUT = 30.0
 # Streams are the samples this many times over, so that they last about a second.
 ROUNDS = 3
+# The budget, in seconds, of what has none to speak of.
+PATIENCE = 60.0
+# Those of the last part, as shares of what all take at r = 0: ample, tight, and not enough for all.
+BUDGETS = (2.0, 0.9, 0.5)
 
 
 @dataclass(frozen=True)
@@ -51,22 +55,25 @@ def run(as_json: bool = False) -> int:
                 grid = [level.r for level in client.model().r_grid]
                 rows = list(_classify(client, _spread(grid)))
                 streams = [_stream(client, r) for r in _spread(grid)]
+                seconds = streams[0].images / streams[0].images_per_second
+                deadlines = [_race(client, share * seconds) for share in BUDGETS]
             counters = _counters(ready["metrics"])
     except (_DemoError, TomeError, subprocess.TimeoutExpired) as error:
         print(f"tome-server demo: {error}", file=sys.stderr)
         return 1
-    saved = sum(row.flops_saved for row in rows) + sum(stream.flops_saved for stream in streams)
+    saved = sum(part.flops_saved for part in (*rows, *streams, *deadlines))
     agree = counters["tome_flops_saved_total"] == saved
     if as_json:
         report = {
             "rows": [asdict(row) for row in rows],
             "streams": [asdict(stream) for stream in streams],
+            "deadlines": [asdict(deadline) for deadline in deadlines],
             "metrics": counters,
             "counters_agree": agree,
         }
         print(json.dumps(report, indent=2))
     else:
-        _print(rows, streams, counters, agree)
+        _print(rows, streams, deadlines, counters, agree)
     return 0 if agree and rows else 1
 
 
@@ -77,6 +84,19 @@ class Throughput:
     r: int
     images: int
     images_per_second: float
+    flops_saved: int
+
+
+@dataclass(frozen=True)
+class Race:
+    """All images at once with one latency budget, from which the server chooses r."""
+
+    budget_ms: float
+    images: int
+    answered: int
+    refused: int
+    """told at once, or as soon as it was clear, that there would not be time"""
+    mean_r: float | None
     flops_saved: int
 
 
@@ -134,14 +154,32 @@ def _classify(client: Client, grid: Sequence[int]) -> Iterator[Row]:
 
 def _stream(client: Client, r: int) -> Throughput:
     """Send every sample `ROUNDS` times at once."""
-    encoded = [path.read_bytes() for path in sorted(SAMPLES.glob("*.png"))] * ROUNDS
-    items = [StreamItem(str(i), image, {"r": r, "top_k": 1}) for i, image in enumerate(encoded)]
+    items = _items(r=r, budget=PATIENCE)
     start = time.perf_counter()
     results = [answer.result for answer in client.predict_stream(items) if answer.result]
     seconds = time.perf_counter() - start
     if len(results) != len(items):
         raise _DemoError(f"{len(items) - len(results)} of {len(items)} streamed images were not answered")
     return Throughput(r, len(items), len(items) / seconds, sum(result.merging.flops_saved for result in results))
+
+
+def _race(client: Client, budget: float) -> Race:
+    """Send them again, naming no r but `budget`, in seconds."""
+    items = _items(budget=budget)
+    results = [answer.result for answer in client.predict_stream(items) if answer.result]
+    return Race(
+        budget_ms=budget * 1e3,
+        images=len(items),
+        answered=len(results),
+        refused=len(items) - len(results),
+        mean_r=sum(result.merging.r for result in results) / len(results) if results else None,
+        flops_saved=sum(result.merging.flops_saved for result in results),
+    )
+
+
+def _items(**options: float) -> list[StreamItem]:
+    encoded = [path.read_bytes() for path in sorted(SAMPLES.glob("*.png"))] * ROUNDS
+    return [StreamItem(str(i), image, {"top_k": 1, **options}) for i, image in enumerate(encoded)]
 
 
 def _spread(grid: Sequence[int]) -> list[int]:
@@ -163,7 +201,13 @@ def _counters(url: str) -> dict[str, float]:
     }
 
 
-def _print(rows: Sequence[Row], streams: Sequence[Throughput], counters: dict[str, float], agree: bool) -> None:
+def _print(
+    rows: Sequence[Row],
+    streams: Sequence[Throughput],
+    deadlines: Sequence[Race],
+    counters: dict[str, float],
+    agree: bool,
+) -> None:
     print(f"{'image':<26}{'label':<13}{'prediction':<20}{'r':>3}{'tokens':>12}{'FLOPs saved':>13}{'latency':>11}")
     for row in rows:
         verdict = "✓" if row.prediction == row.label else "✗"
@@ -181,6 +225,10 @@ def _print(rows: Sequence[Row], streams: Sequence[Throughput], counters: dict[st
             f"r = {stream.r:>2}: {right} of {len(chosen)} right; one by one {latency:.1f} ms (median); "
             f"{stream.images} streamed at once {stream.images_per_second:.0f} images/s"
         )
+    print(f"\nthe same {deadlines[0].images} at once, with a latency budget from which the server chooses r:")
+    for race in deadlines:
+        chosen_r = "" if race.mean_r is None else f", at a mean r of {race.mean_r:.1f}"
+        print(f"  {race.budget_ms:>6.0f} ms: {race.answered} answered{chosen_r}; {race.refused} refused")
     print("\nfrom the metrics endpoint:")
     for name, value in counters.items():
         print(f"  {name} {value:,.0f}")

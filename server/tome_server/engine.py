@@ -7,17 +7,21 @@ blocks the event loop.
 import asyncio
 import logging
 import math
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from torch import Tensor
 
 from tome_server.errors import (
     ExpiredError,
+    InfeasibleError,
     InvalidRequestError,
     ModelFailedError,
     OverloadedError,
+    RequestError,
     UnavailableError,
     UnknownModelError,
 )
@@ -26,7 +30,9 @@ from tome_server.models.hosted import HostedModel
 from tome_server.models.preprocess import Preprocess
 from tome_server.observability.metrics import Metrics
 from tome_server.runtime.executor import Executor, Result, Work
-from tome_server.scheduling.queue import DeadlineQueue, Limits
+from tome_server.scheduling.policy.view import Decision
+from tome_server.scheduling.queue import Waiting
+from tome_server.served import Bounds, ServedModel
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +42,11 @@ RETRY_AFTER = 0.1
 DEFAULT_TOP_K = 5
 # Characters of an unknown model's name that its refusal repeats.
 NAME_SHOWN = 100
+# Replies whose way back from the device says what the next one's will take, and the share that it must be enough for.
+REPLIES_REMEMBERED = 64
+REPLIES_IN_TIME = 0.95
+# How fast the estimate of what decoding takes follows.
+DECODE_RATE = 0.1
 
 
 @dataclass(frozen=True)
@@ -70,9 +81,11 @@ class Request:
     input: EncodedImage | Pixels | Normalised
     arrival: float
     deadline: float = math.inf
+    """Infinite for the model's default budget."""
     r: int | None = None
     min_r: int | None = None
     max_r: int | None = None
+    min_quality: float | None = None
     top_k: int | None = None
     features: bool = False
     token_map: bool = False
@@ -85,9 +98,11 @@ class Timing:
     decode: float
     queue: float
     compute: float
+    predicted: float
+    """what the batch was expected to take"""
     total: float
-    slack: float | None
-    """Deadline less the time of the answer; None without a deadline."""
+    slack: float
+    """Deadline less the time of the answer."""
     batch_size: int
 
 
@@ -116,8 +131,9 @@ class Reply:
 class _Job:
     """A decoded request on its way through queue and device."""
 
-    model: HostedModel
-    r: int
+    served: "Served"
+    exact: int | None
+    """The r to run at, where the request names it."""
     work: Work
     answer: "asyncio.Future[_Answer]"
     queued: float
@@ -126,42 +142,58 @@ class _Job:
     """whether it left the queue for the device"""
 
 
+Served: TypeAlias = ServedModel[_Job]
+
+
 @dataclass(frozen=True)
 class _Answer:
     """A job's share of its batch."""
 
     result: Result
+    r: int
     started: float
     """when the batch started"""
     seconds: float
     """what the whole batch took"""
+    predicted: float
     batch_size: int
 
 
 @dataclass
 class Engine:
-    """Answers requests for the hosted models with one device. `run` must be running while `predict` is called."""
+    """Answers requests for the models in service with one device. `run` must be running while `predict` is called."""
 
     executor: Executor
     metrics: Metrics
-    batching: Limits
+    max_delay: float
+    """Seconds that requests may wait for batch-mates while the device is idle."""
     max_pending: int
     """Requests held at once; one more is refused."""
+    reply_margin: float
+    """The least that is kept back from each deadline for the way back, in seconds; more where measured."""
     decode_threads: int
     names: Sequence[str]
-    """Of all models that will be hosted; those not in `models` are loading still."""
-    models: dict[str, HostedModel] = field(default_factory=dict)
+    """Of all models that will be served; those not in `models` are loading still."""
+    models: dict[str, Served] = field(default_factory=dict)
     draining: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     """Set once new requests are refused because the server is stopping."""
-    _pending: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._queue: DeadlineQueue[_Job] = DeadlineQueue(self.batching)
+        self._pending = 0
         self._arrived = asyncio.Event()
         self._decoders = ThreadPoolExecutor(self.decode_threads, thread_name_prefix="decode")
+        # When the batch on the device should end; without one, when the last did.
+        self._free_at = -math.inf
+        self._busy = False
+        # When the first of those who wait came.
+        self._waiting_since = -math.inf
+        # About what decoding takes, in seconds.
+        self._decoding = 0.0
+        # From the device's last operation to the finished reply, of the latest replies.
+        self._ways_back: deque[float] = deque([0.0], REPLIES_REMEMBERED)
 
-    def model(self, name: str) -> HostedModel:
-        """Return a hosted model, the first if unnamed. Raises UnknownModelError, or UnavailableError if loading."""
+    def model(self, name: str) -> Served:
+        """Return a model in service, the first if unnamed. Raises UnknownModelError, or UnavailableError if loading."""
         name = name or self.names[0]
         if name not in self.names:
             # The caller's text goes into the status, and gRPC drops statuses of more than a few kilobytes.
@@ -177,33 +209,30 @@ class Engine:
         """
         if self.draining.is_set():
             raise UnavailableError("the server is shutting down")
-        model = self.model(request.model)
-        r = choose_r(model, request)
-        top_k = _top_k(model, request)
-        if self._pending >= self.max_pending:
-            raise OverloadedError(self._pending, RETRY_AFTER)
-        self._pending += 1
-        self.metrics.pending.set(self._pending)
-        job = None
+        served = self.model(request.model)
+        bounds = served.bounds(request.r, request.min_r, request.max_r, request.min_quality)
+        top_k = _top_k(served.model, request)
+        if math.isinf(request.deadline):
+            request = replace(request, deadline=request.arrival + served.default_budget)
         try:
-            async with asyncio.timeout_at(None if math.isinf(request.deadline) else request.deadline):
-                image = await self._decode(model, request)
-                work = Work(image, top_k, request.features, request.token_map)
-                job = _Job(model, r, work, asyncio.get_running_loop().create_future(), _now())
-                answer = await self._wait(job, request)
-        except TimeoutError:
-            stage = "decode" if job is None else "compute" if job.taken else "queue"
-            # A budget less than the reply margin is over before it begins.
-            raise ExpiredError(stage, max(0.0, request.deadline - request.arrival)) from None
-        finally:
-            self._pending -= 1
-            self.metrics.pending.set(self._pending)
-        return self._reply(job, answer, request)
+            reply = await self._answer(served, bounds, top_k, request)
+        except RequestError as error:
+            self.metrics.slo_missed.labels(served.model.name, _MISSED[type(error)]).inc()
+            raise
+        if reply.timing.slack >= 0:
+            self.metrics.slo_met.labels(served.model.name).inc()
+        else:
+            self.metrics.slo_missed.labels(served.model.name, "late").inc()
+        return reply
 
     async def run(self) -> None:
         """Run batches until cancelled."""
         while True:
-            await self._run_batch(await self._next_batch())
+            served, decision = await self._next()
+            for waiting in decision.shed:
+                self._give_up(served, waiting)
+            if decision.batch:
+                await self._run_batch(served, [waiting.item for waiting in decision.batch], decision.levels)
 
     def drain(self) -> None:
         """Refuse new requests from now on; those already here are answered."""
@@ -214,107 +243,196 @@ class Engine:
         self._decoders.shutdown(cancel_futures=True)
         self.executor.close()
 
-    async def _decode(self, model: HostedModel, request: Request) -> Tensor:
-        return await asyncio.get_running_loop().run_in_executor(
-            self._decoders, _prepare, model.preprocess, request.input
-        )
+    async def _answer(self, served: Served, bounds: Bounds, top_k: int, request: Request) -> Reply:
+        name, scheduler = served.model.name, served.scheduler
+        if self._pending >= self.max_pending:
+            self.metrics.rejected.labels(name, "queue_full").inc()
+            raise OverloadedError(self._pending, RETRY_AFTER)
+        self._pending += 1
+        self.metrics.pending.set(self._pending)
+        self._forget_drift()
+        job = None
+        try:
+            margin = self._margin()
+            # As the scheduler sees it: who asks must allow the margin as well.
+            limits = (request.arrival - margin, request.deadline - margin, bounds.low, bounds.high)
+            scheduler.arrived(request.arrival, request.deadline - request.arrival)
+            # Before decoding: what can't be met is refused before it costs anything.
+            scheduler.check(Waiting(None, *limits), _now() + self._decoding, self._free_at)
+            async with asyncio.timeout_at(request.deadline - self.reply_margin):
+                image = await self._decode(served.model, request)
+                work = Work(image, top_k, request.features, request.token_map)
+                job = _Job(served, bounds.exact, work, asyncio.get_running_loop().create_future(), _now())
+                answer = await self._wait(Waiting(job, *limits))
+        except TimeoutError:
+            stage = "decode" if job is None else "compute" if job.taken else "queue"
+            raise ExpiredError(stage, request.deadline - request.arrival) from None
+        except InfeasibleError:
+            self.metrics.rejected.labels(name, "infeasible").inc()
+            raise
+        finally:
+            self._pending -= 1
+            self.metrics.pending.set(self._pending)
+        return self._reply(job, answer, request)
 
-    async def _wait(self, job: _Job, request: Request) -> _Answer:
-        ticket = self._queue.push(job, group=(job.model.name, job.r), arrival=job.queued, deadline=request.deadline)
+    async def _decode(self, model: HostedModel, request: Request) -> Tensor:
+        began = _now()
+        loop = asyncio.get_running_loop()
+        image = await loop.run_in_executor(self._decoders, _prepare, model.preprocess, request.input)
+        self._decoding += DECODE_RATE * (_now() - began - self._decoding)
+        return image
+
+    async def _wait(self, waiting: Waiting[_Job]) -> _Answer:
+        job = waiting.item
+        scheduler = job.served.scheduler
+        if not self._queued():
+            self._waiting_since = job.queued
+        scheduler.submit(waiting, job.queued, self._free_at)
         self._queue_changed()
         self._arrived.set()
         try:
             return await job.answer
         finally:
-            if self._queue.cancel(ticket):
+            if scheduler.cancel(waiting):
                 self._queue_changed()
 
-    async def _next_batch(self) -> list[_Job]:
+    async def _next(self) -> tuple[Served, Decision]:
+        """Return the next decision: that of the model whose earliest deadline is the earliest."""
         while True:
+            urgent = min(
+                (served for served in self.models.values() if len(served.scheduler)),
+                key=lambda served: served.scheduler.deadline,
+                default=None,
+            )
+            start = None if urgent is None else self._start(urgent)
             now = _now()
-            start = self._queue.ready_at()
-            if start is not None and start <= now:
-                batch = self._queue.take(now)
-                self._queue_changed()
-                if batch:
-                    return batch
+            if urgent is not None and start is not None and start <= now:
+                decision = self._decide(urgent, now)
+                if decision is not None:
+                    return urgent, decision
                 continue
             self._arrived.clear()
             try:
                 async with asyncio.timeout_at(start):
                     await self._arrived.wait()
             except TimeoutError:
-                pass  # the batch has waited long enough for mates
+                pass  # those who wait have waited long enough for mates
 
-    async def _run_batch(self, batch: list[_Job]) -> None:
-        """Run a batch of one model and r; if it fails, run its members alone, so that only the culprit fails."""
-        model, r = batch[0].model, batch[0].r
+    def _start(self, served: Served) -> float:
+        """Return when the next batch may start: after `max_delay`, but at once when it is full or time is short."""
+        scheduler, latency = served.scheduler, served.scheduler.latency
+        if len(scheduler) >= latency.max_batch:
+            return -math.inf
+        # The time that those who wait would take if the most were merged, and they had the mates they wait for.
+        needed = latency.promised(latency.max_batch, latency.levels - 1)
+        return min(self._waiting_since + self.max_delay, scheduler.deadline - needed)
+
+    def _decide(self, served: Served, now: float) -> Decision | None:
+        scheduler = served.scheduler
+        failures = scheduler.policy_failures
+        decision = scheduler.next(now)
+        self.metrics.policy_failures.labels(served.model.name).inc(scheduler.policy_failures - failures)
+        self._queue_changed()
+        return decision
+
+    def _give_up(self, served: Served, waiting: Waiting[_Job]) -> None:
+        now, answer = _now(), waiting.item.answer
+        if not answer.done():
+            earliest = served.scheduler.earliest(now + self._decoding, self._free_at, waiting.high)
+            answer.set_exception(InfeasibleError(earliest - now + self._margin()))
+
+    async def _run_batch(self, served: Served, batch: Sequence[_Job], levels: Sequence[int]) -> None:
+        """Run a batch; if it fails, run its members alone, so that only the culprit fails."""
+        model, latency = served.model, served.scheduler.latency
+        rs = [served.rs[level] if job.exact is None else job.exact for job, level in zip(batch, levels, strict=True)]
         for job in batch:
             job.taken = True
-        started = _now()
+        started, predicted = _now(), latency.of_batch(levels)
+        self._busy, self._free_at = True, started + latency.of_batch(levels, promised=True)
         try:
-            done = await self.executor.run(model, [job.work for job in batch], r)
+            done = await self.executor.run(model, [job.work for job in batch], rs, served.profile.packed)
         except Exception:
             if len(batch) > 1:
                 log.exception("model %s failed on a batch of %d; running its images alone", model.name, len(batch))
-                for job in batch:
+                for job, level in zip(batch, levels, strict=True):
                     if not job.answer.done():  # its caller may have gone
-                        await self._run_batch([job])
+                        await self._run_batch(served, [job], [level])
                 return
             log.exception("model %s failed", model.name)
             if not batch[0].answer.done():
                 batch[0].answer.set_exception(ModelFailedError(f"model {model.name} failed on this input"))
             return
-        self.metrics.batch_size.labels(model.name).observe(len(batch))
-        for job, result in zip(batch, done.results, strict=True):
-            if not job.answer.done():
-                job.answer.set_result(_Answer(result, started, done.seconds, len(batch)))
+        finally:
+            self._busy, self._free_at = False, _now()
+        ratio = latency.observe(levels, done.seconds)
+        metrics = self.metrics
+        metrics.batch_size.labels(model.name).observe(len(batch))
+        metrics.prediction_ratio.labels(model.name).observe(ratio)
+        metrics.compute_seconds.labels(model.name).inc(done.seconds)
+        for job, r, result in zip(batch, rs, done.results, strict=True):
+            if job.answer.done():  # its caller has gone, or its deadline passed
+                metrics.wasted_seconds.labels(model.name).inc(done.seconds / len(batch))
+            else:
+                job.answer.set_result(_Answer(result, r, started, done.seconds, predicted, len(batch)))
 
     def _reply(self, job: _Job, answer: _Answer, request: Request) -> Reply:
         now = _now()
-        name, cost = job.model.name, job.model.cost(job.r)
+        model = job.served.model
+        name, cost = model.name, model.cost(answer.r)
         timing = Timing(
             decode=job.queued - request.arrival,
             queue=answer.started - job.queued,
             compute=answer.seconds,
+            predicted=answer.predicted,
             total=now - request.arrival,
-            slack=None if math.isinf(request.deadline) else request.deadline - now,
+            slack=request.deadline - now,
             batch_size=answer.batch_size,
         )
-        reply = Reply(job.model, answer.result, job.r, cost, timing)
+        self._ways_back.append(now - answer.started - answer.seconds)
+        reply = Reply(model, answer.result, answer.r, cost, timing)
         metrics = self.metrics
         metrics.request_duration.labels(name).observe(timing.total)
         metrics.stage_duration.labels(name, "decode").observe(timing.decode)
         metrics.stage_duration.labels(name, "queue").observe(timing.queue)
         metrics.stage_duration.labels(name, "compute").observe(timing.compute)
-        metrics.merge_r.labels(name).observe(job.r)
+        metrics.deadline_slack.labels(name).observe(timing.slack)
+        metrics.merge_r.labels(name).observe(answer.r)
         metrics.tokens_input.labels(name).inc(cost.tokens_in)
         metrics.tokens_merged.labels(name).inc(cost.tokens_in - cost.tokens[-1])
         metrics.flops.labels(name).inc(reply.flops)
         metrics.flops_saved.labels(name).inc(max(0, reply.flops_saved))
+        if model.relative_quality is not None and answer.r in job.served.rs:
+            quality = model.relative_quality[job.served.rs.index(answer.r)]
+            metrics.quality_ratio.labels(name).observe(quality)
         return reply
 
+    def _margin(self) -> float:
+        """Return what to keep back from a deadline for the way from the device to the caller, in seconds."""
+        ranked = sorted(self._ways_back)
+        return max(self.reply_margin, ranked[int(REPLIES_IN_TIME * (len(ranked) - 1))])
+
+    def _forget_drift(self) -> None:
+        """Let an idle device's predictions return to its profile: while all is refused, no batch would correct them."""
+        now = _now()
+        if not self._busy and not self._queued() and self._free_at > -math.inf:
+            for served in self.models.values():
+                served.scheduler.latency.idle(now - self._free_at)
+            self._free_at = now
+
+    def _queued(self) -> int:
+        return sum(len(served.scheduler) for served in self.models.values())
+
     def _queue_changed(self) -> None:
-        self.metrics.queue_depth.set(len(self._queue))
+        self.metrics.queue_depth.set(self._queued())
 
 
-def choose_r(model: HostedModel, request: Request) -> int:
-    """Return the r to run `request` at: its own, else the model's default within its bounds.
-
-    Raises InvalidRequestError if a bound is out of range or they contradict each other.
-    """
-    for name, value in (("r", request.r), ("min_r", request.min_r), ("max_r", request.max_r)):
-        if value is not None and not 0 <= value <= model.largest_r:
-            raise InvalidRequestError(name, f"must lie in 0..{model.largest_r} for model {model.name}, and is {value}")
-    low = 0 if request.min_r is None else request.min_r
-    high = model.largest_r if request.max_r is None else request.max_r
-    if low > high:
-        raise InvalidRequestError("min_r", f"is {low}, more than max_r, which is {high}")
-    if request.r is None:
-        return min(max(model.default_r, low), high)
-    if not low <= request.r <= high:
-        raise InvalidRequestError("r", f"is {request.r}, outside of min_r..max_r, which is {low}..{high}")
-    return request.r
+_MISSED: dict[type[RequestError], str] = {
+    InfeasibleError: "infeasible",
+    ExpiredError: "expired",
+    OverloadedError: "queue_full",
+    ModelFailedError: "failed",
+    InvalidRequestError: "invalid",
+}
 
 
 def _top_k(model: HostedModel, request: Request) -> int:

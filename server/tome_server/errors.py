@@ -25,6 +25,15 @@ class UnknownModelError(RequestError):
         self.name = name
 
 
+class InfeasibleError(RequestError):
+    """The deadline can't be met, as far as the server can tell."""
+
+    def __init__(self, smallest: float) -> None:
+        super().__init__(f"the deadline can't be met; the smallest latency possible now is {smallest * 1e3:.0f} ms")
+        self.smallest = smallest
+        """The smallest latency budget, in seconds from arrival, that could be promised."""
+
+
 class ExpiredError(RequestError):
     """The deadline passed before there was an answer."""
 

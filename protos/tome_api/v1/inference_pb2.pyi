@@ -12,7 +12,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PredictRequest(_message.Message):
-    __slots__ = ("model", "image", "tensor", "latency_budget", "r", "min_r", "max_r", "top_k", "return_features", "return_token_map")
+    __slots__ = ("model", "image", "tensor", "latency_budget", "r", "min_r", "max_r", "top_k", "return_features", "return_token_map", "min_quality")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +23,7 @@ class PredictRequest(_message.Message):
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     RETURN_FEATURES_FIELD_NUMBER: _ClassVar[int]
     RETURN_TOKEN_MAP_FIELD_NUMBER: _ClassVar[int]
+    MIN_QUALITY_FIELD_NUMBER: _ClassVar[int]
     model: str
     image: bytes
     tensor: Tensor
@@ -33,7 +34,8 @@ class PredictRequest(_message.Message):
     top_k: int
     return_features: bool
     return_token_map: bool
-    def __init__(self, model: _Optional[str] = ..., image: _Optional[bytes] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., latency_budget: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., r: _Optional[int] = ..., min_r: _Optional[int] = ..., max_r: _Optional[int] = ..., top_k: _Optional[int] = ..., return_features: bool = ..., return_token_map: bool = ...) -> None: ...
+    min_quality: float
+    def __init__(self, model: _Optional[str] = ..., image: _Optional[bytes] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., latency_budget: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., r: _Optional[int] = ..., min_r: _Optional[int] = ..., max_r: _Optional[int] = ..., top_k: _Optional[int] = ..., return_features: bool = ..., return_token_map: bool = ..., min_quality: _Optional[float] = ...) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("data_type", "shape", "data")
@@ -94,20 +96,22 @@ class Merging(_message.Message):
     def __init__(self, r: _Optional[int] = ..., tokens_in: _Optional[int] = ..., tokens_out: _Optional[int] = ..., flops: _Optional[int] = ..., flops_saved: _Optional[int] = ...) -> None: ...
 
 class Timing(_message.Message):
-    __slots__ = ("decode", "queue", "compute", "total", "slack", "batch_size")
+    __slots__ = ("decode", "queue", "compute", "total", "slack", "batch_size", "predicted")
     DECODE_FIELD_NUMBER: _ClassVar[int]
     QUEUE_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_FIELD_NUMBER: _ClassVar[int]
     TOTAL_FIELD_NUMBER: _ClassVar[int]
     SLACK_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_FIELD_NUMBER: _ClassVar[int]
     decode: _duration_pb2.Duration
     queue: _duration_pb2.Duration
     compute: _duration_pb2.Duration
     total: _duration_pb2.Duration
     slack: _duration_pb2.Duration
     batch_size: int
-    def __init__(self, decode: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., queue: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., compute: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., total: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., slack: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., batch_size: _Optional[int] = ...) -> None: ...
+    predicted: _duration_pb2.Duration
+    def __init__(self, decode: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., queue: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., compute: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., total: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., slack: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., batch_size: _Optional[int] = ..., predicted: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class TokenMap(_message.Message):
     __slots__ = ("grid_height", "grid_width", "token")
@@ -172,22 +176,24 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("summary", "input", "labels", "num_classes", "feature_dim", "default_r", "r_grid")
+    __slots__ = ("summary", "input", "labels", "num_classes", "feature_dim", "r_grid", "policy", "default_budget")
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     INPUT_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     NUM_CLASSES_FIELD_NUMBER: _ClassVar[int]
     FEATURE_DIM_FIELD_NUMBER: _ClassVar[int]
-    DEFAULT_R_FIELD_NUMBER: _ClassVar[int]
     R_GRID_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_BUDGET_FIELD_NUMBER: _ClassVar[int]
     summary: ModelSummary
     input: ImageInput
     labels: _containers.RepeatedScalarFieldContainer[str]
     num_classes: int
     feature_dim: int
-    default_r: int
     r_grid: _containers.RepeatedCompositeFieldContainer[MergeLevel]
-    def __init__(self, summary: _Optional[_Union[ModelSummary, _Mapping]] = ..., input: _Optional[_Union[ImageInput, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., num_classes: _Optional[int] = ..., feature_dim: _Optional[int] = ..., default_r: _Optional[int] = ..., r_grid: _Optional[_Iterable[_Union[MergeLevel, _Mapping]]] = ...) -> None: ...
+    policy: str
+    default_budget: _duration_pb2.Duration
+    def __init__(self, summary: _Optional[_Union[ModelSummary, _Mapping]] = ..., input: _Optional[_Union[ImageInput, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., num_classes: _Optional[int] = ..., feature_dim: _Optional[int] = ..., r_grid: _Optional[_Iterable[_Union[MergeLevel, _Mapping]]] = ..., policy: _Optional[str] = ..., default_budget: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class ImageInput(_message.Message):
     __slots__ = ("channels", "height", "width", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -210,15 +216,17 @@ class ImageInput(_message.Message):
     def __init__(self, channels: _Optional[int] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ..., interpolation: _Optional[str] = ..., crop_pct: _Optional[float] = ..., crop_mode: _Optional[str] = ...) -> None: ...
 
 class MergeLevel(_message.Message):
-    __slots__ = ("r", "macs", "tokens_out", "top1", "agreement")
+    __slots__ = ("r", "macs", "tokens_out", "top1", "agreement", "latency")
     R_FIELD_NUMBER: _ClassVar[int]
     MACS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_OUT_FIELD_NUMBER: _ClassVar[int]
     TOP1_FIELD_NUMBER: _ClassVar[int]
     AGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_FIELD_NUMBER: _ClassVar[int]
     r: int
     macs: int
     tokens_out: int
     top1: float
     agreement: float
-    def __init__(self, r: _Optional[int] = ..., macs: _Optional[int] = ..., tokens_out: _Optional[int] = ..., top1: _Optional[float] = ..., agreement: _Optional[float] = ...) -> None: ...
+    latency: _duration_pb2.Duration
+    def __init__(self, r: _Optional[int] = ..., macs: _Optional[int] = ..., tokens_out: _Optional[int] = ..., top1: _Optional[float] = ..., agreement: _Optional[float] = ..., latency: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+
 from tome_server.merging import MacCount, MergedModel, macs
 from tome_server.merging.schedule import mergeable
 from tome_server.models.preprocess import Preprocess
@@ -11,6 +13,10 @@ from tome_server.models.preprocess import Preprocess
 # Past about half of the work accuracy falls off a cliff (ToMe, figure 3). 16 on ViT-B/16 leaves 49.9 %.
 LEAST_WORK = 0.49
 GRID_STEPS = 8
+# Top-1 of ViT-B/16 (AugReg) at r = 0, 2, … 16, and the share of its multiply-accumulates left at each (ToMe, appendix):
+# what policies go by, in want of anything better, for a model whose own quality was never measured.
+_PUBLISHED_WORK = (1.0, 0.936, 0.873, 0.809, 0.746, 0.684, 0.621, 0.560, 0.499)
+_PUBLISHED_TOP1 = (84.57, 84.52, 84.39, 84.17, 83.94, 83.37, 82.86, 82.04, 80.38)
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ class HostedModel:
     preprocess: Preprocess
     labels: tuple[str, ...]
     """One a class, or none."""
-    default_r: int
+    default_budget: float | None = None
+    """Latency budget, in seconds, of requests that set none; None leaves it to what the model takes."""
     quality: dict[int, Quality] = field(default_factory=dict)
     """By r, where it was measured."""
     _costs: dict[int, MacCount] = field(default_factory=dict, repr=False, compare=False)
@@ -83,3 +90,25 @@ class HostedModel:
         last = max(r for r in range(self.largest_r + 1) if self.cost(r).merged >= LEAST_WORK * self.cost(0).dense)
         step = max(1, math.ceil(last / GRID_STEPS))
         return tuple(MergeLevel(r, self.cost(r), self.quality.get(r)) for r in range(0, last + 1, step))
+
+    @cached_property
+    def relative_quality(self) -> tuple[float, ...] | None:
+        """By level of the grid, the measured quality as a share of that at r = 0; None unless measured at all of them.
+
+        Quality is top-1 where images were labelled, else agreement with r = 0.
+        """
+        measured = [level.quality for level in self.grid]
+        if any(quality is None for quality in measured):
+            return None
+        labelled = all(quality.top1 is not None for quality in measured if quality)
+        values = [(quality.top1 if labelled else quality.agreement) or 0.0 for quality in measured if quality]
+        return tuple(value / values[0] for value in values) if values[0] > 0 else None
+
+    @cached_property
+    def assumed_quality(self) -> tuple[float, ...]:
+        """By level of the grid, what policies go by: the relative quality or, unmeasured, ViT-B/16's at equal work."""
+        if self.relative_quality is not None and min(self.relative_quality) > 0:
+            return self.relative_quality
+        work = [level.cost.total / self.cost(0).total for level in self.grid]
+        falling = [-share for share in _PUBLISHED_WORK]
+        return tuple(float(np.interp(-share, falling, _PUBLISHED_TOP1)) / _PUBLISHED_TOP1[0] for share in work)

@@ -48,8 +48,8 @@ class ModelSpec:
     """What `tome-server evaluate` wrote."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Overrides of timm's data config: input_size, mean, std, interpolation, crop_pct, crop_mode."""
-    default_r: int = 0
-    """r where neither request nor deadline decides."""
+    default_budget: float | None = None
+    """Latency budget, in seconds, of requests that set none."""
     proportional_attention: bool | None = None
     """None: on, but for MAE weights."""
     description: str = ""
@@ -90,19 +90,16 @@ def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) ->
         merged = pack(merged)
     settings = _settings(spec, model)
     _check_equal(plain, merged, settings, device)
-    hosted = HostedModel(
+    return HostedModel(
         name=spec.name,
         architecture=spec.architecture,
         description=spec.description,
         merged=merged,
         preprocess=Preprocess(settings, limits or Limits()),
         labels=_labels(spec, model),
-        default_r=spec.default_r,
+        default_budget=spec.default_budget,
         quality=_quality(spec),
     )
-    if not 0 <= spec.default_r <= hosted.largest_r:
-        raise ModelLoadError(f"default_r must lie in 0..{hosted.largest_r} for {spec.name}, and is {spec.default_r}")
-    return hosted
 
 
 def weights_digest(path: Path) -> str:

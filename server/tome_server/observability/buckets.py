@@ -12,3 +12,12 @@ BATCH = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 
 # The r grid of ViT-B/16 at 224, and beyond it the grids of larger inputs.
 MERGE_R = (0, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
+
+# What is left of budgets of 10 ms to seconds. Below 0 the answer was late, which a deadline's end mostly prevents.
+SLACK = (0.0, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+# Even in factors around 1, where a good prediction is; 2 is a machine that slowed twofold.
+RATIO = (0.5, 0.67, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0)
+
+# r is capped where models lose a few hundredths at most; services promise quality in hundredths and thousandths.
+QUALITY = (0.9, 0.95, 0.97, 0.98, 0.985, 0.99, 0.995, 0.999, 1.0, 1.05)

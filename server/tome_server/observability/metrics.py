@@ -19,6 +19,23 @@ class Metrics:
         )
         self.pending = self._gauge("requests_pending", "Requests that have arrived and aren't answered yet")
         self.queue_depth = self._gauge("queue_depth", "Requests that wait for the device")
+        self.deadline_slack = self._histogram(
+            "deadline_slack_seconds", "Time left until the deadline when the answer was ready", buckets.SLACK
+        )
+        self.slo_met = self._counter("slo_met", "Requests answered inside their deadline")
+        self.slo_missed = self._counter("slo_missed", "Requests that were not, by reason", "reason")
+        self.rejected = self._counter("rejected", "Requests refused without computing them, by reason", "reason")
+        self.prediction_ratio = self._histogram(
+            "latency_prediction_ratio", "Time a batch took over the time it was expected to", buckets.RATIO
+        )
+        self.quality_ratio = self._histogram(
+            "quality_ratio", "Measured quality at each image's r, as a share of that at r = 0", buckets.QUALITY
+        )
+        self.compute_seconds = self._counter("compute_seconds", "Time that batches took on the device")
+        self.wasted_seconds = self._counter(
+            "compute_wasted_seconds", "The share of it spent on requests that nobody waited for any more"
+        )
+        self.policy_failures = self._counter("policy_failures", "Decisions made without the policy because it failed")
         self.batch_size = self._histogram("batch_size", "Images in a batch", buckets.BATCH)
         self.merge_r = self._histogram("merge_r", "Tokens merged in each block, of each image", buckets.MERGE_R)
         self.tokens_input = self._counter("tokens_input", "Tokens that entered the first block")

@@ -5,7 +5,7 @@ import math
 from google.protobuf.duration_pb2 import Duration
 
 from tome_api.v1 import inference_pb2 as pb
-from tome_server.engine import EncodedImage, Normalised, Pixels, Reply, Request
+from tome_server.engine import EncodedImage, Normalised, Pixels, Reply, Request, Served
 from tome_server.errors import InvalidRequestError
 from tome_server.models.hosted import HostedModel, MergeLevel
 
@@ -14,20 +14,21 @@ _LONGEST = 315_576_000_000
 _MOST_DIMENSIONS = 8
 
 
-def request_from(message: pb.PredictRequest, arrival: float, time_remaining: float | None, margin: float) -> Request:
+def request_from(message: pb.PredictRequest, arrival: float, time_remaining: float | None) -> Request:
     """Return the engine's request for `message`.
 
-    Its deadline is `arrival` plus the lesser of its budget and the gRPC deadline's `time_remaining`, less `margin` for
-    the way back; all in seconds. Raises InvalidRequestError for what can't be right whatever the model.
+    Its deadline is `arrival` plus the lesser of its budget and the gRPC deadline's `time_remaining`, in seconds. Raises
+    InvalidRequestError for what can't be right whatever the model.
     """
     return Request(
         model=message.model,
         input=_input(message),
         arrival=arrival,
-        deadline=arrival + min(_budget(message), math.inf if time_remaining is None else time_remaining) - margin,
+        deadline=arrival + min(_budget(message), math.inf if time_remaining is None else time_remaining),
         r=message.r if message.HasField("r") else None,
         min_r=message.min_r if message.HasField("min_r") else None,
         max_r=message.max_r if message.HasField("max_r") else None,
+        min_quality=message.min_quality if message.HasField("min_quality") else None,
         top_k=message.top_k if message.HasField("top_k") else None,
         features=message.return_features,
         token_map=message.return_token_map,
@@ -55,8 +56,9 @@ def response_to(reply: Reply) -> pb.PredictResponse:
             queue=_duration(timing.queue),
             compute=_duration(timing.compute),
             total=_duration(timing.total),
-            slack=None if timing.slack is None else _duration(timing.slack),
+            slack=_duration(timing.slack),
             batch_size=timing.batch_size,
+            predicted=_duration(timing.predicted),
         ),
         features=result.features,
     )
@@ -73,9 +75,9 @@ def summary_of(name: str, model: HostedModel | None) -> pb.ModelSummary:
     return pb.ModelSummary(name=name, architecture=model.architecture, description=model.description, ready=True)
 
 
-def model_to(model: HostedModel) -> pb.Model:
+def model_to(served: Served) -> pb.Model:
     """Return the description of a model."""
-    settings = model.preprocess.settings
+    model, settings = served.model, served.model.preprocess.settings
     channels, height, width = settings.input_size
     return pb.Model(
         summary=summary_of(model.name, model),
@@ -92,13 +94,16 @@ def model_to(model: HostedModel) -> pb.Model:
         labels=model.labels,
         num_classes=model.num_classes,
         feature_dim=model.feature_dim,
-        default_r=model.default_r,
-        r_grid=[_level(level) for level in model.grid],
+        r_grid=[_level(level, seconds) for level, seconds in zip(model.grid, served.profile.p50[0], strict=True)],
+        policy=served.policy,
+        default_budget=_duration(served.default_budget),
     )
 
 
-def _level(level: MergeLevel) -> pb.MergeLevel:
-    message = pb.MergeLevel(r=level.r, macs=level.cost.total, tokens_out=level.cost.tokens[-1])
+def _level(level: MergeLevel, seconds: float) -> pb.MergeLevel:
+    message = pb.MergeLevel(
+        r=level.r, macs=level.cost.total, tokens_out=level.cost.tokens[-1], latency=_duration(seconds)
+    )
     if level.quality is not None:
         message.agreement = level.quality.agreement
         if level.quality.top1 is not None:

@@ -1,5 +1,6 @@
 """The status contract: which gRPC status and details each reason for refusal becomes."""
 
+import math
 from typing import NoReturn
 
 import grpc
@@ -11,6 +12,7 @@ from grpc_status import rpc_status
 
 from tome_server.errors import (
     ExpiredError,
+    InfeasibleError,
     InvalidRequestError,
     ModelFailedError,
     OverloadedError,
@@ -23,6 +25,7 @@ DOMAIN = "tome-serving"
 _CODES = {
     InvalidRequestError: code_pb2.INVALID_ARGUMENT,
     UnknownModelError: code_pb2.NOT_FOUND,
+    InfeasibleError: code_pb2.DEADLINE_EXCEEDED,
     ExpiredError: code_pb2.DEADLINE_EXCEEDED,
     OverloadedError: code_pb2.RESOURCE_EXHAUSTED,
     UnavailableError: code_pb2.UNAVAILABLE,
@@ -62,6 +65,14 @@ def _details(error: RequestError) -> list[Any]:
         case UnknownModelError():
             return _packed(
                 error_details_pb2.ResourceInfo(resource_type="model", resource_name=error.name, description=str(error))
+            )
+        case InfeasibleError():
+            # Upwards, so that who asks again for just that isn't refused for a rounding.
+            smallest = str(math.ceil(error.smallest * 1e3))
+            return _packed(
+                error_details_pb2.ErrorInfo(
+                    reason="INFEASIBLE", domain=DOMAIN, metadata={"smallest_latency_ms": smallest}
+                )
             )
         case ExpiredError():
             return _packed(

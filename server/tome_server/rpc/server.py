@@ -30,9 +30,7 @@ class TlsFiles:
 class RpcServer:
     """A gRPC server for one engine: listening from `start`, healthy from `ready`."""
 
-    def __init__(
-        self, engine: Engine, address: str, max_image_bytes: int, reply_margin: float, tls: TlsFiles | None = None
-    ) -> None:
+    def __init__(self, engine: Engine, address: str, max_image_bytes: int, tls: TlsFiles | None = None) -> None:
         self._engine = engine
         self._server = grpc.aio.server(
             options=[
@@ -46,7 +44,7 @@ class RpcServer:
             ]
         )
         self._health = health.HealthServicer(("", SERVICE))
-        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(engine, reply_margin), self._server)
+        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(engine), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, health.SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)

@@ -26,9 +26,8 @@ STREAM_WINDOW = 64
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     """Answers `tome_api.v1.Inference`."""
 
-    def __init__(self, engine: Engine, reply_margin: float) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._margin = reply_margin
 
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:  # noqa: N802
         """Classify one image."""
@@ -59,7 +58,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> pb.ListModelsResponse:
         """List the hosted models, those still loading included."""
         engine = self._engine
-        summaries = [convert.summary_of(name, engine.models.get(name)) for name in engine.names]
+        summaries = [
+            convert.summary_of(name, engine.models[name].model if name in engine.models else None)
+            for name in engine.names
+        ]
         return pb.ListModelsResponse(models=summaries)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
@@ -74,7 +76,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         arrival = asyncio.get_running_loop().time()
         code = "CANCELLED"
         try:
-            request = convert.request_from(message, arrival, context.time_remaining(), self._margin)
+            request = convert.request_from(message, arrival, context.time_remaining())
             response = convert.response_to(await self._engine.predict(request))
             code = "OK"
         except Exception as error:

@@ -1,0 +1,187 @@
+"""What a batch costs: measured latencies by batch size and r, and predictions that follow the machine as it drifts."""
+
+import math
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+# Batches that say how fast the machine is now. Their median shrugs off stalls, and turns over within five batches when
+# the machine's speed really changes; a promise heeds the second slowest of them, and so changes within two.
+_RECENT = 9
+# The share of batches to be late; a little less than 5 %, so that 95 % are in time while it is being approached.
+_MISSES = 0.04
+# How far one miss raises the margin of promises; 24 batches in time lower it by as much.
+_MARGIN_RATE = 0.02
+_MARGIN_MOST = math.log(2)
+# How far one batch moves its cell, the share of a correction it forgets, and how far a cell may go.
+_CELL_STEP = 0.005
+_CELL_LEAK = 0.002
+_CELL_MOST = math.log(2)
+# Seconds.
+_HALF_LIFE = 5.0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measured latency of uniform batches, in seconds; a level is an index into `rs`."""
+
+    sizes: tuple[int, ...]
+    """Batch sizes measured, ascending, from 1."""
+    rs: tuple[int, ...]
+    """The r grid, ascending, from 0."""
+    p50: tuple[tuple[float, ...], ...]
+    """Median, by size and level; falls with r and rises with size."""
+    p95: tuple[tuple[float, ...], ...]
+    """95th percentile, likewise."""
+    extra_group: float = 0.0
+    """What each further r in a packed batch adds to the mean of its members' uniform batches."""
+    packed: bool = True
+    """Whether members of several r run faster together than in one call for each r."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what no measurement gives."""
+        shape = (len(self.sizes), len(self.rs))
+        if not self.sizes or self.sizes[0] != 1 or list(self.sizes) != sorted(set(self.sizes)):
+            raise ValueError(f"batch sizes must ascend from 1, not {self.sizes}")
+        if not self.rs or self.rs[0] != 0 or list(self.rs) != sorted(set(self.rs)):
+            raise ValueError(f"r values must ascend from 0, not {self.rs}")
+        for name, table in (("p50", self.p50), ("p95", self.p95)):
+            if (len(table), *{len(row) for row in table}) != shape:
+                raise ValueError(f"{name} must have {shape[0]} rows of {shape[1]} values")
+            if not all(0 < value < math.inf for row in table for value in row):
+                raise ValueError(f"{name} must hold positive seconds")
+            falls = all(a >= b for row in table for a, b in pairwise(row))
+            rises = all(a <= b for column in zip(*table, strict=True) for a, b in pairwise(column))
+            if not falls or not rises:
+                raise ValueError(f"{name} must fall with r and rise with the batch size")
+        if any(low > high for rows in zip(self.p50, self.p95, strict=True) for low, high in zip(*rows, strict=True)):
+            raise ValueError("p95 can't be less than p50")
+        if not 0 <= self.extra_group < math.inf:
+            raise ValueError("extra_group must be seconds")
+
+    @property
+    def max_batch(self) -> int:
+        """The largest batch measured."""
+        return self.sizes[-1]
+
+    def every_size(self, table: Sequence[Sequence[float]]) -> list[list[float]]:
+        """Return `table` with a row for each size from 1 to the largest, interpolated; row 0 is of zeros."""
+        rows = [[0.0] * len(self.rs)]
+        for size in range(1, self.max_batch + 1):
+            above = bisect_left(self.sizes, size)
+            if self.sizes[above] == size:
+                rows.append(list(table[above]))
+                continue
+            below = above - 1
+            share = (size - self.sizes[below]) / (self.sizes[above] - self.sizes[below])
+            rows.append([a + share * (b - a) for a, b in zip(table[below], table[above], strict=True)])
+        return rows
+
+    def level_of(self, r: int) -> int:
+        """Return the level whose cost is that of `r` or, between two, the dearer one's."""
+        return max(0, bisect_left(self.rs, r + 1) - 1)
+
+
+class Latency:
+    """Predicts how long batches take, from a profile and from how the latest batches went.
+
+    Three things are learned, from fast to slow: how fast the machine is now (drift), how far latencies scatter above
+    what is expected (the margin of promises), and where single cells differ from what was measured.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.max_batch = profile.max_batch
+        self.levels = len(profile.rs)
+        self._measured = profile.every_size(profile.p50)
+        self._median = [list(row) for row in self._measured]
+        self._spread = [
+            [high / low if low else 1.0 for high, low in zip(*rows, strict=True)]
+            for rows in zip(profile.every_size(profile.p95), self._median, strict=True)
+        ]
+        self._cells: dict[tuple[int, int], float] = {}
+        # As log factors on the profile rather than on the prediction, so that the past stays comparable as drift moves.
+        self._recent: deque[float] = deque([0.0] * _RECENT, maxlen=_RECENT)
+        # The cell of each of those, of level -1 for batches of several r; None for those that never ran.
+        self._recent_cells: deque[tuple[int, int] | None] = deque([None] * _RECENT, maxlen=_RECENT)
+        self._drift = 1.0
+        self._worst = 1.0
+        self._log_margin = 0.0
+        self._margin = 1.0
+        # Where the margin takes all of the measured spread back.
+        self._least_margin = -math.log(max(map(max, self._spread)))
+
+    @property
+    def drift(self) -> float:
+        """How much longer batches take now than when they were profiled, as a factor."""
+        return self._drift
+
+    def expected(self, size: int, level: int) -> float:
+        """Return the median seconds of a uniform batch of 1 to `max_batch` images.
+
+        Unlike the profile's, these need not fall with every level: each follows what was observed of it.
+        """
+        return self._median[size][level] * self._drift
+
+    def promised(self, size: int, level: int) -> float:
+        """Return the seconds within which 95 of 100 uniform batches end."""
+        spread = max(1.0, self._spread[size][level] * self._margin)
+        return self._median[size][level] * max(self._drift * spread, self._worst)
+
+    def of_batch(self, levels: Sequence[int], *, promised: bool = False) -> float:
+        """Return the seconds of a batch whose members have these levels.
+
+        Packed, that is the mean of their uniform batches and something for each further level; split, the sum of a
+        smaller batch for each level.
+        """
+        predict, size = self.promised if promised else self.expected, len(levels)
+        if levels.count(levels[0]) == size:
+            return predict(size, levels[0])
+        counts = Counter(levels)
+        if not self.profile.packed:
+            return sum(predict(count, level) for level, count in counts.items())
+        mean = sum(predict(size, level) * count for level, count in counts.items()) / size
+        slowness = max(self._drift, self._worst) if promised else self._drift
+        return mean + (len(counts) - 1) * self.profile.extra_group * slowness
+
+    def observe(self, levels: Sequence[int], seconds: float) -> float:
+        """Learn how long a batch took; returns that as a ratio of what was expected."""
+        ratio = seconds / self.of_batch(levels)
+        missed = seconds > self.of_batch(levels, promised=True)
+        log_margin = self._log_margin + _MARGIN_RATE * (missed - _MISSES)
+        self._log_margin = min(max(log_margin, self._least_margin), _MARGIN_MOST)
+        size = len(levels)
+        cell = (size, levels[0] if levels.count(levels[0]) == size else -1)
+        self._correct(cell, ratio)
+        self._recent.append(math.log(ratio * self._drift))
+        self._recent_cells.append(cell)
+        self._weigh()
+        return ratio
+
+    def relax(self, seconds: float) -> None:
+        """Forget by half, for each 5 s, how slow or fast the machine was.
+
+        For times in which no batch ran because none was expected to be in time: they alone would never show that the
+        machine has recovered.
+        """
+        kept = 0.5 ** (seconds / _HALF_LIFE)
+        self._recent.extend([log * kept for log in self._recent])
+        self._weigh()
+
+    def _correct(self, cell: tuple[int, int], ratio: float) -> None:
+        """Move a cell that differs from what was measured, as the others around it in time don't."""
+        size, level = cell
+        if level < 0 or sum(other not in (cell, None) for other in self._recent_cells) <= _RECENT // 2:
+            return  # where the others are too few, drift is this very cell's, and explains it
+        # A step of one length towards where it fell: the median, unlike the mean, heeds no stalls.
+        log = (1 - _CELL_LEAK) * self._cells.get(cell, 0.0) + math.copysign(_CELL_STEP, ratio - 1)
+        self._cells[cell] = min(max(log, -_CELL_MOST), _CELL_MOST)
+        self._median[size][level] = self._measured[size][level] * math.exp(self._cells[cell])
+
+    def _weigh(self) -> None:
+        ranked = sorted(self._recent)
+        self._drift = math.exp(ranked[_RECENT // 2])
+        self._worst = math.exp(ranked[-2])
+        self._margin = math.exp(self._log_margin)

@@ -1,0 +1,61 @@
+"""How requests come in: how fast, in what bursts, and how hasty."""
+
+import math
+from collections import deque
+
+from tome_server.scheduling.policy.view import Traffic
+
+# Seconds over which the rate is taken: short enough to follow a ramp, while bursts show in the queue itself.
+_HORIZON = 2.0
+# Arrivals over which the dispersion is taken.
+_GAPS = 256
+_BUDGETS = 64
+_CLASSES = 4
+_MOST_DISPERSED = 16.0
+
+
+class TrafficMeter:
+    """Watches arrivals."""
+
+    def __init__(self) -> None:
+        self._began = math.inf
+        self._last = -math.inf
+        self._weight = 0.0
+        self._gap = 0.0
+        self._gap_squared = 0.0
+        self._gaps = 0.0
+        self._budgets: deque[float] = deque(maxlen=_BUDGETS)
+
+    def add(self, now: float, budget: float) -> None:
+        """Count an arrival at `now` that allows `budget` seconds, infinite for any."""
+        if math.isinf(self._began):
+            self._began = self._last = now
+        else:
+            keep, gap = 1 - 1 / _GAPS, now - self._last
+            self._gap = self._gap * keep + gap
+            self._gap_squared = self._gap_squared * keep + gap * gap
+            self._gaps = self._gaps * keep + 1
+        self._weight = self._weight * math.exp((self._last - now) / _HORIZON) + 1.0
+        self._last = now
+        self._budgets.append(budget)
+
+    def at(self, now: float) -> Traffic:
+        """Return what has been seen until `now`."""
+        if math.isinf(self._began):
+            return Traffic()
+        # Until the horizon is full, what has been seen stands for a shorter time; a quarter tempers the first few.
+        seen = _HORIZON * -math.expm1(-(now - self._began + _HORIZON / 8) / _HORIZON)
+        rate = self._weight * math.exp((self._last - now) / _HORIZON) / seen
+        dispersion = 1.0
+        if self._gap > 0:
+            dispersion = min(max(self._gap_squared * self._gaps / self._gap**2 - 1.0, 1.0), _MOST_DISPERSED)
+        return Traffic(rate, dispersion, self._quantiles())
+
+    def _quantiles(self) -> tuple[tuple[float, float], ...]:
+        ranked = sorted(self._budgets)
+        n=len(ranked)
+        found = {}
+        for k in range(1, _CLASSES + 1):
+            i = -(-k * n // _CLASSES) - 1
+            found[ranked[i]] = (i+1) / n
+        return tuple(found.items())

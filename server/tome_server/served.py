@@ -1,0 +1,96 @@
+"""A model in service: what is hosted, how long it takes here, and who decides on r."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from tome_server.errors import ConfigError, InvalidRequestError
+from tome_server.models.hosted import HostedModel
+from tome_server.scheduling.policy import policy_named
+from tome_server.scheduling.profile import Latency, Profile
+from tome_server.scheduling.scheduler import Scheduler
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+# Without a budget of its own, a model's requests get this, or many times what one image takes, if that is more.
+LEAST_DEFAULT_BUDGET = 1.0
+IMAGES_IN_DEFAULT_BUDGET = 10
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a request allows: levels of the r grid, or one r that need not be in it."""
+
+    low: int
+    high: int
+    exact: int | None = None
+    """The r to run at; `low` and `high` are then the level that costs about as much."""
+
+
+class ServedModel(Generic[T]):
+    """A hosted model with its profile, scheduler and default budget."""
+
+    def __init__(self, model: HostedModel, profile: Profile, policy: str) -> None:
+        """Raises ConfigError if `policy` isn't the name of one, or doesn't fit the model."""
+        self.model = model
+        self.profile = profile
+        self.policy = policy
+        self.rs = profile.rs
+        if model.relative_quality is None:
+            log.warning("the quality of %s was never measured: see tome-server evaluate", model.name)
+        try:
+            decide = policy_named(policy, profile, model.assumed_quality)
+        except ValueError as error:
+            raise ConfigError(f"policy: {error}") from error
+        self.scheduler: Scheduler[T] = Scheduler(Latency(profile), decide)
+        self.default_budget = model.default_budget or max(
+            LEAST_DEFAULT_BUDGET, IMAGES_IN_DEFAULT_BUDGET * profile.p95[0][0]
+        )
+        """Seconds that a request has which sets neither budget nor deadline."""
+
+    def bounds(
+        self, r: int | None = None, min_r: int | None = None, max_r: int | None = None, min_quality: float | None = None
+    ) -> Bounds:
+        """Return what a request's settings allow. Raises InvalidRequestError if they are out of range or conflict."""
+        largest = self.model.largest_r
+        for name, value in (("r", r), ("min_r", min_r), ("max_r", max_r)):
+            if value is not None and not 0 <= value <= largest:
+                raise InvalidRequestError(name, f"must lie in 0..{largest} for {self.model.name}, and is {value}")
+        least, most = min_r or 0, self.rs[-1] if max_r is None else max_r
+        if max_r is None:
+            most = max(most, least)
+        if least > most:
+            raise InvalidRequestError("min_r", f"is {least}, more than max_r, which is {most}")
+        if r is not None and not least <= r <= (largest if max_r is None else most):
+            raise InvalidRequestError("r", f"is {r}, outside of min_r..max_r, which is {least}..{most}")
+        if r is not None:
+            least = most = r
+        most = min(most, self._most_at(min_quality))
+        if least > most:
+            raise InvalidRequestError("min_quality", f"is {min_quality:g}, which needs r ≤ {most}; asked is ≥ {least}")
+        within = [level for level, value in enumerate(self.rs) if least <= value <= most]
+        if r is None and within:
+            return Bounds(within[0], within[-1])
+        level = self.profile.level_of(least)
+        return Bounds(level, level, least)
+
+    def _most_at(self, min_quality: float | None) -> int:
+        """Return the largest r up to which every r of the grid keeps `min_quality`."""
+        if min_quality is None:
+            return self.model.largest_r
+        if not 0 < min_quality <= 1:
+            raise InvalidRequestError("min_quality", f"must lie above 0 and up to 1, and is {min_quality:g}")
+        quality = self.model.relative_quality
+        if quality is None:
+            raise InvalidRequestError("min_quality", f"the quality of {self.model.name} was never measured")
+        good = 0
+        while good + 1 < len(quality) and quality[good + 1] >= min_quality:
+            good += 1
+        return self.rs[good]
+
+    def rs_of(self, levels: Sequence[int]) -> list[int]:
+        """Return the r of each level."""
+        return [self.rs[level] for level in levels]
