@@ -32,6 +32,7 @@ from tome_server.observability.metrics import Metrics
 from tome_server.runtime.executor import Executor, Result, Work
 from tome_server.scheduling.policy.view import Decision
 from tome_server.scheduling.queue import Waiting
+from tome_server.scheduling.scheduler import Scheduler
 from tome_server.served import Bounds, ServedModel
 
 log = logging.getLogger(__name__)
@@ -250,7 +251,6 @@ class Engine:
             raise OverloadedError(self._pending, RETRY_AFTER)
         self._pending += 1
         self.metrics.pending.set(self._pending)
-        self._forget_drift()
         job = None
         try:
             margin = self._margin()
@@ -269,6 +269,7 @@ class Engine:
             raise ExpiredError(stage, request.deadline - request.arrival) from None
         except InfeasibleError:
             self.metrics.rejected.labels(name, "infeasible").inc()
+            self._forget_drift(scheduler)
             raise
         finally:
             self._pending -= 1
@@ -411,12 +412,11 @@ class Engine:
         ranked = sorted(self._ways_back)
         return max(self.reply_margin, ranked[int(REPLIES_IN_TIME * (len(ranked) - 1))])
 
-    def _forget_drift(self) -> None:
+    def _forget_drift(self, scheduler: Scheduler[_Job]) -> None:
         """Let an idle device's predictions return to its profile: while all is refused, no batch would correct them."""
         now = _now()
         if not self._busy and not self._queued() and self._free_at > -math.inf:
-            for served in self.models.values():
-                served.scheduler.latency.idle(now - self._free_at)
+            scheduler.latency.idle(now - self._free_at)
             self._free_at = now
 
     def _queued(self) -> int:

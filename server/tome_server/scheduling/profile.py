@@ -160,7 +160,7 @@ class Latency:
         self._weigh()
         return ratio
 
-    def relax(self, seconds: float) -> None:
+    def idle(self, seconds: float) -> None:
         """Forget by half, for each 5 s, how slow or fast the machine was.
 
         For times in which no batch ran because none was expected to be in time: they alone would never show that the

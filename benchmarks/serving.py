@@ -1,0 +1,263 @@
+"""Deadlines on a real server: the default policy beside fixed r, on the same arrivals, over loopback.
+
+One server of the bundled model for each policy runs all the while; for each load, they are driven in turn, open-loop,
+with the same Poisson arrivals and images. Loads are shares of the capacity at r = 0, which the bare model's loop (no
+server: full batches of ready tensors, one after the other) measures first. `effective accuracy` is the measured top-1
+of each answer's r, averaged over all requests, those unanswered or late counting 0.
+
+At last each fixed r is driven to saturation, for what the server itself costs: its images a second over the bare
+loop's, timed before and after. On a machine whose cores are busy otherwise none of this says much.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tome_client import AsyncClient, Client, ModelInfo
+from tome_client.load import LoadPlan, LoadResult, Renewal, event_loop, parse_budgets, read_samples, run_load, summarize
+
+SAMPLES = Path(__file__).parents[1] / "server/tome_server/models/bundled/fashion/samples"
+# Requests in flight at saturation: a batch on the device, and those that the next ones are made of.
+BATCHES_IN_FLIGHT = 3
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One policy at one load."""
+
+    load: float
+    """share of the capacity at r = 0"""
+    policy: str
+    rate: float
+    requests: int
+    attainment: float
+    effective_accuracy: float
+    p50_ms: float | None
+    p99_ms: float | None
+    mean_r: float | None
+    mean_batch: float | None
+    on_schedule: bool
+    """whether the load generator kept its own times"""
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """One r driven as fast as it goes."""
+
+    r: int
+    server: float
+    """images a second"""
+    bare: float
+    """the bare loop's, median of before and after"""
+    ratio: float
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _arguments().parse_args(argv)
+    if args.bare is not None:
+        print(json.dumps(_bare_loop(args.bare, args.max_batch, args.threads, args.seconds)))
+        return
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        first = stack.enter_context(_server("price", folder, args))
+        with Client(first) as client:
+            model = client.model()
+        last = model.r_grid[-1].r
+        policies = {"price": first}
+        for policy in ("fixed:0", f"fixed:{last}"):
+            policies[policy] = stack.enter_context(_server(policy, folder, args))
+        bare = {r: [_bare(r, args)] for r in (0, last)}
+        capacity = bare[0][0]
+        budget = round(args.budget * args.max_batch / capacity, 3)
+        setting = {
+            "model": model.summary.name, "policies": list(policies), "threads": args.threads, "max_batch": args.max_batch,
+            "capacity_r0": round(capacity, 1), "budget_ms": budget * 1e3, "seconds": args.seconds, "seed": args.seed,
+        }  # fmt: skip
+        if not args.json:
+            print("  ".join(f"{name} {value}" for name, value in setting.items()))
+            print(_HEAD)
+        cells = []
+        for load in args.loads:
+            for policy, target in policies.items():
+                cells.append(_drive(load, policy, target, capacity, budget, model, args))
+                if not args.json:
+                    print(_line(cells[-1]), flush=True)
+        saturated = {r: _saturate(policies[f"fixed:{r}"], r, args) for r in (0, last)}
+        for r, speeds in bare.items():
+            speeds.append(_bare(r, args))
+    saturation = [
+        Saturation(r, speed, statistics.median(bare[r]), speed / statistics.median(bare[r]))
+        for r, speed in saturated.items()
+    ]
+    if args.json:
+        report = {**setting, "cells": [asdict(cell) for cell in cells], "saturation": [asdict(s) for s in saturation]}
+        print(json.dumps(report, indent=2))
+        return
+    for one in saturation:
+        print(f"saturated at r = {one.r}: {one.server:.1f} images/s, bare loop {one.bare:.1f}: {one.ratio:.1%}")
+
+
+@contextmanager
+def _server(policy: str, folder: Path, args: argparse.Namespace) -> Iterator[str]:
+    """Run a server of the bundled model with `policy`; yields its address. All share what the first measured."""
+    command = [sys.executable, "-m", "tome_server", "serve", "--listen", "127.0.0.1:0", "--metrics", "off"]
+    command += ["--policy", policy, "--threads", str(args.threads), "--max-batch", str(args.max_batch)]
+    command += ["--profiles", str(folder), "--profile-time", "15s", "--log-level", "warning"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            sys.exit(f"the server with policy {policy} did not start")
+        yield json.loads(line)["ready"]["grpc"]
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _drive(
+    load: float, policy: str, target: str, capacity: float, budget: float, model: ModelInfo, args: argparse.Namespace
+) -> Cell:
+    plan = LoadPlan(
+        read_samples(SAMPLES),
+        Renewal(load * capacity),
+        parse_budgets(f"{budget * 1e3:.0f}ms"),
+        duration=args.seconds,
+        warmup=args.warmup,
+        seed=args.seed,
+    )
+    with asyncio.Runner(loop_factory=event_loop) as runner:
+        result = runner.run(run_load(target, plan))
+    summary = summarize(result)
+    total = summary.total
+    return Cell(
+        load=load,
+        policy=policy,
+        rate=round(summary.rate, 1),
+        requests=total.sent,
+        attainment=total.attainment.share,
+        effective_accuracy=_effective(result, model),
+        p50_ms=total.latency.p50 * 1e3 if total.latency else None,
+        p99_ms=total.latency.p99 * 1e3 if total.latency else None,
+        mean_r=total.mean_r,
+        mean_batch=_mean([one.timing.batch_size for one in result.outcomes if one.timing]),
+        on_schedule=not any("schedule" in reason for reason in summary.verdict.reasons),
+    )
+
+
+def _effective(result: LoadResult, model: ModelInfo) -> float:
+    top1 = {level.r: level.top1 or 0.0 for level in model.r_grid}
+    earned = sum(top1[one.merging.r] for one in result.outcomes if one.attained and one.merging)
+    return earned / len(result.outcomes)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.mean(values) if values else None
+
+
+def _saturate(target: str, r: int, args: argparse.Namespace) -> float:
+    """Return images a second of a closed loop that always has enough in flight."""
+    images = [sample.data for sample in read_samples(SAMPLES)]
+
+    async def run() -> float:
+        done = 0
+        began = time.perf_counter() + args.warmup
+        end = began + args.seconds
+
+        async def ask(client: AsyncClient, first: int) -> None:
+            nonlocal done
+            turn = first
+            while (now := time.perf_counter()) < end:
+                await client.predict(images[turn % len(images)], r=r, top_k=1, budget=60.0)
+                done += began <= now
+                turn += 1
+
+        async with AsyncClient(target, timeout=60) as client, asyncio.TaskGroup() as tasks:
+            for first in range(BATCHES_IN_FLIGHT * args.max_batch):
+                tasks.create_task(ask(client, first))
+        return done / (time.perf_counter() - began)
+
+    return asyncio.run(run())
+
+
+def _bare(r: int, args: argparse.Namespace) -> float:
+    """Run `_bare_loop` in a process of its own, as the server is; returns images a second."""
+    command = [sys.executable, "-m", "benchmarks.serving", "--bare", str(r), "--seconds", str(min(args.seconds, 5.0))]
+    command += ["--threads", str(args.threads), "--max-batch", str(args.max_batch)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout))
+
+
+def _bare_loop(r: int, batch: int, threads: int, seconds: float) -> float:
+    # Here because the load generator's process must stay light: torch is for the loop's own.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import tome_server.timm_import  # noqa: F401  isort: skip
+    import torch
+
+    from tome_server.models.loading import bundled_spec, load
+    from tome_server.runtime.executor import Work, run_batch
+
+    torch.set_num_threads(threads)
+    device = torch.device("cpu")
+    model = load(bundled_spec("fashion"), device)
+    images = [model.preprocess.encoded(path.read_bytes()) for path in sorted(SAMPLES.glob("*.png"))[:batch]]
+    works = [Work(image, top_k=1) for image in images]
+    for _ in range(5):
+        run_batch(model, works, r, device)
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() < began + seconds:
+        run_batch(model, works, r, device)
+        count += batch
+    return count / (time.perf_counter() - began)
+
+
+_HEAD = (
+    f"{'load':>6} {'policy':<10} {'rate':>7} {'sent':>6} {'attained':>9} {'eff. accuracy':>14} {'p50':>8} {'p99':>8}"
+    f" {'mean r':>7} {'batch':>6}"
+)
+
+
+def _line(cell: Cell) -> str:
+    def number(value: float | None, width: int, digits: int) -> str:
+        return f"{'-' if value is None else f'{value:.{digits}f}':>{width}}"
+
+    return (
+        f"{cell.load:>6.0%} {cell.policy:<10} {cell.rate:>7.1f} {cell.requests:>6} {cell.attainment:>9.2%}"
+        f" {cell.effective_accuracy:>14.2%} {number(cell.p50_ms, 8, 1)} {number(cell.p99_ms, 8, 1)}"
+        f" {number(cell.mean_r, 7, 1)} {number(cell.mean_batch, 6, 1)}"
+        f"{'' if cell.on_schedule else '  (the load generator was late)'}"
+    )
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--loads", type=_loads, default=[0.5, 0.9, 1.2, 1.5], metavar="X,X,…", help="of r = 0 capacity")
+    parser.add_argument("--seconds", type=float, default=15.0, help="measured in each cell (default: %(default)g)")
+    parser.add_argument("--warmup", type=float, default=3.0, help="seconds before that (default: %(default)g)")
+    parser.add_argument("--budget", type=float, default=3.0, help="in full batches at r = 0 (default: %(default)g)")
+    parser.add_argument("--threads", type=int, default=1, help="of each server (default: %(default)d)")
+    parser.add_argument("--max-batch", type=int, default=8, help="(default: %(default)d)")
+    parser.add_argument("--seed", type=int, default=100, help="of arrivals (default: %(default)d)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--bare", type=int, metavar="R", help=argparse.SUPPRESS)
+    return parser
+
+
+def _loads(text: str) -> list[float]:
+    return [float(value) for value in text.split(",")]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""Measures how long batches take on a device, by batch size and r, and how batches of several r are best run."""
+
+import logging
+import math
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple, Protocol
+
+import torch
+from tqdm import tqdm
+
+from tome_server.models.hosted import HostedModel
+from tome_server.runtime.executor import BatchResult, Work, run_batch
+from tome_server.scheduling.profile import Profile
+
+log = logging.getLogger(__name__)
+
+# Beyond these, further rounds change little.
+MOST_ROUNDS = 15
+# Fewer can't tell a stall from what a batch takes.
+LEAST_ROUNDS = 3
+PROMISE = 0.95
+# The 95th percentile is at least so many medians: what a few rounds, or a machine at rest, show too little of.
+LEAST_SPREAD = 1.05
+# Batches before and after one that show how fast the machine was meanwhile.
+_NEIGHBOURS = 4
+_SETTLED = 5
+
+
+class Run(Protocol):
+    """Runs a batch at one r, or at one for each image, and says how long it took; `run_batch` is the real one."""
+
+    def __call__(
+        self, model: HostedModel, batch: Sequence[Work], rs: int | Sequence[int], device: torch.device, *, packed: bool
+    ) -> BatchResult:
+        """Run `batch` in the calling thread."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A batch to time."""
+
+    rs: tuple[int, ...]
+    """One for each image."""
+    packed: bool = True
+
+
+class _Timing(NamedTuple):
+    kind: _Kind
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be timed; what isn't is interpolated."""
+
+    sizes: tuple[int, ...]
+    rs: tuple[int, ...]
+    mixes: tuple[tuple[int, ...], ...]
+    """Batches of several r, each to be run packed and split."""
+
+    @property
+    def kinds(self) -> list[_Kind]:
+        uniform = [_Kind((r,) * size) for size in self.sizes for r in self.rs]
+        return uniform + [_Kind(mix, packed) for mix in self.mixes for packed in (True, False)]
+
+
+def measure(
+    model: HostedModel,
+    device: torch.device,
+    *,
+    max_batch: int,
+    budget: float,
+    progress: bool = False,
+    run: Run = run_batch,
+) -> Profile:
+    """Time batches of `model` of each power of two up to `max_batch`, and that, at each r of its grid.
+
+    Takes about `budget` seconds: less once more would change little, up to twice as many for three rounds of all. Where
+    those would take longer, it times fewer batches and interpolates between them, in proportion to the operations; at
+    the least the four corners, once, however long they take.
+    Blocks; runs in a thread of its own, with as many torch threads as were set last. Raises what the model raises.
+    """
+    stop = threading.Event()
+    with ThreadPoolExecutor(1, thread_name_prefix="profile") as thread:
+        try:
+            return thread.submit(_measure, model, device, max_batch, budget, progress, run, stop).result()
+        except BaseException:  # an interrupt, which only the waiting thread gets
+            stop.set()
+            raise
+
+
+def batch_sizes(max_batch: int) -> tuple[int, ...]:
+    """Return the powers of two below `max_batch`, and that."""
+    return (*(2**i for i in range((max_batch - 1).bit_length())), max_batch)
+
+
+def monotone(table: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Return `table` with each value lowered to the least of those to its left and below: rows fall and columns rise.
+
+    Merging a little can cost a small batch more than it saves. What then costs more than a lesser r is not worth
+    choosing, so that its own prediction matters little; that of r = 0, the most wanted, stays as measured.
+    """
+    rows = [list(accumulate(row, min)) for row in table]
+    columns = [list(accumulate(column[::-1], min))[::-1] for column in _turned(rows)]
+    return _turned(columns)
+
+
+def _measure(
+    model: HostedModel,
+    device: torch.device,
+    max_batch: int,
+    budget: float,
+    progress: bool,
+    run: Run,
+    stop: threading.Event,
+) -> Profile:
+    began = time.perf_counter()
+    work = Work(torch.rand(model.preprocess.settings.input_size), top_k=min(5, model.num_classes))
+
+    def timed(kind: _Kind) -> float:
+        if stop.is_set():
+            raise InterruptedError
+        rs = kind.rs[0] if len(set(kind.rs)) == 1 else kind.rs
+        return run(model, [work] * len(kind.rs), rs, device, packed=kind.packed).seconds
+
+    timed(_Kind((0,)))
+    one = min(timed(_Kind((0,))) for _ in range(3))
+    plan = _plan(model, max_batch, lambda kind: one * _share(model, kind.rs), budget)
+    kinds, timings = plan.kinds, list[_Timing]()
+    with tqdm(total=(1 + MOST_ROUNDS) * len(kinds), unit="batch", disable=not progress) as bar:
+
+        def once(kind: _Kind) -> _Timing:
+            bar.update()
+            return _Timing(kind, timed(kind))
+
+        started = time.perf_counter()
+        for kind in kinds:
+            once(kind)
+        took = time.perf_counter() - started
+        least = LEAST_ROUNDS if LEAST_ROUNDS * took <= 2 * budget else 1
+        order, rounds = random.Random(0), 0
+        while rounds < MOST_ROUNDS and (rounds < least or time.perf_counter() - began + took <= budget):
+            # There and back again, so that a machine that slows down meanwhile wrongs none; and each time among others,
+            # since it is against its neighbours that a batch is judged.
+            if rounds % 2 == 0:
+                order.shuffle(kinds)
+            else:
+                kinds.reverse()
+            started = time.perf_counter()
+            timings += map(once, kinds)
+            took, rounds = time.perf_counter() - started, rounds + 1
+            left = int(max(0.0, budget - (time.perf_counter() - began)) / took)
+            bar.total = (1 + min(rounds + left, MOST_ROUNDS)) * len(kinds)
+    seconds = time.perf_counter() - began
+    log.info("timed %d rounds of %d kinds of batch of %s in %.1f s", rounds, len(kinds), model.name, seconds)
+    return _profile(model, max_batch, plan, timings)
+
+
+def _plan(model: HostedModel, max_batch: int, cost: Callable[[_Kind], float], budget: float) -> _Plan:
+    """Return the most complete plan for which `budget` seconds should do.
+
+    `cost` makes large batches dearer than they are, so the least rounds' time will about do for warming up too.
+    """
+    sizes, rs = batch_sizes(max_batch), tuple(level.r for level in model.grid)
+    ends = tuple(sorted({1, max_batch}))
+    halves, four = _mixes(max_batch, rs)
+    plans = [
+        _Plan(sizes, rs, halves + four),
+        _Plan(sizes, _some(rs, (len(rs) + 2) // 2), halves + four),
+        _Plan(ends, _some(rs, 3), halves),
+        _Plan(ends, _some(rs, 2), halves),
+    ]
+    for plan in plans[:-1]:
+        if LEAST_ROUNDS * sum(map(cost, plan.kinds)) <= budget:
+            return plan
+    return plans[-1]
+
+
+def _mixes(size: int, rs: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+    """Return a batch of two r, and one of four, where size and grid allow them."""
+    halves = (rs[0],) * (size - size // 2) + (rs[-1],) * (size // 2)
+    four = tuple(_some(rs, 4)[i * 4 // size] for i in range(size)) if size >= 4 and len(rs) >= 4 else ()
+    return ((halves,) if size > 1 and len(rs) > 1 else ()), ((four,) if four else ())
+
+
+def _some(rs: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """Return about evenly spaced ones of `rs`, the first and the last among them."""
+    last, steps = len(rs) - 1, max(1, most - 1)
+    return tuple(rs[i] for i in sorted({round(step * last / steps) for step in range(steps + 1)}))
+
+
+def _share(model: HostedModel, rs: Sequence[int]) -> float:
+    """Operations of a batch, in images at r = 0; merging's own, which needn't fall with r, left out."""
+    return sum(model.cost(r).merged for r in rs) / model.cost(0).merged
+
+
+def _profile(model: HostedModel, max_batch: int, plan: _Plan, timings: Sequence[_Timing]) -> Profile:
+    """Return what the timings say: how kinds of batch compare, and how much the median and the 95th percentile are.
+
+    The latter are taken from all of them together, since a few rounds show neither for each.
+    """
+    sizes, rs = batch_sizes(max_batch), tuple(level.r for level in model.grid)
+    usual = _usual_seconds(timings)
+    measured = [[usual[_Kind((r,) * size)] for r in plan.rs] for size in plan.sizes]
+    costs = [_share(model, (r,)) for r in reversed(plan.rs)]  # reversed, so that they rise
+    every_r = [[_interpolate(_share(model, (r,)), costs, row[::-1]) for r in rs] for row in measured]
+    every_size = [[_interpolate(size, plan.sizes, column) for size in sizes] for column in _turned(every_r)]
+    table = monotone(_turned(every_size))
+    predicted = {_Kind((r,) * size): table[i][j] for i, size in enumerate(sizes) for j, r in enumerate(rs)}
+    uniform = [timing for timing in timings if timing.kind in predicted]
+    level = statistics.median(seconds / predicted[kind] for kind, seconds in uniform)
+    scatter = sorted(seconds / usual[kind] for kind, seconds in uniform)
+    spread = max(LEAST_SPREAD, scatter[int(PROMISE * len(scatter))] / statistics.median(scatter))
+    return Profile(
+        sizes=sizes,
+        rs=rs,
+        p50=tuple(tuple(value * level for value in row) for row in table),
+        p95=tuple(tuple(value * level * spread for value in row) for row in table),
+        extra_group=_extra_group(plan, usual, predicted) * level,
+        packed=sum(usual[_Kind(mix)] for mix in plan.mixes) <= sum(usual[_Kind(mix, False)] for mix in plan.mixes),
+    )
+
+
+def _usual_seconds(timings: Sequence[_Timing]) -> dict[_Kind, float]:
+    """Return what each kind of batch takes, as it would compare on a machine whose speed doesn't change.
+
+    What else a machine does slows many batches in a row down, and seldom all kinds alike. So each timing is divided by
+    how slow the machine was around it: the median, over its neighbours, of what they took against what they usually
+    take. Each of the two follows from the other; a few rounds settle both.
+    """
+    logs = [math.log(seconds) for _, seconds in timings]
+    places: dict[_Kind, list[int]] = {}
+    for place, (kind, _) in enumerate(timings):
+        places.setdefault(kind, []).append(place)
+    usual = {kind: min(logs[place] for place in own) for kind, own in places.items()}
+    for _ in range(_SETTLED):
+        slow = [log - usual[kind] for log, (kind, _) in zip(logs, timings, strict=True)]
+        around = [
+            statistics.median(slow[max(0, place - _NEIGHBOURS) : place + _NEIGHBOURS + 1]) for place in range(len(logs))
+        ]
+        usual = {kind: statistics.median(logs[place] - around[place] for place in own) for kind, own in places.items()}
+    return {kind: math.exp(log) for kind, log in usual.items()}
+
+
+def _extra_group(plan: _Plan, usual: dict[_Kind, float], predicted: dict[_Kind, float]) -> float:
+    """Return the seconds for each further r that fit the packed mixes best."""
+    if not plan.mixes:
+        return 0.0
+    further = [len(set(mix)) - 1 for mix in plan.mixes]
+    more = [usual[_Kind(mix)] - statistics.fmean(predicted[_Kind((r,) * len(mix))] for r in mix) for mix in plan.mixes]
+    return max(0.0, sum(n * m for n, m in zip(further, more, strict=True)) / sum(n * n for n in further))
+
+
+def _interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Return y at `x`, which lies within `xs`; these rise."""
+    above = next(i for i, known in enumerate(xs) if known >= x)
+    if xs[above] == x:
+        return ys[above]
+    share = (x - xs[above - 1]) / (xs[above] - xs[above - 1])
+    return ys[above - 1] + share * (ys[above] - ys[above - 1])
+
+
+def _turned(table: Sequence[Sequence[float]]) -> list[list[float]]:
+    return [list(column) for column in zip(*table, strict=True)]

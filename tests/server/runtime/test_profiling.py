@@ -1,0 +1,300 @@
+import math
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tome_server.models.hosted import HostedModel
+from tome_server.runtime.executor import BatchResult, Work, run_batch
+from tome_server.runtime.profiling import MOST_ROUNDS, batch_sizes, measure, monotone
+from tome_server.scheduling.profile import Latency, Profile
+
+CPU = torch.device("cpu")
+
+
+class Device:
+    """A device on a clock of its own, that counts what it runs."""
+
+    def __init__(self, model: HostedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.model = model
+        self.now = 0.0
+        self.group = 0.001
+        self.noise: Callable[[], float] = lambda: 1.0
+        self.ran: list[tuple[tuple[int, ...], bool]] = []
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def __call__(
+        self, model: HostedModel, batch: Sequence[Work], rs: int | Sequence[int], _: torch.device, *, packed: bool
+    ) -> BatchResult:
+        each = (rs,) * len(batch) if isinstance(rs, int) else tuple(rs)
+        assert len(each) == len(batch)
+        assert all(tuple(work.image.shape) == model.preprocess.settings.input_size for work in batch)
+        self.ran.append((each, packed))
+        seconds = self.seconds(each, packed) * self.noise()
+        self.now += seconds
+        return BatchResult((), seconds)
+
+    def seconds(self, rs: Sequence[int], packed: bool = True) -> float:
+        if not packed:
+            return sum(self.seconds((r,) * count) for r, count in Counter(rs).items())
+        images = sum(self.model.cost(r).merged / self.model.cost(0).merged for r in rs)
+        return 0.002 + 0.010 * images + self.group * (len(set(rs)) - 1)
+
+    def truth(self, profile: Profile) -> list[list[float]]:
+        return [[self.seconds((r,) * size) for r in profile.rs] for size in profile.sizes]
+
+    def sizes(self) -> list[int]:
+        return sorted({len(rs) for rs, _ in self.ran})
+
+
+@pytest.fixture
+def device(model: HostedModel, monkeypatch: pytest.MonkeyPatch) -> Device:
+    return Device(model, monkeypatch)
+
+
+def worst(table: Sequence[Sequence[float]], truth: Sequence[Sequence[float]]) -> float:
+    """The largest relative error, as the log of a factor."""
+    return max(abs(math.log(a / b)) for rows in zip(table, truth, strict=True) for a, b in zip(*rows, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "sizes"),
+    [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3)), (8, (1, 2, 4, 8)), (9, (1, 2, 4, 8, 9)), (12, (1, 2, 4, 8, 12))],
+)
+def test_powers_of_two_and_the_largest_batch_are_timed(max_batch: int, sizes: tuple[int, ...]) -> None:
+    assert batch_sizes(max_batch) == sizes
+
+
+@given(
+    st.integers(1, 6).flatmap(lambda n: st.lists(st.lists(st.floats(1e-6, 1e3), min_size=n, max_size=n), min_size=1))
+)
+def test_a_table_is_lowered_until_it_falls_and_rises_and_no_further(table: list[list[float]]) -> None:
+    lowered = monotone(table)
+    assert all(a >= b for row in lowered for a, b in pairwise(row))
+    assert all(a <= b for column in zip(*lowered, strict=True) for a, b in pairwise(column))
+    for i, row in enumerate(lowered):
+        for j, value in enumerate(row):
+            assert value == min(table[k][m] for k in range(i, len(table)) for m in range(j + 1))
+    assert monotone(lowered) == lowered
+
+
+def test_on_a_quiet_machine_a_profile_is_exact(model: HostedModel, device: Device) -> None:
+    profile = measure(model, CPU, max_batch=8, budget=1000, run=device)
+    assert profile.sizes == (1, 2, 4, 8)
+    assert profile.rs == tuple(level.r for level in model.grid)
+    assert worst(profile.p50, device.truth(profile)) < 1e-9
+    assert profile.p95[2][1] == pytest.approx(1.05 * profile.p50[2][1])
+    assert profile.extra_group == pytest.approx(0.001)
+    assert profile.packed
+
+
+def test_every_batch_is_warmed_up_and_timed_as_often(model: HostedModel, device: Device) -> None:
+    measure(model, CPU, max_batch=8, budget=1000, run=device)
+    counts = Counter(device.ran)
+    alone = ((0,), True)
+    assert counts.pop(alone) == 4 + 1 + MOST_ROUNDS  # for the plan as well
+    assert set(counts.values()) == {1 + MOST_ROUNDS}
+    mixes = {rs for rs, _ in counts if len(set(rs)) > 1}
+    assert {len(set(rs)) for rs in mixes} == {2, 4}
+    assert all((rs, packed) in counts for rs in mixes for packed in (True, False))
+
+
+@pytest.mark.parametrize(("group", "packed"), [(0.0, True), (0.0019, True), (0.0021, False), (0.02, False)])
+def test_batches_of_several_r_will_run_as_was_faster(
+    model: HostedModel, device: Device, group: float, packed: bool
+) -> None:
+    device.group = group  # split, each further r costs another 2 ms
+    profile = measure(model, CPU, max_batch=8, budget=1000, run=device)
+    assert profile.packed is packed
+    assert profile.extra_group == pytest.approx(group)
+    mixed = [0, 0, 1, 2, 2]
+    rs = [profile.rs[level] for level in mixed]
+    assert Latency(profile).of_batch(mixed) == pytest.approx(device.seconds(rs, packed), rel=0.01)
+
+
+def test_where_packing_gains_nothing_is_taken_for_free(model: HostedModel, device: Device) -> None:
+    device.group = -0.001
+    assert measure(model, CPU, max_batch=8, budget=1000, run=device).extra_group == 0
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 3, 5])
+def test_a_profile_of_small_batches(model: HostedModel, device: Device, max_batch: int) -> None:
+    profile = measure(model, CPU, max_batch=max_batch, budget=1000, run=device)
+    assert profile.max_batch == max_batch
+    assert worst(profile.p50, device.truth(profile)) < 1e-9
+    if max_batch == 1:
+        assert (profile.extra_group, profile.packed) == (0, True)
+
+
+@pytest.mark.parametrize("budget", [0.5, 1, 2, 5, 10, 20, 40])
+def test_the_budget_is_kept_and_a_short_one_gives_a_profile_too(
+    model: HostedModel, device: Device, budget: float
+) -> None:
+    profile = measure(model, CPU, max_batch=8, budget=budget, run=device)
+    assert device.now <= max(2.0, 1.2 * budget)
+    assert profile.sizes == (1, 2, 4, 8)
+    # What wasn't timed follows the operations, as this device does.
+    assert worst(profile.p50, device.truth(profile)) < 1e-9
+    # The corners always were.
+    assert {(0,), (profile.rs[-1],), (0,) * 8, (profile.rs[-1],) * 8} <= {rs for rs, _ in device.ran}
+
+
+def test_the_less_time_there_is_the_fewer_batches_are_timed(
+    model: HostedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = []
+    for budget in (0.1, 3, 7, 11):
+        device = Device(model, monkeypatch)
+        measure(model, CPU, max_batch=16, budget=budget, run=device)
+        kinds.append(len(set(device.ran)))
+    assert kinds == sorted(set(kinds))
+
+
+def test_a_machine_too_slow_for_the_budget_is_timed_once_at_the_corners(model: HostedModel, device: Device) -> None:
+    device.noise = lambda: 100.0
+    profile = measure(model, CPU, max_batch=8, budget=1, run=device)
+    assert device.sizes() == [1, 8]
+    assert set(Counter(device.ran).values()) <= {2, 6}
+    assert worst(profile.p50, [[100 * value for value in row] for row in device.truth(profile)]) < 1e-9
+
+
+def test_more_time_than_is_of_use_is_not_spent(model: HostedModel, device: Device) -> None:
+    measure(model, CPU, max_batch=8, budget=1000, run=device)
+    assert device.now < 30
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_averages_out(model: HostedModel, device: Device, seed: int) -> None:
+    rng = random.Random(seed)
+    device.noise = lambda: math.exp(rng.gauss(0, 0.05))
+    profile = measure(model, CPU, max_batch=8, budget=1000, run=device)
+    assert worst(profile.p50, device.truth(profile)) < 0.07
+    assert profile.p95[0][0] / profile.p50[0][0] == pytest.approx(math.exp(1.645 * 0.05), rel=0.02)
+
+
+@pytest.mark.parametrize("budget", [4, 1000])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_neighbour_that_halves_the_speed_for_seconds_does_not_bend_the_profile(
+    model: HostedModel, device: Device, seed: int, budget: float
+) -> None:
+    rng = random.Random(seed)
+    changes = [0.0]
+    while changes[-1] < 100:
+        changes.append(changes[-1] + rng.uniform(0.3, 2))
+
+    def noise() -> float:
+        busy = sum(change <= device.now for change in changes) % 2
+        return (1 + busy) * math.exp(rng.gauss(0, 0.02))
+
+    device.noise = noise
+    profile = measure(model, CPU, max_batch=8, budget=budget, run=device)
+    truth = device.truth(profile)
+    factor = profile.p50[3][0] / truth[3][0]
+    assert 0.9 < factor < 2.2
+    shape = worst(profile.p50, [[factor * value for value in row] for row in truth])
+    assert shape < (0.1 if budget > 100 else 0.25)
+
+
+def test_a_machine_that_slows_down_meanwhile_wrongs_no_batch(model: HostedModel, device: Device) -> None:
+    device.noise = lambda: 1 + 0.05 * device.now
+    profile = measure(model, CPU, max_batch=8, budget=1000, run=device)
+    truth = device.truth(profile)
+    factor = profile.p50[0][0] / truth[0][0]
+    assert worst(profile.p50, [[factor * value for value in row] for row in truth]) < 0.03
+
+
+def test_an_r_that_costs_more_than_a_lesser_one_is_predicted_as_that(
+    model: HostedModel, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = device.seconds
+    monkeypatch.setattr(
+        device, "seconds", lambda rs, packed=True: plain(rs, packed) + (0.004 if set(rs) != {0} and packed else 0)
+    )
+    profile = measure(model, CPU, max_batch=8, budget=1000, run=device)
+    assert profile.p50[0][0] == pytest.approx(plain((0,)), rel=0.01)
+    assert profile.p50[0][1] == profile.p50[0][0]
+    assert profile.p50[3][-1] == pytest.approx(plain((profile.rs[-1],) * 8) + 0.004, rel=0.01)
+
+
+def test_it_is_measured_in_a_new_thread_with_as_many_threads_as_were_set(model: HostedModel, device: Device) -> None:
+    seen: set[tuple[bool, int]] = set()
+
+    def noise() -> float:
+        seen.add((threading.current_thread() is threading.main_thread(), torch.get_num_threads()))
+        return 1.0
+
+    device.noise = noise
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            seen.clear()
+            measure(model, CPU, max_batch=1, budget=1, run=device)
+            assert seen == {(False, threads)}
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_model_that_fails_says_so(model: HostedModel, device: Device) -> None:
+    def noise() -> float:
+        raise MemoryError("no room for 8 images")
+
+    device.noise = noise
+    with pytest.raises(MemoryError, match="no room for 8 images"):
+        measure(model, CPU, max_batch=8, budget=1, run=device)
+
+
+def test_progress_is_shown_on_standard_error(
+    model: HostedModel, device: Device, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure(model, CPU, max_batch=2, budget=1000, run=device, progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "100%" in shown.err
+    measure(model, CPU, max_batch=2, budget=1000, run=device)
+    assert capsys.readouterr().err == ""
+
+
+def test_real_batches_can_be_measured(model: HostedModel) -> None:
+    profile = measure(model, CPU, max_batch=4, budget=1)
+    assert profile.sizes == (1, 2, 4)
+    assert 0 < profile.p50[0][-1] < 1
+
+
+@pytest.fixture
+def _cpu_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Batches on one thread, timed by what they take of the CPU, however busy it is with others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(time, "perf_counter", time.thread_time)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_cpu_time")
+def test_predictions_follow_a_real_device_that_takes_twice_as_long(model: HostedModel) -> None:
+    def once(r: int) -> float:
+        return run_batch(model, [Work(image, top_k=1)] * 8, r, CPU).seconds
+
+    def twice(r: int) -> float:
+        return once(r) + once(r)
+
+    image = torch.rand(model.preprocess.settings.input_size)
+    latency = Latency(measure(model, CPU, max_batch=8, budget=2))
+
+    def drift(run: Callable[[int], float]) -> float:
+        for i in range(20):
+            level = i % latency.levels
+            latency.observe([level] * 8, run(latency.profile.rs[level]))
+        return latency.drift
+
+    before, slowed, after = drift(once), drift(twice), drift(once)
+    assert 1.5 < slowed / before < 2.7
+    assert 1.5 < slowed / after < 2.7
