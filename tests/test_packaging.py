@@ -38,7 +38,7 @@ def test_the_stubs_are_what_make_proto_generates(tmp_path: Path) -> None:
 
 
 def test_the_client_imports_nothing_of_the_servers() -> None:
-    heavy = ("torch", "torchvision", "timm", "numpy", "PIL", "pydantic", "yaml", "tome_server")
+    heavy = ("torch", "torchvision", "timm", "numpy", "PIL", "pydantic", "yaml", "matplotlib", "tome_server")
     code = f"import sys, tome_client, tome_client.cli; print([name for name in {heavy} if name in sys.modules])"
     assert run([sys.executable, "-c", code]) == "[]\n"
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import grpc
 
+from tome_client.arguments import add_merging_arguments, duration, merging_options
 from tome_client.client import Client
-from tome_client.durations import parse_duration
 from tome_client.errors import TomeError
+from tome_client.load.command import add_load_command
 from tome_client.requests import PredictOptions, StreamItem
 from tome_client.results import PredictResult
 from tome_client.tables import model_details, model_table, prediction_table, prediction_text
@@ -30,6 +31,7 @@ examples:
   tome-client models                                what is hosted
   tome-client models fashion                        what each r of one model costs and keeps
   tome-client visualize shirt.png --r 8 -o out.png  which patches were merged
+  tome-client load --images DIR --rate 40 --budget 100ms    what share of 40 requests a second is answered in time
   TOME_TARGET=vision.example:443 tome-client --tls models
 
 Exits with 0 if all was answered, 1 if anything failed, 2 if the command line is wrong.
@@ -66,11 +68,8 @@ def argument_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("predict", parents=[connection], help="classify images")
     command.set_defaults(run=predict)
     command.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG, WebP or BMP file")
-    command.add_argument("--model", default="", metavar="NAME", help="default: the server's first")
-    command.add_argument("--budget", type=_duration, metavar="TIME", help="longest to wait, such as 50ms or 0.2s")
-    command.add_argument("--r", type=int, metavar="N", help="merge exactly N tokens in each block")
-    command.add_argument("--min-r", type=int, metavar="N", help="let the server merge no fewer")
-    command.add_argument("--max-r", type=int, metavar="N", help="let the server merge no more")
+    command.add_argument("--budget", type=duration, metavar="TIME", help="longest to wait, such as 50ms or 0.2s")
+    add_merging_arguments(command)
     command.add_argument("--top-k", type=int, default=3, metavar="K", help="classes to show (default: %(default)s)")
     command.add_argument("--json", action="store_true", help="print a JSON array")
 
@@ -92,6 +91,8 @@ def argument_parser() -> argparse.ArgumentParser:
     command.add_argument("--model", default="", metavar="NAME", help="default: the server's first")
     command.add_argument("--r", type=int, metavar="N", help="tokens to merge in each block")
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="picture to write")
+
+    add_load_command(commands, connection)
     return parser
 
 
@@ -165,9 +166,7 @@ class _Outcome:
 
 def _classify(args: argparse.Namespace) -> list[_Outcome]:
     """Sends the images over one stream, so that they can share batches; returns them in order."""
-    options = PredictOptions(
-        model=args.model, budget=args.budget, r=args.r, min_r=args.min_r, max_r=args.max_r, top_k=args.top_k
-    )
+    options = PredictOptions(**merging_options(args), budget=args.budget, top_k=args.top_k)
     sent: dict[str, float] = {}
     outcomes: dict[str, _Outcome] = {}
 
@@ -209,13 +208,6 @@ def _client(args: argparse.Namespace) -> Client:
     return Client(args.target, tls=args.tls, root_certificates=args.ca.read_bytes() if args.ca else None)
 
 
-def _duration(text: str) -> float:
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -227,5 +219,6 @@ def _error_fields(error: TomeError) -> dict[str, Any]:
         "field_violations": [asdict(violation) for violation in error.field_violations],
         "reason": error.reason,
         "metadata": dict(error.metadata),
+        "smallest_latency": error.smallest_latency,
         "retry_delay": error.retry_delay,
     }

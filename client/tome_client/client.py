@@ -86,8 +86,8 @@ class Client:
             image: A path, the bytes of an encoded image, a Pillow image, or an array: uint8
                 [height, width, 3] RGB, or float32 [channels, height, width] as the model wants it.
             timeout: Seconds until the call is given up.
-            **options: `model`, `budget` (seconds or a timedelta), `r`, `min_r`, `max_r`, `top_k`,
-                `features` and `token_map`; see PredictOptions.
+            **options: `model`, `budget` (seconds or a timedelta), `r`, `min_r`, `max_r`,
+                `min_quality`, `top_k`, `features` and `token_map`; see PredictOptions.
 
         Raises:
             TomeError: The server refused or failed, or could not be reached.

@@ -32,8 +32,9 @@ class TomeError(Exception):
         code: The gRPC status code.
         message: A sentence for people.
         field_violations: The fields that were wrong, with INVALID_ARGUMENT.
-        reason: Why a deadline could not be kept, with DEADLINE_EXCEEDED: "EXPIRED" if it passed while
-            the server worked on the request. None where the server gave no reason.
+        reason: Why a deadline could not be kept, with DEADLINE_EXCEEDED: "INFEASIBLE" if the server
+            saw at once that it could not be, "EXPIRED" if it passed while the server worked on the
+            request. None where the server gave no reason.
         metadata: The reason's particulars, such as the stage that the deadline passed in.
         retry_delay: Seconds to wait before trying again, with RESOURCE_EXHAUSTED, where the
             server said so.
@@ -56,6 +57,17 @@ class TomeError(Exception):
         self.reason = reason
         self.metadata: Mapping[str, str] = dict(metadata or {})
         self.retry_delay = retry_delay
+
+    @property
+    def smallest_latency(self) -> float | None:
+        """The smallest budget, in seconds, that the server could have kept just then; None where it named none.
+
+        Comes with the reason "INFEASIBLE".
+        """
+        try:
+            return float(self.metadata["smallest_latency_ms"]) / 1e3
+        except (KeyError, ValueError):
+            return None
 
     def __str__(self) -> str:
         return f"{self.code.name}: {self.message}"

@@ -27,6 +27,9 @@ class PredictOptions(TypedDict, total=False):
     """Tokens to merge in each block, exactly. Left out: the server chooses in [min_r, max_r]."""
     min_r: int | None
     max_r: int | None
+    min_quality: float | None
+    """The least quality the server may choose, as a share of the quality at r = 0, in [0, 1]: 0.99 keeps to those r
+    whose measured quality is at least 0.99 of it."""
     top_k: int | None
     """How many of the most probable classes to return; 5 if left out."""
     features: bool
@@ -67,6 +70,7 @@ def predict_request(image: Image, options: PredictOptions) -> PredictRequest:
         r=options.get("r"),
         min_r=options.get("min_r"),
         max_r=options.get("max_r"),
+        min_quality=options.get("min_quality"),
         top_k=options.get("top_k"),
         return_features=options.get("features", False),
         return_token_map=options.get("token_map", False),

@@ -62,6 +62,8 @@ class Timing:
     """Left until the deadline when the answer was ready; None for a request without one."""
     batch_size: int
     """Images in the batch that this one was part of."""
+    predicted: float
+    """What the server had expected of `compute`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,8 @@ class MergeLevel:
     """Top-1 accuracy on labelled images, in [0, 1]; None if never measured."""
     agreement: float | None
     """Share of images whose class is that of r = 0, in [0, 1]; None if never measured."""
+    latency: float | None
+    """Seconds that one image alone takes on the server's device; None if never measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +159,10 @@ class ModelInfo:
     """One a class, in order; empty for a model without labels."""
     num_classes: int
     feature_dim: int
-    default_r: int
-    """r where neither request nor deadline decides."""
+    policy: str
+    """What chooses r, as the server's settings name it."""
+    default_budget: float
+    """The latency budget, in seconds, of requests that set none."""
     r_grid: tuple[MergeLevel, ...]
     """Ascending, from r = 0."""
 
@@ -183,6 +189,7 @@ def predict_result(response: inference_pb2.PredictResponse) -> PredictResult:
             total=_seconds(timing.total),
             slack=_seconds(timing.slack) if timing.HasField("slack") else None,
             batch_size=timing.batch_size,
+            predicted=_seconds(timing.predicted),
         ),
         features=tuple(response.features) or None,
         token_map=TokenMap(
@@ -225,7 +232,8 @@ def model_info(response: inference_pb2.GetModelResponse) -> ModelInfo:
         labels=tuple(model.labels),
         num_classes=model.num_classes,
         feature_dim=model.feature_dim,
-        default_r=model.default_r,
+        policy=model.policy,
+        default_budget=_seconds(model.default_budget),
         r_grid=tuple(
             MergeLevel(
                 r=level.r,
@@ -233,6 +241,7 @@ def model_info(response: inference_pb2.GetModelResponse) -> ModelInfo:
                 tokens_out=level.tokens_out,
                 top1=level.top1 if level.HasField("top1") else None,
                 agreement=level.agreement if level.HasField("agreement") else None,
+                latency=_seconds(level.latency) if level.HasField("latency") else None,
             )
             for level in model.r_grid
         ),

@@ -29,7 +29,7 @@ def prediction_table(answered: Iterable[tuple[str, PredictResult, float]]) -> st
         )
         for name, result, round_trip in answered
     ]
-    return _table(header, rows, right=(2, 3, 4, 5, 6))
+    return table(header, rows, right=(2, 3, 4, 5, 6))
 
 
 def prediction_text(prediction: Prediction) -> str:
@@ -40,7 +40,7 @@ def prediction_text(prediction: Prediction) -> str:
 def model_table(models: Iterable[ModelSummary]) -> str:
     """Returns a line for each hosted model."""
     rows = [(one.name, one.architecture, "yes" if one.ready else "loading", one.description) for one in models]
-    return _table(("name", "architecture", "ready", "description"), rows)
+    return table(("name", "architecture", "ready", "description"), rows)
 
 
 def model_details(model: ModelInfo) -> str:
@@ -58,14 +58,22 @@ def model_details(model: ModelInfo) -> str:
         ),
         ("classes", _classes(model)),
         ("features", str(model.feature_dim)),
-        ("default r", str(model.default_r)),
+        ("policy", model.policy),
+        ("default budget", milliseconds(model.default_budget)),
     )
     levels = [
-        (str(level.r), f"{level.macs / 1e9:.3f}", str(level.tokens_out), _share(level.top1), _share(level.agreement))
+        (
+            str(level.r),
+            f"{level.macs / 1e9:.3f}",
+            str(level.tokens_out),
+            _UNMEASURED if level.latency is None else milliseconds(level.latency),
+            _share(level.top1),
+            _share(level.agreement),
+        )
         for level in model.r_grid
     ]
-    header = ("r", "GMACs", "tokens", "top-1", "agreement")
-    return f"{_table((), facts)}\n\n{_table(header, levels, right=range(len(header)))}"
+    header = ("r", "GMACs", "tokens", "latency", "top-1", "agreement")
+    return f"{table((), facts)}\n\n{table(header, levels, right=range(len(header)))}"
 
 
 def _classes(model: ModelInfo) -> str:
@@ -78,7 +86,8 @@ def _share(measured: float | None) -> str:
     return _UNMEASURED if measured is None else f"{measured:.2%}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Returns rows in aligned columns, those named by `right` to the right."""
     lines = [header, *rows] if header else rows
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(

@@ -42,19 +42,20 @@ class Call:
     request: inference_pb2.PredictRequest
     metadata: dict[str, str | bytes]
     time_remaining: float | None
+    peer: str
     at: float = field(default_factory=time.monotonic)
 
 
 class Peer(inference_pb2_grpc.InferenceServicer):
-    """Answers with the model's name; before that, with one of `failures` each call.
+    """Answers with the model's name; before that, with one of `failures` each call, None for no failure.
 
-    In a stream, a request for the model "missing" gets NOT_FOUND, one for "late" is answered after
-    the next, and one for "fatal" ends the stream.
+    A request for the model "missing" gets NOT_FOUND. In a stream, one for "late" is answered after the next,
+    and one for "fatal" ends the stream.
     """
 
     def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
         self.calls: list[Call] = []
-        self.failures: deque[Failure] = deque()
+        self.failures: deque[Failure | None] = deque()
         self.hold = threading.Event()
         self.hold.set()
         self.called = threading.Event()
@@ -81,6 +82,8 @@ class Peer(inference_pb2_grpc.InferenceServicer):
     @override
     def Predict(self, request, context):
         self._begin(request, context)
+        if request.model == "missing":
+            context.abort(grpc.StatusCode.NOT_FOUND, "no such model")
         return answer(request)
 
     @override
@@ -109,11 +112,11 @@ class Peer(inference_pb2_grpc.InferenceServicer):
 
     def _begin(self, request, context) -> None:
         context.add_callback(self.cancelled.set)
-        self.calls.append(Call(request, dict(context.invocation_metadata()), context.time_remaining()))
+        self.calls.append(Call(request, dict(context.invocation_metadata()), context.time_remaining(), context.peer()))
         self.called.set()
         self.hold.wait()
-        if self.failures:
-            failure = self.failures.popleft()
+        failure = self.failures.popleft() if self.failures else None
+        if failure:
             context.set_trailing_metadata(failure.trailers)
             if failure.details:
                 full = status(failure.code, failure.message, *failure.details)
@@ -153,9 +156,12 @@ MODEL = inference_pb2.Model(
     labels=["Trouser", "Coat"],
     num_classes=2,
     feature_dim=192,
-    default_r=0,
+    policy="floor",
+    default_budget=Duration(nanos=100_000_000),
     r_grid=[
-        inference_pb2.MergeLevel(r=0, macs=20_000_000, tokens_out=50, top1=0.91, agreement=1.0),
+        inference_pb2.MergeLevel(
+            r=0, macs=20_000_000, tokens_out=50, top1=0.91, agreement=1.0, latency=Duration(nanos=4_250_000)
+        ),
         inference_pb2.MergeLevel(r=4, macs=12_345_678, tokens_out=26),
     ],
 )  # fmt: skip

@@ -61,12 +61,12 @@ def test_predictions_are_shown_as_a_table(image: str, capsys: pytest.CaptureFixt
 
 def test_options_reach_the_request(image: str, peer: Peer) -> None:
     argv = ["predict", image, "--budget", "50ms", "--r", "8", "--min-r", "2", "--max-r", "9"]
-    assert main([*argv, "--top-k", "1", "--model", "m"]) == 0
+    assert main([*argv, "--min-quality", "0.99", "--top-k", "1", "--model", "m"]) == 0
     request = peer.calls[0].request
     assert request.image == Path(image).read_bytes()
     assert request.latency_budget.ToMilliseconds() == 50
     assert (request.r, request.min_r, request.max_r) == (8, 2, 9)
-    assert (request.top_k, request.model) == (1, "m")
+    assert (request.min_quality, request.top_k, request.model) == (0.99, 1, "m")
 
 
 def test_what_is_not_given_is_left_to_the_server(image: str, peer: Peer) -> None:
@@ -155,6 +155,7 @@ def test_a_missing_certificate_file_is_one_line(capsys: pytest.CaptureFixture[st
         ["predict", "a.png", "--r", "many"],
         ["visualize", "a.png"],
         ["predict", "a.png", "--budget", "soon"],
+        ["predict", "a.png", "--min-quality", "99"],
     ],
 )
 def test_a_wrong_command_line_exits_with_2(argv: list[str]) -> None:

@@ -14,7 +14,7 @@ from .peer import Failure, Peer, status
 BAD_REQUEST = error_details_pb2.BadRequest(
     field_violations=[error_details_pb2.BadRequest.FieldViolation(field="r", description="at most 16")]
 )
-INFEASIBLE = error_details_pb2.ErrorInfo(reason="INFEASIBLE", domain="tome", metadata={"smallest_latency": "0.031s"})
+INFEASIBLE = error_details_pb2.ErrorInfo(reason="INFEASIBLE", domain="tome", metadata={"smallest_latency_ms": "31.5"})
 RETRY = error_details_pb2.RetryInfo(retry_delay=Duration(nanos=20_000_000))
 UNKNOWN_DETAIL = error_details_pb2.DebugInfo(detail="for the server's own use")
 
@@ -29,7 +29,13 @@ def test_the_reason_and_its_particulars_are_read() -> None:
     error = error_from_status(status(grpc.StatusCode.DEADLINE_EXCEEDED, "too soon", INFEASIBLE))
     assert error.code is grpc.StatusCode.DEADLINE_EXCEEDED
     assert error.reason == "INFEASIBLE"
-    assert error.metadata == {"smallest_latency": "0.031s"}
+    assert error.metadata == {"smallest_latency_ms": "31.5"}
+    assert error.smallest_latency == pytest.approx(0.0315)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"smallest_latency_ms": "soon"}, {"stage": "queue"}])
+def test_a_smallest_latency_that_is_not_said_is_none(metadata: dict[str, str]) -> None:
+    assert TomeError(grpc.StatusCode.DEADLINE_EXCEEDED, "late", metadata=metadata).smallest_latency is None
 
 
 def test_details_come_together_and_unknown_ones_do_not_hurt() -> None:

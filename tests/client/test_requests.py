@@ -14,24 +14,28 @@ def test_nothing_asked_for_leaves_every_choice_to_the_server() -> None:
 
 
 def test_none_is_as_left_out() -> None:
-    options = PredictOptions(budget=None, r=None, min_r=None, max_r=None, top_k=None)
+    options = PredictOptions(budget=None, r=None, min_r=None, max_r=None, min_quality=None, top_k=None)
     assert predict_request(b"image", options) == predict_request(b"image", {})
 
 
 def test_every_option_reaches_its_field() -> None:
     request = predict_request(
-        b"image", PredictOptions(model="m", budget=0.05, r=3, min_r=1, max_r=7, top_k=2, features=True, token_map=True)
+        b"image",
+        PredictOptions(
+            model="m", budget=0.05, r=3, min_r=1, max_r=7, min_quality=0.99, top_k=2, features=True, token_map=True
+        ),
     )
     assert request.model == "m"
     assert request.latency_budget.ToMilliseconds() == 50
     assert (request.r, request.min_r, request.max_r, request.top_k) == (3, 1, 7, 2)
+    assert request.min_quality == 0.99
     assert request.return_features
     assert request.return_token_map
 
 
 def test_zero_is_not_left_out() -> None:
-    request = predict_request(b"image", {"r": 0, "min_r": 0, "max_r": 0})
-    assert all(request.HasField(name) for name in ("r", "min_r", "max_r"))
+    request = predict_request(b"image", {"r": 0, "min_r": 0, "max_r": 0, "min_quality": 0.0})
+    assert all(request.HasField(name) for name in ("r", "min_r", "max_r", "min_quality"))
 
 
 def test_an_array_is_sent_as_a_tensor() -> None:

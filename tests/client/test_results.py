@@ -34,6 +34,7 @@ FULL = inference_pb2.PredictResponse(
         total=Duration(seconds=1, nanos=250_000_000),
         slack=Duration(nanos=-5_000_000),
         batch_size=3,
+        predicted=Duration(nanos=9_500_000),
     ),
     features=[0.5, -0.25],
     token_map=inference_pb2.TokenMap(grid_height=1, grid_width=3, token=[1, 1, 2]),
@@ -45,7 +46,9 @@ def test_every_field_of_an_answer_is_read() -> None:
     assert result.model == "fashion"
     assert result.predictions == (Prediction(4, "Coat", 0.75), Prediction(2, "", 0.25))
     assert result.merging == Merging(r=4, tokens_in=50, tokens_out=26, flops=60, flops_saved=40)
-    assert result.timing == Timing(decode=0.0015, queue=0.00025, compute=0.01, total=1.25, slack=-0.005, batch_size=3)
+    assert result.timing == Timing(
+        decode=0.0015, queue=0.00025, compute=0.01, total=1.25, slack=-0.005, batch_size=3, predicted=0.0095
+    )
     assert result.features == (0.5, -0.25)
     assert result.token_map == TokenMap(grid_height=1, grid_width=3, token=(1, 1, 2))
 
@@ -92,8 +95,9 @@ def test_a_model_is_read_and_what_was_not_measured_is_none() -> None:
     assert model.summary.ready
     assert model.input == ImageInput(1, 28, 28, (0.5,), (0.5,), "bicubic", 1.0, "center")
     assert model.labels == ("Trouser", "Coat")
-    assert (model.num_classes, model.feature_dim, model.default_r) == (2, 192, 0)
+    assert (model.num_classes, model.feature_dim) == (2, 192)
+    assert (model.policy, model.default_budget) == ("floor", 0.1)
     assert model.r_grid == (
-        MergeLevel(r=0, macs=20_000_000, tokens_out=50, top1=0.91, agreement=1.0),
-        MergeLevel(r=4, macs=12_345_678, tokens_out=26, top1=None, agreement=None),
+        MergeLevel(r=0, macs=20_000_000, tokens_out=50, top1=0.91, agreement=1.0, latency=0.00425),
+        MergeLevel(r=4, macs=12_345_678, tokens_out=26, top1=None, agreement=None, latency=None),
     )

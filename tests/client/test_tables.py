@@ -33,10 +33,14 @@ def test_no_models_are_a_header_alone() -> None:
 def test_a_model_shows_what_each_r_costs_and_a_dash_for_what_was_not_measured() -> None:
     shown = model_details(model_info(inference_pb2.GetModelResponse(model=MODEL)))
     facts, levels = shown.split("\n\n")
-    assert "classes       2 (Trouser, Coat)" in facts
-    assert "input         1 channels, 28 high, 28 wide; bicubic, center crop 1" in facts
+    assert "classes         2 (Trouser, Coat)" in facts
+    assert "policy          floor" in facts
+    assert "default budget  100.0 ms" in facts
+    assert "input           1 channels, 28 high, 28 wide; bicubic, center crop 1" in facts
     assert levels == (
-        "r  GMACs  tokens   top-1  agreement\n0  0.020      50  91.00%    100.00%\n4  0.012      26       -          -"
+        "r  GMACs  tokens  latency   top-1  agreement\n"
+        "0  0.020      50   4.2 ms  91.00%    100.00%\n"
+        "4  0.012      26        -       -          -"
     )
 
 

@@ -1,0 +1,47 @@
+"""An open-loop load generator: requests at times fixed beforehand, each with a budget, and what became of them.
+
+from tome_client.load import LoadPlan, Renewal, event_loop, parse_budgets, read_samples, run_load, summarize
+
+plan = LoadPlan(read_samples(folder), Renewal(rate=40), parse_budgets("100ms"), duration=30, warmup=2)
+with asyncio.Runner(loop_factory=event_loop) as runner:
+    summary = summarize(runner.run(run_load("localhost:8500", plan)))
+print(summary.total.attainment.share, summary.verdict.valid)
+"""
+
+from tome_client.load.arrivals import Arrival, Arrivals, Renewal, Trace, parse_arrivals, read_trace
+from tome_client.load.driver import LoadResult, Outcome, Progress, event_loop, run_load
+from tome_client.load.images import Sample, read_samples
+from tome_client.load.plan import BudgetClass, LoadPlan, PlannedRequest, parse_budgets
+from tome_client.load.search import Criterion, Probe, SearchResult, parse_criterion, search_rate
+from tome_client.load.summary import Group, LoadSummary, Percentiles, Share, Verdict, summarize
+
+__all__ = [
+    "Arrival",
+    "Arrivals",
+    "BudgetClass",
+    "Criterion",
+    "Group",
+    "LoadPlan",
+    "LoadResult",
+    "LoadSummary",
+    "Outcome",
+    "Percentiles",
+    "PlannedRequest",
+    "Probe",
+    "Progress",
+    "Renewal",
+    "Sample",
+    "SearchResult",
+    "Share",
+    "Trace",
+    "Verdict",
+    "event_loop",
+    "parse_arrivals",
+    "parse_budgets",
+    "parse_criterion",
+    "read_samples",
+    "read_trace",
+    "run_load",
+    "search_rate",
+    "summarize",
+]

@@ -1,0 +1,292 @@
+"""Sends a plan's requests at their times, whatever becomes of them, and records what does.
+
+An open loop: no request waits for the answer to another, and each latency is counted from the time its request
+was meant to be sent. A server that stalls is thus charged for all that arrived meanwhile, where a loop that waits
+for answers would leave it alone ("coordinated omission"; Schroeder et al., "Open Versus Closed", NSDI 2006).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import grpc
+
+from tome_api.v1 import inference_pb2, inference_pb2_grpc
+from tome_client.channel import DEFAULT_MAX_MESSAGE_BYTES, channel_credentials, channel_options
+from tome_client.errors import error_from_rpc
+from tome_client.load.images import Sample
+from tome_client.load.plan import LoadPlan, PlannedRequest
+from tome_client.requests import PredictOptions, predict_request
+from tome_client.results import Merging, ModelInfo, PredictResult, Timing, model_info, predict_result
+
+_Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
+
+# A request's number, lag, latency, code, reason and answer. A plain tuple of plain values, because the garbage
+# collector passes over these: walking through dataclasses would halt a long run for tens of milliseconds.
+_Ended: TypeAlias = tuple[int, float, float, str, str | None, bytes]
+
+_Call: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
+
+_PREDICT = "/tome_api.v1.Inference/Predict"
+
+# Seconds that the server may take to say what it serves, before the run.
+_CONNECT_TIMEOUT = 20.0
+
+# Seconds between looks at the clock and the first request: time to get going.
+_RUN_UP = 0.05
+
+_PROGRESS_INTERVAL = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one request."""
+
+    at: float
+    """When it was meant to be sent, in seconds since the start of the measured run."""
+    lag: float
+    """Seconds later that it was."""
+    latency: float
+    """Seconds from `at` to its answer or failure."""
+    budget: float
+    """Seconds that the answer might take from `at`."""
+    image: str
+    code: str
+    """Name of the gRPC status code, "OK" for an answer."""
+    reason: str | None = None
+    """The server's reason for a failure, such as "INFEASIBLE"; None where it gave none."""
+    merging: Merging | None = None
+    """What was done for it; None without an answer, as is `timing`."""
+    timing: Timing | None = None
+    """Where the server's time went."""
+    right: bool | None = None
+    """Whether it was answered with the image's label; None of an image without one."""
+
+    @property
+    def answered(self) -> bool:
+        """Whether there was an answer, late or not."""
+        return self.code == "OK"
+
+    @property
+    def attained(self) -> bool:
+        """Whether the answer came within the budget."""
+        return self.answered and self.latency <= self.budget
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is."""
+
+    at: float
+    """Seconds since the start of the measured run; negative while warming up."""
+    duration: float
+    """Seconds that it takes."""
+    sent: int
+    """Requests, since then; so are the next two."""
+    ended: int
+    """Answered or failed."""
+    attained: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """A run and what became of its requests, those of the warm-up left out."""
+
+    plan: LoadPlan
+    model: ModelInfo
+    """The model asked, as the server described it before the run."""
+    outcomes: tuple[Outcome, ...]
+    """In order of completion."""
+    duration: float
+    """Seconds measured: the plan's, or less of a run that was stopped."""
+    stopped: bool
+    """Whether `stop` ended it early. Requests without an answer by then are left out."""
+
+
+async def run_load(
+    target: str,
+    plan: LoadPlan,
+    *,
+    tls: bool | grpc.ChannelCredentials = False,
+    root_certificates: bytes | None = None,
+    metadata: Iterable[tuple[str, str | bytes]] = (),
+    progress: Callable[[Progress], None] | None = None,
+    stop: asyncio.Event | None = None,
+) -> LoadResult:
+    """Sends the plan's requests to a server and returns what became of them.
+
+    It returns when every request has its answer or was given up. Nothing is tried twice.
+    Run it on `event_loop`'s loop, which keeps time more finely than asyncio's own.
+
+    Args:
+        target: "host:port", or any gRPC target.
+        plan: What to send.
+        tls: As Client's; so are `root_certificates` and `metadata`.
+        progress: Called a few times a second.
+        stop: Ends the run early when set.
+
+    Raises:
+        TomeError: The server did not say what it serves before the run. Once that began, failures are outcomes.
+        ValueError: A label that the model does not have; root certificates beside credentials of your own.
+    """
+    credentials = channel_credentials(tls, root_certificates)
+    options = [
+        *channel_options(
+            retries=False, max_send_bytes=DEFAULT_MAX_MESSAGE_BYTES, max_receive_bytes=DEFAULT_MAX_MESSAGE_BYTES
+        ),
+        # Channels to one server would share a connection.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    channels = [
+        grpc.aio.insecure_channel(target, options)
+        if credentials is None
+        else grpc.aio.secure_channel(target, credentials, options)
+        for _ in range(plan.connections)
+    ]
+    try:
+        sent_along = tuple(metadata)
+        model, *_ = await asyncio.gather(*(_describe(channel, plan, target, sent_along) for channel in channels))
+        _check_labels(plan.samples, model)
+        return await _Run(plan, model, channels, target, sent_along).run(progress, stop)
+    finally:
+        for channel in channels:
+            await channel.close()
+
+
+def event_loop() -> asyncio.AbstractEventLoop:
+    """Returns a new event loop that wakes within about 0.1 ms of the time it is asked for.
+
+    asyncio's own waits in whole milliseconds, as epoll counts them; select counts in microseconds. It takes file
+    descriptors below 1024 alone, which is no limit here: gRPC's connections are not the loop's.
+    """
+    return asyncio.SelectorEventLoop(selectors.SelectSelector())
+
+
+class _Run:
+    """One run: its clock, its calls and their outcomes."""
+
+    def __init__(
+        self, plan: LoadPlan, model: ModelInfo, channels: Sequence[grpc.aio.Channel], target: str, metadata: _Metadata
+    ) -> None:
+        self.plan = plan
+        self.model = model
+        self.target = target
+        self.metadata = metadata
+        # Bytes in, bytes out: messages are made before the run, and answers read after it.
+        self.calls: list[_Call] = [channel.unary_unary(_PREDICT) for channel in channels]
+        self.schedule = plan.schedule()
+        self.images = [inference_pb2.PredictRequest(image=one.data).SerializeToString() for one in plan.samples]
+        self.asked = {budget: _asked(plan, budget) for budget in {one.budget for one in self.schedule}}
+        self.ended: list[_Ended] = []
+        self.sent = 0
+        self.attained = 0
+        self.start = 0.0
+
+    async def run(self, progress: Callable[[Progress], None] | None, stop: asyncio.Event | None) -> LoadResult:
+        self.start = time.perf_counter() + _RUN_UP + self.plan.warmup
+        sending = asyncio.create_task(self._send_all())
+        stopping = asyncio.create_task((stop or asyncio.Event()).wait())
+        reporting = asyncio.create_task(self._report(progress)) if progress else None
+        try:
+            await asyncio.wait({sending, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            stopped = not sending.done()
+            elapsed = time.perf_counter() - self.start
+            if not stopped:
+                sending.result()
+        finally:
+            # With `sending` end its calls.
+            ending = [task for task in (sending, stopping, reporting) if task and not task.done()]
+            for task in ending:
+                task.cancel()
+            await asyncio.gather(*ending, return_exceptions=True)
+        duration = max(0.0, min(elapsed, self.plan.duration)) if stopped else self.plan.duration
+        return LoadResult(self.plan, self.model, tuple(map(self._outcome, self.ended)), duration, stopped)
+
+    async def _send_all(self) -> None:
+        async with asyncio.TaskGroup() as in_flight:
+            for number, request in enumerate(self.schedule):
+                # Of an overdue request too: answers must be read meanwhile.
+                await asyncio.sleep(max(0.0, self.start + request.at - time.perf_counter()))
+                in_flight.create_task(self._send(number, request, self.calls[number % len(self.calls)]))
+
+    async def _send(self, number: int, request: PlannedRequest, call: _Call) -> None:
+        due = self.start + request.at
+        lag = time.perf_counter() - due
+        measured = request.at >= 0
+        self.sent += measured
+        allowed = request.budget + (0.0 if self.plan.deadline_only else self.plan.grace)
+        # Concatenated messages are one message, by protobuf's encoding: an image is held once, not once a budget.
+        message = self.asked[request.budget] + self.images[request.sample]
+        code, reason, answer = "OK", None, b""
+        try:
+            answer = await call(message, timeout=max(0.0, allowed - lag), metadata=self.metadata)
+            latency = time.perf_counter() - due
+        except grpc.RpcError as failure:
+            latency = time.perf_counter() - due
+            error = error_from_rpc(failure, self.target)
+            code, reason = error.code.name, error.reason
+        if measured:
+            self.ended.append((number, lag, latency, code, reason, answer))
+            self.attained += code == "OK" and latency <= request.budget
+
+    def _outcome(self, ended: _Ended) -> Outcome:
+        number, lag, latency, code, reason, answer = ended
+        request = self.schedule[number]
+        sample = self.plan.samples[request.sample]
+        result = predict_result(inference_pb2.PredictResponse.FromString(answer)) if code == "OK" else None
+        return Outcome(
+            at=request.at,
+            lag=lag,
+            latency=latency,
+            budget=request.budget,
+            image=sample.name,
+            code=code,
+            reason=reason,
+            merging=result.merging if result else None,
+            timing=result.timing if result else None,
+            right=None if sample.label is None else result is not None and _is(sample.label, result),
+        )
+
+    async def _report(self, progress: Callable[[Progress], None]) -> None:
+        while True:
+            at = time.perf_counter() - self.start
+            progress(Progress(at, self.plan.duration, self.sent, len(self.ended), self.attained))
+            await asyncio.sleep(_PROGRESS_INTERVAL)
+
+
+async def _describe(channel: grpc.aio.Channel, plan: LoadPlan, target: str, metadata: _Metadata) -> ModelInfo:
+    """Asks what is served; and thereby connects, for which the first request need not wait then."""
+    stub = inference_pb2_grpc.InferenceStub(channel)
+    request = inference_pb2.GetModelRequest(model=plan.options.get("model", ""))
+    try:
+        return model_info(await stub.GetModel(request, timeout=_CONNECT_TIMEOUT, metadata=metadata))
+    except grpc.RpcError as error:
+        raise error_from_rpc(error, target) from error
+
+
+def _asked(plan: LoadPlan, budget: float) -> bytes:
+    """Returns a request of that budget, but for its image."""
+    asked = PredictOptions(**{**plan.options, "budget": None if plan.deadline_only else budget, "top_k": 1})
+    asked["features"] = asked["token_map"] = False
+    request = predict_request(b"", asked)
+    request.ClearField("image")
+    return request.SerializeToString()
+
+
+def _is(label: str, result: PredictResult) -> bool:
+    return any(label in (best.label, str(best.class_id)) for best in result.predictions[:1])
+
+
+def _check_labels(samples: Sequence[Sample], model: ModelInfo) -> None:
+    known = {*model.labels, *map(str, range(model.num_classes))}
+    for one in samples:
+        if one.label is not None and one.label not in known:
+            raise ValueError(
+                f"{one.name} is labelled {one.label!r}, which is none of the {model.num_classes} classes "
+                f"of {model.summary.name}, by name or index"
+            )

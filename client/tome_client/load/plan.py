@@ -1,0 +1,131 @@
+"""What a run will send, all of it fixed before it begins."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from tome_client.durations import parse_duration
+from tome_client.load.arrivals import Arrivals, Renewal
+from tome_client.load.images import Sample
+from tome_client.requests import PredictOptions
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetClass:
+    """Requests that may take equally long."""
+
+    budget: float
+    """Seconds."""
+    weight: float = 1.0
+    """How many they are, compared with the other classes'."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRequest:
+    """One request of the schedule."""
+
+    at: float
+    """Seconds since the start of the measured run; negative while warming up."""
+    budget: float
+    """Seconds it may take, from that time on."""
+    sample: int
+    """Index of its image."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """A run: what to send, when, and how long each answer may take.
+
+    Raises:
+        ValueError: No images, no time, or requests that have no budget.
+    """
+
+    samples: Sequence[Sample]
+    """Sent equally often, in an order drawn anew each time all have been."""
+    arrivals: Arrivals
+    budgets: Sequence[BudgetClass] = ()
+    """Each request draws one. May be empty only where the trace gives every request its own."""
+    duration: float = 30.0
+    """Seconds that are measured."""
+    warmup: float = 0.0
+    """Seconds before them, with requests at the same rate that are not counted."""
+    seed: int = 0
+    """The same plan and seed send the same requests at the same times. Rates that differ by a factor draw
+    the same gaps, scaled."""
+    options: PredictOptions = field(default_factory=PredictOptions)
+    """Which model, and the bounds of r. `budget`, `top_k`, `features` and `token_map` are not taken from it."""
+    deadline_only: bool = False
+    """Send the budget as the gRPC deadline alone, as a client that knows nothing of latency budgets does."""
+    grace: float = 1.0
+    """Seconds beyond its budget until an answer is given up, so that late ones are measured and the server's own
+    refusals arrive. Not used with `deadline_only`."""
+    connections: int = 1
+    """Requests go round them."""
+
+    def __post_init__(self) -> None:
+        if not self.samples:
+            raise ValueError("there is no image to send")
+        if not 0 < self.duration < math.inf:
+            raise ValueError(f"a run takes more than no time; got {self.duration} s")
+        if not 0 <= self.warmup < math.inf:
+            raise ValueError(f"warming up takes no negative time; got {self.warmup} s")
+        if self.connections < 1:
+            raise ValueError(f"a run needs at least one connection; got {self.connections}")
+        # With a trace, a warm-up needs budgets as well: its requests are not the trace's.
+        lacking = isinstance(self.arrivals, Renewal) or any(one.budget is None for one in self.arrivals.arrivals)
+        if not self.budgets and lacking:
+            raise ValueError("every request needs a budget: --budget, or one on each line of the trace")
+
+    def schedule(self) -> list[PlannedRequest]:
+        """Returns every request of the run in the order of sending, those of the warm-up first."""
+        # One generator for each kind of choice: another mix of budgets must not move the arrivals.
+        early, times, budgets, images = (
+            random.Random(f"{kind} {self.seed}") for kind in ("warm-up", "times", "budgets", "images")
+        )
+        warming = self.arrivals if isinstance(self.arrivals, Renewal) else Renewal(self.arrivals.rate)
+        arrivals = [(one.at - self.warmup, one.budget) for one in warming.draw(self.warmup, early)]
+        arrivals += [(one.at, one.budget) for one in self.arrivals.draw(self.duration, times)]
+        values, weights = self._classes()
+        order = _rounds(len(self.samples), images)
+        return [
+            PlannedRequest(at, budgets.choices(values, weights)[0] if budget is None else budget, next(order))
+            for at, budget in arrivals
+        ]
+
+    def _classes(self) -> tuple[list[float], list[float]]:
+        """Returns the budgets that requests without their own draw from, and how often each is drawn."""
+        if self.budgets or isinstance(self.arrivals, Renewal):
+            return [one.budget for one in self.budgets], [one.weight for one in self.budgets]
+        # Only a trace's warm-up is left to need them.
+        own = [one.budget for one in self.arrivals.arrivals if one.budget is not None]
+        return own, [1.0] * len(own)
+
+
+def parse_budgets(text: str) -> tuple[BudgetClass, ...]:
+    """Returns the classes that "100ms", "mix:50ms,100ms,200ms" or "mix:50ms=3,200ms=1" stand for.
+
+    Raises:
+        ValueError: Written otherwise.
+    """
+    if not text.startswith("mix:"):
+        return (BudgetClass(parse_duration(text)),)
+    classes = []
+    for one in text.removeprefix("mix:").split(","):
+        budget, _, weight = one.partition("=")
+        try:
+            classes.append(BudgetClass(parse_duration(budget), float(weight or 1)))
+        except ValueError:
+            raise ValueError(f"not a mix of budgets: {text!r}; write mix:50ms,200ms or mix:50ms=3,200ms=1") from None
+        if not 0 < classes[-1].weight < math.inf:
+            raise ValueError(f"weights of budgets are above 0; got {one!r}")
+    return tuple(classes)
+
+
+def _rounds(count: int, rng: random.Random) -> Iterator[int]:
+    order = list(range(count))
+    while True:
+        rng.shuffle(order)
+        yield from order

@@ -1,0 +1,88 @@
+"""A run as files and other programs take it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from tome_client.load.arrivals import Renewal
+from tome_client.load.driver import LoadResult, Outcome
+from tome_client.load.plan import LoadPlan
+from tome_client.load.search import SearchResult
+from tome_client.load.summary import LoadSummary, summarize
+
+_COLUMNS = (
+    "at", "lag", "latency", "budget", "attained", "image", "code", "reason", "right",
+    "r", "tokens_in", "tokens_out", "flops", "flops_saved",
+    "decode", "queue", "compute", "predicted", "total", "slack", "batch_size",
+)  # fmt: skip
+
+
+def run_fields(result: LoadResult, summary: LoadSummary) -> dict[str, Any]:
+    """Returns a run for JSON: what was asked of whom, and the figures. Durations are in seconds."""
+    return {
+        "model": result.model.summary.name,
+        "policy": result.model.policy,
+        "plan": plan_fields(result.plan),
+        "summary": asdict(summary),
+    }
+
+
+def search_fields(found: SearchResult) -> dict[str, Any]:
+    """Returns a search for JSON; `run` is the best run in full, null if no rate would do."""
+    return {
+        "criterion": found.criterion,
+        "rate": found.rate,
+        "too_high": found.too_high,
+        "limited_by": found.limited_by,
+        "stopped": found.stopped,
+        "probes": [asdict(probe) for probe in found.probes],
+        "run": run_fields(found.best, summarize(found.best)) if found.best else None,
+    }
+
+
+def plan_fields(plan: LoadPlan) -> dict[str, Any]:
+    """Returns a plan for JSON."""
+    arrivals = plan.arrivals
+    return {
+        "arrivals": asdict(arrivals)
+        if isinstance(arrivals, Renewal)
+        else {"trace": len(arrivals.arrivals), "rate": arrivals.rate},
+        "budgets": [asdict(one) for one in plan.budgets],
+        "duration": plan.duration,
+        "warmup": plan.warmup,
+        "seed": plan.seed,
+        "images": len(plan.samples),
+        "options": {
+            name: value.total_seconds() if isinstance(value, timedelta) else value
+            for name, value in plan.options.items()
+            if value is not None
+        },
+        "deadline_only": plan.deadline_only,
+        "grace": plan.grace,
+        "connections": plan.connections,
+    }
+
+
+def write_requests(file: Path, outcomes: Iterable[Outcome]) -> None:
+    """Writes a CSV line for each request, in the order they were meant to be sent. Durations are in seconds.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, _COLUMNS, restval="", extrasaction="raise")
+        writer.writeheader()
+        for one in sorted(outcomes, key=lambda outcome: outcome.at):
+            fields = asdict(one)
+            merging, timing = fields.pop("merging") or {}, fields.pop("timing") or {}
+            row = {**fields, **merging, **timing, "attained": one.attained}
+            writer.writerow({name: _cell(value) for name, value in row.items()})
+
+
+def _cell(value: object) -> object:
+    return f"{value:.6f}" if isinstance(value, float) else value

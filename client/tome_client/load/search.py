@@ -1,0 +1,164 @@
+"""Finds the highest rate that a server keeps up with, by short runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+
+from tome_client.load.arrivals import Renewal
+from tome_client.load.driver import LoadResult
+from tome_client.load.plan import LoadPlan
+from tome_client.load.summary import LoadSummary, percentile, summarize
+
+# Enough to double the rate a million times over and still halve what is left to 0.1 %.
+_MOST_PROBES = 40
+
+# A run of fewer requests on average says nothing.
+_LEAST_REQUESTS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Criterion:
+    """What makes a rate good enough: a percentile of the latency within each budget, or a share of all in time."""
+
+    kind: str
+    """"percentile" or "attainment"."""
+    share: float
+    """In (0, 1]."""
+
+    def __str__(self) -> str:
+        return f"p{100 * self.share:g}" if self.kind == "percentile" else f"attainment:{self.share:g}"
+
+    def met(self, result: LoadResult) -> bool:
+        """Whether a run is good enough. A request without an answer is later than any budget."""
+        outcomes = result.outcomes
+        if not outcomes:
+            return False
+        if self.kind == "attainment":
+            return sum(one.attained for one in outcomes) >= self.share * len(outcomes)
+        latencies: dict[float, list[float]] = {}
+        for one in outcomes:
+            latencies.setdefault(one.budget, []).append(one.latency if one.answered else math.inf)
+        return all(percentile(sorted(some), self.share) <= budget for budget, some in latencies.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One short run."""
+
+    rate: float
+    """Requests a second that were asked for."""
+    passed: bool
+    """Whether it met the criterion, by a generator that kept its schedule."""
+    summary: LoadSummary
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """The highest rate found."""
+
+    criterion: str
+    rate: float | None
+    """Requests a second; None if not even the lowest one tried would do."""
+    too_high: float | None
+    """The lowest rate that did not do; None if the search ended before one was found."""
+    limited_by: str
+    """What failed there: "server", or "generator", which could not send so fast. "search" if nothing did."""
+    stopped: bool
+    """Whether it was stopped before it was as fine as asked for."""
+    probes: tuple[Probe, ...]
+    best: LoadResult | None
+    """The run at `rate`."""
+
+
+async def search_rate(
+    plan: LoadPlan,
+    criterion: Criterion,
+    run: Callable[[LoadPlan], Awaitable[LoadResult]],
+    *,
+    resolution: float = 0.05,
+    tell: Callable[[Probe], None] | None = None,
+) -> SearchResult:
+    """Doubles or halves the rate until one passes and one fails, then tries in between.
+
+    All runs draw the same gaps, scaled to their rates, so that they differ by the rate alone as far as they can.
+
+    Args:
+        plan: Each run's, but for the rate; its own comes first.
+        criterion: What a rate must do.
+        run: Runs a plan, such as `lambda plan: run_load(target, plan)`.
+        resolution: Ends once the failing rate is at most this share above the passing one.
+        tell: Called after each run.
+
+    Raises:
+        ValueError: A plan whose arrivals have no rate to change; a resolution that is not positive.
+        TomeError: As run_load.
+    """
+    if not isinstance(plan.arrivals, Renewal):
+        raise ValueError(  # noqa: TRY004 # A plan is a plan; this one does not fit.
+            "a trace has its own rate; search with poisson, gamma or constant arrivals"
+        )
+    if not resolution > 0:
+        raise ValueError(f"a resolution is a share above 0, such as 0.05; got {resolution}")
+    probes: list[Probe] = []
+    passing: float | None = None
+    failing: float | None = None
+    best: LoadResult | None = None
+    limited_by = "search"
+    stopped = False
+    rate = plan.arrivals.rate
+    lowest = _LEAST_REQUESTS / plan.duration
+    for _ in range(_MOST_PROBES):
+        one = replace(plan, arrivals=replace(plan.arrivals, rate=rate))
+        result, summary = await _measured(one, run)
+        if not summary.kept_schedule and not result.stopped:
+            # Once more, should only something else on the machine have been in the way.
+            result, summary = await _measured(one, run)
+        if result.stopped:
+            stopped = True
+            break
+        met = criterion.met(result)
+        probes.append(Probe(rate, met and summary.kept_schedule, summary))
+        if tell:
+            tell(probes[-1])
+        if probes[-1].passed:
+            passing, best = rate, result
+        else:
+            # A generator that lags makes latencies that are not the server's, whichever way they look.
+            failing, limited_by = rate, "server" if summary.kept_schedule else "generator"
+        if failing is None:
+            rate *= 2
+        elif passing is None:
+            if rate <= lowest:
+                break
+            rate = max(lowest, rate / 2)
+        elif failing <= passing * (1 + resolution):
+            break
+        else:
+            rate = math.sqrt(passing * failing)
+    return SearchResult(str(criterion), passing, failing, limited_by, stopped, tuple(probes), best)
+
+
+async def _measured(plan: LoadPlan, run: Callable[[LoadPlan], Awaitable[LoadResult]]) -> tuple[LoadResult, LoadSummary]:
+    result = await run(plan)
+    return result, summarize(result)
+
+
+def parse_criterion(text: str) -> Criterion:
+    """Returns what "p99" or "attainment:0.99" stands for.
+
+    Raises:
+        ValueError: Written otherwise.
+    """
+    kind, _, number = text.partition(":")
+    scale = 1.0
+    if kind.startswith("p") and not number:
+        kind, number, scale = "percentile", kind[1:], 100.0
+    try:
+        share = float(number) / scale
+    except ValueError:
+        share = math.nan
+    if kind not in ("percentile", "attainment") or not 0 < share <= 1:
+        raise ValueError(f"not a criterion: {text!r}; write p99, or attainment:0.99")
+    return Criterion(kind, share)

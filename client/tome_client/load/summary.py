@@ -1,0 +1,213 @@
+"""What a run's outcomes come to."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tome_client.load.driver import LoadResult, Outcome
+from tome_client.load.early_stopping import enough, least_sent
+
+# MLPerf Inference's Server scenario: this share of the requests must be in time, with this confidence.
+PERCENTILE = 0.99
+CONFIDENCE = 0.99
+
+# Beyond either, at the 99th percentile, the generator's own lag would count too much among the server's latency.
+_MOST_LAG = 0.005
+_MOST_LAG_SHARE = 0.1
+
+# Of the standard normal distribution, for intervals of 95 %.
+_Z = 1.959963984540054
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Some of many, and how surely."""
+
+    count: int
+    of: int
+    share: float
+    low: float
+    """Where the share of infinitely many would lie, with 95 % confidence; up to `high`."""
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """A distribution of durations, in seconds. The p-th percentile is the least that p % do not exceed."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    p999: float
+    max: float
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All requests, or those of one budget."""
+
+    budget: float | None
+    """Seconds; None of all together."""
+    sent: int
+    answered: int
+    """Late or not."""
+    attainment: Share
+    """Of all sent: answered within their budget, counted from when they were meant to be sent."""
+    goodput: float
+    """Of those, in a second."""
+    latency: Percentiles | None
+    """Of the answered, from when they were meant to be sent; None if there are none, as are the next three."""
+    mean_r: float | None
+    tokens_saved: float | None
+    """Share of the tokens that entered the first block which were merged away by the last, over all answered."""
+    flops_saved: float | None
+    """Share of the unmerged model's operations that was not done, over all answered."""
+    effective_accuracy: float | None
+    """Share of all sent which were answered in time with the right label; None without labels."""
+    answered_accuracy: float | None
+    """Share of the answered with the right label, late or not; None without labels or answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How some of the requests ended."""
+
+    code: str
+    reason: str | None
+    """What the server said beside the code."""
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether the run shows that 99 % of requests are answered in time, as MLPerf's Server scenario asks."""
+
+    valid: bool
+    missed: int
+    """Requests that were late or failed."""
+    least_sent: int
+    """How many had to be sent, with so many missed, for 99 % confidence."""
+    reasons: tuple[str, ...]
+    """What stands against it; empty if valid."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSummary:
+    """A run in figures."""
+
+    duration: float
+    """Seconds measured."""
+    rate: float
+    """Requests sent in a second."""
+    total: Group
+    budgets: tuple[Group, ...]
+    """By budget, the smallest first."""
+    endings: tuple[Ending, ...]
+    """The most frequent first."""
+    lag: Percentiles | None
+    """How late requests were sent, by the generator's own fault; None if none were."""
+    most_lag: float
+    """Seconds that the 99th percentile of `lag` must not exceed: 5 ms, or a tenth of the smallest budget."""
+    kept_schedule: bool
+    """Whether it does not."""
+    stopped: bool
+    """Whether the run ended before its time."""
+    verdict: Verdict
+
+
+def summarize(result: LoadResult) -> LoadSummary:
+    """Returns a run's figures."""
+    outcomes = result.outcomes
+    budgets = sorted({one.budget for one in outcomes})
+    total = _group(None, outcomes, result.duration)
+    lag = percentiles([one.lag for one in outcomes])
+    most_lag = min(_MOST_LAG, _MOST_LAG_SHARE * budgets[0]) if budgets else _MOST_LAG
+    kept_schedule = lag is None or lag.p99 <= most_lag
+    return LoadSummary(
+        duration=result.duration,
+        rate=len(outcomes) / result.duration if result.duration else 0.0,
+        total=total,
+        budgets=tuple(
+            _group(budget, [one for one in outcomes if one.budget == budget], result.duration) for budget in budgets
+        ),
+        endings=tuple(
+            Ending(code, reason, count)
+            for (code, reason), count in Counter((one.code, one.reason) for one in outcomes).most_common()
+        ),
+        lag=lag,
+        most_lag=most_lag,
+        kept_schedule=kept_schedule,
+        stopped=result.stopped,
+        verdict=_verdict(total, kept_schedule=kept_schedule, stopped=result.stopped),
+    )
+
+
+def percentiles(values: Iterable[float]) -> Percentiles | None:
+    """Returns the distribution of some durations; None of none."""
+    ordered = sorted(values)
+    if not ordered:
+        return None
+    p50, p90, p99, p999 = (percentile(ordered, share) for share in (0.5, 0.9, 0.99, 0.999))
+    return Percentiles(sum(ordered) / len(ordered), p50, p90, p99, p999, ordered[-1])
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """Returns the least of some ascending values that `share` of them do not exceed (the nearest rank)."""
+    # Of 1,000 values 0.99 are 990, which floating-point numbers make a little more.
+    return ordered[max(0, math.ceil(round(share * len(ordered), 6)) - 1)]
+
+
+def wilson(count: int, of: int) -> Share:
+    """Returns a share with its 95 % confidence interval: Wilson's score interval (J. Am. Stat. Assoc. 22, 1927)."""
+    if of == 0:
+        return Share(0, 0, 0.0, 0.0, 1.0)
+    share = count / of
+    spread = _Z * math.sqrt(share * (1 - share) / of + _Z**2 / (4 * of**2))
+    middle, scale = share + _Z**2 / (2 * of), 1 + _Z**2 / of
+    return Share(count, of, share, max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale))
+
+
+def _group(budget: float | None, outcomes: Sequence[Outcome], duration: float) -> Group:
+    attained = [one for one in outcomes if one.attained]
+    mergings = [one.merging for one in outcomes if one.merging]
+    labelled = [one for one in outcomes if one.right is not None]
+    judged = [one for one in labelled if one.answered]
+    tokens_in = sum(one.tokens_in for one in mergings)
+    tokens_out = sum(one.tokens_out for one in mergings)
+    done, saved = sum(one.flops for one in mergings), sum(one.flops_saved for one in mergings)
+    return Group(
+        budget=budget,
+        sent=len(outcomes),
+        answered=len(mergings),
+        attainment=wilson(len(attained), len(outcomes)),
+        goodput=len(attained) / duration if duration else 0.0,
+        latency=percentiles([one.latency for one in outcomes if one.answered]),
+        mean_r=_ratio(sum(one.r for one in mergings), len(mergings)),
+        tokens_saved=_ratio(tokens_in - tokens_out, tokens_in),
+        flops_saved=_ratio(saved, done + saved),
+        effective_accuracy=_ratio(sum(bool(one.right) and one.attained for one in labelled), len(labelled)),
+        answered_accuracy=_ratio(sum(bool(one.right) for one in judged), len(judged)),
+    )
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _verdict(total: Group, *, kept_schedule: bool, stopped: bool) -> Verdict:
+    missed = total.sent - total.attainment.count
+    needed = least_sent(missed, percentile=PERCENTILE, confidence=CONFIDENCE)
+    reasons = []
+    if stopped:
+        reasons.append("the run was stopped early")
+    if not kept_schedule:
+        reasons.append("the load generator did not keep its schedule")
+    if total.sent and missed > (1 - PERCENTILE) * total.sent:
+        reasons.append(f"{missed / total.sent:.2%} missed their budget, and 1 % may")
+    elif not enough(total.sent, missed, percentile=PERCENTILE, confidence=CONFIDENCE):
+        reasons.append(f"too few requests to tell: with {missed} missed it takes {needed}, and {total.sent} were sent")
+    return Verdict(not reasons, missed, needed, tuple(reasons))
