@@ -48,14 +48,17 @@ LABEL org.opencontainers.image.title="tome-serving" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=builder /opt/tome /opt/tome
 # The root file system may be read-only, /tmp included: torch only wants its cache folder to exist. Pretrained weights
-# from the hub need HF_HOME: mount a volume there that user 65532 can write, or name a local checkpoint.
+# from the hub need HF_HOME: mount a volume there that user 65532 can write, or name a local checkpoint. Measured
+# latencies are kept in a volume of their own; without one that outlives the container, each start measures again.
 ENV PATH=/opt/tome/bin:$PATH \
     HOME=/tmp \
     HF_HOME=/var/cache/huggingface \
     TORCHINDUCTOR_CACHE_DIR=/var/cache/torch \
+    XDG_CACHE_HOME=/var/cache/tome \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
-RUN install -d -o 65532 -g 65532 /var/cache/huggingface /var/cache/torch
+RUN install -d -o 65532 -g 65532 /var/cache/huggingface /var/cache/torch /var/cache/tome/tome-serving
+VOLUME /var/cache/tome/tome-serving
 WORKDIR /srv
 USER 65532:65532
 EXPOSE 8500 8501

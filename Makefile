@@ -35,8 +35,11 @@ proto: $(STAMP)  ## regenerate the stubs beside the .proto files
 	$(PROTOC) --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc --python_out=$(PROTO_DIR) \
 	  --pyi_out=$(PROTO_DIR) --grpc_python_out=$(PROTO_DIR) --mypy_grpc_out=quiet:$(PROTO_DIR) $(PROTO)
 
-bench: $(STAMP)  ## the merging benchmark, both sides from one run
+bench: $(STAMP)  ## every benchmark, each printing all sides from one run (about 20 minutes)
 	$(BIN)/python -m benchmarks.merging
+	$(BIN)/python -m benchmarks.mixed
+	$(BIN)/python -m benchmarks.policies
+	$(BIN)/python -m benchmarks.serving
 
 nightly: $(STAMP)  ## the slow tests as well
 	$(BIN)/python -m pytest -m 'not cuda'
