@@ -1,13 +1,15 @@
 """`merge(model)`: a timm Vision Transformer that merges tokens as far as each call asks."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from tome_server.merging.schedule import Schedule, as_schedule, tokens_per_block
 from tome_server.merging.support import check_supported
-from tome_server.merging.vit import classify, encode, reads_prefix_only
+from tome_server.merging.vit import Layers, classify, encode, reads_prefix_only
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,12 @@ class MergedOutput:
     """[B, classes]"""
     features: Tensor
     """[B, D] pooled, as they enter the classifier"""
-    tokens_per_block: tuple[int, ...]
-    """Tokens that leave each block, prefix tokens included."""
+    tokens_per_block: tuple[tuple[int, ...], ...]
+    """For each image, the tokens that leave each block, prefix tokens included."""
     tokens: Tensor | None = None
-    """[B, T, D] output tokens after the final norm, if asked for"""
+    """[B, T, D] output tokens after the final norm, if asked for; zero past an image's own where another has more"""
     sizes: Tensor | None = None
-    """[B, T] patches in each output token, 1 for a prefix token; with `tokens` or `token_map`"""
+    """[B, T] patches in each output token, 1 for a prefix token, 0 past an image's own; with `tokens` or `token_map`"""
     token_map: Tensor | None = None
     """[B, patches] index among the output tokens of the one each patch went into, if asked for"""
 
@@ -34,9 +36,12 @@ class MergedModel(nn.Module):
     Shares the model's parameters and changes nothing in it. Holds no state of a call: threads may share one.
     """
 
-    def __init__(self, model: VisionTransformer, proportional_attention: bool) -> None:
+    def __init__(
+        self, model: VisionTransformer, proportional_attention: bool, layers: Sequence[Layers] | None = None
+    ) -> None:
         super().__init__()
         self.model: VisionTransformer = model
+        self._layers = [Layers(block) for block in model.blocks] if layers is None else layers
         self.proportional_attention = proportional_attention
         # Not train(): that would set the mode of the model's parts, which aren't ours to change.
         self.training = model.training
@@ -52,33 +57,47 @@ class MergedModel(nn.Module):
         return int(self.model.num_prefix_tokens)
 
     def forward(
-        self, images: Tensor, r: int | Schedule = 0, *, return_tokens: bool = False, return_token_map: bool = False
+        self,
+        images: Tensor,
+        r: int | Schedule | Sequence[int | Schedule] = 0,
+        *,
+        return_tokens: bool = False,
+        return_token_map: bool = False,
     ) -> MergedOutput:
         """Classify `images` [B, C, H, W], merging `r` tokens in every block, or as a schedule says.
 
+        A sequence gives each image its own; no image's result depends on the others.
         r is clamped in each block to half of the tokens that aren't prefix tokens. Raises ValueError if an r is
-        negative, the schedule doesn't fit the model's depth, or the images don't fit the model.
+        negative, a schedule doesn't fit the model's depth, a sequence isn't as long as the batch or differs within it
+        while the model is in training mode, or the images don't fit the model.
         """
-        per_block = as_schedule(r).per_block(self.depth)
         self._check(images)
+        schedules = self._schedules(r, len(images))
+        if len(schedules) > 1 and self.model.training:
+            raise ValueError("images of a batch can differ in r in eval mode only: stochastic depth drops whole images")
         whole = return_tokens or return_token_map
-        encoded = encode(
+        groups = encode(
             self.model,
+            self._layers,
             images,
-            per_block,
+            schedules,
             proportional=self.proportional_attention,
             prefix_only=reads_prefix_only(self.model) and not whole,
             track=return_token_map,
         )
-        logits, features = classify(self.model, encoded)
-        patches = self.patches(images.shape[-2], images.shape[-1])
+        logits, features = classify(self.model, groups)
+        order = [image for members in schedules.values() for image in members]
+        back = sorted(range(len(order)), key=order.__getitem__)
+        if len(groups) > 1:
+            logits, features = logits[back], features[back]
+        maps = [group.token_map for group in groups if group.token_map is not None]
         return MergedOutput(
             logits=logits,
             features=features,
-            tokens_per_block=tokens_per_block(patches, self.prefix, per_block),
-            tokens=encoded.tokens if return_tokens else None,
-            sizes=encoded.sizes if whole else None,
-            token_map=encoded.token_map,
+            tokens_per_block=self._tokens_per_block(images, schedules),
+            tokens=_in_order([group.tokens for group in groups], back) if return_tokens else None,
+            sizes=_in_order([group.sizes for group in groups], back) if whole else None,
+            token_map=_in_order(maps, back) if return_token_map else None,
         )
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -90,6 +109,30 @@ class MergedModel(nn.Module):
         """Return the number of patches of an image of this size in pixels."""
         rows, columns = self.grid(height, width)
         return rows * columns
+
+    def _schedules(
+        self, r: int | Schedule | Sequence[int | Schedule], batch: int
+    ) -> dict[tuple[int, ...], Sequence[int]]:
+        """Return what to merge in each block, and the images for which."""
+        if not isinstance(r, Sequence):
+            return {as_schedule(r).per_block(self.depth): range(batch)}
+        if len(r) != batch:
+            raise ValueError(f"r must be one for all images or one for each of the {batch}, not {len(r)}")
+        schedules: dict[tuple[int, ...], Sequence[int]] = {}
+        for image, own in enumerate(r):
+            per_block = as_schedule(own).per_block(self.depth)
+            schedules[per_block] = [*schedules.get(per_block, ()), image]
+        return schedules
+
+    def _tokens_per_block(
+        self, images: Tensor, schedules: Mapping[tuple[int, ...], Sequence[int]]
+    ) -> tuple[tuple[int, ...], ...]:
+        counts: list[tuple[int, ...]] = [()] * len(images)
+        for per_block, members in schedules.items():
+            left = tokens_per_block(self.patches(images.shape[-2], images.shape[-1]), self.prefix, per_block)
+            for image in members:
+                counts[image] = left
+        return tuple(counts)
 
     def _check(self, images: Tensor) -> None:
         embed = self.model.patch_embed
@@ -120,3 +163,11 @@ def merge(model: VisionTransformer, *, proportional_attention: bool | None = Non
 def unmerge(tokens: Tensor, token_map: Tensor) -> Tensor:
     """Give each patch the features of the token it went into: [B, T, D] and [B, patches] to [B, patches, D]."""
     return tokens.gather(1, token_map.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def _in_order(parts: Sequence[Tensor], back: Sequence[int]) -> Tensor:
+    """Put the images [T, ...] of all `parts` [B, T, ...] in the order `back`, short ones filled up with zeros."""
+    if len(parts) == 1:
+        return parts[0]
+    images = [image for part in parts for image in part]
+    return pad_sequence([images[i] for i in back], batch_first=True)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,9 +52,12 @@ class Executor:
         self.device = device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"device-{device}")
 
-    async def run(self, model: HostedModel, batch: Sequence[Work], r: int) -> BatchResult:
-        """Run `batch` at `r` without blocking the event loop. Raises whatever the model raises."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, run_batch, model, batch, r, self.device)
+    async def run(
+        self, model: HostedModel, batch: Sequence[Work], rs: int | Sequence[int], packed: bool = True
+    ) -> BatchResult:
+        """Do what `run_batch` does, without blocking the event loop. Raises whatever the model raises."""
+        call = partial(run_batch, model, batch, rs, self.device, packed=packed)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     def close(self) -> None:
         """Wait for the batch on the device and end the thread."""
@@ -61,9 +65,27 @@ class Executor:
 
 
 @torch.inference_mode()
-def run_batch(model: HostedModel, batch: Sequence[Work], r: int, device: torch.device) -> BatchResult:
-    """Run `batch` at `r` on `device`, in the calling thread."""
+def run_batch(
+    model: HostedModel, batch: Sequence[Work], rs: int | Sequence[int], device: torch.device, *, packed: bool = True
+) -> BatchResult:
+    """Run `batch` on `device` in the calling thread, at one r or at each image's own; results are in its order.
+
+    Images that differ in r share one call of the model, or if not `packed` only with those of the same r. Raises
+    ValueError if `rs` isn't as long as the batch, and whatever the model raises.
+    """
     start = time.perf_counter()
+    if packed or isinstance(rs, int):
+        return BatchResult(tuple(_run(model, batch, rs, device)), time.perf_counter() - start)
+    if len(rs) != len(batch):
+        raise ValueError(f"rs must be one for each of the {len(batch)} images, not {len(rs)}")
+    results: dict[int, Result] = {}
+    for r in sorted(set(rs)):
+        members = [i for i, own in enumerate(rs) if own == r]
+        results.update(zip(members, _run(model, [batch[i] for i in members], r, device), strict=True))
+    return BatchResult(tuple(results[i] for i in range(len(batch))), time.perf_counter() - start)
+
+
+def _run(model: HostedModel, batch: Sequence[Work], r: int | Sequence[int], device: torch.device) -> list[Result]:
     images = torch.stack([work.image for work in batch]).to(device)
     output = model.merged(images, r, return_token_map=any(work.token_map for work in batch))
     scores, class_ids = output.logits.float().softmax(dim=-1).topk(max(work.top_k for work in batch))
@@ -71,7 +93,7 @@ def run_batch(model: HostedModel, batch: Sequence[Work], r: int, device: torch.d
     all_ids, all_scores = class_ids.tolist(), scores.tolist()
     features = output.features.float().tolist() if any(work.features for work in batch) else None
     token_map = output.token_map.tolist() if output.token_map is not None else None
-    results = tuple(
+    return [
         Result(
             class_ids=tuple(all_ids[i][: work.top_k]),
             scores=tuple(all_scores[i][: work.top_k]),
@@ -79,5 +101,4 @@ def run_batch(model: HostedModel, batch: Sequence[Work], r: int, device: torch.d
             token_map=tuple(token_map[i]) if token_map and work.token_map else None,
         )
         for i, work in enumerate(batch)
-    )
-    return BatchResult(results, time.perf_counter() - start)
+    ]

@@ -27,6 +27,19 @@ def test_float32_gives_what_the_cpu_gives(tokens_across: int, r: int) -> None:
     assert torch.equal(given.token_map.cpu(), expected.token_map)
 
 
+@pytest.mark.parametrize("map_pool", [False, True])
+def test_images_that_differ_in_r_get_what_the_cpu_gives(map_pool: bool) -> None:
+    torch.manual_seed(0)
+    options = {"global_pool": "map", "class_token": False} if map_pool else {}
+    model = timm.create_model("vit_tiny_patch16_224", depth=4, **options).eval().double()
+    images, rs = torch.randn(5, 3, 224, 224, dtype=torch.float64), [8, 0, 13, 8, 3]
+    with torch.inference_mode():
+        expected = merge(model)(images, rs, return_tokens=True, return_token_map=True)
+        given = merge(model.to(CUDA))(images.to(CUDA), rs, return_tokens=True, return_token_map=True)
+    for field in ("logits", "features", "tokens", "sizes", "token_map"):
+        torch.testing.assert_close(getattr(given, field).cpu(), getattr(expected, field), rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", [176, 208, 224])
 def test_half_precision_agrees_with_float32_where_no_token_is_merged(dtype: torch.dtype, size: int) -> None:

@@ -129,12 +129,12 @@ def test_entrypoint_is_unchanged_at_r_0_and_sound_at_r_above_0(entrypoint: Entry
         features = model.forward_head(model.forward_features(images), pre_logits=True)
         atol = 1e-4 * features.abs().max().item()
         torch.testing.assert_close(out.features, features, rtol=0, atol=atol)
-        assert out.tokens_per_block == (prefix + patches,) * 2
+        assert out.tokens_per_block == ((prefix + patches,) * 2,) * 2
 
         out = merged(images, R)
         assert out.logits.isfinite().all()
-        assert out.tokens_per_block == (prefix + patches - R, prefix + patches - 2 * R)
-        assert out.tokens_per_block == macs(model, R).tokens
+        assert out.tokens_per_block == ((prefix + patches - R, prefix + patches - 2 * R),) * 2
+        assert out.tokens_per_block[0] == macs(model, R).tokens
         assert (out.logits - expected).abs().max() > atol  # it did merge
 
         # Images of a batch against each alone: in float64, where rounding cannot turn a matching.
@@ -181,7 +181,7 @@ def test_every_vit_of_timm_is_unchanged_at_r_0_or_refused(name: str) -> None:
         out = merged(images, return_token_map=True)
         torch.testing.assert_close(out.logits, model(images), rtol=1e-9, atol=1e-9)
         patches, prefix = out.token_map.shape[1], model.num_prefix_tokens
-        assert merged(images, 1).tokens_per_block == tokens_per_block(patches, prefix, (1,))
+        assert merged(images, 1).tokens_per_block == (tokens_per_block(patches, prefix, (1,)),)
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -73,7 +73,7 @@ def test_output_is_that_of_the_reference(kind: Kind, r: int | Schedule) -> None:
         close(out.tokens[i], expected.tokens)
         assert out.token_map[i].tolist() == expected.token_map
         assert out.sizes[i].tolist() == expected.sizes
-        assert out.tokens_per_block == plain.tokens_per_block == expected.tokens_per_block
+        assert out.tokens_per_block[i] == plain.tokens_per_block[i] == expected.tokens_per_block
 
 
 @pytest.mark.parametrize("name", ["class token", "registers", "avg pool", "map pool", "distilled"])
@@ -163,11 +163,11 @@ def test_asking_for_tokens_or_the_map_does_not_change_the_answer(kind: Kind, r: 
 def test_token_map_and_sizes_agree(kind: Kind, r: int) -> None:
     model, images = kind.build(), kind.images(2)
     out = merge(model)(images, r, return_tokens=True, return_token_map=True)
-    prefix, count = model.num_prefix_tokens, out.tokens_per_block[-1]
+    prefix, count = model.num_prefix_tokens, out.tokens_per_block[0][-1]
     patches = out.token_map.shape[1]
     assert out.tokens.shape[1] == out.sizes.shape[1] == count
     assert out.token_map.dtype == torch.int64
-    assert out.tokens_per_block == tokens_per_block(patches, prefix, (r,) * len(out.tokens_per_block))
+    assert out.tokens_per_block == (tokens_per_block(patches, prefix, (r,) * len(model.blocks)),) * 2
     for token_map, sizes in zip(out.token_map, out.sizes, strict=True):
         assert token_map.min() >= prefix
         counted = torch.bincount(token_map, minlength=count)

@@ -31,7 +31,8 @@ def test_packed_results_are_the_plain_ones_to_rounding(kind: Kind, r: int) -> No
 
 
 def test_packing_changes_nothing_in_the_model() -> None:
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval().requires_grad_(False)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, init_values=0.5)
+    model.eval().requires_grad_(False)
     before = copy.deepcopy(model)
     classes = [type(module) for module in model.modules()]
     packed = pack(merge(model))
@@ -57,6 +58,12 @@ def test_only_float32_for_inference_is_packed(change: Callable[[nn.Module], nn.M
     assert not packable(merged)
     with pytest.raises(ValueError, match="float32"):
         pack(merged)
+
+
+def test_a_model_of_which_a_part_is_in_training_mode_is_not_packed() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval().requires_grad_(False)
+    model.blocks[1].train()
+    assert not packable(merge(model))
 
 
 @pytest.mark.parametrize("size", [(32, 48), (35, 50)])

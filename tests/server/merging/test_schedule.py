@@ -126,7 +126,7 @@ SCHEDULES = [Schedule.constant(7), Schedule.linear(7), Schedule.linear(7, 1.0), 
 def test_a_model_merges_what_its_schedule_says(schedule: Schedule) -> None:
     kind = KINDS["registers"]
     out = merge(kind.build())(kind.images(1), r=schedule)
-    assert out.tokens_per_block == tokens_per_block(64, 5, schedule.per_block(3))
+    assert out.tokens_per_block == (tokens_per_block(64, 5, schedule.per_block(3)),)
 
 
 def test_an_int_is_a_constant_schedule() -> None:

@@ -32,5 +32,4 @@ def model() -> HostedModel:
         merged=merge(network.eval().requires_grad_(False)),
         preprocess=Preprocess(settings, Limits()),
         labels=LABELS,
-        default_r=0,
     )

@@ -56,6 +56,56 @@ def test_each_image_gets_only_what_was_asked_for_it(model: HostedModel, images: 
     assert len(set(mapped.token_map)) == 12  # 16 patches, two merged in each of two blocks
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_images_that_differ_in_r_get_what_each_would_get_alone(
+    model: HostedModel, images: torch.Tensor, packed: bool
+) -> None:
+    works = [Work(image, top_k=i + 2, features=True, token_map=True) for i, image in enumerate(images)]
+    works.append(Work(images[0], top_k=1))
+    rs = [4, 0, 4, 2]
+    together = run_batch(model, works, rs, CPU, packed=packed).results
+    for work, r, result in zip(works, rs, together, strict=True):
+        [alone] = run_batch(model, [work], r, CPU).results
+        assert result.class_ids == alone.class_ids
+        assert result.scores == pytest.approx(alone.scores, abs=1e-5)
+        assert result.features == (alone.features and pytest.approx(alone.features, abs=1e-4))
+        assert result.token_map == alone.token_map
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("rs", [[], [1, 2], [1, 2, 3, 4]])
+def test_another_number_of_rs_than_images_is_refused(
+    model: HostedModel, images: torch.Tensor, rs: list[int], packed: bool
+) -> None:
+    with pytest.raises(ValueError, match=rf"\b3\b.*\b{len(rs)}\b"):
+        run_batch(model, [Work(image, 1) for image in images], rs, CPU, packed=packed)
+
+
+@pytest.mark.parametrize(
+    ("rs", "packed", "calls"),
+    [
+        (3, True, [3]),
+        (3, False, [3]),
+        ([3, 3, 3], True, [3]),
+        ([3, 3, 3], False, [3]),
+        ([5, 0, 5], True, [3]),
+        ([5, 0, 5], False, [1, 2]),
+        ([5, 0, 3], False, [1, 1, 1]),
+    ],
+)
+def test_the_model_is_called_once_or_once_for_each_r(
+    model: HostedModel, images: torch.Tensor, rs: int | list[int], packed: bool, calls: list[int]
+) -> None:
+    batches: list[int] = []
+
+    def merged(batch: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        batches.append(len(batch))
+        return model.merged(batch, *args, **kwargs)
+
+    run_batch(replace(model, merged=merged), [Work(image, 1) for image in images], rs, CPU, packed=packed)
+    assert batches == calls
+
+
 def test_time_on_the_device_is_reported(model: HostedModel, images: torch.Tensor) -> None:
     assert run_batch(model, [Work(images[0], 1)], 0, CPU).seconds > 0
 
@@ -97,6 +147,18 @@ async def test_batches_run_one_at_a_time_in_the_devices_own_thread(
     assert all(isinstance(result, BatchResult) for result in done)
     assert recorder.most_running == 1
     assert set(recorder.threads) == {"device-cpu_0"}
+
+
+async def test_a_batch_that_is_split_stays_in_the_devices_thread(
+    model: HostedModel, executor: Executor, recorder: Recorder, images: torch.Tensor
+) -> None:
+    recorder.let_go.set()
+    works, recorded = [Work(image, 4) for image in images], replace(model, merged=recorder)
+    split = await executor.run(recorded, works, [2, 0, 2], packed=False)
+    assert recorder.threads == ["device-cpu_0"] * 2
+    packed = await executor.run(recorded, works, [2, 0, 2])
+    assert recorder.threads == ["device-cpu_0"] * 3
+    assert [x.class_ids for x in split.results] == [x.class_ids for x in packed.results]
 
 
 async def test_the_event_loop_runs_on_meanwhile(
