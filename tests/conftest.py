@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+# What a profile takes that no earlier test's server has left; later ones find it in the session's cache.
+PROFILE_TIME = "2s"
 SAMPLES = Path(__file__).parents[1] / "server/tome_server/models/bundled/fashion/samples"
 
 
@@ -33,7 +35,7 @@ class ServerProcess:
 def start_server(log: Path, *flags: str) -> ServerProcess:
     """Start a server on free ports and wait until it is ready; its log goes to a file."""
     command = [sys.executable, "-m", "tome_server", "serve", "--listen", "127.0.0.1:0"]
-    command += ["--metrics", "127.0.0.1:0", *flags]
+    command += ["--metrics", "127.0.0.1:0", "--profile-time", PROFILE_TIME, *flags]
     with log.open("w") as stderr:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=stderr, text=True, env={**os.environ, "COLUMNS": "100"}
@@ -60,26 +62,47 @@ def stop_server(server: ServerProcess) -> None:
     server.process.stdout.close()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One cache for the whole session: nobody's own is touched, and a profile is measured once."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def server(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """One server of the bundled model for the whole session; tests must leave it as it was."""
-    running = start_server(tmp_path_factory.mktemp("server") / "log")
+    # No test that isn't about deadlines fails because the machine is busy.
+    running = start_server(tmp_path_factory.mktemp("server") / "log", "--default-budget", "60s")
     yield running
     stop_server(running)
 
 
-@pytest.fixture
-def own_server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
-    """Return a function that starts a server, with flags, for the test to do anything to."""
+def servers(folder: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """Yield a function that starts servers, which are ended afterwards."""
     started: list[ServerProcess] = []
 
     def start(*flags: str) -> ServerProcess:
-        started.append(start_server(tmp_path / f"log{len(started)}", *flags))
+        started.append(start_server(folder / f"log{len(started)}", *flags))
         return started[-1]
 
     yield start
     for running in started:
         stop_server(running)
+
+
+@pytest.fixture
+def own_server(cache: Path, tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """Return a function that starts a server, with flags, for the test to do anything to."""
+    yield from servers(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def module_server(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServerProcess]]:
+    """Return a function that starts a server, with flags, for a module's tests to share."""
+    yield from servers(tmp_path_factory.mktemp("servers"))
 
 
 @pytest.fixture(scope="session")

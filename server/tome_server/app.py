@@ -17,7 +17,7 @@ import torch
 from prometheus_client import start_http_server
 
 from tome_server.config import ModelConfig, ServerConfig
-from tome_server.engine import Engine
+from tome_server.engine import Engine, Served
 from tome_server.errors import ConfigError, PortInUseError
 from tome_server.models.datasets import load_labelled
 from tome_server.models.hosted import HostedModel
@@ -71,10 +71,13 @@ async def serve(config: ServerConfig) -> None:
         models = [await asyncio.to_thread(_load_warm, spec, device, limits) for spec in specs]
         if config.threads is None and device.type == "cpu":
             await asyncio.to_thread(_choose_threads, models, config.batching.max_batch, device)
+        served: list[Served] = []
         for spec, model in zip(specs, models, strict=True):
             profile = await asyncio.to_thread(_profile, spec, model, device, config)
-            engine.models[spec.name] = ServedModel(model, profile, config.policy)
+            served.append(ServedModel(model, profile, config.policy))
             metrics.model_info.labels(spec.name).info({"architecture": model.architecture, "device": str(device)})
+        # All at once: requests for the first would disturb what is measured of the second.
+        engine.models.update(zip(engine.names, served, strict=True))
         rpc.ready()
         ready = {"grpc": rpc.address, "metrics": metrics_url, "seconds": round(time.monotonic() - began, 3)}
         print(json.dumps({"ready": ready}), flush=True)

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from tome_server.errors import ConfigError
+from tome_server.scheduling.policy import NAMES
 
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
 _SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -51,6 +52,13 @@ def parse_address(value: object) -> object:
         found = re.fullmatch(r"\S+:([0-9]{1,5})", value)
         if not found or int(found[1]) > 65535:
             raise ValueError(f"{value!r} is no address; write for example 0.0.0.0:8500")
+    return value
+
+
+def parse_policy(value: object) -> object:
+    """Return the name of a policy as it is. Raises ValueError for text that is none."""
+    if isinstance(value, str) and not re.fullmatch("|".join(NAMES).replace(":R", ":[0-9]+"), value):
+        raise ValueError(f"{value!r} is no policy; there are {', '.join(NAMES)}")
     return value
 
 
@@ -126,7 +134,7 @@ class ServerConfig(_Strict):
     """auto, cpu, cuda or cuda:N"""
     threads: Count | None = None
     """CPU threads for the model; by default one, or as many as the process may use CPUs, as measured at start."""
-    policy: str = "price"
+    policy: Annotated[str, BeforeValidator(parse_policy)] = "price"
     """What chooses r: price, fixed:R, max_accuracy, max_batch or slackfit."""
     profiles: Path | None = None
     """Folder of measured latencies; by default one in the user's cache."""

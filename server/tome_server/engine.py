@@ -218,7 +218,8 @@ class Engine:
         try:
             reply = await self._answer(served, bounds, top_k, request)
         except RequestError as error:
-            self.metrics.slo_missed.labels(served.model.name, _MISSED[type(error)]).inc()
+            if missed := _MISSED.get(type(error)):
+                self.metrics.slo_missed.labels(served.model.name, missed).inc()
             raise
         if reply.timing.slack >= 0:
             self.metrics.slo_met.labels(served.model.name).inc()
@@ -426,12 +427,12 @@ class Engine:
         self.metrics.queue_depth.set(self._queued())
 
 
+# What is wrong with the request itself, an image that can't be decoded for one, is no miss.
 _MISSED: dict[type[RequestError], str] = {
     InfeasibleError: "infeasible",
     ExpiredError: "expired",
     OverloadedError: "queue_full",
     ModelFailedError: "failed",
-    InvalidRequestError: "invalid",
 }
 
 

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 # Without a budget of its own, a model's requests get this, or many times what one image takes, if that is more.
 LEAST_DEFAULT_BUDGET = 1.0
 IMAGES_IN_DEFAULT_BUDGET = 10
+FIXED = "fixed:"
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,14 @@ class ServedModel(Generic[T]):
         try:
             decide = policy_named(policy, profile, model.assumed_quality)
         except ValueError as error:
-            raise ConfigError(f"policy: {error}") from error
+            raise ConfigError(f"policy, for model {model.name}: {error}") from error
         self.scheduler: Scheduler[T] = Scheduler(Latency(profile), decide)
         self.default_budget = model.default_budget or max(
             LEAST_DEFAULT_BUDGET, IMAGES_IN_DEFAULT_BUDGET * profile.p95[0][0]
         )
         """Seconds that a request has which sets neither budget nor deadline."""
+        # What a fixed policy wouldn't do can't be promised either.
+        self._only = self.rs.index(int(policy.removeprefix(FIXED))) if policy.startswith(FIXED) else None
 
     def bounds(
         self, r: int | None = None, min_r: int | None = None, max_r: int | None = None, min_quality: float | None = None
@@ -73,7 +76,10 @@ class ServedModel(Generic[T]):
             raise InvalidRequestError("min_quality", f"is {min_quality:g}, which needs r ≤ {most}; asked is ≥ {least}")
         within = [level for level, value in enumerate(self.rs) if least <= value <= most]
         if r is None and within:
-            return Bounds(within[0], within[-1])
+            low, high = within[0], within[-1]
+            if self._only is not None:
+                low = high = min(max(self._only, low), high)
+            return Bounds(low, high)
         level = self.profile.level_of(least)
         return Bounds(level, level, least)
 

@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import pytest
 import yaml
+from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rpc.wire import black_png, connected, refusal, refusal_in, refusal_of, scrape, until
 
@@ -38,7 +39,7 @@ def image() -> bytes:
 @pytest.fixture(scope="module")
 def slow() -> pb.PredictRequest:
     """A request that takes a noticeable part of a second to decode."""
-    return pb.PredictRequest(image=black_png(4000, 4000), r=15)
+    return pb.PredictRequest(image=black_png(4000, 4000), r=15, latency_budget=Duration(seconds=100))
 
 
 # Starting
@@ -102,6 +103,16 @@ def test_what_cannot_be_served_is_said_in_a_sentence(taken: str, tmp_path: Path)
         "junk.key are no certificate and its key: ": [
             "--config", config("junk-tls", tls={"certificate": "junk.pem", "key": "junk.key"}),
         ],
+        "--policy: 'cheapest' is no policy; there are price, fixed:R, ": [*base, "--policy", "cheapest"],
+        "policy, for model fashion: fixed:3: the model is served at r = 0, 2, 4, 6, 8, 10, 12, 14": [
+            *base, "--policy", "fixed:3", "--profile-time", "500ms",
+        ],
+        "policy.yaml:3: policy: 'cheapest' is no policy; there are price, fixed:R, ": [
+            "--config", config("policy", policy="cheapest"),
+        ],
+        "budget.yaml:4: models.0.default_budget: ": [
+            "--config", config("budget", models=[{"default_budget": "0s"}]),
+        ],
         "two models are named 'fashion'": [
             "--config", config("twice", models=[{"source": "bundled:fashion"}, {"source": "bundled:fashion"}]),
         ],
@@ -123,7 +134,7 @@ def test_what_cannot_be_served_is_said_in_a_sentence(taken: str, tmp_path: Path)
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["demo"], ["evaluate"]], ids=str)
+@pytest.mark.parametrize("command", [[], ["serve"], ["demo"], ["evaluate"], ["profile"]], ids=str)
 def test_help_is_to_be_had_of_every_command(command: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tome_server", *command, "--help"], capture_output=True, text=True, check=True
@@ -132,7 +143,8 @@ def test_help_is_to_be_had_of_every_command(command: list[str]) -> None:
     assert done.stderr == ""
 
 
-def test_while_a_model_loads_the_others_are_served_and_health_waits(tmp_path: Path, image: bytes) -> None:
+def test_while_a_model_loads_requests_are_told_so_and_health_waits(tmp_path: Path, image: bytes) -> None:
+    """None is served before all are measured: requests would disturb that."""
     labels = tmp_path / "labels.fifo"
     os.mkfifo(labels)  # loading waits until somebody writes to it
     architecture = yaml.safe_load((BUNDLED / "config.yaml").read_text())
@@ -146,7 +158,14 @@ def test_while_a_model_loads_the_others_are_served_and_health_waits(tmp_path: Pa
     }
     config = tmp_path / "server.yaml"
     config.write_text(
-        yaml.safe_dump({"listen": "127.0.0.1:0", "metrics": None, "models": [{"source": "bundled:fashion"}, loading]})
+        yaml.safe_dump(
+            {
+                "listen": "127.0.0.1:0",
+                "metrics": None,
+                "profile_time": "500ms",
+                "models": [{"source": "bundled:fashion"}, loading],
+            }
+        )
     )
     log = tmp_path / "log"
     command = [sys.executable, "-m", "tome_server", "serve", "--config", str(config)]
@@ -158,11 +177,9 @@ def test_while_a_model_loads_the_others_are_served_and_health_waits(tmp_path: Pa
             until(lambda: "listening on " in log.read_text(), "the port is open")
             target = log.read_text().partition("listening on ")[2].partition(",")[0]
             with connected(target) as stub:
-                until(lambda: stub.ListModels(pb.ListModelsRequest()).models[0].ready, "the first model is loaded")
-                ready = {model.name: model.ready for model in stub.ListModels(pb.ListModelsRequest()).models}
-                assert ready == {"fashion": True, "slow": False}
+                assert listed(stub) == {"fashion": False, "slow": False}
                 assert health(target) == NOT_SERVING
-                assert stub.Predict(pb.PredictRequest(image=image)).predictions[0].label == "Trouser"
+                assert refusal(lambda: stub.Predict(pb.PredictRequest(image=image))).code is UNAVAILABLE
                 request = pb.PredictRequest(model="slow", image=image)
                 for refused in (
                     refusal(lambda: stub.Predict(request)),
@@ -175,11 +192,40 @@ def test_while_a_model_loads_the_others_are_served_and_health_waits(tmp_path: Pa
                 labels.write_text((BUNDLED / "labels.txt").read_text())
                 assert json.loads(process.stdout.readline())["ready"]["grpc"] == target
                 assert health(target) == SERVING
-                assert stub.Predict(request).predictions[0].label == "Trouser"
+                assert listed(stub) == {"fashion": True, "slow": True}
+                for model in ("fashion", "slow"):
+                    answer = stub.Predict(pb.PredictRequest(model=model, image=image))
+                    assert answer.predictions[0].label == "Trouser"
             process.terminate()
             assert process.wait(60) == 0
         finally:
             process.kill()
+
+
+def listed(stub: Any) -> dict[str, bool]:
+    """The models by name, and whether each is ready."""
+    return {model.name: model.ready for model in stub.ListModels(pb.ListModelsRequest()).models}
+
+
+def test_a_model_is_measured_at_its_first_start_and_again_when_the_profile_is_corrupt(
+    own_server: Callable[..., Any], tmp_path: Path, image: bytes
+) -> None:
+    folder = tmp_path / "profiles"
+
+    def log_of_a_start() -> str:
+        server = own_server("--profiles", str(folder), "--profile-time", "500ms", "--threads", "1")
+        with connected(server.target) as stub:
+            assert stub.Predict(pb.PredictRequest(image=image)).predictions[0].label == "Trouser"
+        assert server.terminate(60) == 0
+        return server.log.read_text()
+
+    assert "measuring how fast fashion is" in log_of_a_start()
+    [file] = folder.iterdir()
+    kept = file.read_text()
+    file.write_text(kept[: len(kept) // 2])
+    log = log_of_a_start()
+    assert f"measuring how fast fashion is, for about 0 s: {file} is no JSON" in log
+    assert json.loads(file.read_text()).keys() == json.loads(kept).keys()
 
 
 def test_both_ports_may_be_ipv6(own_server: Callable[..., Any], image: bytes) -> None:
@@ -266,13 +312,13 @@ def test_a_stream_that_sends_on_while_the_server_drains_loses_nothing(
 ) -> None:
     """Each message is answered with a prediction, or with UNAVAILABLE, or was not taken from the stream."""
     server = own_server()
-    sent = 0
+    sent, request = 0, pb.PredictRequest(image=image, r=15, latency_budget=Duration(seconds=100))
 
     def endless() -> Iterator[pb.PredictStreamRequest]:
         nonlocal sent
         while True:
             sent += 1
-            yield pb.PredictStreamRequest(id=str(sent), request=pb.PredictRequest(image=image, r=15))
+            yield pb.PredictStreamRequest(id=str(sent), request=request)
 
     with connected(server.target) as stub:
         call = stub.PredictStream(endless())

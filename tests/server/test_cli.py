@@ -12,18 +12,24 @@ from tome_server import app, cli
 from tome_server.config import ServerConfig
 from tome_server.errors import ModelLoadError
 from tome_server.models.datasets import DatasetError
+from tome_server.runtime.profile_store import ProfileKey, profile_text
+from tome_server.scheduling.profile import Profile
+from tome_server.served import LEAST_DEFAULT_BUDGET
 
 FILE = """
 listen: 127.0.0.1:1
 metrics: 127.0.0.1:2
 device: cpu
 threads: 5
+policy: slackfit
+profiles: measured
+profile_time: 8s
 drain_timeout: 7s
 reply_margin: 9ms
 batching: {max_batch: 3, max_delay: 4ms, max_pending: 6}
 limits: {max_image_bytes: 1MiB}
 models:
-  - {source: first, name: one, checkpoint: first.pth, default_r: 2}
+  - {source: first, name: one, checkpoint: first.pth, default_budget: 2s}
   - {source: second}
 """
 
@@ -89,6 +95,9 @@ FLAGS: list[tuple[list[str], tuple[str, ...], Any]] = [
     (["--metrics", "off"], ("metrics",), None),
     (["--device", "cuda:1"], ("device",), "cuda:1"),
     (["--threads", "2"], ("threads",), 2),
+    (["--policy", "fixed:8"], ("policy",), "fixed:8"),
+    (["--profiles", "elsewhere"], ("profiles",), Path("elsewhere")),  # counts from the working directory
+    (["--profile-time", "500ms"], ("profile_time",), 0.5),
     (["--drain-timeout", "1m"], ("drain_timeout",), 60.0),
     (["--max-batch", "16"], ("batching", "max_batch"), 16),
     (["--max-delay", "50ms"], ("batching", "max_delay"), 0.05),
@@ -112,7 +121,7 @@ def test_a_flag_overrides_its_own_setting_and_no_other(
 
 def test_model_flags_change_the_first_model_of_the_file(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
     first, second = config(
-        monkeypatch, "--config", str(file), "--labels", "labels.txt", "--quality", "q.json", "--default-r", "0"
+        monkeypatch, "--config", str(file), "--labels", "labels.txt", "--quality", "q.json", "--default-budget", "50ms"
     ).models
     assert first.model_dump(exclude_unset=True) == {
         "source": "first",
@@ -120,7 +129,7 @@ def test_model_flags_change_the_first_model_of_the_file(monkeypatch: pytest.Monk
         "checkpoint": file.parent / "first.pth",
         "labels": Path("labels.txt"),  # of a flag, a path counts from the working directory
         "quality": Path("q.json"),
-        "default_r": 0,
+        "default_budget": 0.05,
     }
     assert second.source == "second"
 
@@ -140,7 +149,13 @@ def test_a_model_flag_replaces_the_models_of_the_file(monkeypatch: pytest.Monkey
         (["--max-batch", "0"], "--max-batch: Input should be greater than or equal to 1"),
         (["--max-pending", "-1"], "--max-pending: Input should be greater than or equal to 1"),
         (["--threads", "0"], "--threads: Input should be greater than or equal to 1"),
-        (["--default-r", "-1"], "--default-r: Input should be greater than or equal to 0"),
+        (["--default-budget", "0s"], "--default-budget: Input should be greater than 0"),
+        (["--default-budget", "8"], "--default-budget: '8' is no duration; write for example 50ms, 1.5s or 2m"),
+        (["--profile-time", "0s"], "--profile-time: Input should be greater than 0"),
+        (
+            ["--policy", "best"],
+            "--policy: 'best' is no policy; there are price, fixed:R, max_accuracy, max_batch, slackfit",
+        ),
     ],
 )
 def test_a_wrong_value_gives_one_sentence_that_names_the_flag(flags: list[str], says: str, file: Path) -> None:
@@ -164,6 +179,7 @@ def test_a_fault_in_the_file_names_the_line(file: Path) -> None:
         ["serve", "--nonsense"],
         ["serve", "--max-batch", "two"],
         ["serve", "--log-level", "loud"],
+        ["serve", "--default-r", "8"],
         ["serve", "extra"],
         ["demo", "--port", "1"],
         ["evaluate"],
@@ -195,7 +211,7 @@ def test_the_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["serve"], ["demo"], ["evaluate"]], ids=lambda command: " ".join(command) or "all"
+    "command", [[], ["serve"], ["demo"], ["evaluate"], ["profile"]], ids=lambda command: " ".join(command) or "all"
 )
 def test_help_exits_with_0(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -219,9 +235,13 @@ def test_the_defaults_in_the_help_are_the_defaults(
         config.batching.max_pending,
         "30s",
         "0ms",
+        "5s",
+        "1s",
     ):
         assert f"(default: {default}" in shown
-    assert (config.drain_timeout, config.batching.max_delay) == (30, 0)
+    assert f"{config.policy} (default)" in shown
+    assert (config.drain_timeout, config.batching.max_delay, config.profile_time) == (30, 0, 5)
+    assert LEAST_DEFAULT_BUDGET == 1
 
 
 @pytest.mark.parametrize("error", [ModelLoadError("no such weights"), app.PortInUseError("port 1 is taken")])
@@ -290,6 +310,85 @@ def test_images_that_cannot_be_read_are_said_in_one_sentence(monkeypatch: pytest
 
     monkeypatch.setattr(app, "evaluate_model", evaluate)
     assert failure("evaluate", "--data", "images") == "tome-server: images does not exist"
+
+
+KEY = ProfileKey("vit", "hub:vit", (3, 8, 8), (9, 5), True, "A Processor", "float32", 1, "2", "1", "0", 2, (0, 4))
+PROFILE = Profile((1, 2), (0, 4), ((0.01, 0.005), (0.02, 0.01)), ((0.011, 0.006), (0.022, 0.011)), 0.001)
+
+
+@pytest.fixture
+def profiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServerConfig, dict[str, Any]]]:
+    """Calls of the measurement, which takes no time."""
+    calls: list[tuple[ServerConfig, dict[str, Any]]] = []
+
+    def profile(config: ServerConfig, **options: Any) -> tuple[str, ProfileKey, Profile, Path | None]:
+        calls.append((config, options))
+        return "tiny", KEY, PROFILE, Path("/cache/tiny.json")
+
+    monkeypatch.setattr(app, "profile_model", profile)
+    return calls
+
+
+def succeeds(*args: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(args)
+    assert caught.value.code == 0
+
+
+def test_profile_prints_a_table_and_where_it_is_kept(
+    capsys: pytest.CaptureFixture[str], profiled: list[tuple[ServerConfig, dict[str, Any]]]
+) -> None:
+    succeeds("profile", "--model", "vit", "--max-batch", "2", "--seconds", "7.5", "--threads", "1")
+    shown = capsys.readouterr()
+    assert shown.out.startswith("batch                   r=0     r=4\n    1  p50 ms          10.0     5.0\n")
+    assert shown.err == "kept for the server in /cache/tiny.json\n"
+    [(settings, options)] = profiled
+    assert settings.models[0].source == "vit"
+    assert (settings.batching.max_batch, settings.threads) == (2, 1)
+    assert options == {"budget": 7.5, "progress": False}
+
+
+def test_profile_measures_for_40_seconds_unless_told(profiled: list[tuple[ServerConfig, dict[str, Any]]]) -> None:
+    succeeds("profile")
+    assert profiled == [(ServerConfig(), {"budget": 40.0, "progress": False})]
+
+
+def test_profile_prints_and_writes_the_same_json(
+    capsys: pytest.CaptureFixture[str], profiled: list[Any], tmp_path: Path
+) -> None:
+    succeeds("profile", "--json", "--output", str(tmp_path / "profile.json"))
+    printed = capsys.readouterr().out
+    assert printed == profile_text(KEY, PROFILE)
+    assert (tmp_path / "profile.json").read_text() == printed
+
+
+def test_profile_draws_a_picture(profiled: list[Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    succeeds("profile", "--picture", str(tmp_path / "profile.svg"))
+    assert "tiny on A Processor, float32" in (tmp_path / "profile.svg").read_text()
+
+
+def test_what_profile_could_not_write_or_draw_is_said_before_it_measures(
+    profiled: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    assert failure("profile", "--output", str(gone / "a.json")) == f"tome-server: --output: there is no folder {gone}"
+    assert failure("profile", "--picture", str(gone / "a.png")) == f"tome-server: --picture: there is no folder {gone}"
+    pytest.importorskip("matplotlib")
+    message = failure("profile", "--picture", str(tmp_path / "a.jpeg"))
+    assert message == f"tome-server: --picture: {tmp_path / 'a.jpeg'} must end in one of .png, .svg, .pdf"
+    monkeypatch.delitem(sys.modules, "tome_server.runtime.profile_picture")
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    message = failure("profile", "--picture", str(tmp_path / "a.png"))
+    assert message.startswith("tome-server: --picture: ")
+    assert message.endswith("it needs: pip install 'tome-serving[plots]'")
+    assert profiled == []
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "many", "nan", "inf"])
+def test_a_time_of_no_seconds_is_wrong_usage(capsys: pytest.CaptureFixture[str], value: str) -> None:
+    error = wrong_usage(capsys, "profile", f"--seconds={value}")
+    assert f"argument --seconds: {value!r} is no number of seconds above 0" in error
 
 
 def test_without_the_servers_packages_the_way_to_get_them_is_said() -> None:

@@ -40,6 +40,10 @@ def test_an_empty_file_gives_the_defaults(file: Path, text: str) -> None:
     assert config.limits == LimitsConfig(max_image_bytes=16 * 2**20, max_image_pixels=50_000_000)
     assert config.device == "auto"
     assert config.threads is None
+    assert config.policy == "price"
+    assert config.profiles is None
+    assert config.profile_time == 5
+    assert config.models[0].default_budget is None
     assert config.tls is None
 
 
@@ -49,23 +53,27 @@ def test_settings_are_read_at_every_level(file: Path) -> None:
         """
         listen: "[::1]:0"
         threads: 3
+        policy: fixed:4
+        profiles: /var/lib/profiles
+        profile_time: 1m
         batching: {max_batch: 2}
         models:
           - source: vit_tiny_patch16_224
             kwargs: {img_size: 32}
-            default_r: 4
+            default_budget: 250ms
           - {}
         """,
     )
     assert config.listen == "[::1]:0"
     assert config.threads == 3
+    assert (config.policy, config.profiles, config.profile_time) == ("fixed:4", Path("/var/lib/profiles"), 60)
     assert config.batching == BatchingConfig(max_batch=2)
     assert config.models == (
-        ModelConfig(source="vit_tiny_patch16_224", kwargs={"img_size": 32}, default_r=4),
+        ModelConfig(source="vit_tiny_patch16_224", kwargs={"img_size": 32}, default_budget=0.25),
         ModelConfig(),
     )
     # What was not given can still be told from what was: a bundled model brings settings of its own.
-    assert config.models[0].model_dump(exclude_unset=True).keys() == {"source", "kwargs", "default_r"}
+    assert config.models[0].model_dump(exclude_unset=True).keys() == {"source", "kwargs", "default_budget"}
     assert config.models[1].model_dump(exclude_unset=True) == {}
 
 
@@ -167,6 +175,8 @@ def test_listening_cannot_be_off(file: Path) -> None:
             "batching: {zzz: 1}",
             "FILE:1: batching.zzz is not a setting; valid keys are max_batch, max_delay, max_pending",
         ),
+        ("models:\n- default_r: 8", "FILE:2: models.0.default_r is not a setting; did you mean 'default_budget'?"),
+        ("profile: x", "FILE:1: profile is not a setting; did you mean 'profiles'?"),
         ("Listen: a:1", "FILE:1: Listen is not a setting; did you mean 'listen'?"),
     ],
 )
@@ -191,7 +201,14 @@ def test_an_unknown_key_names_its_line_and_the_nearest_key(file: Path, text: str
         ("models:", "FILE:1: models: must be a list"),
         ("models: {source: x}", "FILE:1: models: must be a list"),
         ("models: [x]", "FILE:1: models.0: must be a mapping"),
-        ("models:\n- source: x\n- source: y\n  default_r: -1", "FILE:4: models.1.default_r: "),
+        ("models:\n- source: x\n- source: y\n  default_budget: 0", "FILE:4: models.1.default_budget: "),
+        ("models:\n- default_budget: -1s", "FILE:2: models.0.default_budget: "),
+        ("models:\n- default_budget: soon", "FILE:2: models.0.default_budget: 'soon' is no duration"),
+        ("listen: a:1\nprofile_time: 0s", "FILE:2: profile_time: "),
+        ("listen: a:1\nprofile_time: null", "FILE:2: profile_time: "),
+        ("profiles: 3", "FILE:1: profiles: must be a path"),
+        ("policy: 3", "FILE:1: policy: "),
+        ("policy:", "FILE:1: policy: "),
         ("models:\n- source: x\n  checkpoint: 3", "FILE:3: models.0.checkpoint: must be a path"),
         ("models:\n- kwargs: [1]", "FILE:2: models.0.kwargs: "),
         ("listen: a:1\ntls:\n  certificate: a", "FILE:2: tls.key: is missing"),
@@ -205,8 +222,22 @@ def test_a_wrong_value_names_line_and_key_and_nothing_else(file: Path, text: str
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("policy", ["price", "fixed:0", "fixed:14", "max_accuracy", "max_batch", "slackfit"])
+def test_a_policy_is_one_of_those_there_are(file: Path, policy: str) -> None:
+    assert read(file, f"policy: {policy}").policy == policy
+
+
+@pytest.mark.parametrize(
+    "policy", ["Price", "fixed", "fixed:", "fixed:R", "fixed:-1", "fixed:1.5", "slackfit:3", "best", ""]
+)
+def test_any_other_policy_names_its_line_and_all_policies(file: Path, policy: str) -> None:
+    assert refusal(file, f'listen: a:1\npolicy: "{policy}"') == (
+        f"FILE:2: policy: '{policy}' is no policy; there are price, fixed:R, max_accuracy, max_batch, slackfit"
+    )
+
+
 def test_every_fault_is_reported_at_once(file: Path) -> None:
-    lines = refusal(file, "listen: 1\nbatching: {max_batch: 0, max_bach: 1}\nmodels:\n- default_r: x").splitlines()
+    lines = refusal(file, "listen: 1\nbatching: {max_batch: 0, max_bach: 1}\nmodels:\n- default_budget: x").splitlines()
     assert sorted(line.split(": ")[0] for line in lines) == ["FILE:1", "FILE:2", "FILE:2", "FILE:4"]
 
 
@@ -229,8 +260,10 @@ def test_a_key_that_is_no_text_is_an_error(file: Path, key: str) -> None:
 
 
 def test_anchors_and_merge_keys_work(file: Path) -> None:
-    config = read(file, "models:\n- &vit {source: vit, default_r: 2}\n- {<<: *vit, name: other, default_r: 3}")
-    assert [(model.source, model.name, model.default_r) for model in config.models] == [
+    config = read(
+        file, "models:\n- &vit {source: vit, default_budget: 2}\n- {<<: *vit, name: other, default_budget: 3}"
+    )
+    assert [(model.source, model.name, model.default_budget) for model in config.models] == [
         ("vit", None, 2),
         ("vit", "other", 3),
     ]
@@ -274,12 +307,14 @@ def test_relative_paths_count_from_the_files_folder(
         models:
           - {source: vit, checkpoint: weights.pth, labels: ../labels.txt, quality: /elsewhere/quality.json}
         tls: {certificate: tls/cert.pem, key: tls/key.pem}
+        profiles: measured
         """,
     )
     [model] = config.models
     assert model.checkpoint == tmp_path / "weights.pth"
     assert model.labels == tmp_path / "../labels.txt"
     assert model.quality == Path("/elsewhere/quality.json")
+    assert config.profiles == tmp_path / "measured"
     assert config.tls is not None
     assert (config.tls.certificate, config.tls.key) == (tmp_path / "tls/cert.pem", tmp_path / "tls/key.pem")
 

@@ -51,16 +51,41 @@ def test_streams_are_measured_at_every_r(report: dict[str, Any], samples: dict[P
         assert stream["images_per_second"] > 0
 
 
+def test_the_less_time_there_is_the_more_is_merged_or_refused(report: dict[str, Any], samples: dict[Path, str]) -> None:
+    deadlines = report["deadlines"]
+    budgets = [race["budget_ms"] for race in deadlines]
+    assert budgets == sorted(budgets, reverse=True)
+    assert len(budgets) == 3
+    for race in deadlines:
+        assert race["images"] == report["streams"][0]["images"]
+        assert race["answered"] + race["refused"] == race["images"]
+        assert (race["mean_r"] is None) == (race["answered"] == 0)
+        assert (race["flops_saved"] > 0) == bool(race["mean_r"])
+    # The machine may do anything meanwhile; but that the least time left nothing to do would be strange.
+    ample, *_, least = deadlines
+    assert least["refused"] > 0 or least["mean_r"] > ample["mean_r"]
+
+
 def test_the_counters_agree_with_what_is_shown(report: dict[str, Any]) -> None:
-    rows, metrics = report["rows"], report["metrics"]
+    rows, deadlines, metrics = report["rows"], report["deadlines"], report["metrics"]
     # Streams report a total; an image at the same r costs what its row says.
     cost = {row["r"]: row for row in rows}
     shown = rows + [cost[stream["r"]] for stream in report["streams"] for _ in range(stream["images"])]
+    dense = rows[0]["flops"] + rows[0]["flops_saved"]
+    answered = len(shown) + sum(race["answered"] for race in deadlines)
+    saved = sum(row["flops_saved"] for row in shown) + sum(race["flops_saved"] for race in deadlines)
     assert report["counters_agree"] is True
-    assert metrics == {
-        "tome_requests_total": len(shown),
-        "tome_tokens_input_total": sum(row["tokens_in"] for row in shown),
-        "tome_tokens_merged_total": sum(row["tokens_in"] - row["tokens_out"] for row in shown),
-        "tome_flops_total": sum(row["flops"] for row in shown),
-        "tome_flops_saved_total": sum(row["flops_saved"] for row in shown),
+    assert metrics["tome_requests_total"] == len(shown) + sum(race["images"] for race in deadlines)
+    assert metrics["tome_tokens_input_total"] == 197 * answered
+    assert metrics["tome_flops_saved_total"] == saved
+    assert metrics["tome_flops_total"] == answered * dense - saved
+    # What each r merges away of the images that were given a deadline isn't shown.
+    merged = sum(row["tokens_in"] - row["tokens_out"] for row in shown)
+    assert metrics["tome_tokens_merged_total"] >= merged
+    assert metrics.keys() == {
+        "tome_requests_total",
+        "tome_tokens_input_total",
+        "tome_tokens_merged_total",
+        "tome_flops_total",
+        "tome_flops_saved_total",
     }

@@ -15,9 +15,11 @@ import tome_server.timm_import  # noqa: F401  isort: skip
 import torch
 from prometheus_client import generate_latest
 
+from tome_server import served as served_module
 from tome_server.engine import EncodedImage, Engine, Reply, Request
 from tome_server.errors import (
     ExpiredError,
+    InfeasibleError,
     InvalidRequestError,
     ModelFailedError,
     OverloadedError,
@@ -30,29 +32,57 @@ from tome_server.models.loading import bundled_spec, load
 from tome_server.models.preprocess import ImageSettings
 from tome_server.observability.metrics import Metrics
 from tome_server.runtime.executor import BatchResult, Result, Work
-from tome_server.scheduling.queue import Limits
+from tome_server.scheduling.policy.view import Decision, Policy, View, uniform
+from tome_server.scheduling.profile import Latency, Profile
+from tome_server.served import ServedModel
 
 # Passes while the test waits for it to pass, on any machine.
 SOON = 0.05
 # Passes in no test.
 LATE = 1000.0
+# The r grid of the bundled model.
+RS = (0, 2, 4, 6, 8, 10, 12, 14)
+TOP = RS[-1]
+# What a batch of none would take, in seconds: nothing that a deadline notices, or what no machine's noise hides.
+QUICK, SLOW = 1e-5, 1.0
+POLICIES = ("price", "fixed:0", "fixed:8", "fixed:14", "max_accuracy", "max_batch", "slackfit")
+
+
+def profile_of(unit: float, max_batch: int, *, packed: bool = True) -> Profile:
+    """One image takes 2 units at r = 0 and 1.5 at the most; promised is a tenth more."""
+    p50 = tuple(tuple(unit * (1 + size * (1 - level / 14)) for level in range(8)) for size in range(1, max_batch + 1))
+    p95 = tuple(tuple(1.1 * value for value in row) for row in p50)
+    return Profile(tuple(range(1, max_batch + 1)), RS, p50, p95, packed=packed)
 
 
 @dataclass
 class ScriptedDevice:
-    """Stands in for the Executor: runs batches when `gate` is open, and echoes each image as its only class."""
+    """Stands in for the Executor: runs batches when `gate` is open, and echoes each image as its only class.
 
+    It says that a batch took what the profile says, however long that was, times `slowness`.
+    """
+
+    profile: Profile
     gate: asyncio.Event = field(default_factory=asyncio.Event)
-    batches: list[tuple[str, int, tuple[int, ...]]] = field(default_factory=list)
-    """model, r and images of each batch started"""
+    batches: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    """model, r of each image, and images of each batch started"""
+    slowness: float = 1.0
+    packed: set[bool] = field(default_factory=set)
+    """what it was told of running several r together"""
+    deadlines: dict[int, float] = field(default_factory=dict)
+    """of images; none may be run for the first time after its own"""
     poison: set[int] = field(default_factory=set)
     """images that the model raises on"""
     started: asyncio.Queue[tuple[int, ...]] = field(default_factory=asyncio.Queue)
     running: int = 0
 
-    async def run(self, model: HostedModel, batch: Sequence[Work], r: int) -> BatchResult:
+    async def run(self, model: HostedModel, batch: Sequence[Work], rs: Sequence[int], packed: bool) -> BatchResult:
         images = tuple(work.image for work in batch)
-        self.batches.append((model.name, r, images))
+        assert len(images) == len(rs) <= self.profile.max_batch
+        for image in images:
+            assert image in self.seen or asyncio.get_running_loop().time() <= self.deadlines.get(image, math.inf)
+        self.batches.append((model.name, tuple(rs), images))
+        self.packed.add(packed)
         self.started.put_nowait(images)
         assert self.running == 0, "one batch at a time"
         self.running += 1
@@ -62,7 +92,8 @@ class ScriptedDevice:
             self.running -= 1
         if bad := self.poison & set(images):
             raise ValueError(f"no kernel for {bad}")
-        return BatchResult(tuple(Result((image,), (1.0,), None, None) for image in images), 0.001)
+        seconds = self.slowness * Latency(self.profile).of_batch([self.profile.level_of(r) for r in rs])
+        return BatchResult(tuple(Result((image,), (1.0,), None, None) for image in images), seconds)
 
     def step(self) -> None:
         """Let the batch on the device end; the next one is held again."""
@@ -71,6 +102,10 @@ class ScriptedDevice:
 
     def close(self) -> None:
         pass
+
+    def r_of(self, image: int) -> int:
+        """The r that an image last ran at."""
+        return next(rs[images.index(image)] for _, rs, images in reversed(self.batches) if image in images)
 
     @property
     def seen(self) -> Counter[int]:
@@ -84,8 +119,10 @@ class ScriptedDecoder:
 
     settings: ImageSettings
     gate: threading.Event = field(default_factory=threading.Event)
+    decoded: list[bytes] = field(default_factory=list)
 
     def encoded(self, data: bytes) -> int:
+        self.decoded.append(data)
         self.gate.wait()
         if not data.isdigit():
             raise InvalidRequestError("image", "is damaged")
@@ -118,7 +155,8 @@ class Bench:
         """Keep the device busy with image 0 until its gate is opened."""
         self.device.gate.clear()
         holding = self.predict(0)
-        assert await self.device.started.get() == (0,)
+        while await self.device.started.get() != (0,):
+            pass  # an earlier batch
         return holding
 
     async def queued(self, count: int) -> None:
@@ -139,6 +177,10 @@ class Bench:
         assert value is not None
         return value
 
+    def metric(self, name: str, **labels: str) -> float:
+        """The value of the first model's metric, 0 before it is first counted."""
+        return self.engine.metrics.registry.get_sample_value(name, {"model": "first", **labels}) or 0.0
+
     def assert_idle(self) -> None:
         assert self.gauge("tome_requests_pending") == 0
         assert self.gauge("tome_queue_depth") == 0
@@ -157,6 +199,32 @@ async def refused(task: "asyncio.Task[Reply]") -> RequestError:
     return caught.value
 
 
+async def infeasible(task: "asyncio.Task[Reply]") -> InfeasibleError:
+    error = await refused(task)
+    assert isinstance(error, InfeasibleError)
+    return error
+
+
+@dataclass
+class Clock:
+    """The event loop's own, which a test may put forward."""
+
+    loop: asyncio.AbstractEventLoop
+    ahead: float = 0.0
+
+    def __post_init__(self) -> None:
+        time = self.loop.time
+        self.loop.time = lambda: time() + self.ahead
+
+    def skip(self, seconds: float) -> None:
+        self.ahead += seconds
+
+
+@pytest.fixture
+async def clock() -> Clock:
+    return Clock(asyncio.get_running_loop())
+
+
 def image_of(reply: Reply) -> int:
     return reply.result.class_ids[0]
 
@@ -171,14 +239,33 @@ async def start(bundled: HostedModel) -> AsyncIterator[Callable[..., Bench]]:
     """Return a function that starts an engine; at the end no request may be left in any."""
     benches: list[tuple[Bench, asyncio.Task[None]]] = []
 
-    def start(max_batch: int = 8, max_delay: float = 0.0, max_pending: int = 1000, threads: int = 2) -> Bench:
-        device, decoder = ScriptedDevice(), ScriptedDecoder(bundled.preprocess.settings)
+    def start(
+        policy: str = "max_batch",
+        unit: float = QUICK,
+        *,
+        max_batch: int = 8,
+        max_delay: float = 0.0,
+        max_pending: int = 1000,
+        threads: int = 2,
+        packed: bool = True,
+    ) -> Bench:
+        profile = profile_of(unit, max_batch, packed=packed)
+        device, decoder = ScriptedDevice(profile), ScriptedDecoder(bundled.preprocess.settings)
         device.gate.set()
         decoder.gate.set()
-        first = replace(bundled, preprocess=decoder)
-        models = {"first": replace(first, name="first"), "second": replace(first, name="second")}
+        models = {
+            name: ServedModel(replace(bundled, name=name, preprocess=decoder, default_budget=LATE), profile, policy)
+            for name in ("first", "second")
+        }
         engine = Engine(
-            device, Metrics(), Limits(max_batch, max_delay), max_pending, threads, ["first", "second", "third"], models
+            device,
+            Metrics(),
+            max_delay=max_delay,
+            max_pending=max_pending,
+            reply_margin=0.0001,
+            decode_threads=threads,
+            names=["first", "second", "third"],
+            models=models,
         )
         benches.append((Bench(engine, device, decoder), asyncio.create_task(engine.run())))
         return benches[-1][0]
@@ -211,8 +298,8 @@ async def test_a_request_is_answered_with_its_own_result_and_cost(bench: Bench, 
     assert reply.flops == 2 * bundled.cost(4).total
     assert reply.flops_saved == 2 * (bundled.cost(4).dense - bundled.cost(4).total)
     assert reply.timing.batch_size == 1
-    assert reply.timing.slack is None
-    assert bench.device.batches == [("first", 4, (7,))]
+    assert reply.timing.slack == pytest.approx(LATE - reply.timing.total)
+    assert bench.device.batches == [("first", (4,), (7,))]
 
 
 async def test_what_comes_while_the_device_is_busy_shares_a_batch(bench: Bench) -> None:
@@ -238,7 +325,7 @@ async def test_a_batch_starts_once_full_without_waiting_out_its_delay(start: Cal
     tasks = await bench.in_order(1)
     tasks += [bench.predict(2)]
     await asyncio.gather(*tasks)
-    assert bench.device.batches == [("first", 0, (1, 2))]
+    assert bench.device.batches == [("first", (0, 0), (1, 2))]
 
 
 async def test_a_batch_that_never_fills_starts_after_its_delay(start: Callable[..., Bench]) -> None:
@@ -246,20 +333,21 @@ async def test_a_batch_that_never_fills_starts_after_its_delay(start: Callable[.
     assert image_of(await bench.predict(1)) == 1
 
 
-async def test_a_batch_holds_one_model_and_one_r(bench: Bench) -> None:
+async def test_a_batch_holds_one_model_and_each_member_its_own_r(bench: Bench) -> None:
     await bench.hold_device()
     tasks = []
     for image in range(1, 13):
-        model, r = ["first", "second"][image % 2], [0, 4, 8][image % 3]
+        model, r = ["first", "second"][image % 2], [0, 4, 7][image % 3]
         tasks += await bench.in_order(image, model=model, r=r)
     bench.device.gate.set()
     replies = await asyncio.gather(*tasks)
     for image, reply in enumerate(replies, 1):
         assert image_of(reply) == image
-        assert (reply.model.name, reply.r) == (["first", "second"][image % 2], [0, 4, 8][image % 3])
-    for name, r, images in bench.device.batches[1:]:
-        assert len(images) == 2
-        assert {(["first", "second"][image % 2], [0, 4, 8][image % 3]) for image in images} == {(name, r)}
+        assert (reply.model.name, reply.r) == (["first", "second"][image % 2], [0, 4, 7][image % 3])
+    assert bench.device.batches[1:] == [
+        ("second", (4, 0, 7, 4, 0, 7), (1, 3, 5, 7, 9, 11)),
+        ("first", (7, 4, 0, 7, 4, 0), (2, 4, 6, 8, 10, 12)),
+    ]
 
 
 async def test_the_earliest_deadline_goes_first_whatever_its_model_and_r(start: Callable[..., Bench]) -> None:
@@ -377,10 +465,10 @@ async def test_a_deadline_that_passes_on_the_device_says_so_and_its_mates_are_an
 
 
 @pytest.mark.parametrize("within", [0.0, -0.001, -1000.0])
-async def test_a_deadline_that_is_over_on_arrival_decodes_nothing_for_the_device(bench: Bench, within: float) -> None:
-    error = await refused(bench.predict(1, within=within))
-    assert str(error) == "the deadline passed during decode, 0 ms after arrival"
+async def test_a_deadline_that_is_over_on_arrival_is_refused_undecoded(bench: Bench, within: float) -> None:
+    assert (await infeasible(bench.predict(1, within=within))).smallest > 0
     await bench.predict(2)
+    assert bench.decoder.decoded == [b"2"]
     assert bench.device.seen == {2: 1}
 
 
@@ -434,6 +522,9 @@ async def test_an_image_that_cannot_be_decoded_fails_alone(bench: Bench) -> None
     good, bad = bench.predict(1), bench.predict("x")
     assert isinstance(await refused(bad), InvalidRequestError)
     assert image_of(await good) == 1
+    # No server could have answered it: that is no miss.
+    assert bench.engine.metrics.registry.get_sample_value("tome_slo_missed_total", {"model": "first"}) is None
+    assert bench.metric("tome_slo_met_total") == 1
 
 
 async def test_a_failure_is_not_a_refusal_when_it_is_no_request_error(bench: Bench) -> None:
@@ -462,7 +553,7 @@ async def test_one_request_too_many_is_refused_until_another_is_answered(start: 
 
 async def test_a_request_refused_for_its_own_sake_takes_no_place(start: Callable[..., Bench]) -> None:
     bench = start(max_pending=1)
-    for fields in ({"model": "nothing"}, {"model": "third"}, {"r": -1}, {"top_k": 0}):
+    for fields in ({"model": "nothing"}, {"model": "third"}, {"r": -1}, {"min_quality": 2.0}, {"top_k": 0}):
         await refused(bench.predict(1, **fields))
         bench.assert_idle()
     await bench.predict(1)
@@ -493,14 +584,343 @@ async def test_draining_refuses_the_new_and_finishes_the_old(bench: Bench) -> No
     assert isinstance(await refused(bench.predict(5)), UnavailableError)
 
 
+# r, within what a request allows
+
+
+@pytest.mark.parametrize("policy", ["max_accuracy", "max_batch", "slackfit"])
+async def test_a_tight_and_a_loose_request_in_one_queue_get_different_r(
+    start: Callable[..., Bench], clock: Clock, policy: str
+) -> None:
+    bench = start(policy, SLOW, max_batch=1)
+    await bench.hold_device()
+    loose, tight = bench.predict(1), bench.predict(2, within=5.0)
+    await bench.queued(2)
+    clock.skip(3.2)
+    bench.device.gate.set()
+    # Promised for one image is 2.2 at r = 0 and 1.65 at r = 14.
+    assert [(await loose).r, (await tight).r >= 12] == [0, True]
+    assert [images for *_, images in bench.device.batches] == [(0,), (2,), (1,)]
+
+
+async def test_requests_with_time_on_an_idle_device_are_merged_only_where_that_costs_next_to_nothing(
+    start: Callable[..., Bench], clock: Clock, bundled: HostedModel
+) -> None:
+    bench = start("price", 0.01 * SLOW)
+    assert bundled.relative_quality is not None
+    for image in range(5):
+        r = (await bench.predict(image)).r
+        assert bundled.relative_quality[RS.index(r)] > 0.9995
+        clock.skip(60)
+
+
+async def test_a_queue_that_would_be_late_is_merged_further(start: Callable[..., Bench]) -> None:
+    """Alone, each would have time for r = 0; as it is, no smaller r than the largest gets all of them answered."""
+    bench = start("price", SLOW)
+    await bench.hold_device()
+    tasks = await bench.in_order(*range(1, 25), within=30.0)
+    bench.device.gate.set()
+    replies = await asyncio.gather(*tasks)
+    assert min(reply.r for reply in replies) > 0
+
+
+@pytest.mark.parametrize("packed", [True, False])
+async def test_members_of_one_batch_get_an_r_each_in_one_call(start: Callable[..., Bench], packed: bool) -> None:
+    bench = start("fixed:8", packed=packed)
+    await bench.hold_device()
+    tasks = await bench.in_order(1)
+    for image, bounds in enumerate(({"max_r": 2}, {"min_r": 12}, {"r": 5}, {"min_r": 3, "max_r": 5}, {"r": 98}), 2):
+        tasks += await bench.in_order(image, **bounds)
+    bench.device.gate.set()
+    assert [reply.r for reply in await asyncio.gather(*tasks)] == [8, 2, 12, 5, 4, 98]
+    assert bench.device.batches[1:] == [("first", (8, 2, 12, 5, 4, 98), (1, 2, 3, 4, 5, 6))]
+    assert bench.device.packed == {packed}
+
+
+async def test_the_least_quality_bounds_r(start: Callable[..., Bench], bundled: HostedModel) -> None:
+    bench = start("fixed:14")
+    assert bundled.relative_quality is not None
+    for min_quality in (1.0, 0.999, 0.99):
+        r = (await bench.predict(1, min_quality=min_quality)).r
+        assert min(bundled.relative_quality[: RS.index(r) + 1]) >= min_quality
+    assert r == TOP
+    assert (await refused(bench.predict(1, r=TOP, min_quality=1.0))).field == "min_quality"
+
+
+async def test_the_reply_says_what_was_expected(start: Callable[..., Bench]) -> None:
+    bench = start("fixed:0", SLOW)
+    bench.device.slowness = 3.0
+    timing = (await bench.predict(1)).timing
+    assert timing.predicted == pytest.approx(2.0)
+    assert timing.compute == pytest.approx(6.0)
+
+
+async def test_a_request_without_a_deadline_gets_the_default_budget(start: Callable[..., Bench], clock: Clock) -> None:
+    bench = start()
+    reply = await bench.predict(1)
+    assert reply.timing.slack + reply.timing.total == pytest.approx(LATE)
+    holding = await bench.hold_device()
+    (late,) = await bench.in_order(1)
+    clock.skip(LATE)
+    for task in (holding, late):
+        assert isinstance(await refused(task), ExpiredError)
+
+
+# Infeasible
+
+
+async def test_what_cannot_be_met_is_refused_before_it_is_decoded(start: Callable[..., Bench]) -> None:
+    bench = start(unit=SLOW)
+    # Alone, merged the most, it is promised in 1.65.
+    error = await infeasible(bench.predict(1, within=1.6))
+    assert error.smallest == pytest.approx(1.65, abs=0.1)
+    assert str(error).startswith("the deadline can't be met; the smallest latency possible now is 16")
+    assert bench.decoder.decoded == []
+    assert bench.device.batches == []
+    assert bench.metric("tome_rejected_total", reason="infeasible") == 1
+    assert bench.metric("tome_slo_missed_total", reason="infeasible") == 1
+    # With some room for decoding, which has never been measured yet, just that is enough.
+    reply = await bench.predict(2, within=error.smallest + 0.1)
+    assert reply.r >= 10
+    assert reply.timing.slack > 0
+    assert bench.metric("tome_slo_met_total") == 1
+
+
+@pytest.mark.parametrize(
+    ("bounds", "smallest"), [({"max_r": 0}, 2.2), ({"r": 0}, 2.2), ({"r": 7}, 1.1 * (2 - 3 / 14)), ({"r": 98}, 1.65)]
+)
+async def test_the_smallest_latency_is_that_of_what_the_request_allows(
+    start: Callable[..., Bench], bounds: dict[str, int], smallest: float
+) -> None:
+    bench = start(unit=SLOW)
+    assert (await infeasible(bench.predict(1, within=1.0, **bounds))).smallest == pytest.approx(smallest, abs=0.1)
+    assert image_of(await bench.predict(2, within=smallest + 0.2, **bounds)) == 2
+
+
+async def test_a_fixed_policy_promises_only_what_it_does(start: Callable[..., Bench]) -> None:
+    bench = start("fixed:0", unit=SLOW)
+    error = await infeasible(bench.predict(1, within=1.8))
+    assert error.smallest == pytest.approx(2.2, abs=0.1)
+    assert bench.decoder.decoded == []
+    assert (await bench.predict(2, within=error.smallest + 0.1)).r == 0
+
+
+async def test_those_with_an_earlier_deadline_and_the_batch_on_the_device_are_reckoned_with(
+    start: Callable[..., Bench],
+) -> None:
+    bench = start(unit=SLOW, max_batch=1)
+    await bench.hold_device()  # expected to end within 2.2
+    first = await bench.in_order(1, 2, within=50.0)
+    error = await infeasible(bench.predict(3, within=3.0))
+    assert error.smallest == pytest.approx(2.2 + 1.65, abs=0.1)
+    bench.device.gate.set()
+    await asyncio.gather(*first)
+
+
+async def test_requests_shed_in_the_queue_are_told_so(
+    start: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shed_all_but_the_last(view: View) -> Decision:
+        return Decision(view.waiting[-1:], [0], view.waiting[:-1])
+
+    use(monkeypatch, shed_all_but_the_last)
+    bench = start(unit=SLOW)
+    await bench.hold_device()
+    *shed, last = await bench.in_order(1, 2, 3)
+    bench.device.gate.set()
+    for task in shed:
+        assert (await infeasible(task)).smallest == pytest.approx(1.65, abs=0.1)
+    assert image_of(await last) == 3
+    assert bench.device.seen == {0: 1, 3: 1}
+    assert bench.metric("tome_slo_missed_total", reason="infeasible") == 2
+
+
+async def test_those_who_have_become_hopeless_in_the_queue_are_told_so(
+    start: Callable[..., Bench], clock: Clock
+) -> None:
+    bench = start(unit=SLOW)
+    holding = await bench.hold_device()
+    hopeless, hopeful = await bench.in_order(1, within=10.0) + await bench.in_order(2, within=20.0)
+    clock.skip(9.0)
+    bench.device.gate.set()
+    # From now on, that is, if it were sent again.
+    assert (await infeasible(hopeless)).smallest == pytest.approx(1.65, abs=0.1)
+    assert image_of(await hopeful) == 2
+    await holding
+    assert bench.device.seen == {0: 1, 2: 1}
+
+
+# Predictions
+
+
+async def test_while_the_device_is_slow_less_is_admitted_and_an_idle_spell_forgets_that(
+    start: Callable[..., Bench], clock: Clock
+) -> None:
+    bench = start(unit=SLOW)
+    bench.device.slowness = 3.0
+    for image in range(10):
+        assert image_of(await bench.predict(image)) == image
+    assert (await infeasible(bench.predict(99, within=3.0))).smallest > 3 * 1.5
+    # No batch runs now that could tell that the device has recovered.
+    for _ in range(20):
+        clock.skip(3.0)
+        task = bench.predict(98, within=3.0)
+        if not isinstance((await asyncio.gather(task, return_exceptions=True))[0], InfeasibleError):
+            break
+    assert image_of(await task) == 98
+
+
+async def test_how_far_predictions_are_off_is_counted(start: Callable[..., Bench]) -> None:
+    bench = start(unit=SLOW)
+    for slowness in (2.0, 0.5):
+        bench.device.slowness = slowness
+        await bench.predict(1, r=0)
+    assert bench.metric("tome_latency_prediction_ratio_count") == 2
+    # One batch alone doesn't make the device slow: of the second, as much was expected as of the first.
+    assert bench.metric("tome_latency_prediction_ratio_sum") == pytest.approx(2.5, rel=0.1)
+    assert bench.metric("tome_compute_seconds_total") == pytest.approx(2.0 * 2.0 + 0.5 * 2.0)
+
+
+async def test_replies_that_are_slow_on_their_way_back_are_allowed_for(
+    start: Callable[..., Bench], clock: Clock
+) -> None:
+    bench = start(unit=SLOW)
+    assert (await infeasible(bench.predict(1, within=1.0))).smallest == pytest.approx(1.65, abs=0.1)
+    for _ in range(5):
+        holding = await bench.hold_device()
+        clock.skip(2.0 + 5.0)  # the device will say that it took 2
+        bench.device.gate.set()
+        await holding
+    error = await infeasible(bench.predict(1, within=5.0))
+    assert error.smallest == pytest.approx(5.0 + 1.65, abs=0.2)
+    assert bench.device.seen == {0: 5}
+    reply = await bench.predict(1, within=error.smallest + 0.2)
+    assert reply.r > 0
+    # Once replies are quick again, that is forgotten.
+    for image in range(64):
+        await bench.predict(image)
+    assert image_of(await bench.predict(1, within=2.0)) == 1
+
+
+# Work for nobody
+
+
+async def test_the_device_time_of_those_who_went_is_counted_as_wasted(
+    start: Callable[..., Bench], clock: Clock
+) -> None:
+    bench = start("fixed:0", unit=SLOW)
+    holding = await bench.hold_device()
+    bench.device.slowness = 2.0
+    kept, gone, late = [*await bench.in_order(1, 2), *await bench.in_order(3, within=50.0)]
+    bench.device.step()
+    await holding
+    assert sorted(await bench.device.started.get()) == [1, 2, 3]
+    assert bench.metric("tome_compute_wasted_seconds_total") == 0
+    gone.cancel()
+    clock.skip(50.0)
+    assert (await refused(late)).stage == "compute"
+    bench.device.gate.set()
+    assert image_of(await kept) == 1
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    # Three at r = 0 are expected to take 4, and took 8; the one before took 2 or twice that.
+    assert bench.metric("tome_compute_wasted_seconds_total") == pytest.approx(8.0 * 2 / 3)
+    assert bench.metric("tome_compute_seconds_total") > 8.0
+
+
+async def test_what_nobody_waits_for_any_more_is_not_run(start: Callable[..., Bench], clock: Clock) -> None:
+    bench = start(unit=SLOW)
+    await bench.hold_device()
+    gone, late, kept = [*await bench.in_order(1), *await bench.in_order(2, within=50.0), *await bench.in_order(3)]
+    gone.cancel()
+    clock.skip(50.0)
+    assert (await refused(late)).stage == "queue"
+    bench.device.gate.set()
+    assert image_of(await kept) == 3
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    assert bench.device.seen == {0: 1, 3: 1}
+    assert bench.metric("tome_compute_wasted_seconds_total") == 0
+
+
+# A policy that is wrong
+
+
+def use(monkeypatch: pytest.MonkeyPatch, policy: Policy) -> None:
+    """Let every name be that of `policy`."""
+    monkeypatch.setattr(served_module, "policy_named", lambda *_: policy)
+
+
+def raises(view: View) -> Decision:
+    raise ZeroDivisionError("of course")
+
+
+def breaks_bounds(view: View) -> Decision:
+    return Decision(view.waiting[:1], [len(RS) - 1])
+
+
+def invents(view: View) -> Decision:
+    return Decision([replace(view.waiting[0])], [view.waiting[0].low])
+
+
+def does_nothing(view: View) -> Decision:
+    return Decision((), ())
+
+
+def answers_nonsense(view: View) -> Any:
+    return None
+
+
+@pytest.mark.parametrize("policy", [raises, breaks_bounds, invents, does_nothing, answers_nonsense])
+async def test_without_a_policy_that_works_the_server_goes_on_and_says_so(
+    start: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, policy: Policy
+) -> None:
+    use(monkeypatch, policy)
+    bench = start()
+    await bench.hold_device()
+    tasks = await bench.in_order(1, 2, max_r=4) + await bench.in_order(3, min_r=3, max_r=3)
+    bench.device.gate.set()
+    assert [reply.r for reply in await asyncio.gather(*tasks)] == [4, 4, 3]
+    assert bench.metric("tome_policy_failures_total") >= 1
+    assert "the policy failed; running the earliest deadlines at their most merging" in caplog.text
+
+
+async def test_a_policy_that_fails_once_is_asked_again(
+    start: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    def fails_at_first(view: View) -> Decision:
+        nonlocal asked
+        asked += 1
+        return uniform(view.waiting, 3) if asked > 1 else raises(view)
+
+    use(monkeypatch, fails_at_first)
+    bench = start()
+    assert [(await bench.predict(1)).r for _ in range(3)] == [TOP, RS[3], RS[3]]
+    assert bench.metric("tome_policy_failures_total") == 1
+
+
 # All of it at once
 
 
-@pytest.mark.parametrize("seed", range(8))
-async def test_every_request_ends_in_exactly_one_answer(start: Callable[..., Bench], seed: int) -> None:
-    """Hundreds of requests with models, r, deadlines, cancellations, damage and failures drawn at random."""
-    chance = random.Random(seed)
+def drawn_bounds(chance: random.Random) -> dict[str, int | float]:
+    """Bounds on r as a caller might set them; min_r and max_r are always among them."""
+    if chance.random() < 0.3:
+        r = chance.choice([0, 4, 7, 14, 20])
+        return {"min_r": r, "max_r": r, **({"r": r} if chance.random() < 0.5 else {})}
+    low, high = sorted(chance.choices(range(18), k=2))
+    return {"min_r": low, "max_r": high}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+async def test_every_request_ends_in_exactly_one_answer_within_its_bounds(
+    start: Callable[..., Bench], policy: str
+) -> None:
+    """Hundreds of requests with models, bounds, deadlines, cancellations, damage and failures drawn at random."""
+    chance = random.Random(policy)
     bench = start(
+        policy,
+        chance.choice([QUICK, 1e-3]),
         max_batch=chance.choice([1, 3, 8]),
         max_delay=chance.choice([0, 0.002]),
         max_pending=chance.choice([20, 1000]),
@@ -511,8 +931,10 @@ async def test_every_request_ends_in_exactly_one_answer(start: Callable[..., Ben
     bench.device.poison = set(chance.sample(images, 20))
     damaged = set(chance.sample(images, 20))
     tasks: dict[int, asyncio.Task[Reply]] = {}
-    wanted: dict[int, tuple[str, int]] = {}
+    models: dict[int, str] = {}
+    bounds: dict[int, dict[str, int | float]] = {}
     cancelled: set[int] = set()
+    ended_unseen: set[int] = set()
 
     async def disturb() -> None:
         """Stop the device and the decoders now and then."""
@@ -523,10 +945,12 @@ async def test_every_request_ends_in_exactly_one_answer(start: Callable[..., Ben
 
     disturbing = asyncio.create_task(disturb())
     for image in images:
-        wanted[image] = (chance.choice(["first", "second"]), chance.choice([0, 4, 8]))
-        within = chance.choice([0.0, 0.001, 0.005, 0.02, LATE, LATE, LATE, math.inf])
+        models[image], bounds[image] = chance.choice(["first", "second"]), drawn_bounds(chance)
+        within = chance.choice([0.0, 0.001, 0.005, 0.02, 0.1, LATE, LATE, math.inf])
+        bench.device.deadlines[image] = asyncio.get_running_loop().time() + within
         name = f"damaged {image}" if image in damaged else image
-        tasks[image] = bench.predict(name, model=wanted[image][0], r=wanted[image][1], within=within)
+        tasks[image] = bench.predict(name, model=models[image], within=within, **bounds[image])
+        tasks[image].add_done_callback(lambda _, image=image: bench.device.seen[image] or ended_unseen.add(image))
         if chance.random() < 0.3:
             await asyncio.sleep(chance.random() * 0.003)
         unanswered = [image for image, task in tasks.items() if not task.done()]
@@ -544,7 +968,8 @@ async def test_every_request_ends_in_exactly_one_answer(start: Callable[..., Ben
     for image, end in ends.items():
         if isinstance(end, Reply):
             assert image_of(end) == image
-            assert (end.model.name, end.r) == wanted[image]
+            assert end.model.name == models[image]
+            assert end.r == bench.device.r_of(image)
             assert bench.device.seen[image] >= 1
             assert image not in bench.device.poison | damaged
         elif isinstance(end, asyncio.CancelledError):
@@ -555,14 +980,21 @@ async def test_every_request_ends_in_exactly_one_answer(start: Callable[..., Ben
             assert image in bench.device.poison
         elif isinstance(end, OverloadedError):
             assert bench.engine.max_pending == 20
+        elif isinstance(end, InfeasibleError):
+            assert bench.device.seen[image] == 0
+            assert end.smallest > 0
         else:
             assert isinstance(end, ExpiredError)
         if isinstance(end, InvalidRequestError | OverloadedError) or getattr(end, "stage", "") in ("decode", "queue"):
             assert bench.device.seen[image] == 0
     # Once, and again alone if a batch-mate failed.
     assert max(bench.device.seen.values()) <= 2
-    for name, r, batch in bench.device.batches:
-        assert {wanted[image] for image in batch} == {(name, r)}
+    # Nobody who has been answered, or has gone, is run for it any more.
+    assert not any(bench.device.seen[image] for image in ended_unseen)
+    for name, rs, batch in bench.device.batches:
+        assert {models[image] for image in batch} == {name}
+        for r, image in zip(rs, batch, strict=True):
+            assert bounds[image]["min_r"] <= r <= bounds[image]["max_r"]
     replies = sum(isinstance(end, Reply) for end in ends.values())
     assert replies > 0
     registry = bench.engine.metrics.registry

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -22,7 +23,6 @@ def hosted(model: nn.Module, size: int, **changes: object) -> HostedModel:
             merged=merge(model),
             preprocess=Preprocess(settings, Limits()),
             labels=(),
-            default_r=0,
         ),
         **changes,
     )
@@ -100,3 +100,53 @@ def test_the_largest_r_is_half_of_the_patches(spec: ModelSpec) -> None:
     assert model.patch_grid == (4, 4)
     assert model.largest_r == 8
     assert model.cost(9).tokens == model.cost(8).tokens
+
+
+# What quality policies go by
+
+
+def of_quality(values: Sequence[Quality | None]) -> HostedModel:
+    model = hosted(on_meta("vit_base_patch16_224"), 224)
+    return replace(model, quality={level.r: value for level, value in zip(model.grid, values, strict=True) if value})
+
+
+def test_quality_is_top1_as_a_share_of_that_at_r_0() -> None:
+    top1 = [0.8, 0.82, 0.8, 0.79, 0.78, 0.77, 0.76, 0.74, 0.72]
+    model = of_quality([Quality(agreement=0.5, top1=value) for value in top1])
+    assert model.relative_quality == pytest.approx([value / 0.8 for value in top1])
+    assert model.assumed_quality == model.relative_quality
+
+
+def test_where_not_all_of_it_is_labelled_quality_is_agreement() -> None:
+    agreement = [1.0, 0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.93, 0.92]
+    measured = [Quality(value) for value in agreement]
+    assert of_quality(measured).relative_quality == pytest.approx(agreement)
+    assert of_quality([Quality(1.0, top1=0.8), *measured[1:]]).relative_quality == pytest.approx(agreement)
+
+
+@pytest.mark.parametrize("missing", [0, 4, 8])
+def test_quality_not_measured_at_every_level_is_not_known(missing: int) -> None:
+    model = of_quality([Quality(1.0) if i != missing else None for i in range(9)])
+    assert model.relative_quality is None
+
+
+def test_quality_not_known_is_assumed_to_fall_as_was_published(spec: ModelSpec) -> None:
+    """ViT-B/16's own loses 4.19 of 84.57 points at r = 16; another model's is read off at the work it leaves."""
+    published = hosted(on_meta("vit_base_patch16_224"), 224).assumed_quality
+    assert published[0] == 1
+    assert published[-1] == pytest.approx(80.38 / 84.57, abs=0.003)
+    for model in (hosted(on_meta("vit_tiny_patch16_384"), 384), load(spec, torch.device("cpu"))):
+        assumed = model.assumed_quality
+        assert len(assumed) == len(model.grid)
+        assert assumed[0] == 1
+        assert all(before > after for before, after in pairwise(assumed))
+        assert assumed[-1] >= 80 / 84.57
+
+
+def test_a_level_that_is_worth_nothing_makes_no_policy_divide_by_it() -> None:
+    """Such a report is of a model that can't tell its classes: it is shown, and not gone by."""
+    model = of_quality([Quality(1.0 - i / 8, top1=0.5 - i / 16) for i in range(9)])
+    assert model.relative_quality is not None
+    assert model.relative_quality[-1] == 0
+    assert min(model.assumed_quality) > 0
+    assert of_quality([Quality(1.0, top1=0.0)] * 9).relative_quality is None

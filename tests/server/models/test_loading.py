@@ -54,7 +54,8 @@ def test_the_bundled_model_is_complete() -> None:
     assert "sandal" in {label.lower() for label in hosted.labels}
     assert hosted.patch_grid == (14, 14)
     assert hosted.preprocess.settings.input_size == (3, 28, 28)
-    assert hosted.default_r == 0
+    assert hosted.default_budget is None
+    assert hosted.relative_quality is not None
     assert hosted.description
 
 
@@ -296,10 +297,9 @@ def test_a_quality_report_that_is_no_json_or_not_there_is_refused(spec: ModelSpe
     assert "can't be read" in refusal(replace(spec, quality=quality))
 
 
-@pytest.mark.parametrize("default_r", [-1, 9])
-def test_a_default_r_out_of_range_is_refused(spec: ModelSpec, default_r: int) -> None:
-    assert refusal(replace(spec, default_r=default_r)) == f"default_r must lie in 0..8 for tiny, and is {default_r}"
-    assert load(replace(spec, default_r=8), CPU).default_r == 8
+def test_the_default_budget_is_the_specs(spec: ModelSpec) -> None:
+    assert load(spec, CPU).default_budget is None
+    assert load(replace(spec, default_budget=0.25), CPU).default_budget == 0.25
 
 
 @pytest.mark.parametrize("error", [1e-2, float("nan")])

@@ -74,6 +74,13 @@ def test_counters_and_histograms_equal_the_sums_over_the_replies(server: Any, st
         assert now.total("tome_stage_duration_seconds_count", stage=stage) == len(replies)
         assert now.total("tome_stage_duration_seconds_sum", stage=stage) == pytest.approx(given)
 
+    slack = sum(reply.timing.slack.ToNanoseconds() for reply in replies) / 1e9
+    assert now.total("tome_deadline_slack_seconds_count", model="fashion") == len(replies)
+    assert now.total("tome_deadline_slack_seconds_sum", model="fashion") == pytest.approx(slack)
+    assert now.total("tome_slo_met_total", model="fashion") == len(replies)
+    assert now.total("tome_slo_missed_total") == 0
+    assert now.total("tome_rejected_total") == 0
+
     assert now.total("tome_merge_r_count") == len(replies)
     assert now.total("tome_merge_r_sum") == sum(rs)
     for bound in (0, 4, 8, 16):
@@ -82,6 +89,18 @@ def test_counters_and_histograms_equal_the_sums_over_the_replies(server: Any, st
     sizes = Counter(reply.timing.batch_size for reply in replies)
     assert now.total("tome_batch_size_count") == sum(count / size for size, count in sizes.items())
     assert now.total("tome_batch_size_sum") == len(replies)
+    batches = now.total("tome_batch_size_count")
+    assert now.total("tome_latency_prediction_ratio_count", model="fashion") == batches
+    compute = sum(reply.timing.compute.ToNanoseconds() / reply.timing.batch_size for reply in replies) / 1e9
+    assert now.total("tome_compute_seconds_total", model="fashion") == pytest.approx(compute)
+    assert now.total("tome_compute_wasted_seconds_total") == 0
+    assert now.total("tome_policy_failures_total") == 0
+    # Quality is known at the r of the grid.
+    top1 = {step.r: step.top1 for step in stub.GetModel(pb.GetModelRequest()).model.r_grid}
+    assert now.total("tome_quality_ratio_count", model="fashion") == sum(r in top1 for r in rs)
+    assert now.total("tome_quality_ratio_sum", model="fashion") == pytest.approx(
+        sum(top1[r] / top1[0] for r in rs if r in top1)
+    )
     # What is in flight is nothing now.
     assert scrape(server.metrics_url).total("tome_requests_pending") == 0
     assert scrape(server.metrics_url).total("tome_queue_depth") == 0
@@ -107,12 +126,16 @@ def test_refused_requests_are_counted_under_their_codes_and_nowhere_else(server:
         ("unknown", "NOT_FOUND"): 4,
     }
     now = change.now()
+    assert now.total("tome_rejected_total", reason="infeasible") == 2
+    assert now.total("tome_slo_missed_total", reason="infeasible") == 2
+    assert now.total("tome_slo_missed_total") == 2  # what is wrong whatever the deadline is no miss
+    assert now.total("tome_slo_met_total") == 0
     for name in ("request_duration_seconds_count", "flops_total", "tokens_input_total", "merge_r_count"):
         assert now.total(f"tome_{name}") == 0
 
 
 def test_cancelled_requests_are_counted_as_such(server: Any, stub: Any) -> None:
-    slow = pb.PredictRequest(image=black_png(4000, 4000), r=15)
+    slow = pb.PredictRequest(image=black_png(4000, 4000), r=15, latency_budget=Duration(seconds=100))
     change = Change(server.metrics_url)
     calls = [stub.Predict.future(slow) for _ in range(6)]
     until(lambda: scrape(server.metrics_url).total("tome_requests_pending") >= 3, "requests are in flight")
@@ -128,7 +151,7 @@ def test_cancelled_requests_are_counted_as_such(server: Any, stub: Any) -> None:
 
 def test_overload_is_counted(own_server: Any) -> None:
     server = own_server("--max-pending", "1", "--threads", "1")
-    slow = pb.PredictRequest(image=black_png(4000, 4000), r=15)
+    slow = pb.PredictRequest(image=black_png(4000, 4000), r=15, latency_budget=Duration(seconds=100))
     with connected(server.target) as stub:
         calls = [stub.Predict.future(slow) for _ in range(4)]
         refused = []
@@ -141,7 +164,10 @@ def test_overload_is_counted(own_server: Any) -> None:
     for error in refused:
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "grpc-retry-pushback-ms" in dict(error.trailing_metadata())
-    assert scrape(server.metrics_url).total("tome_requests_total", code="RESOURCE_EXHAUSTED") == len(refused)
+    counted = scrape(server.metrics_url)
+    assert counted.total("tome_requests_total", code="RESOURCE_EXHAUSTED") == len(refused)
+    assert counted.total("tome_rejected_total", model="fashion", reason="queue_full") == len(refused)
+    assert counted.total("tome_slo_missed_total", model="fashion", reason="queue_full") == len(refused)
 
 
 def test_names_have_our_prefix_and_base_units(server: Any) -> None:
@@ -155,11 +181,25 @@ def test_names_have_our_prefix_and_base_units(server: Any) -> None:
             assert name.endswith(("_total", "_created"))
     durations = {name for name in families if "duration" in name and not name.endswith("_created")}
     assert durations == {"tome_request_duration_seconds", "tome_stage_duration_seconds"}
+    assert {
+        "tome_deadline_slack_seconds",
+        "tome_slo_met_total",
+        "tome_slo_missed_total",
+        "tome_rejected_total",
+        "tome_latency_prediction_ratio",
+        "tome_quality_ratio",
+        "tome_compute_seconds_total",
+        "tome_compute_wasted_seconds_total",
+        "tome_policy_failures_total",
+    } <= set(families)
     info = {key for key, value in scrape(server.metrics_url).items() if key[0] == "tome_model_info" and value == 1}
     assert [dict(labels)["model"] for _, labels in info] == ["fashion"]
 
 
-@pytest.mark.parametrize("bounds", [buckets.SECONDS, buckets.BATCH, buckets.MERGE_R], ids=["s", "batch", "r"])
+BUCKETS = {name: value for name, value in vars(buckets).items() if name.isupper()}
+
+
+@pytest.mark.parametrize("bounds", BUCKETS.values(), ids=BUCKETS.keys())
 def test_buckets_rise(bounds: tuple[float, ...]) -> None:
     assert list(bounds) == sorted(set(bounds))
 

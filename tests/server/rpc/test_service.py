@@ -1,7 +1,7 @@
 """What the Inference service answers, through a real channel, with the bundled model."""
 
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +61,24 @@ def test_an_r_between_those_of_the_grid_is_respected(stub: Any, file: Path, mode
 
 
 @pytest.mark.parametrize(
-    ("bounds", "r"),
+    ("bounds", "allowed"),
     [
-        ({}, 0),
-        ({"min_r": 3}, 3),
-        ({"max_r": 5}, 0),
-        ({"min_r": 4, "max_r": 4}, 4),
-        ({"min_r": 98}, 98),
-        ({"r": 4, "min_r": 4, "max_r": 4}, 4),
+        ({}, range(15)),
+        ({"min_r": 3}, range(3, 15)),
+        ({"max_r": 5}, range(6)),
+        ({"max_r": 0}, [0]),
+        ({"min_r": 3, "max_r": 3}, [3]),
+        ({"min_r": 4, "max_r": 4}, [4]),
+        ({"min_r": 98}, [98]),
+        ({"r": 4, "min_r": 4, "max_r": 4}, [4]),
+        ({"min_r": 8, "max_r": 98}, range(8, 15)),  # beyond the grid, r is only what is asked for
     ],
     ids=str,
 )
-def test_bounds_move_the_default_r_no_further_than_they_must(
-    stub: Any, file: Path, model: pb.Model, bounds: dict[str, int], r: int
+def test_the_server_chooses_r_within_the_bounds(
+    stub: Any, file: Path, bounds: dict[str, int], allowed: Sequence[int]
 ) -> None:
-    assert model.default_r == 0
-    assert stub.Predict(pb.PredictRequest(image=file.read_bytes(), **bounds)).merging.r == r
+    assert stub.Predict(pb.PredictRequest(image=file.read_bytes(), **bounds)).merging.r in allowed
 
 
 def test_the_parts_of_the_time_fit_into_the_whole(stub: Any, good: pb.PredictRequest) -> None:
@@ -85,21 +87,24 @@ def test_the_parts_of_the_time_fit_into_the_whole(stub: Any, good: pb.PredictReq
     assert all(part >= 0 for part in parts)
     assert seconds(timing.compute) > 0
     assert sum(parts) <= seconds(timing.total)
+    assert seconds(timing.predicted) > 0
     assert timing.batch_size >= 1
 
 
-def test_there_is_slack_only_with_a_deadline(stub: Any, good: pb.PredictRequest) -> None:
-    assert not stub.Predict(good).timing.HasField("slack")
+def test_the_deadline_is_the_earlier_of_budget_and_grpc_deadline_or_the_default(
+    stub: Any, good: pb.PredictRequest, model: pb.Model
+) -> None:
     budgeted = pb.PredictRequest(latency_budget=Duration(seconds=50))
     budgeted.MergeFrom(good)
     for timing, budget in (
+        (stub.Predict(good).timing, seconds(model.default_budget)),
         (stub.Predict(good, timeout=200).timing, 200),
         (stub.Predict(budgeted).timing, 50),
         (stub.Predict(budgeted, timeout=200).timing, 50),
         (stub.Predict(budgeted, timeout=40).timing, 40),
     ):
         # On the wire a gRPC deadline is rounded up to two or three digits.
-        assert budget - 9 < seconds(timing.slack) + seconds(timing.total) < 1.02 * budget
+        assert 0.8 * budget < seconds(timing.slack) + seconds(timing.total) < 1.02 * budget
 
 
 def test_the_most_probable_classes_come_first(stub: Any, file: Path, model: pb.Model) -> None:
@@ -172,14 +177,22 @@ def test_the_models_are_listed_and_described(stub: Any, samples: dict[Path, str]
     assert set(samples.values()) <= set(model.labels)
 
 
+def test_the_choice_of_r_is_described(model: pb.Model) -> None:
+    assert model.policy == "price"
+    assert seconds(model.default_budget) == 60
+
+
 def test_more_merging_costs_less(model: pb.Model) -> None:
     assert [step.r for step in model.r_grid] == sorted({step.r for step in model.r_grid})
     assert model.r_grid[0].r == 0
     for values in ([step.macs for step in model.r_grid], [step.tokens_out for step in model.r_grid]):
         assert values == sorted(set(values), reverse=True)
+    latencies = [seconds(step.latency) for step in model.r_grid]
+    assert latencies == sorted(latencies, reverse=True)
     for step in model.r_grid:
-        if step.HasField("agreement"):
-            assert 0 <= step.agreement <= 1
+        assert seconds(step.latency) > 0
+        assert 0 < step.agreement <= 1
+        assert 0 < step.top1 <= 1
 
 
 @pytest.mark.parametrize("service", ["", SERVICE])
@@ -250,7 +263,7 @@ def converse(stub: Any) -> Iterator[Callable[..., Conversation]]:
 @pytest.fixture(scope="session")
 def slow() -> pb.PredictRequest:
     """A request that takes a noticeable part of a second to decode."""
-    return pb.PredictRequest(image=black_png(4000, 4000), r=15)
+    return pb.PredictRequest(image=black_png(4000, 4000), r=15, latency_budget=Duration(seconds=100))
 
 
 @pytest.fixture(scope="session")
@@ -314,7 +327,9 @@ def test_a_failed_request_does_not_end_the_stream(stub: Any, good: pb.PredictReq
     assert answers["after"].HasField("response")
     for name, (request, code, detail) in bad.items():
         refused = refusal_in(answers[name].error)
-        assert refused == refusal(lambda request=request: stub.Predict(request))
+        alone = refusal(lambda request=request: stub.Predict(request))
+        # How long it would take is not the same from one moment to the next.
+        assert refused == alone or (name == "budget" and refused.details.keys() == alone.details.keys())
         assert refused.code is code
         assert detail in refused.details
 
