@@ -80,13 +80,13 @@ def _measure(
     # timm's own model is timed beside each r, so that both sides of a ratio saw the same machine.
     pairs: dict[int, tuple[list[float], list[float]]] = {r: ([], []) for r in grid}
     for r in grid:
-        _time(lambda: model(images), 2)
-        _time(lambda r=r: merged(images, r=r), 2)
-    calls = _repeats(lambda: model(images))
+        seconds(lambda: model(images), 2)
+        seconds(lambda r=r: merged(images, r=r), 2)
+    calls = repeats(lambda: model(images))
     for _ in range(rounds):
         for r, (plain, ours) in pairs.items():
-            plain.append(_time(lambda: model(images), calls))
-            ours.append(_time(lambda r=r: merged(images, r=r), calls))
+            plain.append(seconds(lambda: model(images), calls))
+            ours.append(seconds(lambda r=r: merged(images, r=r), calls))
         progress.update()
 
     rows = []
@@ -111,7 +111,7 @@ def _measure(
     return rows
 
 
-def _time(call: Callable[[], object], times: int) -> float:
+def seconds(call: Callable[[], object], times: int) -> float:
     """Seconds a call."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -123,9 +123,9 @@ def _time(call: Callable[[], object], times: int) -> float:
     return (time.perf_counter() - start) / times
 
 
-def _repeats(call: Callable[[], object], least: float = 0.1) -> int:
+def repeats(call: Callable[[], object], least: float = 0.1) -> int:
     """How many calls take at least `least` seconds together, so that the clock's noise is small."""
-    return max(1, round(least / _time(call, 2)))
+    return max(1, round(least / seconds(call, 2)))
 
 
 def _print_table(rows: Sequence[Row]) -> None:
@@ -142,9 +142,9 @@ def _print_table(rows: Sequence[Row]) -> None:
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.merging", description=__doc__)
     parser.add_argument("--model", default="deit_small_patch16_224", help="timm name (default: %(default)s)")
-    parser.add_argument("--batch", type=_integers, default=[1, 8], help="batch sizes (default: 1,8)")
-    parser.add_argument("--r", type=_integers, default=[0, 8, 13, 16], help="default: 0,8,13,16")
-    parser.add_argument("--threads", type=_integers, default=[1, 2], help="CPU threads (default: 1,2)")
+    parser.add_argument("--batch", type=integers, default=[1, 8], help="batch sizes (default: 1,8)")
+    parser.add_argument("--r", type=integers, default=[0, 8, 13, 16], help="default: 0,8,13,16")
+    parser.add_argument("--threads", type=integers, default=[1, 2], help="CPU threads (default: 1,2)")
     parser.add_argument("--rounds", type=int, default=15, help="timings of each pair (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -152,7 +152,7 @@ def _arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def _integers(text: str) -> list[int]:
+def integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 

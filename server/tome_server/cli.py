@@ -24,6 +24,16 @@ EPILOG = """examples:
   tome-server demo                                      see it work
   tome-server evaluate --data images/ --output quality.json
   tome-server profile --picture profile.png             how long batches take at each r
+  tome-server plan --rate 200 --budget 150ms            how many replicas that takes, and at what quality
+"""
+
+PLAN_EPILOG = """examples:
+  tome-server plan --rate 200 --budget 150ms --attainment 0.999
+  tome-server plan --rate 10000 --budget mix:50ms=3,200ms=1 --cv2 4 --profile gpu.json --quality quality.json
+  tome-server plan --rate 200 --budget 150ms --plot plan.svg
+
+Without --profile and --quality, replicas are like this machine serving the bundled model: tome-server profile measures
+that once. One replica is simulated with its share of the requests; see docs/scheduling.md.
 """
 
 
@@ -106,6 +116,41 @@ def _profile(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(args: argparse.Namespace) -> int:
+    if args.plot:
+        if not args.plot.parent.is_dir():
+            raise ConfigError(f"--plot: there is no folder {args.plot.parent}")
+        # Before simulating, so that no time is spent on a picture that can't be drawn.
+        try:
+            from tome_server.plan_picture import FORMATS, draw_plan
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"--plot: {error}; it needs: pip install 'tome-serving[plots]'") from error
+        if args.plot.suffix not in FORMATS:
+            raise ConfigError(f"--plot: {args.plot} must end in one of {', '.join(FORMATS)}")
+    from tqdm import tqdm
+
+    from tome_server.plan import Plan, Question, answer_fields, answer_lines, load_replica
+
+    _, profile, quality = load_replica(args.profile, args.quality)
+    question = Question(
+        rate=args.rate,
+        budgets=args.budget,
+        attainment=args.attainment,
+        cv2=args.cv2,
+        overhead=args.overhead,
+        requests=args.requests,
+        policy=args.policy,
+    )
+    with tqdm(desc="simulating", unit="run", disable=not sys.stderr.isatty(), leave=False) as progress:
+        plan = Plan(question, profile, quality, progress.update)
+        fields, lines = answer_fields(plan), answer_lines(plan)
+        replicas = fields["replicas"]
+        if args.plot and replicas:
+            draw_plan(plan.against_rate(replicas), question.rate, question.attainment, args.plot)
+    print(json.dumps(fields, indent=2) if args.json else "\n".join(lines))
+    return 0 if replicas else 1
+
+
 def _config(args: argparse.Namespace) -> "ServerConfig":
     """Return the configuration file's settings, overridden by flags."""
     from pydantic import ValidationError
@@ -137,7 +182,7 @@ def _config(args: argparse.Namespace) -> "ServerConfig":
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tome-server",
-        description="Serves Vision Transformers over gRPC, merging tokens (ToMe) as far as each request asks.",
+        description="Serves Vision Transformers over gRPC, merging tokens (ToMe) as far as each deadline asks.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -200,7 +245,46 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--picture", type=Path, metavar="FILE", help="where to draw it: .png, .svg or .pdf")
     profile.add_argument("--json", action="store_true", help="print JSON instead of a table")
     profile.set_defaults(run=_profile)
+
+    _add_plan(commands.add_parser(
+        "plan",
+        help="how many replicas a load takes, and at what quality",
+        description="Say how many replicas it takes to answer a load in time, and at what quality, by simulation;\n"
+        "and how many it would take without merging, and merging the most. Exits with 1 if no number does.",
+        epilog=PLAN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ))  # fmt: skip
     return parser
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("--rate", type=_positive_number, required=True, metavar="N", help="requests a second, in all")
+    plan.add_argument(
+        "--budget", type=_budgets, required=True, metavar="TIME",
+        help="what an answer may take: 50ms, or mix:50ms,200ms, or mix:50ms=3,200ms=1 for three of four 50 ms",
+    )  # fmt: skip
+    plan.add_argument(
+        "--attainment", type=_share, default=0.99, metavar="SHARE",
+        help="share of requests to be answered in time (default: 0.99)",
+    )  # fmt: skip
+    plan.add_argument(
+        "--cv2", type=_positive_number, default=1.0, metavar="N",
+        help="squared coefficient of variation of the gaps between requests: 1 for a Poisson process (default), more "
+        "for bursts",
+    )  # fmt: skip
+    plan.add_argument("--profile", type=Path, metavar="FILE", help="what `tome-server profile --output` wrote")
+    plan.add_argument("--quality", type=Path, metavar="FILE", help="what `tome-server evaluate --output` wrote")
+    plan.add_argument("--policy", default="price", help="price (default), fixed:R, max_accuracy, max_batch or slackfit")
+    plan.add_argument(
+        "--overhead", type=_time, default=0.001, metavar="TIME",
+        help="from the end of a batch to the client's having the answer (default: 1ms)",
+    )  # fmt: skip
+    plan.add_argument(
+        "--requests", type=_positive, default=20_000, metavar="N", help="to simulate for each figure (default: 20000)"
+    )
+    plan.add_argument("--plot", type=Path, metavar="FILE", help="where to draw both against rate: .png, .svg or .pdf")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    plan.set_defaults(run=_plan)
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -235,3 +319,38 @@ def _seconds(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
     return value
+
+
+def _positive_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
+
+
+def _share(text: str) -> float:
+    value = _positive_number(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; write for example 0.999")
+    return value
+
+
+def _budgets(text: str) -> tuple[float, ...]:
+    from tome_server.scheduling.workload import parse_budgets
+
+    try:
+        return parse_budgets(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _time(text: str) -> float:
+    from tome_server.scheduling.workload import parse_seconds
+
+    try:
+        return 0.0 if text.strip() in ("0", "0s", "0ms") else parse_seconds(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

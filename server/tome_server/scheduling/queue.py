@@ -5,8 +5,9 @@ Pure: it reads no clock and starts nothing.
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Generic, TypeVar
 
 from sortedcontainers import SortedDict
@@ -42,7 +43,13 @@ class DeadlineQueue(Generic[T]):
 
     def __iter__(self) -> Iterator[Waiting[T]]:
         """Iterate in order of deadlines."""
-        return iter(self._sorted.values())
+        # Thrice as fast as values(): policies look at all who wait, each time.
+        return map(self._sorted.__getitem__, self._sorted)
+
+    def holds(self, requests: Iterable[Waiting[T]]) -> bool:
+        """Return whether all of these very requests wait."""
+        waiting = self._sorted.get
+        return all(waiting((request.deadline, request.serial)) is request for request in requests)
 
     def first(self) -> Waiting[T] | None:
         """Return the request of the earliest deadline, None if nobody waits."""
@@ -55,7 +62,20 @@ class DeadlineQueue(Generic[T]):
 
     def remove(self, request: Waiting[T]) -> bool:
         """Take a request out; returns whether it still waited."""
-        return self._sorted.pop((request.deadline, request.serial), None) is not None
+        if not self.holds((request,)):
+            return False
+        self.take((request,))
+        return True
+
+    def take(self, requests: Iterable[Waiting[T]]) -> None:
+        """Take out requests that are known to wait."""
+        taken = list(requests)
+        if taken == list(islice(self, len(taken))):  # as it nearly always is, and faster
+            for _ in taken:
+                self._sorted.popitem(0)
+            return
+        for request in taken:
+            del self._sorted[request.deadline, request.serial]
 
     def due_by(self, deadline: float) -> int:
         """Return how many must be done no later than `deadline`."""

@@ -49,17 +49,18 @@ class Scheduler(Generic[T]):
         """
         ahead = self._queue.due_by(request.deadline)
         if self._ends(max(now, free_at), ahead, request.high) > request.deadline:
-            raise InfeasibleError(self.earliest(now, free_at, request.high) - request.arrival)
+            # Sooner might do, ahead of others who would then be late; that is no answer to who asks for later.
+            raise InfeasibleError(self.earliest(now, free_at, request.high, request.deadline) - request.arrival)
 
     def submit(self, request: Waiting[T], now: float, free_at: float) -> None:
         """Let a request wait. Raises InfeasibleError as `check` does."""
         self.check(request, now, free_at)
         self._queue.push(request)
 
-    def earliest(self, now: float, free_at: float, high: int) -> float:
-        """Return the earliest deadline that `check` would let pass, of a request that may be merged up to `high`."""
+    def earliest(self, now: float, free_at: float, high: int, after: float = -math.inf) -> float:
+        """Return the earliest deadline from `after` on that `check` would let pass, for a highest level of `high`."""
         start = max(now, free_at)
-        deadline = self._ends(start, 0, high)
+        deadline = max(self._ends(start, 0, high), after)
         while (later := self._ends(start, self._queue.due_by(deadline), high)) > deadline:
             deadline = later
         return deadline
@@ -76,13 +77,12 @@ class Scheduler(Generic[T]):
         view = View(now, list(self._queue), self.latency, self._traffic.at(now))
         try:
             decision = self._policy(view)
-            _check(decision, view)
+            _check(decision, self._queue, self.latency.max_batch)
         except Exception:
             self.policy_failures += 1
             log.exception("the policy failed; running the earliest deadlines at their most merging")
             decision = _without_policy(view)
-        for request in (*decision.batch, *decision.shed):
-            self._queue.remove(request)
+        self._queue.take((*decision.batch, *decision.shed))
         return Decision(decision.batch, decision.levels, (*shed, *decision.shed))
 
     def _drop_hopeless(self, now: float) -> list[Waiting[T]]:
@@ -100,13 +100,13 @@ class Scheduler(Generic[T]):
         return start + batches * self.latency.expected(largest, top) + self.latency.promised(rest + 1, high)
 
 
-def _check(decision: Decision, view: View) -> None:
+def _check(decision: Decision, queue: DeadlineQueue[T], largest: int) -> None:
     """Raise ValueError if the decision breaks a bound, the batch's limit, or names somebody who doesn't wait."""
-    batch, levels, named = decision.batch, decision.levels, {id(r) for r in (*decision.batch, *decision.shed)}
-    if not named or len(named) != len(batch) + len(decision.shed) or not named <= {id(r) for r in view.waiting}:
+    batch, levels, named = decision.batch, decision.levels, [*decision.batch, *decision.shed]
+    if not named or len(set(map(id, named))) != len(named) or not queue.holds(named):
         raise ValueError("a decision must name some of those who wait, each once")
-    if len(batch) > view.latency.max_batch or len(batch) != len(levels):
-        raise ValueError(f"a batch of {len(batch)} with {len(levels)} levels, of at most {view.latency.max_batch}")
+    if len(batch) > largest or len(batch) != len(levels):
+        raise ValueError(f"a batch of {len(batch)} with {len(levels)} levels, of at most {largest}")
     if not all(request.low <= level <= request.high for request, level in zip(batch, levels, strict=True)):
         raise ValueError("a level is out of its request's bounds")
 

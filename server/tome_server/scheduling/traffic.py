@@ -47,15 +47,14 @@ class TrafficMeter:
         seen = _HORIZON * -math.expm1(-(now - self._began + _HORIZON / 8) / _HORIZON)
         rate = self._weight * math.exp((self._last - now) / _HORIZON) / seen
         dispersion = 1.0
-        if self._gap > 0:
-            dispersion = min(max(self._gap_squared * self._gaps / self._gap**2 - 1.0, 1.0), _MOST_DISPERSED)
+        if (square := self._gap**2) > 0:  # a gap of a rounding error has none
+            dispersion = min(max(self._gap_squared * self._gaps / square - 1.0, 1.0), _MOST_DISPERSED)
         return Traffic(rate, dispersion, self._quantiles())
 
     def _quantiles(self) -> tuple[tuple[float, float], ...]:
         ranked = sorted(self._budgets)
-        n=len(ranked)
         found = {}
-        for k in range(1, _CLASSES + 1):
-            i = -(-k * n // _CLASSES) - 1
-            found[ranked[i]] = (i+1) / n
+        for part in range(1, _CLASSES + 1):
+            count = -(-part * len(ranked) // _CLASSES)
+            found[ranked[count - 1]] = count / len(ranked)
         return tuple(found.items())

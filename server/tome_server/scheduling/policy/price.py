@@ -18,6 +18,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 from tome_server.scheduling.policy.view import Decision, View, uniform
@@ -35,12 +36,19 @@ _DISPERSION = 0.5
 # Backlog is reckoned in the smallest batches that are nearly as efficient as the largest.
 _EFFICIENT = 0.95
 
+# The least price, as a share of the dearest: traffic may turn out to be nothing like what it has been.
+_LEAST_SHARE = 0.001
+
+# Time cheaper than this share of the dearest is taken to be of no use to anybody to come.
+_CHEAP = 0.02
+
 _STEPS = 40
-# The logarithm by which the price's slope may change in a step: that of 40 of them is still a float's.
-_STEEPEST = 17.0
+# The logarithm by which the price's slope may change between idle and out of time; a float holds what is left then.
+_STEEPEST = 680.0
 # Traffic and backlog are rounded to this many steps a factor of e, so that curves can be used again.
 _ROUNDING = 20
-_BISECTIONS = 26
+_ROUNDS = 40
+_NEAR = 1e-6
 
 
 class Price:
@@ -69,7 +77,14 @@ class Price:
         dearest = self._quality[top] / image
         share, lost = self._share(view, typical, image)
         first = self._worthiest(view, dearest, lost) if lost else 0
-        return self._best(view, waiting[first : first + latency.max_batch], typical, dearest * share)
+        decision = self._best(view, waiting[first : first + latency.max_batch], typical, dearest * share)
+        if share > _CHEAP or len(decision.batch) == len(waiting):
+            return decision
+        # So cheap a price heeds nobody to come, and must not cost those who are here.
+        unit, ends = min(typical, self._unit), view.now + latency.of_batch(decision.levels)
+        if not self._loses(view, waiting[len(decision.batch) :], ends, unit):
+            return decision
+        return uniform(waiting[: self._chunk(view, waiting, view.now, unit)], top)
 
     def _typical(self, view: View) -> int:
         """Return the size of the batches that most of the work is likely to be done in."""
@@ -91,7 +106,7 @@ class Price:
         chunk, alone = latency.expected(unit, top), latency.expected(1, top)
         burden = _burden(view, unit, top)
         depth_of = 1 / (image * max(1.0, _DISPERSION * traffic.dispersion))
-        share, backlog, room, start, lost = 0.0, 0.0, math.inf, 0, 0
+        share, backlog, room, start, lost = _LEAST_SHARE, 0.0, math.inf, 0, 0
         for budget, part in (*traffic.budgets, (math.inf, 0.0)):
             until = view.now + budget
             while start < total and waiting[start].deadline <= until:
@@ -117,6 +132,24 @@ class Price:
                 )
                 share = max(share, _between(curve, backlog / span))
         return (1.0, lost) if lost else (share, 0)
+
+    def _chunk(self, view: View, queue: Sequence[Waiting[Any]], start: float, unit: int) -> int:
+        """Return how many of the first of `queue`, at most `unit`, can run together from `start` on; at least one."""
+        slack, size = queue[0].deadline - start, min(unit, len(queue))
+        while size > 1 and view.latency.promised(size, self._top) > slack:
+            size -= 1
+        return size
+
+    def _loses(self, view: View, queue: Sequence[Waiting[Any]], start: float, unit: int) -> bool:
+        """Return whether any of `queue` is late if the device serves them from `start` on, merged the most."""
+        latency, place = view.latency, 0
+        while place < len(queue):
+            size = self._chunk(view, queue[place : place + unit], start, unit)
+            if start + latency.promised(size, self._top) > queue[place].deadline:
+                return True
+            start += latency.expected(size, self._top)
+            place += size
+        return False
 
     def _worthiest(self, view: View, price: float, lost: int) -> int:
         """Return how many of the first, at most `lost`, to leave behind so that a larger batch is in time."""
@@ -145,15 +178,17 @@ class Price:
             hurdles.append((budget * (1 - _OWN) - alone, (part - before) * view.traffic.rate * quality[top]))
             before = part
         best, chosen = -math.inf, (1, top)
+        expected, promised = latency.expected, latency.promised
         for size in range(1, len(queue) + 1):
-            while level < top and latency.promised(size, level) > slack:
+            while (late := promised(size, level) > slack) and level < top:
                 level += 1
-            if size > 1 and latency.promised(size, level) > slack:
+            if late and size > 1:
                 break
-            seconds = latency.expected(size, level)
+            seconds = expected(size, level)
             worth = size * (quality[level] - average) - price * seconds
             for free, losses in hurdles:
-                worth -= losses * max(0.0, seconds - free)
+                if seconds > free:
+                    worth -= losses * (seconds - free)
             if worth >= best:
                 best, chosen = worth, (size, level)
         size, level = chosen
@@ -214,36 +249,51 @@ def price_curve(steps: tuple[tuple[float, float], ...], load: int, depth: int) -
     `_ROUNDING`ths.
 
     The price is a martingale while an optimal policy runs, so over the place s in [0, 1] it solves
-    price'' = -2 depth (1 - speed(price) / load) price', price(0) = 0, price(1) = 1: found by shooting from s = 0.
+    price'' = -2 depth (1 - speed(price) / load) price', price(0) = 0, price(1) = 1.
     """
     ratio, many = math.exp(load / _ROUNDING), math.exp(depth / _ROUNDING)
-    growth = []
-    for _, speed in steps:
-        exponent = min(max(-2 * many * (1 - speed / ratio) / _STEPS, -_STEEPEST), _STEEPEST)
-        growth.append((math.exp(exponent), math.expm1(exponent) / exponent / _STEPS if exponent else 1 / _STEPS))
-    thresholds = [*(price for price, _ in steps[1:]), math.inf]
-
-    def shoot(slope: float) -> list[float]:
-        price, curve, step = 0.0, [0.0], 0
-        factor, rise = growth[0]
-        for _ in range(_STEPS):
-            price += slope * rise
-            slope *= factor
-            curve.append(price)
-            if price > 1.0:
-                break
-            while price >= thresholds[step]:
-                step += 1
-                factor, rise = growth[step]
-        return curve
-
-    # However steeply the price rises over all of the steps, a slope to begin with remains that leads to 1 at the end.
-    low, high = -_STEEPEST * _STEPS - 8.0, 8.0
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        if shoot(math.exp(middle))[-1] > 1.0:
-            high = middle
+    ends = [*(min(price, 1.0) for price, _ in steps[1:]), 1.0]
+    # price' depends on the price alone, and is linear in it between two steps: its growth there, and how far each step
+    # lifts it above where it is least.
+    growth = [min(max(-2 * many * (1 - speed / ratio), -_STEEPEST), _STEEPEST) for _, speed in steps]
+    widths = [end - min(start, 1.0) for (start, _), end in zip(steps, ends, strict=True)]
+    heights = list(accumulate((rate * width for rate, width in zip(growth, widths, strict=True)), initial=0.0))
+    lowest = min(heights)
+    pieces = [
+        (width, rate, low - lowest, high - lowest)
+        for width, rate, (low, high) in zip(widths, growth, pairwise(heights), strict=True)
+    ]
+    # The least of price' is that with which the whole way from price 0 to price 1 has length 1. Its logarithm is found
+    # by false position, with the weight of an end that stays halved (the Illinois method).
+    low, high = -_STEEPEST - 10.0, 0.0
+    over, under = (sum(_length(piece, math.exp(log)) for piece in pieces) - 1.0 for log in (low, high))
+    middle, side = high, 0
+    for _ in range(_ROUNDS):
+        middle = low + (high - low) * over / (over - under)
+        miss = sum(_length(piece, math.exp(middle)) for piece in pieces) - 1.0
+        if abs(miss) < _NEAR:
+            break
+        if miss > 0.0:
+            low, over, under, side = middle, miss, under / 2 if side > 0 else under, 1
         else:
-            low = middle
-    curve = shoot(math.exp(high))
+            high, under, over, side = middle, miss, over / 2 if side < 0 else over, -1
+    least = math.exp(middle)
+    curve: list[float] = []
+    passed = price = 0.0
+    for piece in pieces:
+        width, rate, low, _ = piece
+        length = _length(piece, least)
+        while (place := len(curve) / _STEPS - passed) <= length and len(curve) < _STEPS:
+            slope = low + least
+            curve.append(price + slope * (math.expm1(rate * place) / rate if rate else place))
+        passed += length
+        price += width
     return tuple(min(price, 1.0) for price in curve) + (1.0,) * (_STEPS + 1 - len(curve))
+
+
+def _length(piece: tuple[float, float, float, float], least: float) -> float:
+    """Return how far it is, in place, along a piece of the way: over 1 / price', where that is linear in the price."""
+    width, rate, low, high = piece
+    first, last = low + least, high + least
+    change = rate * width
+    return math.log(last / first) / rate if abs(change) > 1e-6 * first else width / first

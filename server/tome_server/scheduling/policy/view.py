@@ -51,4 +51,5 @@ class Policy(Protocol):
 
 def uniform(batch: Sequence[Waiting[Any]], level: int) -> Decision:
     """Return the decision to run `batch` at `level`, each member as near to it as its own bounds allow."""
-    return Decision(batch, [min(max(level, request.low), request.high) for request in batch])
+    within = [level if one.low <= level <= one.high else min(max(level, one.low), one.high) for one in batch]
+    return Decision(batch, within)
