@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         capacity = bare[0][0]
         budget = round(args.budget * args.max_batch / capacity, 3)
         setting = {
-            "model": model.summary.name, "policies": list(policies), "threads": args.threads, "max_batch": args.max_batch,
+            "model": model.summary.name, "policies": list(policies), "threads": args.threads,
+            "max_batch": args.max_batch,
             "capacity_r0": round(capacity, 1), "budget_ms": budget * 1e3, "seconds": args.seconds, "seed": args.seed,
         }  # fmt: skip
         if not args.json:
@@ -177,15 +178,15 @@ def _saturate(target: str, r: int, args: argparse.Namespace) -> float:
         async def ask(client: AsyncClient, first: int) -> None:
             nonlocal done
             turn = first
-            while (now := time.perf_counter()) < end:
+            while time.perf_counter() < end:
                 await client.predict(images[turn % len(images)], r=r, top_k=1, budget=60.0)
-                done += began <= now
+                done += began <= time.perf_counter() < end
                 turn += 1
 
         async with AsyncClient(target, timeout=60) as client, asyncio.TaskGroup() as tasks:
             for first in range(BATCHES_IN_FLIGHT * args.max_batch):
                 tasks.create_task(ask(client, first))
-        return done / (time.perf_counter() - began)
+        return done / args.seconds
 
     return asyncio.run(run())
 

@@ -35,6 +35,8 @@ from tome_server.served import ServedModel
 
 log = logging.getLogger(__name__)
 
+SWITCH_INTERVAL = 1e-4
+
 
 async def serve(config: ServerConfig) -> None:
     """Serve until SIGTERM or SIGINT, then answer what is in flight and return.
@@ -43,6 +45,9 @@ async def serve(config: ServerConfig) -> None:
     ModelLoadError or PortInUseError, in words for the operator, if it can't start.
     """
     began = time.monotonic()
+    # The device's thread needs the interpreter between the thousand kernels of a batch; as a rule it would wait up to
+    # 5 ms for it, whenever the event loop has it.
+    sys.setswitchinterval(SWITCH_INTERVAL)
     stopping = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stopping.set)

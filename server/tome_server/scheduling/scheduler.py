@@ -8,11 +8,13 @@ from tome_server.errors import InfeasibleError
 from tome_server.scheduling.policy.view import Decision, Policy, View, uniform
 from tome_server.scheduling.profile import Latency
 from tome_server.scheduling.queue import DeadlineQueue, Waiting
-from tome_server.scheduling.traffic import TrafficMeter
+from tome_server.scheduling.traffic import HORIZON, TrafficMeter
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+_IMAGES_IN_HORIZON = 20
 
 
 class Scheduler(Generic[T]):
@@ -27,7 +29,8 @@ class Scheduler(Generic[T]):
         """Decisions that the policy raised on, and that were made without it."""
         self._policy = policy
         self._queue: DeadlineQueue[T] = DeadlineQueue()
-        self._traffic = TrafficMeter()
+        # A rate is that of several requests, however long each takes.
+        self._traffic = TrafficMeter(max(HORIZON, _IMAGES_IN_HORIZON * latency.profile.p50[0][0]))
 
     def __len__(self) -> int:
         return len(self._queue)

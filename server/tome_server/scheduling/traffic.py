@@ -6,7 +6,7 @@ from collections import deque
 from tome_server.scheduling.policy.view import Traffic
 
 # Seconds over which the rate is taken: short enough to follow a ramp, while bursts show in the queue itself.
-_HORIZON = 2.0
+HORIZON = 2.0
 # Arrivals over which the dispersion is taken.
 _GAPS = 256
 _BUDGETS = 64
@@ -17,7 +17,9 @@ _MOST_DISPERSED = 16.0
 class TrafficMeter:
     """Watches arrivals."""
 
-    def __init__(self) -> None:
+    def __init__(self, horizon: float = HORIZON) -> None:
+        """`horizon` is the time, in seconds, over which the rate is taken: an arrival weighs exp(-age / horizon)."""
+        self._horizon = horizon
         self._began = math.inf
         self._last = -math.inf
         self._weight = 0.0
@@ -35,7 +37,7 @@ class TrafficMeter:
             self._gap = self._gap * keep + gap
             self._gap_squared = self._gap_squared * keep + gap * gap
             self._gaps = self._gaps * keep + 1
-        self._weight = self._weight * math.exp((self._last - now) / _HORIZON) + 1.0
+        self._weight = self._weight * math.exp((self._last - now) / self._horizon) + 1.0
         self._last = now
         self._budgets.append(budget)
 
@@ -44,8 +46,8 @@ class TrafficMeter:
         if math.isinf(self._began):
             return Traffic()
         # Until the horizon is full, what has been seen stands for a shorter time; a quarter tempers the first few.
-        seen = _HORIZON * -math.expm1(-(now - self._began + _HORIZON / 8) / _HORIZON)
-        rate = self._weight * math.exp((self._last - now) / _HORIZON) / seen
+        seen = self._horizon * -math.expm1(-(now - self._began + self._horizon / 8) / self._horizon)
+        rate = self._weight * math.exp((self._last - now) / self._horizon) / seen
         dispersion = 1.0
         if (square := self._gap**2) > 0:  # a gap of a rounding error has none
             dispersion = min(max(self._gap_squared * self._gaps / square - 1.0, 1.0), _MOST_DISPERSED)

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tome_server.scheduling.policy import NAMES as ALL_NAMES
@@ -57,6 +57,18 @@ def test_a_request_that_is_alone_and_feasible_runs_in_time(
     assert seen.now + seen.latency.of_batch(decision.levels, promised=True) <= seen.waiting[0].deadline
 
 
+# Two in a batch, one of whom forbids merging, just miss what two merged the most would make.
+NEARLY_FLAT = (
+    (0.0440625, 0.0440625, 0.0440625, 0.0440625, 0.0428125),
+    (0.0490625, 0.0490625, 0.0490625, 0.0490625, 0.0465625),
+)
+
+
+@example(
+    Profile(sizes=(1, 2), rs=(0, 4, 8, 12, 16), p50=NEARLY_FLAT, p95=NEARLY_FLAT),
+    [Asked(3.0, 0, 4), Asked(1.109375, 0, 4), Asked(2.0, 0, 0)],
+    Traffic(),
+)
 @given(profiles(), st.lists(asked(), min_size=1, max_size=40), traffics)
 def test_price_runs_nobody_too_late(profile: Profile, requests: list[Asked], traffic: Traffic) -> None:
     seen = view(profile, requests, traffic)

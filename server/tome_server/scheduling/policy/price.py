@@ -28,7 +28,7 @@ from tome_server.scheduling.queue import Waiting
 # Of a newcomer's budget, the share that batches already begun may take before it is reached.
 _RESERVE = 0.4
 # Batches longer than this share of the hastiest budget are no use in reckoning what the device can do in time.
-_TYPICAL = 0.35
+_TYPICAL = 0.4
 # A newcomer needs this share of its budget, and one image's time, once the device is free.
 _OWN = 0.3
 # Bursts are as strong as their dispersion says only over long stretches; over one budget, about half.
@@ -36,8 +36,9 @@ _DISPERSION = 0.5
 # Backlog is reckoned in the smallest batches that are nearly as efficient as the largest.
 _EFFICIENT = 0.95
 
-# The least price, as a share of the dearest: traffic may turn out to be nothing like what it has been.
-_LEAST_SHARE = 0.001
+# The least price at full load, as a share of the dearest: traffic may turn out to be nothing like what it has been. At
+# less load it is less, and without any nothing.
+_LEAST_SHARE = 0.002
 
 # Time cheaper than this share of the dearest is taken to be of no use to anybody to come.
 _CHEAP = 0.02
@@ -84,7 +85,7 @@ class Price:
         unit, ends = min(typical, self._unit), view.now + latency.of_batch(decision.levels)
         if not self._loses(view, waiting[len(decision.batch) :], ends, unit):
             return decision
-        return uniform(waiting[: self._chunk(view, waiting, view.now, unit)], top)
+        return _in_time(view, waiting[: self._chunk(view, waiting, view.now, unit)], top)
 
     def _typical(self, view: View) -> int:
         """Return the size of the batches that most of the work is likely to be done in."""
@@ -106,7 +107,7 @@ class Price:
         chunk, alone = latency.expected(unit, top), latency.expected(1, top)
         burden = _burden(view, unit, top)
         depth_of = 1 / (image * max(1.0, _DISPERSION * traffic.dispersion))
-        share, backlog, room, start, lost = _LEAST_SHARE, 0.0, math.inf, 0, 0
+        share, backlog, room, start, lost = _LEAST_SHARE * min(1.0, traffic.rate * image), 0.0, math.inf, 0, 0
         for budget, part in (*traffic.budgets, (math.inf, 0.0)):
             until = view.now + budget
             while start < total and waiting[start].deadline <= until:
@@ -192,12 +193,16 @@ class Price:
             if worth >= best:
                 best, chosen = worth, (size, level)
         size, level = chosen
-        decision = uniform(queue[:size], level)
-        # Members whose bounds forbid that much merging make a batch longer.
-        while size > 1 and latency.of_batch(decision.levels, promised=True) > slack:
-            size -= 1
-            decision = uniform(queue[:size], level)
-        return decision
+        return _in_time(view, queue[:size], level)
+
+
+def _in_time(view: View, batch: Sequence[Waiting[Any]], level: int) -> Decision:
+    """Return `batch` at `level`, less its last where members whose bounds forbid that level would make it late."""
+    slack, decision = batch[0].deadline - view.now, uniform(batch, level)
+    while len(batch) > 1 and view.latency.of_batch(decision.levels, promised=True) > slack:
+        batch = batch[:-1]
+        decision = uniform(batch, level)
+    return decision
 
 
 def _burden(view: View, size: int, top: int) -> float:
