@@ -99,5 +99,5 @@ def test_a_folder_gets_the_page_the_figures_and_the_requests(tmp_path: Path) -> 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "tome_client.load.report")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'tome-serving\[report\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'tome-serving\[plots\]'"):
         import tome_client.load.report  # noqa: F401
