@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 
 # Before torch is imported: spinning threads cost more than they gain on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
 
 import tome_server.timm_import  # noqa: F401  isort: skip
 
