@@ -27,8 +27,8 @@ EPILOG = """examples:
   tome-server plan --rate 200 --budget 150ms            how many replicas that takes, and at what quality
 """
 
-# oneDNN keeps 1,024, fewer than a model has in batches of 1 to 8 at the r of its grid (about 2,700), and makes those that
-# it dropped anew: some 25 ms a batch of the bundled model, twice what a single image takes.
+# oneDNN keeps 1,024, fewer than a model has in batches of 1 to 8 at the r of its grid (about 2,700), and makes those
+# that it dropped anew: some 25 ms a batch of the bundled model, twice what a single image takes.
 KERNELS_KEPT = "8192"
 
 PLAN_EPILOG = """examples:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     # Before torch is imported: its idle threads would otherwise spin, and starve whatever shares the CPU.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # And before its CPU kernels are: each is generated for one number of tokens, and batch sizes times r make thousands.
+    # And before any kernel is made: each is for one number of tokens, and batch sizes times r make thousands.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS_KEPT)
     try:
         sys.exit(args.run(args))

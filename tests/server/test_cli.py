@@ -400,12 +400,12 @@ def test_without_the_servers_packages_the_way_to_get_them_is_said() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(("given", "kept"), [({}, cli.KERNELS_KEPT), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "10"}, "10")])
 def test_kernels_of_all_shapes_are_kept_unless_the_environment_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    given: dict[str, str], kept: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for given, kept in (({}, cli.KERNELS_KEPT), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "10"}, "10")):
-        environment: dict[str, str] = dict(given)
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr(os, "environ", environment)
-            cli.main(["evaluate", "--data", "x", "--output", str(tmp_path / "no" / "folder")])
-        assert environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == kept
+    environment = dict(given)
+    monkeypatch.setattr(os, "environ", environment)
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--data", "x", "--output", str(tmp_path / "no" / "folder")])
+    assert environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == kept
