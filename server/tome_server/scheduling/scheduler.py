@@ -5,7 +5,7 @@ import math
 from typing import Any, Generic, TypeVar
 
 from tome_server.errors import InfeasibleError
-from tome_server.scheduling.policy.view import Decision, Policy, View, uniform
+from tome_server.scheduling.policy.view import Decision, Policy, View, largest, uniform
 from tome_server.scheduling.profile import Latency
 from tome_server.scheduling.queue import DeadlineQueue, Waiting
 from tome_server.scheduling.traffic import HORIZON, TrafficMeter
@@ -116,8 +116,5 @@ def _check(decision: Decision, queue: DeadlineQueue[T], largest: int) -> None:
 
 def _without_policy(view: View) -> Decision:
     """Return as many of the earliest deadlines as are in time together, merged the most."""
-    latency, top = view.latency, view.latency.levels - 1
-    slack, size = view.waiting[0].deadline - view.now, 1
-    while size < min(len(view.waiting), latency.max_batch) and latency.promised(size + 1, top) <= slack:
-        size += 1
-    return uniform(view.waiting[:size], top)
+    top = view.latency.levels - 1
+    return uniform(view.waiting[: largest(view, view.waiting, top)], top)

@@ -45,7 +45,7 @@ class TrafficMeter:
         """Return what has been seen until `now`."""
         if math.isinf(self._began):
             return Traffic()
-        # Until the horizon is full, what has been seen stands for a shorter time; a quarter tempers the first few.
+        # Until the horizon is full, what has been seen stands for a shorter time; the eighth tempers the first few.
         seen = self._horizon * -math.expm1(-(now - self._began + self._horizon / 8) / self._horizon)
         rate = self._weight * math.exp((self._last - now) / self._horizon) / seen
         dispersion = 1.0

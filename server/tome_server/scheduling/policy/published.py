@@ -4,11 +4,11 @@ All take the earliest deadlines first and run no batch that would end after its 
 batch would not.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tome_server.scheduling.policy.view import Decision, View, uniform
+from tome_server.scheduling.policy.view import Decision, View, largest, uniform
 from tome_server.scheduling.queue import Waiting
 
 
@@ -25,7 +25,7 @@ class Fixed:
         rest = [request for request in view.waiting if id(request) not in gone] if late else view.waiting
         if not rest:
             return Decision((), (), late)
-        size = _largest(view, rest, self.level)
+        size = largest(view, rest, self.level)
         return Decision(rest[:size], uniform(rest[:size], self.level).levels, late)
 
     def _makes(self, request: Waiting[Any], view: View) -> bool:
@@ -36,13 +36,13 @@ class Fixed:
 def max_accuracy(view: View) -> Decision:
     """The least merging that the earliest deadline allows, then the largest batch that it allows at that."""
     level = next(_fitting(view, 1), view.latency.levels - 1)
-    return uniform(view.waiting[: _largest(view, view.waiting, level)], level)
+    return uniform(view.waiting[: largest(view, view.waiting, level)], level)
 
 
 def max_batch(view: View) -> Decision:
     """The largest batch that the earliest deadline allows, then the least merging that it allows for that."""
     top = view.latency.levels - 1
-    size = _largest(view, view.waiting, top)
+    size = largest(view, view.waiting, top)
     return uniform(view.waiting[:size], next(_fitting(view, size), top))
 
 
@@ -71,11 +71,3 @@ def _fitting(view: View, size: int) -> Iterator[int]:
     """Yield the levels at which a batch of `size` ends by the earliest deadline, least merging first."""
     slack = view.waiting[0].deadline - view.now
     return (level for level in range(view.latency.levels) if view.latency.promised(size, level) <= slack)
-
-
-def _largest(view: View, queue: Sequence[Waiting[Any]], level: int) -> int:
-    """Return how many of the queue's first can end together at `level` by the earliest deadline; at least one."""
-    slack, size = queue[0].deadline - view.now, 1
-    while size < min(len(queue), view.latency.max_batch) and view.latency.promised(size + 1, level) <= slack:
-        size += 1
-    return size

@@ -49,6 +49,14 @@ class Policy(Protocol):
         ...
 
 
+def largest(view: View, queue: Sequence[Waiting[Any]], level: int) -> int:
+    """Return how many of the queue's first can end together at `level` by the earliest deadline; at least one."""
+    slack, size = queue[0].deadline - view.now, 1
+    while size < min(len(queue), view.latency.max_batch) and view.latency.promised(size + 1, level) <= slack:
+        size += 1
+    return size
+
+
 def uniform(batch: Sequence[Waiting[Any]], level: int) -> Decision:
     """Return the decision to run `batch` at `level`, each member as near to it as its own bounds allow."""
     within = [level if one.low <= level <= one.high else min(max(level, one.low), one.high) for one in batch]
