@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import importlib
 import importlib.metadata
 import json
 import logging
@@ -9,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tome_server.errors import ConfigError, ModelLoadError, PortInUseError
@@ -27,7 +29,7 @@ EPILOG = """examples:
   tome-server plan --rate 200 --budget 150ms            how many replicas that takes, and at what quality
 """
 
-# oneDNN keeps 1,024, fewer than a model has in batches of 1 to 8 at the r of its grid (about 2,700), and makes those
+# oneDNN keeps 1,024, fewer than a model has in batches of 1 to 8 at the r of its grid (about 1,400), and makes those
 # that it dropped anew: some 25 ms a batch of the bundled model, twice what a single image takes.
 KERNELS_KEPT = "8192"
 
@@ -94,18 +96,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _profile(args: argparse.Namespace) -> int:
-    for name in ("output", "picture"):
-        path: Path | None = getattr(args, name)
-        if path and not path.parent.is_dir():
-            raise ConfigError(f"--{name}: there is no folder {path.parent}")
-    if args.picture:
-        # Before measuring, so that a minute isn't spent on a picture that can't be drawn.
-        try:
-            from tome_server.runtime.profile_picture import FORMATS, draw
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"--picture: {error}; it needs: pip install 'tome-serving[plots]'") from error
-        if args.picture.suffix not in FORMATS:
-            raise ConfigError(f"--picture: {args.picture} must end in one of {', '.join(FORMATS)}")
+    if args.output and not args.output.parent.is_dir():
+        raise ConfigError(f"--output: there is no folder {args.output.parent}")
+    picture = _drawing("tome_server.runtime.profile_picture", "--picture", args.picture) if args.picture else None
     from tome_server.app import profile_model
     from tome_server.runtime.profile_store import profile_text
     from tome_server.runtime.profile_table import table
@@ -115,24 +108,15 @@ def _profile(args: argparse.Namespace) -> int:
     sys.stdout.write(text if args.json else table(profile))
     if args.output:
         args.output.write_text(text)
-    if args.picture:
-        draw(profile, f"{name} on {key.device}, {key.dtype}", args.picture)
+    if picture:
+        picture.draw(profile, f"{name} on {key.device}, {key.dtype}", args.picture)
     if kept:
         print(f"kept for the server in {kept}", file=sys.stderr)
     return 0
 
 
 def _plan(args: argparse.Namespace) -> int:
-    if args.plot:
-        if not args.plot.parent.is_dir():
-            raise ConfigError(f"--plot: there is no folder {args.plot.parent}")
-        # Before simulating, so that no time is spent on a picture that can't be drawn.
-        try:
-            from tome_server.plan_picture import FORMATS, draw_plan
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"--plot: {error}; it needs: pip install 'tome-serving[plots]'") from error
-        if args.plot.suffix not in FORMATS:
-            raise ConfigError(f"--plot: {args.plot} must end in one of {', '.join(FORMATS)}")
+    picture = _drawing("tome_server.plan_picture", "--plot", args.plot) if args.plot else None
     from tqdm import tqdm
 
     from tome_server.plan import Plan, Question, answer_fields, answer_lines, load_replica
@@ -151,10 +135,23 @@ def _plan(args: argparse.Namespace) -> int:
         plan = Plan(question, profile, quality, progress.update)
         fields, lines = answer_fields(plan), answer_lines(plan)
         replicas = fields["replicas"]
-        if args.plot and replicas:
-            draw_plan(plan.against_rate(replicas), question.rate, question.attainment, args.plot)
+        if picture and replicas:
+            picture.draw_plan(plan.against_rate(replicas), question.rate, question.attainment, args.plot)
     print(json.dumps(fields, indent=2) if args.json else "\n".join(lines))
     return 0 if replicas else 1
+
+
+def _drawing(module: str, flag: str, path: Path) -> ModuleType:
+    """Import what draws the picture at `path`: before the work, so that none is done for one that can't be drawn."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"{flag}: there is no folder {path.parent}")
+    try:
+        drawing = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{flag}: {error}; it needs: pip install 'tome-serving[plots]'") from error
+    if path.suffix not in drawing.FORMATS:
+        raise ConfigError(f"{flag}: {path} must end in one of {', '.join(drawing.FORMATS)}")
+    return drawing
 
 
 def _config(args: argparse.Namespace) -> "ServerConfig":
@@ -317,24 +314,18 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _positive_number(text: str, what: str = "number") -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no {what} above 0")
+    return value
+
+
 def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
-    return value
-
-
-def _positive_number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return value
+    return _positive_number(text, "number of seconds")
 
 
 def _share(text: str) -> float:
