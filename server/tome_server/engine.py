@@ -90,6 +90,8 @@ class Request:
     top_k: int | None = None
     features: bool = False
     token_map: bool = False
+    logits: bool = False
+    """Whether the reply holds the logits of all classes."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,7 @@ class Engine:
             scheduler.check(Waiting(None, *limits), _now() + self._decoding, self._free_at)
             async with asyncio.timeout_at(request.deadline - self.reply_margin):
                 image = await self._decode(served.model, request)
-                work = Work(image, top_k, request.features, request.token_map)
+                work = Work(image, top_k, request.features, request.token_map, request.logits)
                 job = _Job(served, bounds.exact, work, asyncio.get_running_loop().create_future(), _now())
                 answer = await self._wait(Waiting(job, *limits))
         except TimeoutError:

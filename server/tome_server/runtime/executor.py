@@ -22,6 +22,7 @@ class Work:
     top_k: int
     features: bool = False
     token_map: bool = False
+    logits: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Result:
     """Their softmax probabilities."""
     features: tuple[float, ...] | None
     token_map: tuple[int, ...] | None
+    logits: tuple[float, ...] | None = None
+    """Of all classes, if asked for."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,12 @@ def run_batch(
 def _run(model: HostedModel, batch: Sequence[Work], r: int | Sequence[int], device: torch.device) -> list[Result]:
     images = torch.stack([work.image for work in batch]).to(device)
     output = model.merged(images, r, return_token_map=any(work.token_map for work in batch))
-    scores, class_ids = output.logits.float().softmax(dim=-1).topk(max(work.top_k for work in batch))
+    logits = output.logits.float()
+    scores, class_ids = logits.softmax(dim=-1).topk(max(work.top_k for work in batch))
     # One transfer back for each tensor, which also waits for the device.
     all_ids, all_scores = class_ids.tolist(), scores.tolist()
     features = output.features.float().tolist() if any(work.features for work in batch) else None
+    all_logits = logits.tolist() if any(work.logits for work in batch) else None
     token_map = output.token_map.tolist() if output.token_map is not None else None
     return [
         Result(
@@ -99,6 +104,7 @@ def _run(model: HostedModel, batch: Sequence[Work], r: int | Sequence[int], devi
             scores=tuple(all_scores[i][: work.top_k]),
             features=tuple(features[i]) if features and work.features else None,
             token_map=tuple(token_map[i]) if token_map and work.token_map else None,
+            logits=tuple(all_logits[i]) if all_logits and work.logits else None,
         )
         for i, work in enumerate(batch)
     ]

@@ -56,6 +56,12 @@ def test_each_image_gets_only_what_was_asked_for_it(model: HostedModel, images: 
     assert len(set(mapped.token_map)) == 12  # 16 patches, two merged in each of two blocks
 
 
+def test_logits_are_of_all_classes_and_only_of_who_asked(model: HostedModel, images: torch.Tensor) -> None:
+    plain, raw = run_batch(model, [Work(images[0], 1), Work(images[1], 1, logits=True)], 2, CPU).results
+    assert plain.logits is None
+    assert raw.logits == pytest.approx(model.merged(images[1:2], 2).logits[0].tolist(), abs=1e-5)
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_images_that_differ_in_r_get_what_each_would_get_alone(
     model: HostedModel, images: torch.Tensor, packed: bool
