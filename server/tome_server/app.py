@@ -24,7 +24,8 @@ from tome_server.models.hosted import HostedModel
 from tome_server.models.loading import BUNDLED_PREFIX, ModelSpec, bundled_spec, load, weights_digest
 from tome_server.models.preprocess import Limits
 from tome_server.observability.metrics import Metrics
-from tome_server.rpc.server import RpcServer, TlsFiles
+from tome_server.rpc.server import RpcServer
+from tome_server.rpc.tls import TlsFiles
 from tome_server.runtime.evaluation import evaluate
 from tome_server.runtime.executor import Executor, Work, run_batch
 from tome_server.runtime.profile_store import ProfileKey, keep_profile, obtain_profile, profile_key
@@ -65,7 +66,7 @@ async def serve(config: ServerConfig) -> None:
         decode_threads=available_cpus(),
         names=[spec.name for spec in specs],
     )
-    tls = TlsFiles(config.tls.certificate, config.tls.key) if config.tls else None
+    tls = TlsFiles(config.tls.certificate, config.tls.key, config.tls.client_ca) if config.tls else None
     rpc = RpcServer(engine, config.listen, config.limits.max_image_bytes, tls)
     metrics_url, stop_metrics = _serve_metrics(config.metrics, metrics)
     await rpc.start()

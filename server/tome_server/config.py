@@ -115,10 +115,13 @@ class LimitsConfig(_Strict):
 
 
 class TlsConfig(_Strict):
-    """PEM files of the server's identity."""
+    """PEM files of the server's identity, and of whom it lets in. What is written anew serves the next connections."""
 
     certificate: Path
+    """The certificate, and those between it and its root."""
     key: Path
+    client_ca: Path | None = None
+    """Authorities of which clients must show a certificate (mTLS); by default clients need none."""
 
 
 class ServerConfig(_Strict):

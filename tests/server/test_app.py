@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
+import trustme
 import yaml
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -348,30 +349,31 @@ def test_calls_that_outlast_the_drain_timeout_are_cut(own_server: Callable[..., 
 # TLS
 
 
-@pytest.fixture(scope="module")
-def identity(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A self-signed certificate of localhost, and its key."""
-    folder = tmp_path_factory.mktemp("tls")
-    certificate, key = folder / "server.pem", folder / "server.key"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    try:
-        subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    except FileNotFoundError:
-        pytest.skip("needs openssl")
-    return certificate, key
-
-
-def test_tls_is_served_and_nothing_else(
-    own_server: Callable[..., Any], identity: tuple[Path, Path], tmp_path: Path, image: bytes
+def test_tls_is_served_and_nothing_else_and_its_certificate_may_be_exchanged(
+    own_server: Callable[..., Any], tmp_path: Path, image: bytes
 ) -> None:
-    certificate, key = identity
+    certificate, key = tmp_path / "server.pem", tmp_path / "server.key"
+
+    def issue() -> grpc.ChannelCredentials:
+        """Write a new certificate of a new authority; returns what trusts it."""
+        ca = trustme.CA()
+        issued = ca.issue_cert("127.0.0.1")
+        certificate.write_bytes(issued.cert_chain_pems[0].bytes())
+        key.write_bytes(issued.private_key_pem.bytes())
+        return grpc.ssl_channel_credentials(ca.cert_pem.bytes())
+
+    first = issue()
     config = tmp_path / "tls.yaml"
     config.write_text(yaml.safe_dump({"tls": {"certificate": str(certificate), "key": str(key)}}))
     server = own_server("--config", str(config))
-    with connected(server.target, grpc.ssl_channel_credentials(certificate.read_bytes())) as stub:
+    with connected(server.target, first) as stub:
         assert stub.Predict(pb.PredictRequest(image=image)).predictions[0].label == "Trouser"
     for stranger in (None, grpc.ssl_channel_credentials()):
         with connected(server.target, stranger) as stub:
             assert refusal(lambda stub=stub: stub.Predict(pb.PredictRequest(image=image))).code is UNAVAILABLE
+    second = issue()
+    with connected(server.target, second) as stub:
+        assert stub.Predict(pb.PredictRequest(image=image)).predictions[0].label == "Trouser"
+    with connected(server.target, first) as stub:
+        assert refusal(lambda: stub.Predict(pb.PredictRequest(image=image))).code is UNAVAILABLE
     assert server.terminate() == 0

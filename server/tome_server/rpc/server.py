@@ -1,30 +1,19 @@
 """The gRPC server: services, health, reflection, limits."""
 
-import ssl
-from dataclasses import dataclass
-from pathlib import Path
-
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from tome_api.v1 import inference_pb2, inference_pb2_grpc
 from tome_server.engine import Engine
-from tome_server.errors import ConfigError, PortInUseError
+from tome_server.errors import PortInUseError
 from tome_server.rpc import health
 from tome_server.rpc.servicer import InferenceServicer
+from tome_server.rpc.tls import TlsFiles, credentials
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 # Room for what goes with an image of the largest size, so that one somewhat above it gets our own, clearer refusal.
 MESSAGE_SLACK = 2
-
-
-@dataclass(frozen=True)
-class TlsFiles:
-    """PEM files of the server's identity."""
-
-    certificate: Path
-    key: Path
 
 
 class RpcServer:
@@ -72,16 +61,4 @@ class RpcServer:
     def _listen(self, address: str, tls: TlsFiles | None) -> int:
         if tls is None:
             return self._server.add_insecure_port(address)
-        return self._server.add_secure_port(address, _credentials(tls))
-
-
-def _credentials(tls: TlsFiles) -> grpc.ServerCredentials:
-    """Read the files. Raises ConfigError if they can't be used, of which gRPC would only say that the port can't."""
-    try:
-        pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(tls.certificate, tls.key, password="")
-    except ssl.SSLError as error:
-        raise ConfigError(f"tls: {tls.certificate} and {tls.key} are no certificate and its key: {error}") from error
-    except OSError as error:
-        raise ConfigError(f"tls: {error.filename}: {error.strerror}") from error
-    return grpc.ssl_server_credentials([pair])
+        return self._server.add_secure_port(address, credentials(tls))

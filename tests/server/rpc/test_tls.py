@@ -1,0 +1,166 @@
+"""The TLS of the gRPC port: who is let in, and what happens when files are exchanged under a running server."""
+
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+import trustme
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tome_server.errors import ConfigError
+from tome_server.rpc.health import HealthServicer
+from tome_server.rpc.tls import TlsFiles, credentials
+
+PATIENCE = 60.0
+
+
+@pytest.fixture(scope="module")
+def ca() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(scope="module")
+def other_ca() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def files(ca: trustme.CA, tmp_path: Path) -> TlsFiles:
+    return identity(tmp_path, ca)
+
+
+def identity(folder: Path, ca: trustme.CA) -> TlsFiles:
+    """Write a certificate of localhost that `ca` signed."""
+    files = TlsFiles(folder / "server.pem", folder / "server.key")
+    issued = ca.issue_cert("localhost")
+    files.certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    files.key.write_bytes(issued.private_key_pem.bytes())
+    return files
+
+
+def root(ca: trustme.CA) -> bytes:
+    return ca.cert_pem.bytes()
+
+
+async def serve(files: TlsFiles) -> tuple[grpc.aio.Server, str]:
+    server = grpc.aio.server()
+    health = HealthServicer([""])
+    health.ready()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    port = server.add_secure_port("localhost:0", credentials(files))
+    await server.start()
+    return server, f"localhost:{port}"
+
+
+@pytest.fixture
+async def target(files: TlsFiles) -> AsyncIterator[str]:
+    server, target = await serve(files)
+    yield target
+    await server.stop(None)
+
+
+def channel(target: str, roots: bytes, client: trustme.LeafCert | None = None) -> grpc.aio.Channel:
+    pair = (None, None)
+    if client is not None:
+        pair = (client.private_key_pem.bytes(), b"".join(blob.bytes() for blob in client.cert_chain_pems))
+    # Else gRPC would let channels of equal credentials share a connection, and do no new handshake.
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    return grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(roots, *pair), options)
+
+
+async def status(channel: grpc.aio.Channel) -> int:
+    return (await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE)).status
+
+
+async def let_in(target: str, roots: bytes, client: trustme.LeafCert | None = None) -> bool:
+    """Whether a new connection that trusts `roots` comes about."""
+    async with channel(target, roots, client) as one:
+        try:
+            return await status(one) == health_pb2.HealthCheckResponse.SERVING
+        except grpc.aio.AioRpcError as error:
+            assert error.code() is grpc.StatusCode.UNAVAILABLE  # noqa: PT017
+            return False
+
+
+async def test_a_certificate_exchanged_under_a_running_server_serves_new_connections_and_keeps_old_ones(
+    target: str, files: TlsFiles, ca: trustme.CA, other_ca: trustme.CA
+) -> None:
+    async with channel(target, root(ca)) as before:
+        assert await status(before)
+        assert not await let_in(target, root(other_ca))
+        identity(files.certificate.parent, other_ca)
+        assert await let_in(target, root(other_ca))
+        assert not await let_in(target, root(ca))
+        assert await status(before)
+
+
+async def test_a_link_turned_to_another_folder_is_an_exchange(
+    tmp_path: Path, ca: trustme.CA, other_ca: trustme.CA
+) -> None:
+    """As an orchestrator exchanges a mounted secret."""
+    for name, by in (("old", ca), ("new", other_ca)):
+        (tmp_path / name).mkdir()
+        identity(tmp_path / name, by)
+    data = tmp_path / "data"
+    data.symlink_to("old")
+    server, target = await serve(TlsFiles(data / "server.pem", data / "server.key"))
+    assert await let_in(target, root(ca))
+    (tmp_path / "next").symlink_to("new")
+    (tmp_path / "next").rename(data)
+    assert await let_in(target, root(other_ca))
+    assert not await let_in(target, root(ca))
+    await server.stop(None)
+
+
+@pytest.mark.parametrize("harm", ["junk", "another key", "gone"])
+async def test_files_that_do_not_serve_are_said_once_and_change_nothing_until_they_do(
+    target: str, files: TlsFiles, ca: trustme.CA, other_ca: trustme.CA, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    match harm:
+        case "junk":
+            files.certificate.write_text("junk")
+        case "another key":
+            files.key.write_bytes(other_ca.issue_cert("localhost").private_key_pem.bytes())
+        case _:
+            files.key.unlink()
+    with caplog.at_level(logging.INFO, "tome_server"):
+        assert await let_in(target, root(ca))
+        assert await let_in(target, root(ca))
+        (said,) = (record.message for record in caplog.records)
+        assert said.startswith("the certificates were not exchanged, those before stay in use: ")
+        assert said.endswith(f"No such file or directory: '{files.key}'") == (harm == "gone")
+        identity(files.certificate.parent, other_ca)
+        assert await let_in(target, root(other_ca))
+        assert caplog.records[-1].message == f"certificates read anew from {files.certificate}"
+
+
+async def test_with_a_client_ca_only_its_clients_are_let_in(
+    files: TlsFiles, ca: trustme.CA, other_ca: trustme.CA
+) -> None:
+    client_ca = files.key.parent / "clients.pem"
+    client_ca.write_bytes(root(other_ca))
+    server, target = await serve(TlsFiles(files.certificate, files.key, client_ca))
+    known, stranger = other_ca.issue_cert("client"), ca.issue_cert("client")
+    assert await let_in(target, root(ca), known)
+    assert not await let_in(target, root(ca), stranger)
+    assert not await let_in(target, root(ca))
+    client_ca.write_bytes(root(ca))
+    assert await let_in(target, root(ca), stranger)
+    assert not await let_in(target, root(ca), known)
+    await server.stop(None)
+
+
+def test_files_that_cannot_be_used_are_named(files: TlsFiles, tmp_path: Path) -> None:
+    junk = tmp_path / "junk.pem"
+    junk.write_text("junk")
+    for wrong, text in (
+        (TlsFiles(junk, files.key), f"tls: {junk} and {files.key} are no certificate and its key: "),
+        (TlsFiles(tmp_path / "no.pem", files.key), f"tls: {tmp_path / 'no.pem'}: No such file or directory"),
+        (TlsFiles(files.certificate, files.key, junk), f"tls: {junk} holds no certificates: "),
+        (TlsFiles(files.certificate, files.key, tmp_path / "no.pem"), f"tls: {tmp_path / 'no.pem'}: No such file"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            credentials(wrong)
+        assert str(caught.value).startswith(text)
