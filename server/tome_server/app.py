@@ -81,7 +81,7 @@ async def serve(config: ServerConfig) -> None:
         for spec, model in zip(specs, models, strict=True):
             profile = await asyncio.to_thread(_profile, spec, model, device, config)
             served.append(ServedModel(model, profile, config.policy))
-            metrics.model_info.labels(spec.name).info({"architecture": model.architecture, "device": str(device)})
+            metrics.serving(spec.name, model.architecture, str(device), served[-1].rs, model.largest_r)
         # All at once: requests for the first would disturb what is measured of the second.
         engine.models.update(zip(engine.names, served, strict=True))
         rpc.ready()

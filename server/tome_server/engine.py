@@ -28,11 +28,10 @@ from tome_server.errors import (
 from tome_server.merging import MacCount
 from tome_server.models.hosted import HostedModel
 from tome_server.models.preprocess import Preprocess
-from tome_server.observability.metrics import Metrics
+from tome_server.observability.metrics import Metrics, exemplar
 from tome_server.runtime.executor import Executor, Result, Work
 from tome_server.scheduling.policy.view import Decision
 from tome_server.scheduling.queue import Waiting
-from tome_server.scheduling.scheduler import Scheduler
 from tome_server.served import Bounds, ServedModel
 
 log = logging.getLogger(__name__)
@@ -92,6 +91,8 @@ class Request:
     token_map: bool = False
     logits: bool = False
     """Whether the reply holds the logits of all classes."""
+    trace_id: str | None = None
+    """Of the recorded trace it belongs to, as 32 hexadecimal digits: metrics name it as their exemplar."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         self._pending = 0
+        self.metrics.pending_limit.set(self.max_pending)
         self._arrived = asyncio.Event()
         self._decoders = ThreadPoolExecutor(self.decode_threads, thread_name_prefix="decode")
         # When the batch on the device should end; without one, when the last did.
@@ -219,14 +221,14 @@ class Engine:
             request = replace(request, deadline=request.arrival + served.default_budget)
         try:
             reply = await self._answer(served, bounds, top_k, request)
-        except RequestError as error:
-            if missed := _MISSED.get(type(error)):
-                self.metrics.slo_missed.labels(served.model.name, missed).inc()
+        except Exception as error:
+            if missed := _MISSED.get(type(error)) if isinstance(error, RequestError) else "failed":
+                self.metrics.slo_missed.labels(served.model.name, missed).inc(exemplar=exemplar(request.trace_id))
             raise
         if reply.timing.slack >= 0:
             self.metrics.slo_met.labels(served.model.name).inc()
         else:
-            self.metrics.slo_missed.labels(served.model.name, "late").inc()
+            self.metrics.slo_missed.labels(served.model.name, "late").inc(exemplar=exemplar(request.trace_id))
         return reply
 
     async def run(self) -> None:
@@ -272,7 +274,7 @@ class Engine:
             raise ExpiredError(stage, request.deadline - request.arrival) from None
         except InfeasibleError:
             self.metrics.rejected.labels(name, "infeasible").inc()
-            self._forget_drift(scheduler)
+            self._forget_drift(served)
             raise
         finally:
             self._pending -= 1
@@ -292,13 +294,13 @@ class Engine:
         if not self._queued():
             self._waiting_since = job.queued
         scheduler.submit(waiting, job.queued, self._free_at)
-        self._queue_changed()
+        self._queue_changed(job.served)
         self._arrived.set()
         try:
             return await job.answer
         finally:
             if scheduler.cancel(waiting):
-                self._queue_changed()
+                self._queue_changed(job.served)
 
     async def _next(self) -> tuple[Served, Decision]:
         """Return the next decision: that of the model whose earliest deadline is the earliest."""
@@ -336,7 +338,7 @@ class Engine:
         failures = scheduler.policy_failures
         decision = scheduler.next(now)
         self.metrics.policy_failures.labels(served.model.name).inc(scheduler.policy_failures - failures)
-        self._queue_changed()
+        self._queue_changed(served)
         return decision
 
     def _give_up(self, served: Served, waiting: Waiting[_Job]) -> None:
@@ -368,11 +370,16 @@ class Engine:
             return
         finally:
             self._busy, self._free_at = False, _now()
+        # What the same batch would have taken unmerged, had it run when this one did.
+        unmerged = latency.expected(len(batch), 0)
         ratio = latency.observe(levels, done.seconds)
         metrics = self.metrics
         metrics.batch_size.labels(model.name).observe(len(batch))
         metrics.prediction_ratio.labels(model.name).observe(ratio)
+        metrics.drift.labels(model.name).set(latency.drift)
         metrics.compute_seconds.labels(model.name).inc(done.seconds)
+        metrics.unmerged_seconds.labels(model.name).inc(unmerged)
+        metrics.speedup_ratio.labels(model.name).observe(unmerged / done.seconds)
         for job, r, result in zip(batch, rs, done.results, strict=True):
             if job.answer.done():  # its caller has gone, or its deadline passed
                 metrics.wasted_seconds.labels(model.name).inc(done.seconds / len(batch))
@@ -394,12 +401,13 @@ class Engine:
         )
         self._ways_back.append(now - answer.started - answer.seconds)
         reply = Reply(model, answer.result, answer.r, cost, timing)
-        metrics = self.metrics
-        metrics.request_duration.labels(name).observe(timing.total)
-        metrics.stage_duration.labels(name, "decode").observe(timing.decode)
-        metrics.stage_duration.labels(name, "queue").observe(timing.queue)
-        metrics.stage_duration.labels(name, "compute").observe(timing.compute)
-        metrics.deadline_slack.labels(name).observe(timing.slack)
+        metrics, trace = self.metrics, exemplar(request.trace_id)
+        metrics.request_duration.labels(name).observe(timing.total, trace)
+        metrics.stage_duration.labels(name, "decode").observe(timing.decode, trace)
+        metrics.stage_duration.labels(name, "queue").observe(timing.queue, trace)
+        metrics.stage_duration.labels(name, "compute").observe(timing.compute, trace)
+        metrics.stage_duration.labels(name, "reply").observe(now - answer.started - answer.seconds, trace)
+        metrics.deadline_slack.labels(name).observe(timing.slack, trace)
         metrics.merge_r.labels(name).observe(answer.r)
         metrics.tokens_input.labels(name).inc(cost.tokens_in)
         metrics.tokens_merged.labels(name).inc(cost.tokens_in - cost.tokens[-1])
@@ -415,18 +423,19 @@ class Engine:
         ranked = sorted(self._ways_back)
         return max(self.reply_margin, ranked[int(REPLIES_IN_TIME * (len(ranked) - 1))])
 
-    def _forget_drift(self, scheduler: Scheduler[_Job]) -> None:
+    def _forget_drift(self, served: Served) -> None:
         """Let an idle device's predictions return to its profile: while all is refused, no batch would correct them."""
         now = _now()
         if not self._busy and not self._queued() and self._free_at > -math.inf:
-            scheduler.latency.idle(now - self._free_at)
+            served.scheduler.latency.idle(now - self._free_at)
             self._free_at = now
+            self.metrics.drift.labels(served.model.name).set(served.scheduler.latency.drift)
 
     def _queued(self) -> int:
         return sum(len(served.scheduler) for served in self.models.values())
 
-    def _queue_changed(self) -> None:
-        self.metrics.queue_depth.set(self._queued())
+    def _queue_changed(self, served: Served) -> None:
+        self.metrics.queue_depth.labels(served.model.name).set(len(served.scheduler))
 
 
 # What is wrong with the request itself, an image that can't be decoded for one, is no miss.

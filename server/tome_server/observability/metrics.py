@@ -1,8 +1,80 @@
 """Every metric of the server, in Prometheus base units, labelled by model."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from tome_server.observability import buckets
+from tome_server.observability.buckets import Buckets
+
+NAMESPACE = "tome"
+# Why a request was not answered inside its deadline, and which of these were refused before they cost anything.
+MISSED = ("infeasible", "expired", "queue_full", "failed", "late")
+REJECTED = ("infeasible", "queue_full")
+STAGES = ("decode", "queue", "compute", "reply")
+# What a series is called besides its family's own name.
+_SUFFIXES = {
+    "counter": ("_total",),
+    "gauge": ("",),
+    "histogram": ("_bucket", "_sum", "_count"),
+    "info": ("_info",),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is known of a metric without asking a server."""
+
+    name: str
+    """Without the type's suffix."""
+    type: str
+    """counter, gauge, histogram or info"""
+    labels: tuple[str, ...]
+    text: str
+    buckets: Buckets | None = None
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        """Names of its series, as queries have them."""
+        return tuple(self.name + suffix for suffix in _SUFFIXES[self.type])
+
+
+class GridHistogram(Collector):
+    """A histogram by model, with buckets that are each model's own."""
+
+    def __init__(self, name: str, text: str, default: Sequence[float]) -> None:
+        self._name = name
+        self._text = text
+        self._default = tuple(default)
+        self._models: dict[str, tuple[tuple[float, ...], Histogram]] = {}
+
+    def declare(self, model: str, bounds: Sequence[float]) -> None:
+        """Count `model` in these buckets from now on; what was counted in others is forgotten."""
+        bounds = tuple(sorted(set(bounds)))
+        if model not in self._models or self._models[model][0] != bounds:
+            histogram = Histogram(self._name, self._text, ["model"], registry=None, buckets=bounds)
+            self._models[model] = (bounds, histogram)
+
+    def labels(self, model: str) -> Histogram:
+        """Return the histogram of a model."""
+        if model not in self._models:
+            self.declare(model, self._default)
+        return self._models[model][1].labels(model)
+
+    def describe(self) -> Iterator[Metric]:
+        """Yield the family without samples."""
+        yield Metric(self._name, self._text, "histogram")
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the family with every model's samples."""
+        family = Metric(self._name, self._text, "histogram")
+        for _, histogram in list(self._models.values()):
+            for one in histogram.collect():
+                family.samples.extend(one.samples)
+        yield family
 
 
 class Metrics:
@@ -10,47 +82,130 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = self._counter("requests", "Requests answered, by gRPC status code", "code")
+        self.families: list[Family] = []
+        """In the order of docs/metrics.md."""
+
+        self.requests = self._counter("requests", "Requests by gRPC status; CANCELLED where the client left", "code")
         self.request_duration = self._histogram(
-            "request_duration_seconds", "Arrival to answer, of requests answered with a prediction", buckets.SECONDS
+            "request_duration_seconds", "Arrival to answer, of requests with a prediction", buckets.SECONDS
         )
         self.stage_duration = self._histogram(
-            "stage_duration_seconds", "Time of a request in decode, queue and compute", buckets.SECONDS, "stage"
-        )
-        self.pending = self._gauge("requests_pending", "Requests that have arrived and aren't answered yet")
-        self.queue_depth = self._gauge("queue_depth", "Requests that wait for the device")
-        self.deadline_slack = self._histogram(
-            "deadline_slack_seconds", "Time left until the deadline when the answer was ready", buckets.SLACK
+            "stage_duration_seconds", "The same by stage: decode, queue, compute, reply", buckets.SECONDS, "stage"
         )
         self.slo_met = self._counter("slo_met", "Requests answered inside their deadline")
-        self.slo_missed = self._counter("slo_missed", "Requests that were not, by reason", "reason")
-        self.rejected = self._counter("rejected", "Requests refused without computing them, by reason", "reason")
+        self.slo_missed = self._counter(
+            "slo_missed",
+            "Requests that were not, by reason: infeasible, expired, queue_full, failed, or late for an answer after "
+            "the deadline; what is wrong with a request itself is no miss",
+            "reason",
+        )
+        self.deadline_slack = self._histogram(
+            "deadline_slack_seconds", "Time left until the deadline, of requests with a prediction", buckets.SLACK
+        )
+        self.rejected = self._counter(
+            "rejected", "Requests refused for want of time or room, by reason: infeasible, queue_full", "reason"
+        )
+        self.pending = self._gauge("requests_pending", "Requests in the server, not answered yet")
+        self.pending_limit = self._gauge("requests_pending_limit", "At so many pending requests more are refused")
+        self.queue_depth = self._gauge("queue_depth", "Requests that wait for the device", "model")
+        self.batch_size = self._histogram("batch_size", "Images in a batch", buckets.BATCH)
+        self.compute_seconds = self._counter("compute_seconds", "Time that batches took on the device")
+        self.unmerged_seconds = self._counter(
+            "compute_unmerged_seconds",
+            "Time that the same batches would have taken at r = 0: as profiled, times the machine's drift at the time",
+        )
+        self.wasted_seconds = self._counter(
+            "compute_wasted_seconds",
+            "The share of compute_seconds for requests that nobody waited for any more when it ended",
+        )
+        self.speedup_ratio = self._histogram(
+            "speedup_ratio",
+            "Of each batch, compute_unmerged_seconds over compute_seconds: measured times, not counts of operations",
+            buckets.SPEEDUP,
+        )
         self.prediction_ratio = self._histogram(
             "latency_prediction_ratio", "Time a batch took over the time it was expected to", buckets.RATIO
         )
+        self.drift = self._gauge(
+            "latency_drift_ratio", "Time that batches take now over the time they were profiled at", "model"
+        )
+        self.policy_failures = self._counter(
+            "policy_failures", "Decisions made without the policy because it raised or broke a bound"
+        )
+        self.merge_r = self._grid_histogram("merge_r", "r of each image answered", buckets.MERGE_R)
+        self.merge_r_limit = self._gauge("merge_r_limit", "Largest r of the grid that policies choose from", "model")
         self.quality_ratio = self._histogram(
-            "quality_ratio", "Measured quality at each image's r, as a share of that at r = 0", buckets.QUALITY
+            "quality_ratio",
+            "Measured quality at the r of each image answered, as a share of that at r = 0; only of r in the grid, "
+            "where quality was measured",
+            buckets.QUALITY,
         )
-        self.compute_seconds = self._counter("compute_seconds", "Time that batches took on the device")
-        self.wasted_seconds = self._counter(
-            "compute_wasted_seconds", "The share of it spent on requests that nobody waited for any more"
-        )
-        self.policy_failures = self._counter("policy_failures", "Decisions made without the policy because it failed")
-        self.batch_size = self._histogram("batch_size", "Images in a batch", buckets.BATCH)
-        self.merge_r = self._histogram("merge_r", "Tokens merged in each block, of each image", buckets.MERGE_R)
         self.tokens_input = self._counter("tokens_input", "Tokens that entered the first block")
         self.tokens_merged = self._counter("tokens_merged", "Tokens merged away by the last block")
-        self.flops = self._counter("flops", "Floating-point operations done, those of merging included (estimated)")
+        self.flops = self._counter("flops", "Operations done, merging's own included (estimated)")
         self.flops_saved = self._counter(
-            "flops_saved", "Floating-point operations that the unmerged model would have done on top (estimated)"
+            "flops_saved", "Operations that the unmerged model would have done on top (estimated)"
         )
-        self.model_info = Info("model", "A hosted model", ["model"], namespace="tome", registry=self.registry)
+        self.model_info = Info("model", "1 for each model in service", ["model"], NAMESPACE, registry=self.registry)
+        self._family("model", "info", ("model", "architecture", "device"), "1 for each model in service")
+
+    def serving(self, model: str, architecture: str, device: str, rs: Sequence[int], largest_r: int) -> None:
+        """Announce a model in service: its r grid becomes merge_r's buckets, and what may be counted starts at 0.
+
+        A counter that first appears with its first event has, to Prometheus, never risen.
+        """
+        self.model_info.labels(model).info({"architecture": architecture, "device": device})
+        self.merge_r.declare(model, (*rs, largest_r))
+        self.merge_r.labels(model)
+        self.merge_r_limit.labels(model).set(rs[-1])
+        self.drift.labels(model).set(1)
+        self.queue_depth.labels(model).set(0)
+        self.requests.labels(model, "OK")
+        for reason in MISSED:
+            self.slo_missed.labels(model, reason)
+        for reason in REJECTED:
+            self.rejected.labels(model, reason)
+        for stage in STAGES:
+            self.stage_duration.labels(model, stage)
+        for counter in (self.slo_met, self.compute_seconds, self.unmerged_seconds, self.wasted_seconds):
+            counter.labels(model)
+        for counter in (self.policy_failures, self.tokens_input, self.tokens_merged, self.flops, self.flops_saved):
+            counter.labels(model)
+        for histogram in (self.request_duration, self.deadline_slack, self.batch_size, self.speedup_ratio):
+            histogram.labels(model)
+        for histogram in (self.prediction_ratio, self.quality_ratio):
+            histogram.labels(model)
+
+    def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """Return what a scrape is answered, and its content type: OpenMetrics where the Accept header asks for it.
+
+        Exemplars are in OpenMetrics only.
+        """
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(name, text, ["model", *labels], namespace="tome", registry=self.registry)
+        self._family(name, "counter", ("model", *labels), text)
+        return Counter(name, text, ["model", *labels], NAMESPACE, registry=self.registry)
 
-    def _histogram(self, name: str, text: str, bounds: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(name, text, ["model", *labels], namespace="tome", registry=self.registry, buckets=bounds)
+    def _histogram(self, name: str, text: str, bounds: Buckets, *labels: str) -> Histogram:
+        self._family(name, "histogram", ("model", *labels), text, bounds)
+        return Histogram(name, text, ["model", *labels], NAMESPACE, registry=self.registry, buckets=bounds.bounds)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(name, text, namespace="tome", registry=self.registry)
+    def _grid_histogram(self, name: str, text: str, default: Buckets) -> GridHistogram:
+        self._family(name, "histogram", ("model",), text, default)
+        histogram = GridHistogram(f"{NAMESPACE}_{name}", text, default.bounds)
+        self.registry.register(histogram)
+        return histogram
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        self._family(name, "gauge", labels, text)
+        return Gauge(name, text, labels, NAMESPACE, registry=self.registry)
+
+    def _family(self, name: str, kind: str, labels: Sequence[str], text: str, bounds: Buckets | None = None) -> None:
+        self.families.append(Family(f"{NAMESPACE}_{name}", kind, tuple(labels), text, bounds))
+
+
+def exemplar(trace_id: str | None) -> dict[str, str] | None:
+    """Return the exemplar for an observation that belongs to a trace, if it does."""
+    return {"trace_id": trace_id} if trace_id else None

@@ -14,7 +14,9 @@ _LONGEST = 315_576_000_000
 _MOST_DIMENSIONS = 8
 
 
-def request_from(message: pb.PredictRequest, arrival: float, time_remaining: float | None) -> Request:
+def request_from(
+    message: pb.PredictRequest, arrival: float, time_remaining: float | None, trace_id: str | None = None
+) -> Request:
     """Return the engine's request for `message`.
 
     Its deadline is `arrival` plus the lesser of its budget and the gRPC deadline's `time_remaining`, in seconds. Raises
@@ -32,6 +34,7 @@ def request_from(message: pb.PredictRequest, arrival: float, time_remaining: flo
         top_k=message.top_k if message.HasField("top_k") else None,
         features=message.return_features,
         token_map=message.return_token_map,
+        trace_id=trace_id,
     )
 
 

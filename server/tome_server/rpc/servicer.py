@@ -12,6 +12,7 @@ from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
 from tome_server.engine import Engine
 from tome_server.errors import InvalidRequestError, RequestError, UnavailableError
+from tome_server.observability.trace_context import sampled_trace_id
 from tome_server.rpc import convert
 from tome_server.rpc.errors import abort, code_name, status_of
 
@@ -76,7 +77,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         arrival = asyncio.get_running_loop().time()
         code = "CANCELLED"
         try:
-            request = convert.request_from(message, arrival, context.time_remaining())
+            request = convert.request_from(message, arrival, context.time_remaining(), _trace_id(context))
             response = convert.response_to(await self._engine.predict(request))
             code = "OK"
         except Exception as error:
@@ -149,3 +150,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """Count an answer. A model's name is the caller's text until it is known, and no label for metrics."""
         name = model or self._engine.names[0]
         self._engine.metrics.requests.labels(name if name in self._engine.names else "unknown", code).inc()
+
+
+def _trace_id(context: Context) -> str | None:
+    """Return the id of the trace that the call's metadata names, if it is recorded."""
+    given = next((value for key, value in context.invocation_metadata() or () if key == "traceparent"), None)
+    return sampled_trace_id(given) if isinstance(given, str) else None
