@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from benchmarks.merging import integers, seconds
 from tome_server.merging import MergedModel, merge, pack, packable
-from tome_server.models.loading import BUNDLED_PREFIX, bundled_spec, load
+from tome_server.models.loading import load
+from tome_server.models.spec import BUNDLED_PREFIX, bundled_spec
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,8 @@ def _bare_loop(r: int, batch: int, threads: int, seconds: float) -> float:
     import tome_server.timm_import  # noqa: F401  isort: skip
     import torch
 
-    from tome_server.models.loading import bundled_spec, load
+    from tome_server.models.loading import load
+    from tome_server.models.spec import bundled_spec
     from tome_server.runtime.executor import Work, run_batch
 
     torch.set_num_threads(threads)

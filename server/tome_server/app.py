@@ -21,8 +21,9 @@ from tome_server.engine import Engine, Served
 from tome_server.errors import ConfigError, PortInUseError
 from tome_server.models.datasets import load_labelled
 from tome_server.models.hosted import HostedModel
-from tome_server.models.loading import BUNDLED_PREFIX, ModelSpec, bundled_spec, load, weights_digest
+from tome_server.models.loading import load
 from tome_server.models.preprocess import Limits
+from tome_server.models.spec import BUNDLED_PREFIX, ModelSpec, bundled_spec, weights_digest
 from tome_server.observability.metrics import Metrics
 from tome_server.rpc.server import RpcServer
 from tome_server.rpc.tls import TlsFiles

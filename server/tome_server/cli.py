@@ -158,7 +158,8 @@ def _config(args: argparse.Namespace) -> "ServerConfig":
     """Return the configuration file's settings, overridden by flags."""
     from pydantic import ValidationError
 
-    from tome_server.config import ServerConfig, faults, read_config
+    from tome_server.config import ServerConfig, read_config
+    from tome_server.settings import faults
 
     config = read_config(args.config) if args.config else ServerConfig()
     given = {name: value for name, value in vars(args).items() if value is not None}

@@ -1,10 +1,9 @@
 """Loads what is to be served: the bundled model, a timm architecture with pretrained weights, or a local checkpoint."""
 
 import difflib
-import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import tome_server.timm_import  # noqa: F401  isort: skip
 
 import timm
 import torch
-import yaml
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
@@ -21,58 +19,12 @@ from torch import nn
 from tome_server.errors import ModelLoadError
 from tome_server.merging import MergedModel, UnsupportedModelError, merge, pack, packable
 from tome_server.merging.support import check_supported
-from tome_server.models.bundled import BUNDLED
 from tome_server.models.hosted import HostedModel, Quality
 from tome_server.models.preprocess import ImageSettings, Limits, Preprocess
+from tome_server.models.spec import ModelSpec, weights_digest
 
-BUNDLED_PREFIX = "bundled:"
 # Largest difference between timm's logits and ours at r = 0, as a share of the largest logit, that rounding explains.
 EQUAL = 1e-4
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What to load."""
-
-    name: str
-    """What requests call it."""
-    architecture: str
-    """timm's name, with or without a tag."""
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of timm's create_model."""
-    checkpoint: Path | None = None
-    """Local weights (.safetensors, or .pth read with weights_only); None takes timm's pretrained ones from the hub."""
-    labels: Path | None = None
-    """One class name a line; None takes ImageNet's where the classes are ImageNet's."""
-    quality: Path | None = None
-    """What `tome-server evaluate` wrote."""
-    data: Mapping[str, Any] = field(default_factory=dict)
-    """Overrides of timm's data config: input_size, mean, std, interpolation, crop_pct, crop_mode."""
-    default_budget: float | None = None
-    """Latency budget, in seconds, of requests that set none."""
-    proportional_attention: bool | None = None
-    """None: on, but for MAE weights."""
-    description: str = ""
-
-
-def bundled_spec(name: str) -> ModelSpec:
-    """Return the spec of the bundled model `name` ("fashion"). Raises ModelLoadError if there is none."""
-    folder = BUNDLED / name
-    if not (folder / "config.yaml").is_file():
-        known = sorted(path.parent.name for path in BUNDLED.glob("*/config.yaml"))
-        raise ModelLoadError(f"no bundled model is named {name!r}; there is {', '.join(known)}")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    quality = folder / "quality.json"
-    return ModelSpec(
-        name=name,
-        architecture=config["architecture"],
-        kwargs=config["kwargs"],
-        checkpoint=folder / "weights.safetensors",
-        labels=folder / "labels.txt",
-        quality=quality if quality.is_file() else None,
-        data=config["data"],
-        description=config["description"],
-    )
 
 
 def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) -> HostedModel:
@@ -100,12 +52,6 @@ def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) ->
         default_budget=spec.default_budget,
         quality=_quality(spec),
     )
-
-
-def weights_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _create(spec: ModelSpec) -> VisionTransformer:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from tome_server.models.hosted import HostedModel
-from tome_server.models.loading import weights_digest
+from tome_server.models.spec import weights_digest
 from tome_server.runtime.executor import run_batch
 from tome_server.runtime.profiling import Run, measure
 from tome_server.scheduling.profile import Profile

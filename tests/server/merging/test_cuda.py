@@ -6,7 +6,8 @@ import torch
 
 from tome_server.merging import merge
 from tome_server.models.bundled import BUNDLED
-from tome_server.models.loading import bundled_spec, load
+from tome_server.models.loading import load
+from tome_server.models.spec import bundled_spec
 from tome_server.runtime.executor import Work, run_batch
 
 pytestmark = pytest.mark.cuda

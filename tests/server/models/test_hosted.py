@@ -9,8 +9,9 @@ from torch import nn
 
 from tome_server.merging import merge
 from tome_server.models.hosted import LEAST_WORK, HostedModel, Quality
-from tome_server.models.loading import ModelSpec, load
+from tome_server.models.loading import load
 from tome_server.models.preprocess import ImageSettings, Limits, Preprocess
+from tome_server.models.spec import ModelSpec
 
 
 def hosted(model: nn.Module, size: int, **changes: object) -> HostedModel:

@@ -15,7 +15,8 @@ from tome_server.errors import ModelLoadError
 from tome_server.merging import MergedModel
 from tome_server.models import loading
 from tome_server.models.hosted import HostedModel, Quality
-from tome_server.models.loading import ModelSpec, bundled_spec, load, weights_digest
+from tome_server.models.loading import load
+from tome_server.models.spec import ModelSpec, bundled_spec, weights_digest
 
 CPU = torch.device("cpu")
 

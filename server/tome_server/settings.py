@@ -1,0 +1,155 @@
+"""Reads settings from YAML files, strictly: errors name the line, what is wrong there and the nearest valid key."""
+
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from tome_server.errors import ConfigError
+
+_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
+_SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+# Where pydantic's words are about Python.
+_WORDS = {
+    "model_type": "must be a mapping, `setting: value`",
+    "tuple_type": "must be a list",
+    "path_type": "must be a path",
+    "missing": "is missing",
+}
+
+
+def parse_duration(value: object) -> object:
+    """Turn "50ms", "1.5s", "2m" or a number of seconds into seconds. Raises ValueError for other text."""
+    if not isinstance(value, str | bool):
+        return value
+    found = re.fullmatch(r"([0-9]+|[0-9]*\.[0-9]+)\s*(us|ms|s|m)", str(value).strip())
+    if not found:
+        raise ValueError(f"{value!r} is no duration; write for example 50ms, 1.5s or 2m")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def parse_size(value: object) -> object:
+    """Turn "16MiB" or a number of bytes into bytes. Raises ValueError for other text."""
+    if not isinstance(value, str | bool):
+        return value
+    found = re.fullmatch(r"([0-9]+)\s*(KiB|MiB|GiB)", str(value).strip())
+    if not found:
+        raise ValueError(f"{value!r} is no size; write for example 512KiB or 16MiB")
+    return int(found[1]) * _SIZES[found[2]]
+
+
+Count = Annotated[int, Field(ge=1, strict=True)]
+Duration = Annotated[float, BeforeValidator(parse_duration), Field(ge=0, allow_inf_nan=False)]
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+
+
+class Strict(BaseModel):
+    """Settings, of which none may be misspelt."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Settings = TypeVar("Settings", bound=Strict)
+
+
+def read_settings(path: Path, kind: type[Settings]) -> Settings:
+    """Read a YAML file; an empty one leaves everything at its default. Paths in it stay as they are written.
+
+    Raises ConfigError with file, line and, for an unknown key, the nearest valid one.
+    """
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        if root is None or root.tag == "tag:yaml.org,2002:null":
+            start = yaml.Mark(str(path), 0, 0, 0, None, 0)
+            root = yaml.MappingNode("tag:yaml.org,2002:map", [], start, start)
+        wrong_keys = [f"{path}:{key.start_mark.line + 1}: {what}" for key, what in _wrong_keys(root, set())]
+        if wrong_keys:
+            raise ConfigError("\n".join(wrong_keys))
+        settings = yaml.SafeLoader("").construct_document(root)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: text that isn't UTF-8, and dates that don't exist
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    try:
+        return kind.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(path, root, kind, *fault) for fault in faults(error))) from error
+
+
+def faults(error: ValidationError) -> Iterator[tuple[tuple[str | int, ...], str | None]]:
+    """Yield where each fault lies and what is wrong there: None for a setting that doesn't exist."""
+    found = error.errors()
+    for fault in found:
+        location = fault["loc"]
+        # A list is reported as too short when none of its items is right.
+        if any(len(other["loc"]) > len(location) and other["loc"][: len(location)] == location for other in found):
+            continue
+        what = _WORDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
+        yield location, None if fault["type"] == "extra_forbidden" else what
+
+
+def _wrong_keys(node: yaml.Node, seen: set[int]) -> Iterator[tuple[yaml.Node, str]]:
+    """Find keys that YAML would let pass: given twice, where the last would win, and others than text."""
+    if id(node) in seen:  # an anchor may hold itself
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _wrong_keys(item, seen)
+    elif isinstance(node, yaml.MappingNode):
+        first: dict[str, int] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag not in _KEY_TAGS:
+                yield key, "a setting's name must be text"
+            elif key.value in first:
+                yield key, f"{key.value} is given twice, first on line {first[key.value]}"
+            else:
+                first[key.value] = key.start_mark.line + 1
+            yield from _wrong_keys(value, seen)
+
+
+def _explain(path: Path, root: yaml.Node, kind: type[Strict], location: tuple[str | int, ...], what: str | None) -> str:
+    line = _line(root, location)
+    where = ".".join(map(str, location)) or "the file"
+    if what is not None:
+        return f"{path}:{line}: {where}: {what}"
+    valid = _keys(kind, location[:-1])
+    close = difflib.get_close_matches(str(location[-1]), valid, 1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"valid keys are {', '.join(valid)}"
+    return f"{path}:{line}: {where} is not a setting; {hint}"
+
+
+def _line(node: yaml.Node, location: tuple[str | int, ...]) -> int:
+    """Line, from 1, of the key at `location`."""
+    line = node.start_mark.line
+    for step in location:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == step]
+            if not found:
+                break
+            line, node = found[0][0].start_mark.line, found[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int):
+            node = node.value[step]
+            line = node.start_mark.line
+    return line + 1
+
+
+def _keys(kind: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
+    """Return the settings that there are at `location`."""
+    for step in location:
+        if isinstance(step, str) and step in kind.model_fields:
+            kind = next(_sections(kind.model_fields[step].annotation), kind)
+    return sorted(kind.model_fields)
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Find the settings' classes in a type such as `tuple[ModelConfig, ...]` or `TlsConfig | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections(part)
