@@ -25,8 +25,9 @@ from tome_server.models.loading import load
 from tome_server.models.preprocess import Limits
 from tome_server.models.spec import BUNDLED_PREFIX, ModelSpec, bundled_spec, weights_digest
 from tome_server.observability.metrics import Metrics
-from tome_server.rpc.server import RpcServer
+from tome_server.rpc.server import RpcServer, RpcSettings
 from tome_server.rpc.tls import TlsFiles
+from tome_server.rpc.tokens import Tokens
 from tome_server.runtime.evaluation import evaluate
 from tome_server.runtime.executor import Executor, Work, run_batch
 from tome_server.runtime.profile_store import ProfileKey, keep_profile, obtain_profile, profile_key
@@ -67,8 +68,7 @@ async def serve(config: ServerConfig) -> None:
         decode_threads=available_cpus(),
         names=[spec.name for spec in specs],
     )
-    tls = TlsFiles(config.tls.certificate, config.tls.key, config.tls.client_ca) if config.tls else None
-    rpc = RpcServer(engine, config.listen, config.limits.max_image_bytes, tls)
+    rpc = RpcServer(engine, _rpc_settings(config))
     metrics_url, stop_metrics = _serve_metrics(config.metrics, metrics)
     await rpc.start()
     log.info("listening on %s, loading %s", rpc.address, ", ".join(engine.names))
@@ -165,6 +165,23 @@ def _choose_threads(models: Sequence[HostedModel], max_batch: int, device: torch
     threads = fastest_threads(run, available_cpus())
     torch.set_num_threads(threads)
     log.info("%d CPU threads, as measured", threads)
+
+
+def _rpc_settings(config: ServerConfig) -> RpcSettings:
+    """Raises ConfigError for tokens that can't be read."""
+    tls, auth, connections = config.tls, config.auth, config.connections
+    if auth and not tls:
+        log.warning("tokens are asked for over plain text, which whoever is between can read: set tls")
+    return RpcSettings(
+        address=config.listen,
+        max_image_bytes=config.limits.max_image_bytes,
+        tls=TlsFiles(tls.certificate, tls.key, tls.client_ca) if tls else None,
+        tokens=Tokens(auth.tokens) if auth else None,
+        max_concurrent_streams=connections.max_concurrent_streams,
+        max_age=connections.max_age,
+        max_age_grace=connections.max_age_grace,
+        reflection=config.reflection,
+    )
 
 
 def _serve_metrics(address: str | None, metrics: Metrics) -> tuple[str | None, Callable[[], None]]:

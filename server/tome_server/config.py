@@ -83,6 +83,24 @@ class TlsConfig(Strict):
     """Authorities of which clients must show a certificate (mTLS); by default clients need none."""
 
 
+class AuthConfig(Strict):
+    """Of whom calls are taken."""
+
+    tokens: Path
+    """Bearer tokens, one a line; read again when the file changes."""
+
+
+class ConnectionsConfig(Strict):
+    """What one client's connection may do."""
+
+    max_concurrent_streams: Count = 1024
+    """Calls at once on one connection; clients keep back more."""
+    max_age: Annotated[Duration, Field(gt=0)] | None = None
+    """When to have a client connect anew, give or take a tenth, so that balancers can move it; by default never."""
+    max_age_grace: Duration = 30.0
+    """How long calls on such a connection, streams included, may take to end."""
+
+
 class ServerConfig(Strict):
     """Everything a server is told."""
 
@@ -106,6 +124,11 @@ class ServerConfig(Strict):
     limits: LimitsConfig = LimitsConfig()
     tls: TlsConfig | None = None
     """Serve over TLS; by default plain text."""
+    auth: AuthConfig | None = None
+    """Take calls only with a bearer token; by default of anybody."""
+    connections: ConnectionsConfig = ConnectionsConfig()
+    reflection: bool = Field(default=True, strict=True)
+    """Tell clients the services and messages there are."""
     reply_margin: Duration = 0.001
     """The least kept back from each deadline for the answer's way to the client; more where that is measured."""
     drain_timeout: Duration = 30.0

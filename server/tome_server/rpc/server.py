@@ -1,5 +1,7 @@
 """The gRPC server: services, health, reflection, limits."""
 
+from dataclasses import dataclass
+
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -8,40 +10,55 @@ from tome_api.v1 import inference_pb2, inference_pb2_grpc
 from tome_server.engine import Engine
 from tome_server.errors import PortInUseError
 from tome_server.rpc import health
+from tome_server.rpc.access import AccessInterceptor
 from tome_server.rpc.servicer import InferenceServicer
 from tome_server.rpc.tls import TlsFiles, credentials
+from tome_server.rpc.tokens import Tokens
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 # Room for what goes with an image of the largest size, so that one somewhat above it gets our own, clearer refusal.
 MESSAGE_SLACK = 2
 
 
+@dataclass(frozen=True)
+class RpcSettings:
+    """How the server listens, and to whom."""
+
+    address: str
+    """host:port; port 0 picks a free one."""
+    max_image_bytes: int
+    tls: TlsFiles | None = None
+    """Plain text without."""
+    tokens: Tokens | None = None
+    """Of whom calls are taken, health checks apart; without, of anybody."""
+    max_concurrent_streams: int | None = None
+    """Calls at once on one connection; clients keep back more."""
+    max_age: float | None = None
+    """Seconds after which a connection is closed, give or take a tenth, so that its client connects anew."""
+    max_age_grace: float | None = None
+    """Seconds that calls on such a connection may take to end."""
+    reflection: bool = True
+
+
 class RpcServer:
     """A gRPC server for one engine: listening from `start`, healthy from `ready`."""
 
-    def __init__(self, engine: Engine, address: str, max_image_bytes: int, tls: TlsFiles | None = None) -> None:
+    def __init__(self, engine: Engine, settings: RpcSettings) -> None:
         self._engine = engine
         self._server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", MESSAGE_SLACK * max_image_bytes),
-                ("grpc.max_send_message_length", -1),
-                # Else a second server on the same port would silently take half of the connections.
-                ("grpc.so_reuseport", 0),
-                # Clients may ping every 20 s, also between calls, to keep a path through a NAT or proxy open.
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-            ]
+            interceptors=[AccessInterceptor(settings.tokens, engine.metrics)], options=_options(settings)
         )
         self._health = health.HealthServicer(("", SERVICE))
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(engine), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE, health.SERVICE, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
-        host = address.rpartition(":")[0]
+        if settings.reflection:
+            names = (SERVICE, health.SERVICE, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+        host = settings.address.rpartition(":")[0]
         try:
-            self.port = self._listen(address, tls)
+            self.port = self._listen(settings)
         except RuntimeError as error:
-            raise PortInUseError(f"can't listen on {address}: is the port in use?") from error
+            raise PortInUseError(f"can't listen on {settings.address}: is the port in use?") from error
         self.address = f"{host}:{self.port}"
 
     async def start(self) -> None:
@@ -58,7 +75,26 @@ class RpcServer:
         self._engine.drain()
         await self._server.stop(grace)
 
-    def _listen(self, address: str, tls: TlsFiles | None) -> int:
-        if tls is None:
-            return self._server.add_insecure_port(address)
-        return self._server.add_secure_port(address, credentials(tls))
+    def _listen(self, settings: RpcSettings) -> int:
+        if settings.tls is None:
+            return self._server.add_insecure_port(settings.address)
+        return self._server.add_secure_port(settings.address, credentials(settings.tls))
+
+
+def _options(settings: RpcSettings) -> list[tuple[str, int]]:
+    options = [
+        ("grpc.max_receive_message_length", MESSAGE_SLACK * settings.max_image_bytes),
+        ("grpc.max_send_message_length", -1),
+        # Else a second server on the same port would silently take half of the connections.
+        ("grpc.so_reuseport", 0),
+        # Clients may ping every 20 s, also between calls, to keep a path through a NAT or proxy open.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
+    if settings.max_concurrent_streams is not None:
+        options.append(("grpc.max_concurrent_streams", settings.max_concurrent_streams))
+    if settings.max_age is not None:
+        options.append(("grpc.max_connection_age_ms", round(settings.max_age * 1e3)))
+    if settings.max_age_grace is not None:
+        options.append(("grpc.max_connection_age_grace_ms", round(settings.max_age_grace * 1e3)))
+    return options

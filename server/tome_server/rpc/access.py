@@ -1,0 +1,75 @@
+"""Who may call: one interceptor before every service, streams included."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, TypeAlias
+from urllib.parse import unquote
+
+import grpc
+
+from tome_server import caller
+from tome_server.observability.metrics import Metrics
+from tome_server.rpc import health
+from tome_server.rpc.tokens import Tokens
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+# Probes of orchestrators and load balancers have no tokens.
+OPEN = f"/{health.SERVICE}/"
+
+
+class AccessInterceptor(grpc.aio.ServerInterceptor):
+    """Lets in who has a token, if any are asked for, and makes known who it is: see `caller`."""
+
+    def __init__(self, tokens: Tokens | None, metrics: Metrics) -> None:
+        self._tokens = tokens
+        self._metrics = metrics
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
+    ) -> Handler:
+        """Called before a message of the call is read."""
+        holder = None
+        if self._tokens is not None and not str(details.method).startswith(OPEN):
+            given = [value for key, value in details.invocation_metadata or () if key == "authorization"]
+            holder = self._tokens.holder(given[0]) if len(given) == 1 else None
+            if holder is None:
+                self._metrics.requests.labels("unknown", "UNAUTHENTICATED").inc()
+                # As a stream, whatever the method is: it reads nothing before it answers.
+                return grpc.stream_stream_rpc_method_handler(_refuse)
+        handler = await continuation(details)
+        return handler and _known(handler, holder)
+
+
+async def _refuse(_requests: object, context: Context) -> None:
+    await context.abort(
+        grpc.StatusCode.UNAUTHENTICATED, "send metadata `authorization: Bearer TOKEN` with a known token"
+    )
+
+
+def _known(handler: Any, holder: str | None) -> Handler:
+    """Return the handler as one that first notes who calls: the token's holder, else the address."""
+    kind = next(
+        kind for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream") if getattr(handler, kind)
+    )
+    inner = getattr(handler, kind)
+
+    # gRPC runs each call in a task of its own, so what is set here holds for the call and its tasks alone.
+    async def one(request: object, context: Context) -> object:
+        caller.client.set(holder or address(context.peer()))
+        return await inner(request, context)
+
+    async def many(request: object, context: Context) -> AsyncIterator[object]:
+        caller.client.set(holder or address(context.peer()))
+        async with aclosing(inner(request, context)) as responses:
+            async for response in responses:
+                yield response
+
+    known: Handler = handler._replace(**{kind: many if handler.response_streaming else one})
+    return known
+
+
+def address(peer: str) -> str:
+    """Return what all connections of a peer have in common: "ipv4:10.0.0.1:5000" less the port."""
+    return unquote(peer).rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
