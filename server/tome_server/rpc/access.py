@@ -27,8 +27,10 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         self._metrics = metrics
 
     async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
-    ) -> Handler:
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
         """Called before a message of the call is read."""
         holder = None
         if self._tokens is not None and not str(details.method).startswith(OPEN):
@@ -39,7 +41,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
                 # As a stream, whatever the method is: it reads nothing before it answers.
                 return grpc.stream_stream_rpc_method_handler(_refuse)
         handler = await continuation(details)
-        return handler and _known(handler, holder)
+        return _known(handler, holder) if handler else None
 
 
 async def _refuse(_requests: object, context: Context) -> None:
