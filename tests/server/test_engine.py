@@ -174,13 +174,16 @@ class Bench:
         return tasks
 
     def gauge(self, name: str) -> float:
-        value = self.engine.metrics.registry.get_sample_value(name)
-        assert value is not None
-        return value
+        families = self.engine.metrics.registry.collect()
+        values = [sample.value for family in families for sample in family.samples if sample.name == name]
+        assert values
+        return sum(values)
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of the first model's metric, 0 before it is first counted."""
-        return self.engine.metrics.registry.get_sample_value(name, {"model": "first", **labels}) or 0.0
+        """The value of the first model's metric."""
+        value = self.engine.metrics.registry.get_sample_value(name, {"model": "first", **labels})
+        assert value is not None
+        return value
 
     def assert_idle(self) -> None:
         assert self.gauge("tome_requests_pending") == 0
@@ -268,6 +271,8 @@ async def start(bundled: HostedModel) -> AsyncIterator[Callable[..., Bench]]:
             names=["first", "second", "third"],
             models=models,
         )
+        for name, served in models.items():
+            engine.metrics.serving(name, "vit", "cpu", RS, served.model.largest_r)
         benches.append((Bench(engine, device, decoder), asyncio.create_task(engine.run())))
         return benches[-1][0]
 
@@ -524,7 +529,7 @@ async def test_an_image_that_cannot_be_decoded_fails_alone(bench: Bench) -> None
     assert isinstance(await refused(bad), InvalidRequestError)
     assert image_of(await good) == 1
     # No server could have answered it: that is no miss.
-    assert bench.engine.metrics.registry.get_sample_value("tome_slo_missed_total", {"model": "first"}) is None
+    assert bench.gauge("tome_slo_missed_total") == 0
     assert bench.metric("tome_slo_met_total") == 1
 
 
@@ -779,6 +784,34 @@ async def test_how_far_predictions_are_off_is_counted(start: Callable[..., Bench
     # One batch alone doesn't make the device slow: of the second, as much was expected as of the first.
     assert bench.metric("tome_latency_prediction_ratio_sum") == pytest.approx(2.5, rel=0.1)
     assert bench.metric("tome_compute_seconds_total") == pytest.approx(2.0 * 2.0 + 0.5 * 2.0)
+
+
+async def test_speedup_is_the_time_taken_against_the_profile_at_r_0(start: Callable[..., Bench]) -> None:
+    bench = start(unit=SLOW)
+    await bench.predict(1, r=0)
+    assert bench.metric("tome_speedup_ratio_sum") == pytest.approx(1.0, rel=0.01)
+    # Two units at r = 0 and 1.5 at the most merging, whatever operations that saves.
+    await bench.predict(2, r=TOP)
+    assert bench.metric("tome_speedup_ratio_sum") - 1 == pytest.approx(2.0 / 1.5, rel=0.01)
+    assert bench.metric("tome_compute_unmerged_seconds_total") == pytest.approx(2 * 2.0, rel=0.01)
+    # A stalled batch is not the merging's fault, but it is no speedup either.
+    bench.device.slowness = 3.0
+    await bench.predict(3, r=TOP)
+    assert bench.metric("tome_speedup_ratio_bucket", le="0.5") == 1
+    assert bench.metric("tome_speedup_ratio_count") == 3
+
+
+async def test_a_machine_that_has_slowed_is_no_loss_of_speedup(start: Callable[..., Bench]) -> None:
+    bench = start(unit=SLOW)
+    assert bench.metric("tome_latency_drift_ratio") == 1
+    bench.device.slowness = 2.0
+    for image in range(12):
+        await bench.predict(image, r=TOP)
+    assert bench.metric("tome_latency_drift_ratio") == pytest.approx(2.0, rel=0.01)
+    before = bench.metric("tome_speedup_ratio_sum")
+    await bench.predict(13, r=TOP)
+    # Unmerged, it would have taken twice as long as profiled as well.
+    assert bench.metric("tome_speedup_ratio_sum") - before == pytest.approx(2.0 / 1.5, rel=0.05)
 
 
 async def test_replies_that_are_slow_on_their_way_back_are_allowed_for(

@@ -144,7 +144,8 @@ class Metrics:
         self.tokens_merged = self._counter("tokens_merged", "Tokens merged away by the last block")
         self.flops = self._counter("flops", "Operations done, merging's own included (estimated)")
         self.flops_saved = self._counter(
-            "flops_saved", "Operations that the unmerged model would have done on top (estimated)"
+            "flops_saved",
+            "Operations that the unmerged model would have done on top (estimated); none where merging cost more",
         )
         self.model_info = Info("model", "1 for each model in service", ["model"], NAMESPACE, registry=self.registry)
         self._family("model", "info", ("model", "architecture", "device"), "1 for each model in service")

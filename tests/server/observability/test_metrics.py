@@ -1,8 +1,10 @@
 """The metrics of a live server say what its replies said."""
 
+import random
 import re
 import shutil
 import subprocess
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from prometheus_client import Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from rpc.wire import Metrics, black_png, connected, exposition, refusal, scrape, until
 
 from tome_api.v1 import inference_pb2 as pb
@@ -73,6 +77,8 @@ def test_counters_and_histograms_equal_the_sums_over_the_replies(server: Any, st
         given = sum(getattr(reply.timing, stage).ToNanoseconds() for reply in replies) / 1e9
         assert now.total("tome_stage_duration_seconds_count", stage=stage) == len(replies)
         assert now.total("tome_stage_duration_seconds_sum", stage=stage) == pytest.approx(given)
+    # The stages are all there is.
+    assert now.total("tome_stage_duration_seconds_sum") == pytest.approx(durations)
 
     slack = sum(reply.timing.slack.ToNanoseconds() for reply in replies) / 1e9
     assert now.total("tome_deadline_slack_seconds_count", model="fashion") == len(replies)
@@ -83,7 +89,12 @@ def test_counters_and_histograms_equal_the_sums_over_the_replies(server: Any, st
 
     assert now.total("tome_merge_r_count") == len(replies)
     assert now.total("tome_merge_r_sum") == sum(rs)
-    for bound in (0, 4, 8, 16):
+    # The buckets are the r grid, and the most that a request may name.
+    grid = [step.r for step in stub.GetModel(pb.GetModelRequest()).model.r_grid]
+    bounds = {dict(labels)["le"] for (name, labels) in now if name == "tome_merge_r_bucket"}
+    assert bounds == {*(str(float(r)) for r in [*grid, 98]), "+Inf"}
+    assert scrape(server.metrics_url).total("tome_merge_r_limit", model="fashion") == grid[-1]
+    for bound in (0, 4, 8, 14, 98):
         assert now.total("tome_merge_r_bucket", le=str(float(bound))) == sum(r <= bound for r in rs)
     # A batch of n is in n replies.
     sizes = Counter(reply.timing.batch_size for reply in replies)
@@ -94,6 +105,9 @@ def test_counters_and_histograms_equal_the_sums_over_the_replies(server: Any, st
     compute = sum(reply.timing.compute.ToNanoseconds() / reply.timing.batch_size for reply in replies) / 1e9
     assert now.total("tome_compute_seconds_total", model="fashion") == pytest.approx(compute)
     assert now.total("tome_compute_wasted_seconds_total") == 0
+    assert now.total("tome_speedup_ratio_count", model="fashion") == batches
+    assert now.total("tome_speedup_ratio_sum", model="fashion") > 0
+    assert now.total("tome_compute_unmerged_seconds_total", model="fashion") > 0
     assert now.total("tome_policy_failures_total") == 0
     # Quality is known at the r of the grid.
     top1 = {step.r: step.top1 for step in stub.GetModel(pb.GetModelRequest()).model.r_grid}
@@ -170,6 +184,46 @@ def test_overload_is_counted(own_server: Any) -> None:
     assert counted.total("tome_slo_missed_total", model="fashion", reason="queue_full") == len(refused)
 
 
+def openmetrics(url: str) -> dict[str, Metric]:
+    """Read a metrics endpoint as OpenMetrics, which its parser reads strictly."""
+    request = urllib.request.Request(url, headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+    with urllib.request.urlopen(request) as response:
+        assert response.headers["Content-Type"].startswith("application/openmetrics-text")
+        return {family.name: family for family in text_string_to_metric_families(response.read().decode())}
+
+
+def exemplars(families: dict[str, Metric]) -> dict[str, set[str]]:
+    """The trace ids that each family's samples name."""
+    found = {
+        name: {sample.exemplar.labels["trace_id"] for sample in family.samples if sample.exemplar}
+        for name, family in families.items()
+    }
+    return {name: traces for name, traces in found.items() if traces}
+
+
+def test_exemplars_name_the_traces_of_answers_and_misses(server: Any, stub: Any, image: bytes) -> None:
+    recorded, not_recorded = f"{random.getrandbits(127) + 1:032x}", f"{random.getrandbits(127) + 1:032x}"
+    for trace, flags in ((recorded, "01"), (not_recorded, "00")):
+        metadata = [("traceparent", f"00-{trace}-00f067aa0ba902b7-{flags}")]
+        stub.Predict(pb.PredictRequest(image=image, r=4), metadata=metadata)
+        request = pb.PredictRequest(image=image, latency_budget=Duration(nanos=1))
+        refusal(lambda request=request, metadata=metadata: stub.Predict(request, metadata=metadata))
+    found = exemplars(openmetrics(server.metrics_url))
+    for name in ("tome_request_duration_seconds", "tome_stage_duration_seconds", "tome_deadline_slack_seconds"):
+        assert recorded in found[name]
+    assert recorded in found["tome_slo_missed"]
+    assert not any(not_recorded in traces for traces in found.values())
+
+
+def test_openmetrics_says_the_same_as_the_older_format(server: Any) -> None:
+    new = {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in openmetrics(server.metrics_url).values()
+        for sample in family.samples
+    }
+    assert new == scrape(server.metrics_url)
+
+
 def test_names_have_our_prefix_and_base_units(server: Any) -> None:
     text = exposition(server.metrics_url)
     families = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
@@ -196,12 +250,13 @@ def test_names_have_our_prefix_and_base_units(server: Any) -> None:
     assert [dict(labels)["model"] for _, labels in info] == ["fashion"]
 
 
-BUCKETS = {name: value for name, value in vars(buckets).items() if name.isupper()}
+BUCKETS = {name: value for name, value in vars(buckets).items() if isinstance(value, buckets.Buckets)}
 
 
-@pytest.mark.parametrize("bounds", BUCKETS.values(), ids=BUCKETS.keys())
-def test_buckets_rise(bounds: tuple[float, ...]) -> None:
-    assert list(bounds) == sorted(set(bounds))
+@pytest.mark.parametrize("histogram", BUCKETS.values(), ids=BUCKETS.keys())
+def test_buckets_rise_and_have_a_reason(histogram: buckets.Buckets) -> None:
+    assert list(histogram.bounds) == sorted(set(histogram.bounds))
+    assert histogram.reason.endswith(".")
 
 
 def test_promtool_finds_nothing_wrong(server: Any) -> None:

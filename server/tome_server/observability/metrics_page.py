@@ -1,0 +1,66 @@
+"""Prints docs/metrics.md: `python -m tome_server.observability.metrics_page > docs/metrics.md`."""
+
+from tome_server.observability.metrics import Family, Metrics
+
+_HEAD = """# Metrics
+
+*Written by `python -m tome_server.observability.metrics_page`; a test holds that it is current.*
+
+At `http://<metrics address>/metrics` (setting `metrics`), in the Prometheus text format, or in OpenMetrics where the
+scrape asks for it. Units are seconds, tokens and operations; ratios are of 1. A model's name that is not hosted counts
+as `unknown`. What can be counted of a model stands at 0 from the moment it is served, so that its first event is a
+rise.
+
+Tokens and operations equal the sums over the replies: both are of requests answered with a prediction. Operations are
+analytic estimates, 2 to a multiply-accumulate. **Speedup is measured**: what each batch took, against what the profile
+says such a batch takes at r = 0, at the speed that the machine had just then. For a speedup over time divide the
+increase of `tome_compute_unmerged_seconds_total` by that of `tome_compute_seconds_total`.
+
+In OpenMetrics, durations, slack and missed deadlines carry exemplars: the `trace_id` of a request that came with the
+W3C header `traceparent` of a recorded trace. Prometheus keeps them if started with
+`--enable-feature=exemplar-storage`.
+
+Rules and alerts on these are in `deploy/prometheus/rules.yml`, and the dashboard in `deploy/grafana/`.
+"""
+
+_TABLE = """
+| metric | type | labels | |
+|---|---|---|---|
+"""
+
+_BUCKETS = """
+## Buckets
+
+Of histograms, and why these.
+
+| metric | upper bounds | |
+|---|---|---|
+"""
+
+
+def page() -> str:
+    """Return the page: a row for each family, and one for each choice of buckets."""
+    families = Metrics().families
+    rows = "\n".join(map(_row, families))
+    chosen: dict[tuple[float, ...], list[Family]] = {}
+    for family in families:
+        if family.buckets is not None:
+            chosen.setdefault(family.buckets.bounds, []).append(family)
+    return f"{_HEAD}{_TABLE}{rows}\n{_BUCKETS}" + "".join(map(_bucket_row, chosen.values()))
+
+
+def _row(family: Family) -> str:
+    name = family.name if family.type == "histogram" else family.series[0]
+    labels = ", ".join(f"`{label}`" for label in family.labels) or "none"
+    return f"| `{name}` | {family.type} | {labels} | {family.text} |"
+
+
+def _bucket_row(families: list[Family]) -> str:
+    buckets = families[0].buckets
+    assert buckets is not None
+    names = ", ".join(f"`{family.name}`" for family in families)
+    return f"| {names} | {', '.join(f'{bound:g}' for bound in buckets.bounds)} | {buckets.reason} |\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")
