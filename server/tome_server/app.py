@@ -23,6 +23,7 @@ from tome_server.models.datasets import load_labelled
 from tome_server.models.hosted import HostedModel
 from tome_server.models.loading import load
 from tome_server.models.preprocess import Limits
+from tome_server.models.repository import Repository
 from tome_server.models.spec import BUNDLED_PREFIX, ModelSpec, bundled_spec, weights_digest
 from tome_server.observability.metrics import Metrics
 from tome_server.rpc.server import RpcServer, RpcSettings
@@ -55,7 +56,7 @@ async def serve(config: ServerConfig) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stopping.set)
 
-    specs = model_specs(config.models)
+    specs = model_specs(config)
     device = choose_device(config.device)
     torch.set_num_threads(config.threads or available_cpus())  # until they are measured, below
     metrics = Metrics()
@@ -98,9 +99,17 @@ async def serve(config: ServerConfig) -> None:
     log.info("stopped")
 
 
-def model_specs(models: Sequence[ModelConfig]) -> list[ModelSpec]:
-    """Return what to load for each configured model. Raises ConfigError if two have the same name."""
-    specs = [_spec(model) for model in models]
+def model_specs(config: ServerConfig) -> list[ModelSpec]:
+    """Return what to load: the configured models, then those of the repository in order of name.
+
+    Raises ConfigError if two have the same name, or the repository holds none or one that can't be loaded.
+    """
+    specs = [_spec(model) for model in config.models]
+    if config.repository:
+        stored = Repository(config.repository).scan()
+        if not stored:
+            raise ConfigError(f"repository {config.repository} holds no models; tome-server models add makes one")
+        specs += stored
     names = [spec.name for spec in specs]
     for name in names:
         if names.count(name) > 1:
@@ -149,6 +158,7 @@ def _profile(spec: ModelSpec, model: HostedModel, device: torch.device, config: 
         max_batch=config.batching.max_batch,
         budget=config.profile_time,
         folder=config.profiles,
+        shipped=spec.profiles,
     )
 
 
@@ -217,7 +227,7 @@ def evaluate_model(
     """
     images = load_labelled(data)
     # An old report must not keep the model from being measured anew.
-    spec = replace(model_specs(config.models)[0], quality=None)
+    spec = replace(model_specs(config)[0], quality=None)
     device = choose_device(config.device)
     torch.set_num_threads(config.threads or available_cpus())
     model = load(spec, device)
@@ -247,7 +257,7 @@ def profile_model(
     Returns the model's name, what the profile holds for, the profile, and where it is kept: None if it can't be, which
     is logged. Raises ConfigError or ModelLoadError, in words for the operator.
     """
-    spec = model_specs(config.models)[0]
+    spec = model_specs(config)[0]
     device = choose_device(config.device)
     torch.set_num_threads(config.threads or available_cpus())
     model = load(spec, device)

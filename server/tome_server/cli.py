@@ -163,18 +163,24 @@ def _config(args: argparse.Namespace) -> "ServerConfig":
 
     config = read_config(args.config) if args.config else ServerConfig()
     given = {name: value for name, value in vars(args).items() if value is not None}
-    top = ("listen", "metrics", "device", "threads", "policy", "profiles", "profile_time", "drain_timeout")
+    top = ["repository", "listen", "metrics", "device", "threads", "policy", "profiles", "profile_time"]
+    top.append("drain_timeout")
     changes: dict[str, Any] = {name: given[name] for name in top if name in given}
     batching = {name: given[name] for name in ("max_batch", "max_delay", "max_pending") if name in given}
     model = {name: given[name] for name in ("checkpoint", "labels", "quality", "default_budget") if name in given}
     settings = config.model_dump()
     settings["batching"] |= batching
+    # A repository takes the place of the default.
+    configured = config.models if "models" in config.model_fields_set or "repository" not in given else ()
     if "model" in given:
         changes["models"] = [{"source": given["model"]} | model]
-    elif model:
-        changes["models"] = [config.models[0].model_dump(exclude_unset=True) | model, *config.models[1:]]
+    elif model and not configured:
+        raise ConfigError(
+            f"--{next(iter(model)).replace('_', '-')} is for one of `models` or --model, and there is none"
+        )
     else:
-        changes["models"] = config.models
+        first = [configured[0].model_dump(exclude_unset=True) | model] if model else configured[:1]
+        changes["models"] = [*first, *configured[1:]]
     try:
         return ServerConfig.model_validate(settings | changes)
     except ValidationError as error:
@@ -294,6 +300,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML settings; flags override them")
     parser.add_argument("--model", metavar="SOURCE", help="bundled:fashion (default) or a timm architecture")
+    parser.add_argument("--repository", type=Path, metavar="DIR", help="folder of models, each in its own; serves all")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="local weights, .safetensors or .pth")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="class names, one a line")
     parser.add_argument("--quality", type=Path, metavar="FILE", help="what `tome-server evaluate` wrote")

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from tome_server.scheduling.policy import NAMES
 from tome_server.settings import Count, Duration, Size, Strict, read_settings
@@ -108,8 +108,10 @@ class ServerConfig(Strict):
     """gRPC host:port; port 0 picks a free one."""
     metrics: Annotated[str | None, BeforeValidator(parse_address)] = "0.0.0.0:8501"
     """Prometheus host:port; off or null serves none."""
-    models: Annotated[tuple[ModelConfig, ...], Field(min_length=1)] = (ModelConfig(),)
-    """The first answers requests that name no model."""
+    repository: Path | None = None
+    """Folder of models, each in a folder of its own, which are served beside `models`."""
+    models: tuple[ModelConfig, ...] = (ModelConfig(),)
+    """The first answers requests that name no model. Where there is a repository, none by default."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
     threads: Count | None = None
@@ -134,6 +136,18 @@ class ServerConfig(Strict):
     drain_timeout: Duration = 30.0
     """How long requests in flight may take after SIGTERM."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _only_the_repository(cls, given: Any) -> Any:
+        return {"models": (), **given} if isinstance(given, dict) and given.get("repository") else given
+
+    @field_validator("models")
+    @classmethod
+    def _something_to_serve(cls, models: tuple[ModelConfig, ...], info: ValidationInfo) -> tuple[ModelConfig, ...]:
+        if not models and not info.data.get("repository"):
+            raise ValueError("there must be one, or a repository")
+        return models
+
 
 def read_config(path: Path) -> ServerConfig:
     """Read a YAML file; relative paths in it count from its folder.
@@ -146,7 +160,8 @@ def read_config(path: Path) -> ServerConfig:
 def _beside(config: ServerConfig, folder: Path) -> ServerConfig:
     def resolve(part: Any) -> Any:
         changes: dict[str, Any] = {}
-        for name, value in part:
+        for name in part.model_fields_set:
+            value = getattr(part, name)
             if isinstance(value, Path):
                 changes[name] = folder / value
             elif isinstance(value, BaseModel):

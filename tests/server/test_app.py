@@ -83,6 +83,9 @@ def test_what_cannot_be_served_is_said_in_a_sentence(taken: str, tmp_path: Path)
 
     (tmp_path / "junk.pem").write_text("junk")
     (tmp_path / "junk.key").write_text("junk")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken/fashion").mkdir(parents=True)
+    (tmp_path / "broken/fashion/config.yaml").write_text("description: none\n")
     base = ["--listen", "127.0.0.1:0", "--metrics", "off"]
     weights = str(BUNDLED / "weights.safetensors")
     cases = {
@@ -114,6 +117,11 @@ def test_what_cannot_be_served_is_said_in_a_sentence(taken: str, tmp_path: Path)
         "budget.yaml:4: models.0.default_budget: ": [
             "--config", config("budget", models=[{"default_budget": "0s"}]),
         ],
+        f"repository {tmp_path}/gone is no folder": [*base, "--repository", f"{tmp_path}/gone"],
+        f"repository {tmp_path}/empty holds no models; tome-server models add makes one": [
+            *base, "--repository", f"{tmp_path}/empty",
+        ],
+        "fashion/config.yaml:1: architecture: is missing": [*base, "--repository", f"{tmp_path}/broken"],
         "two models are named 'fashion'": [
             "--config", config("twice", models=[{"source": "bundled:fashion"}, {"source": "bundled:fashion"}]),
         ],

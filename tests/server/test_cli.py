@@ -139,6 +139,16 @@ def test_a_model_flag_replaces_the_models_of_the_file(monkeypatch: pytest.Monkey
     assert model.model_dump(exclude_unset=True) == {"source": "vit", "checkpoint": Path("w.pth")}
 
 
+def test_a_repository_is_served_beside_the_models_that_are_named(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    flag = ["--repository", "models"]
+    assert config(monkeypatch, *flag).repository == Path("models")
+    assert config(monkeypatch, *flag).models == ()
+    assert [model.source for model in config(monkeypatch, *flag, "--model", "vit").models] == ["vit"]
+    assert [model.source for model in config(monkeypatch, *flag, "--config", str(file)).models] == ["first", "second"]
+    said = "tome-server: --checkpoint is for one of `models` or --model, and there is none"
+    assert failure("serve", *flag, "--checkpoint", "w.pth") == said
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

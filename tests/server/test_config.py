@@ -319,6 +319,16 @@ def test_relative_paths_count_from_the_files_folder(
     assert (config.tls.certificate, config.tls.key) == (tmp_path / "tls/cert.pem", tmp_path / "tls/key.pem")
 
 
+def test_a_repository_takes_the_place_of_the_default_model(file: Path, tmp_path: Path) -> None:
+    config = read(file, "repository: models")
+    assert config.repository == tmp_path / "models"
+    assert config.models == ()
+    both = read(file, "repository: models\nmodels: [{source: vit}]")
+    assert [model.source for model in both.models] == ["vit"]
+    assert read(file, "repository: models\nmodels: []").models == ()
+    assert "models: there must be one, or a repository" in refusal(file, "models: []")
+
+
 def test_settings_cannot_be_changed() -> None:
     config: Any = ServerConfig()
     with pytest.raises(ValidationError):

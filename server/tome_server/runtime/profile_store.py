@@ -169,22 +169,27 @@ def obtain_profile(
     max_batch: int,
     budget: float,
     folder: Path | None = None,
+    shipped: Path | None = None,
     run: Run = run_batch,
 ) -> Profile:
-    """Return the profile stored in `folder` (None: `default_folder`), or measure one and store it.
+    """Return the profile stored in `folder` (None: `default_folder`) or `shipped`, or measure one and store it.
 
+    `shipped` is a folder that came with the model, and is only read.
     Blocks, for about `budget` seconds if it measures. A store that can't be used never stops a server: the log says
     why it can't. Raises what the model raises.
     """
     key = profile_key(model, checkpoint, device, max_batch)
-    try:
-        path = _stored(folder or default_folder(), model.name, key)
-        profile = load_profile(path, key)
-    except ProfileError as error:
-        log.info("measuring how fast %s is, for about %.0f s: %s", model.name, budget, error)
-    else:
-        log.info("profile of %s read from %s", model.name, path)
-        return profile
+    reasons = []
+    for place in (folder, shipped) if shipped and shipped.is_dir() else (folder,):
+        try:
+            path = _stored(place or default_folder(), model.name, key)
+            profile = load_profile(path, key)
+        except ProfileError as error:
+            reasons.append(str(error))
+        else:
+            log.info("profile of %s read from %s", model.name, path)
+            return profile
+    log.info("measuring how fast %s is, for about %.0f s: %s", model.name, budget, "; ".join(reasons))
     profile = measure(model, device, max_batch=max_batch, budget=budget, run=run)
     keep_profile(folder, model.name, key, profile)
     return profile

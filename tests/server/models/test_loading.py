@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tome_server.errors import ModelLoadError
+from tome_server.errors import ConfigError, ModelLoadError
 from tome_server.merging import MergedModel
 from tome_server.models import loading
 from tome_server.models.hosted import HostedModel, Quality
@@ -61,7 +61,7 @@ def test_the_bundled_model_is_complete() -> None:
 
 
 def test_an_unknown_bundled_model_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ModelLoadError, match="no bundled model is named 'fashoin'; there is fashion"):
+    with pytest.raises(ConfigError, match="no bundled model is named 'fashoin'; there is fashion"):
         bundled_spec("fashoin")
 
 

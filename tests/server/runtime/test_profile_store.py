@@ -284,8 +284,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
-def obtain(model: HostedModel, folder: Path | None) -> Profile:
-    return obtain_profile(model, None, CPU, max_batch=2, budget=3, folder=folder)
+def obtain(model: HostedModel, folder: Path | None, shipped: Path | None = None) -> Profile:
+    return obtain_profile(model, None, CPU, max_batch=2, budget=3, folder=folder, shipped=shipped)
 
 
 def test_a_model_is_measured_once(
@@ -301,6 +301,25 @@ def test_a_model_is_measured_once(
     assert obtain(model, folder) == first
     assert len(measured) == 1
     assert caplog.messages == [f"profile of tiny read from {file}"]
+
+
+def test_a_profile_that_came_with_the_model_is_read_and_never_written(
+    model: HostedModel, tmp_path: Path, measured: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    own, shipped = tmp_path / "own", tmp_path / "shipped"
+    profile = obtain(model, shipped)
+    [file] = shipped.iterdir()
+    assert obtain(model, own, shipped) == profile
+    assert len(measured) == 1
+    assert not own.exists()
+    assert caplog.messages[-1] == f"profile of tiny read from {file}"
+    file.write_text("{")
+    obtain(model, own, shipped)
+    assert len(measured) == 2
+    assert file.read_text() == "{"
+    assert len(list(own.iterdir())) == 1
+    assert f"there is no {own / file.name}; {file} is no JSON" in caplog.messages[-1]
 
 
 def test_a_profile_of_another_set_up_is_measured_again_and_what_differs_is_logged(

@@ -1,0 +1,198 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import nn
+
+from tome_server.errors import ConfigError
+from tome_server.models.loading import load
+from tome_server.models.repository import Repository, check_name
+from tome_server.models.spec import ModelSpec, bundled_spec
+
+CPU = torch.device("cpu")
+Fill = Callable[..., None]
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    (tmp_path / "models").mkdir()
+    return Repository(tmp_path / "models")
+
+
+@pytest.fixture
+def fill(tiny: nn.Module, spec: ModelSpec) -> Fill:
+    """Make a model's folder of `tiny`."""
+
+    def write(folder: Path, **config: object) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {"architecture": spec.architecture, "kwargs": spec.kwargs} | config
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        save_file(tiny.state_dict(), folder / "weights.safetensors")
+
+    return write
+
+
+def refusal(call: Callable[..., object], *args: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        call(*args)
+    return str(caught.value)
+
+
+def test_a_folder_is_a_model_under_its_name(repository: Repository, fill: Fill) -> None:
+    folder = repository.folder / "tiny"
+    fill(folder, default_budget="250ms", description="small", license="MIT")
+    (folder / "labels.txt").write_text("".join(f"class {i}\n" for i in range(7)))
+    (folder / "README.md").write_text("passed over")
+    [spec] = repository.scan()
+    assert (spec.name, spec.version, spec.default_budget, spec.description) == ("tiny", None, 0.25, "small")
+    assert spec.quality is None
+    hosted = load(spec, CPU)
+    assert hosted.name == "tiny"
+    assert hosted.labels[6] == "class 6"
+
+
+def test_models_come_in_order_of_name_and_what_is_none_is_passed_over(repository: Repository, fill: Fill) -> None:
+    for name in ("b", "a.1", "C"):
+        fill(repository.folder / name)
+    (repository.folder / ".git").mkdir()
+    (repository.folder / "README.md").touch()
+    assert repository.names() == ["C", "a.1", "b"]
+    assert [spec.name for spec in repository.scan()] == ["C", "a.1", "b"]
+
+
+def test_an_empty_repository_has_no_models(repository: Repository) -> None:
+    assert repository.scan() == []
+
+
+def test_a_repository_must_be_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "gone"):
+        assert refusal(Repository, path) == f"repository {path} is no folder"
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../a", "a/b", "/etc", "a\\b", "a b", ".hidden", "-flag", "é", "a\n", "a\0", "x" * 101]
+)
+def test_a_name_cannot_leave_the_folder(repository: Repository, fill: Fill, name: str) -> None:
+    fill(repository.folder / "inside")
+    for call in (check_name, repository.spec, repository.path, repository.versions, repository.served):
+        assert refusal(call, name).startswith(f"{name!r} is no name of a model")
+    assert "is no name of a model" in refusal(repository.remove, name)
+    assert (repository.folder / "inside").is_dir()
+
+
+def test_a_folder_whose_name_is_none_is_refused(repository: Repository) -> None:
+    (repository.folder / "my model").mkdir()
+    assert "'my model' is no name of a model" in refusal(repository.scan)
+
+
+def test_an_unknown_model_is_refused_with_those_there_are(repository: Repository, fill: Fill) -> None:
+    fill(repository.folder / "tiny")
+    said = f"repository {repository.folder} has no model named 'tony'; there is tiny"
+    assert refusal(repository.spec, "tony") == said
+
+
+def test_all_that_is_wrong_is_said_with_file_and_field(repository: Repository, fill: Fill) -> None:
+    root = repository.folder
+    fill(root / "a", architectur="x")
+    fill(root / "b", default_budget="soon")
+    (root / "c").mkdir()
+    fill(root / "d")
+    (root / "d/weights.safetensors").unlink()
+    fill(root / "e")
+    fill(root / "f")
+    (root / "f/weights.pth").touch()
+    (root / "g").mkdir()
+    (root / "g/config.yaml").write_text("description: empty\n")
+    assert refusal(repository.scan).splitlines() == [
+        f"{root}/a/config.yaml:9: architectur is not a setting; did you mean 'architecture'?",
+        f"{root}/b/config.yaml:9: default_budget: 'soon' is no duration; write for example 50ms, 1.5s or 2m",
+        f"{root}/c is no model: there is no config.yaml in it, and no folder of a version",
+        f"{root}/d: no weights.safetensors is there",
+        f"{root}/f: only one of weights.safetensors and weights.pth may be there",
+        f"{root}/g/config.yaml:1: architecture: is missing",
+    ]
+
+
+@pytest.mark.parametrize("key", ["pretrained", "checkpoint_path", "pretrained_cfg", "cache_dir"])
+def test_other_weights_than_the_folders_cannot_be_named(
+    repository: Repository, fill: Fill, spec: ModelSpec, key: str
+) -> None:
+    fill(repository.folder / "tiny", kwargs={**spec.kwargs, key: "/etc/passwd"})
+    assert f"kwargs: {key} can't be set: the weights are those beside this file" in refusal(repository.spec, "tiny")
+
+
+def test_the_highest_version_is_served_unless_the_config_says_otherwise(repository: Repository, fill: Fill) -> None:
+    model = repository.folder / "tiny"
+    for version in ("2", "10", "1"):
+        fill(model / version, description=f"version {version}")
+    assert repository.versions("tiny") == [1, 2, 10]
+    [spec] = repository.scan()
+    assert (spec.version, spec.description) == (10, "version 10")
+    assert repository.spec("tiny", 2).description == "version 2"
+    (model / "config.yaml").write_text("version: 2\n")
+    assert repository.spec("tiny").version == 2
+    assert repository.spec("tiny", 10).version == 10
+
+
+def test_a_wrong_choice_of_version_is_refused(repository: Repository, fill: Fill) -> None:
+    model = repository.folder / "tiny"
+    fill(model / "1")
+    assert refusal(repository.spec, "tiny", 3) == f"{model} has no version 3; only 1"
+    (model / "config.yaml").write_text("version: 3\n")
+    assert refusal(repository.spec, "tiny") == f"{model}/config.yaml: version: there is no 3, only 1"
+    (model / "config.yaml").write_text("architecture: vit\n")
+    assert "config.yaml:1: architecture is not a setting; valid keys are version" in refusal(repository.spec, "tiny")
+    (model / "01").mkdir()
+    assert "whole number from 1, without leading zeros" in refusal(repository.versions, "tiny")
+
+
+def test_a_model_without_versions_has_none_to_ask_for(repository: Repository, fill: Fill) -> None:
+    fill(repository.folder / "tiny")
+    assert repository.versions("tiny") == []
+    assert refusal(repository.spec, "tiny", 1).endswith("has no version 1; it has no versions")
+
+
+def test_what_is_written_is_whole_or_not_there(repository: Repository, fill: Fill) -> None:
+    def broken(folder: Path) -> None:
+        fill(folder)
+        raise ConfigError("half way")
+
+    assert refusal(lambda: repository.write("tiny", broken, replace=False)) == "half way"
+    assert list(repository.folder.iterdir()) == []
+    assert repository.write("tiny", fill, replace=False) == repository.folder / "tiny"
+    assert "exists; remove it first" in refusal(lambda: repository.write("tiny", fill, replace=False))
+    assert refusal(lambda: repository.write("tiny", broken, replace=True)) == "half way"
+    assert repository.spec("tiny").description == ""
+    repository.write("tiny", lambda folder: fill(folder, description="new"), replace=True)
+    assert repository.spec("tiny").description == "new"
+    assert [path.name for path in repository.folder.iterdir()] == ["tiny"]
+
+
+def test_versions_and_plain_models_do_not_mix(repository: Repository, fill: Fill) -> None:
+    repository.write("plain", fill, replace=False)
+    assert "has no versions" in refusal(lambda: repository.write("plain", fill, version=1, replace=False))
+    for version in (1, 2):
+        repository.write("many", fill, version=version, replace=False)
+    assert "has versions; name one" in refusal(lambda: repository.write("many", fill, replace=True))
+    assert repository.versions("many") == [1, 2]
+
+
+def test_a_version_or_a_whole_model_is_removed(repository: Repository, fill: Fill) -> None:
+    for version in (1, 2):
+        repository.write("many", fill, version=version, replace=False)
+    assert repository.remove("many", 2) == repository.folder / "many/2"
+    assert repository.versions("many") == [1]
+    repository.remove("many")
+    assert list(repository.folder.iterdir()) == []
+
+
+def test_the_bundled_models_folder_is_in_the_format() -> None:
+    spec = bundled_spec("fashion")
+    assert spec.checkpoint is not None
+    assert spec.quality is not None
+    assert spec.labels is not None
+    assert spec.kwargs["patch_size"] == 2
