@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTO_DIR := protos
-PROTO := $(PROTO_DIR)/tome_api/v1/inference.proto
+PROTO := $(PROTO_DIR)/tome_api/v1/inference.proto $(PROTO_DIR)/tome_api/oip/open_inference.proto
 # google.rpc.Status comes with the googleapis-common-protos package.
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I $(PROTO_DIR) \
   -I $$($(BIN)/python -c 'import google.rpc, pathlib; print(pathlib.Path(list(google.rpc.__path__)[0]).parents[1])')

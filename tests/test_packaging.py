@@ -12,7 +12,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-STUBS = REPOSITORY / "protos/tome_api/v1"
+CONTRACTS = ("tome_api/v1", "tome_api/oip")
 SCRIPTS = [
     script.name
     for script in importlib.metadata.entry_points(group="console_scripts")
@@ -33,8 +33,10 @@ def test_the_stubs_are_what_make_proto_generates(tmp_path: Path) -> None:
     assert recipe.count("_out=protos") + recipe.count("_out=quiet:protos") == 4
     elsewhere = recipe.replace("_out=protos", f"_out={tmp_path}").replace("_out=quiet:protos", f"_out=quiet:{tmp_path}")
     run(["sh", "-c", elsewhere])
-    generated = {path.name: path.read_text() for path in (tmp_path / "tome_api/v1").iterdir()}
-    assert generated == {path.name: path.read_text() for path in STUBS.glob("*_pb2*")}, "run `make proto`"
+    for contract in CONTRACTS:
+        generated = {path.name: path.read_text() for path in (tmp_path / contract).iterdir()}
+        kept = {path.name: path.read_text() for path in (REPOSITORY / "protos" / contract).glob("*_pb2*")}
+        assert generated == kept, "run `make proto`"
 
 
 def test_the_client_imports_nothing_of_the_servers() -> None:
@@ -88,6 +90,7 @@ def test_the_wheel_holds_every_file_of_the_packages_and_no_other(wheel: set[str]
         "tome_api/py.typed",
         "tome_api/v1/inference.proto",
         "tome_api/v1/inference_pb2.pyi",
+        "tome_api/oip/open_inference.proto",
         "tome_client/py.typed",
         "tome_server/py.typed",
         "tome_server/models/bundled/fashion/config.yaml",

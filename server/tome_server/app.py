@@ -26,6 +26,7 @@ from tome_server.models.preprocess import Limits
 from tome_server.models.repository import Repository
 from tome_server.models.spec import BUNDLED_PREFIX, ModelSpec, bundled_spec, weights_digest
 from tome_server.observability.metrics import Metrics
+from tome_server.oip.service import OpenInference
 from tome_server.rpc.server import RpcServer, RpcSettings
 from tome_server.rpc.tls import TlsFiles
 from tome_server.rpc.tokens import Tokens
@@ -69,7 +70,7 @@ async def serve(config: ServerConfig) -> None:
         decode_threads=available_cpus(),
         names=[spec.name for spec in specs],
     )
-    rpc = RpcServer(engine, _rpc_settings(config))
+    rpc = RpcServer(engine, OpenInference(engine), _rpc_settings(config))
     metrics_url, stop_metrics = _serve_metrics(config.metrics, metrics)
     await rpc.start()
     log.info("listening on %s, loading %s", rpc.address, ", ".join(engine.names))

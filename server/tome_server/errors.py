@@ -52,6 +52,14 @@ class OverloadedError(RequestError):
         """seconds"""
 
 
+class TooLargeError(RequestError):
+    """The request holds more than the server would hold at once, however idle; asking again won't help."""
+
+
+class UnsupportedError(RequestError):
+    """A part of a protocol that this server doesn't have."""
+
+
 class UnavailableError(RequestError):
     """The server is loading or draining; another replica may answer now."""
 

@@ -17,8 +17,10 @@ from tome_server.errors import (
     ModelFailedError,
     OverloadedError,
     RequestError,
+    TooLargeError,
     UnavailableError,
     UnknownModelError,
+    UnsupportedError,
 )
 
 DOMAIN = "tome-serving"
@@ -28,6 +30,8 @@ _CODES = {
     InfeasibleError: code_pb2.DEADLINE_EXCEEDED,
     ExpiredError: code_pb2.DEADLINE_EXCEEDED,
     OverloadedError: code_pb2.RESOURCE_EXHAUSTED,
+    TooLargeError: code_pb2.RESOURCE_EXHAUSTED,
+    UnsupportedError: code_pb2.UNIMPLEMENTED,
     UnavailableError: code_pb2.UNAVAILABLE,
     ModelFailedError: code_pb2.INTERNAL,
 }

@@ -6,10 +6,12 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from tome_api.oip import open_inference_pb2_grpc
 from tome_api.v1 import inference_pb2, inference_pb2_grpc
 from tome_server.engine import Engine
 from tome_server.errors import PortInUseError
-from tome_server.rpc import health
+from tome_server.oip.service import OpenInference
+from tome_server.rpc import health, oip_servicer
 from tome_server.rpc.access import AccessInterceptor
 from tome_server.rpc.servicer import InferenceServicer
 from tome_server.rpc.tls import TlsFiles, credentials
@@ -43,16 +45,21 @@ class RpcSettings:
 class RpcServer:
     """A gRPC server for one engine: listening from `start`, healthy from `ready`."""
 
-    def __init__(self, engine: Engine, settings: RpcSettings) -> None:
+    def __init__(self, engine: Engine, oip: OpenInference, settings: RpcSettings) -> None:
         self._engine = engine
         self._server = grpc.aio.server(
             interceptors=[AccessInterceptor(settings.tokens, engine.metrics)], options=_options(settings)
         )
-        self._health = health.HealthServicer(("", SERVICE))
+        self._health = health.HealthServicer(("", SERVICE, oip_servicer.SERVICE))
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(engine), self._server)
+        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
+            oip_servicer.OpenInferenceServicer(oip), self._server
+        )
+        # Asked after the one above, about methods that it doesn't have.
+        self._server.add_generic_rpc_handlers((oip_servicer.UnsupportedMethods(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if settings.reflection:
-            names = (SERVICE, health.SERVICE, reflection.SERVICE_NAME)
+            names = (SERVICE, oip_servicer.SERVICE, health.SERVICE, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
         host = settings.address.rpartition(":")[0]
         try:

@@ -1,0 +1,125 @@
+"""Models and server in the protocol's words, as plain values: gRPC's messages and HTTP's JSON have the same fields."""
+
+import importlib.metadata
+import math
+from typing import Any
+
+from tome_server.engine import Engine, Served
+from tome_server.observability.metrics import Metrics
+from tome_server.oip.images import INPUT
+from tome_server.oip.outputs import outputs_of
+
+NAME = "tome-serving"
+PLATFORM = "timm_pytorch"
+# One of each model, so far.
+VERSION = "1"
+# As Triton names them.
+EXTENSIONS = (
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "model_repository",
+    "parameters",
+    "schedule_policy",
+    "statistics",
+)
+_CONFIG_TYPES = {"FP32": "TYPE_FP32", "INT64": "TYPE_INT64", "BYTES": "TYPE_STRING"}
+
+
+def server_metadata() -> dict[str, Any]:
+    """Return ServerMetadataResponse."""
+    return {"name": NAME, "version": importlib.metadata.version(NAME), "extensions": list(EXTENSIONS)}
+
+
+def model_metadata(served: Served) -> dict[str, Any]:
+    """Return ModelMetadataResponse. Of the input's datatypes it names FP32, which clients can fill by themselves."""
+    model = served.model
+    return {
+        "name": model.name,
+        "versions": [VERSION],
+        "platform": PLATFORM,
+        "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, *model.preprocess.settings.input_size]}],
+        "outputs": [
+            {"name": output.name, "datatype": output.datatype, "shape": [-1, *output.dims]}
+            for output in outputs_of(model).values()
+        ],
+    }
+
+
+def model_config(served: Served, max_delay: float) -> dict[str, Any]:
+    """Return ModelConfig; `max_delay` in seconds."""
+    model = served.model
+    about = {
+        "architecture": model.architecture,
+        "default_budget_ms": f"{served.default_budget * 1e3:g}",
+        "image_datatypes": "FP32 [N, C, H, W], UINT8 [N, H, W, 3], BYTES [N]",
+        "policy": served.policy,
+        "r_grid": ", ".join(map(str, served.rs)),
+    }
+    return {
+        "name": model.name,
+        "platform": PLATFORM,
+        "backend": NAME,
+        "max_batch_size": served.scheduler.latency.max_batch,
+        "input": [
+            {
+                "name": INPUT,
+                "data_type": "TYPE_FP32",
+                "format": "FORMAT_NCHW",
+                "dims": list(model.preprocess.settings.input_size),
+            }
+        ],
+        "output": [
+            {"name": output.name, "data_type": _CONFIG_TYPES[output.datatype], "dims": list(output.dims)}
+            for output in outputs_of(model).values()
+        ],
+        "dynamic_batching": {"max_queue_delay_microseconds": round(max_delay * 1e6)},
+        "parameters": {name: {"string_value": value} for name, value in about.items()},
+        "model_transaction_policy": {"decoupled": False},
+    }
+
+
+def repository_index(engine: Engine, ready_only: bool) -> list[dict[str, Any]]:
+    """Return RepositoryIndexResponse's models."""
+    return [
+        {"name": name, "version": VERSION, "state": "READY" if name in engine.models else "LOADING", "reason": ""}
+        for name in engine.names
+        if name in engine.models or not ready_only
+    ]
+
+
+def model_statistics(metrics: Metrics, name: str, last_inference: int) -> dict[str, Any]:
+    """Return ModelStatistics, of what the model answered by whatever protocol; `last_inference` in ms of the epoch."""
+
+    def total(metric: Any, suffix: str, **labels: str) -> float:
+        labels["model"] = name
+        return math.fsum(
+            sample.value
+            for family in metric.collect()
+            for sample in family.samples
+            if sample.name == family.name + suffix and labels.items() <= sample.labels.items()
+        )
+
+    def times(metric: Any, **labels: str) -> dict[str, int]:
+        seconds = total(metric, "_sum", **labels)
+        return {"count": round(total(metric, "_count", **labels)), "ns": round(seconds * 1e9)}
+
+    requests = round(total(metrics.requests, "_total"))
+    good = round(total(metrics.requests, "_total", code="OK"))
+    images = times(metrics.request_duration)
+    stage = metrics.stage_duration
+    return {
+        "name": name,
+        "version": VERSION,
+        "last_inference": last_inference,
+        "inference_count": images["count"],
+        "execution_count": round(total(metrics.batch_size, "_count")),
+        "inference_stats": {
+            "success": {"count": good, "ns": images["ns"]},
+            "fail": {"count": requests - good, "ns": 0},
+            "queue": times(stage, stage="queue"),
+            "compute_input": times(stage, stage="decode"),
+            "compute_infer": times(stage, stage="compute"),
+            "compute_output": times(stage, stage="reply"),
+        },
+    }

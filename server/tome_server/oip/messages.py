@@ -1,0 +1,96 @@
+"""A request and its answer in the protocol's terms; gRPC and HTTP are two ways to write them down."""
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from tome_server.errors import InvalidRequestError
+
+Parameter: TypeAlias = bool | int | float | str
+
+# NumPy's types of the datatypes we use, in the protocol's byte order; an element of BYTES has no fixed size.
+DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1"), "INT64": np.dtype("<i8")}
+BYTES = "BYTES"
+# Characters of a caller's text that a refusal repeats: gRPC drops statuses of more than a few kilobytes.
+_SHOWN = 60
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A named array in row-major order."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: bytes | Sequence[bytes]
+    """Little-endian elements; of BYTES, one item an element."""
+
+
+@dataclass(frozen=True)
+class RequestedOutput:
+    """An output that the caller wants."""
+
+    name: str
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """Images for one model, to be answered together."""
+
+    model: str
+    """Empty for the first."""
+    input: Tensor
+    version: str = ""
+    """Empty for any."""
+    id: str = ""
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    outputs: Sequence[RequestedOutput] = ()
+    """None for all."""
+
+
+@dataclass(frozen=True)
+class InferResponse:
+    """The outputs, and in `parameters` what was done for them."""
+
+    model: str
+    version: str
+    id: str
+    parameters: Mapping[str, Parameter]
+    outputs: Sequence[Tensor]
+
+
+def shown(text: str) -> str:
+    """Return a caller's text, quoted, as a refusal may repeat it."""
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")
+
+
+def check_datatype(datatype: str) -> None:
+    """Raise InvalidRequestError unless images can come in this datatype."""
+    if datatype not in ("FP32", "UINT8", BYTES):
+        raise InvalidRequestError("image.datatype", f"must be FP32, UINT8 or BYTES, not {shown(datatype)}")
+
+
+def joined(elements: Sequence[bytes]) -> bytes:
+    """Write elements of BYTES one after another, each after its length in four bytes."""
+    return b"".join(part for element in elements for part in (struct.pack("<I", len(element)), element))
+
+
+def split(data: bytes, count: int) -> list[bytes]:
+    """Read `count` elements of BYTES back. Raises InvalidRequestError if `data` holds another number, or is cut off."""
+    elements: list[bytes] = []
+    at = 0
+    while at < len(data):
+        if len(elements) == count:
+            raise InvalidRequestError("image", f"holds more than the {count:,} elements that its shape says")
+        start = at + 4
+        if start > len(data):
+            raise InvalidRequestError("image", f"ends within the length of element {len(elements)}")
+        at = start + struct.unpack_from("<I", data, at)[0]
+        if at > len(data):
+            raise InvalidRequestError("image", f"ends within element {len(elements)}; lengths are four bytes each")
+        elements.append(data[start:at])
+    return elements

@@ -1,0 +1,90 @@
+"""What a request's parameters ask for: time, and bounds of r and quality."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tome_server.errors import InvalidRequestError
+from tome_server.oip.messages import Parameter, shown
+
+# About 10,000 years, as our own API bounds a budget.
+_LONGEST = 315_576_000_000.0
+_FINAL = "triton_enable_empty_final_response"
+_KNOWN = ("latency_budget_ms", "timeout", "priority", "r", "min_r", "max_r", "min_quality", _FINAL)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the caller allows."""
+
+    budget: float = math.inf
+    """Seconds from arrival; infinite where no parameter says."""
+    r: int | None = None
+    min_r: int | None = None
+    max_r: int | None = None
+    min_quality: float | None = None
+    mark_final: bool = False
+    """Whether a response shall say that it is the request's last, as every one of ours is."""
+
+
+def terms_of(parameters: Mapping[str, Parameter]) -> Terms:
+    """Read a request's parameters. Raises InvalidRequestError for one that is unknown or of another type.
+
+    `latency_budget_ms` is as in our own API; `timeout` (µs, 0 for none) as in Triton's schedule policy extension, and
+    the lesser of the two counts. `priority` is taken for clients that send it, and changes nothing: here deadlines
+    decide the order.
+    """
+    for name in parameters:
+        if name not in _KNOWN:
+            raise InvalidRequestError("parameters", f"{shown(name)} is none of {', '.join(_KNOWN)}")
+    if (_integer(parameters, "priority") or 0) < 0:
+        raise InvalidRequestError("parameters.priority", "must be 0 or more")
+    final = parameters.get(_FINAL, False)
+    if not isinstance(final, bool):
+        raise _wrong_type(_FINAL, "true or false", final)
+    return Terms(
+        budget=min(_budget(parameters), _timeout(parameters)),
+        r=_integer(parameters, "r"),
+        min_r=_integer(parameters, "min_r"),
+        max_r=_integer(parameters, "max_r"),
+        min_quality=_number(parameters, "min_quality"),
+        mark_final=final,
+    )
+
+
+def _budget(parameters: Mapping[str, Parameter]) -> float:
+    milliseconds = _number(parameters, "latency_budget_ms")
+    return math.inf if milliseconds is None else seconds_of(milliseconds, "parameters.latency_budget_ms")
+
+
+def seconds_of(milliseconds: float, field: str) -> float:
+    """Return a latency budget in seconds. Raises InvalidRequestError, naming `field`, if it can't be one."""
+    if not 0 < milliseconds <= _LONGEST * 1e3:
+        raise InvalidRequestError(field, f"must be above 0 and at most {_LONGEST * 1e3:.0f}, and is {milliseconds:g}")
+    return milliseconds / 1e3
+
+
+def _timeout(parameters: Mapping[str, Parameter]) -> float:
+    microseconds = _integer(parameters, "timeout") or 0
+    if not 0 <= microseconds <= _LONGEST * 1e6:
+        raise InvalidRequestError("parameters.timeout", f"must lie in 0..{_LONGEST * 1e6:.0f} µs")
+    return microseconds / 1e6 or math.inf
+
+
+def _integer(parameters: Mapping[str, Parameter], name: str) -> int | None:
+    value = parameters.get(name)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    raise _wrong_type(name, "an integer", value)
+
+
+def _number(parameters: Mapping[str, Parameter], name: str) -> float | None:
+    value = parameters.get(name)
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    raise _wrong_type(name, "a number", value)
+
+
+def _wrong_type(name: str, wanted: str, value: Parameter) -> InvalidRequestError:
+    kind = {bool: "a boolean", int: "an integer", float: "a floating-point number", str: "a string"}[type(value)]
+    return InvalidRequestError(f"parameters.{name}", f"must be {wanted}, and is {kind}")

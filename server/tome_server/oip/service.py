@@ -1,0 +1,127 @@
+"""The protocol's one way to the engine, shared by gRPC and HTTP."""
+
+import asyncio
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from tome_server.engine import Engine, Reply, Request, Served
+from tome_server.errors import InvalidRequestError, UnknownModelError, UnsupportedError
+from tome_server.oip import describe
+from tome_server.oip.images import images_of
+from tome_server.oip.messages import InferRequest, InferResponse, Parameter, shown
+from tome_server.oip.outputs import needs_features, needs_logits, parameters_of, tensors_of, wanted_of
+from tome_server.oip.parameters import terms_of
+
+
+class OpenInference:
+    """Answers in the protocol's terms. Raises a RequestError for what can't be answered."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._last_inference: dict[str, int] = {}
+
+    @property
+    def ready(self) -> bool:
+        """Whether every model is in service and the server isn't stopping."""
+        return not self.engine.draining.is_set() and all(name in self.engine.models for name in self.engine.names)
+
+    def model_ready(self, name: str, version: str = "") -> bool:
+        """Return whether a model answers now; not if there is none of that name."""
+        known = (name or self.engine.names[0]) in self.engine.models and version in ("", describe.VERSION)
+        return known and not self.engine.draining.is_set()
+
+    def metadata(self, name: str, version: str = "") -> dict[str, Any]:
+        """Describe a model's inputs and outputs."""
+        return describe.model_metadata(self._served(name, version))
+
+    def config(self, name: str, version: str = "") -> dict[str, Any]:
+        """Describe a model's settings."""
+        return describe.model_config(self._served(name, version), self.engine.max_delay)
+
+    def statistics(self, name: str = "", version: str = "") -> list[dict[str, Any]]:
+        """Say what a model has answered; every model in service if unnamed."""
+        names = [self._served(name, version).model.name] if name else list(self.engine.models)
+        return [describe.model_statistics(self.engine.metrics, one, self._last_inference.get(one, 0)) for one in names]
+
+    def index(self, ready_only: bool = False) -> list[dict[str, Any]]:
+        """List the models."""
+        return describe.repository_index(self.engine, ready_only)
+
+    async def load(self, name: str) -> None:
+        """Take a model into service."""
+        raise UnsupportedError(f"loading {shown(name)}: models are loaded when the server starts")
+
+    async def unload(self, name: str) -> None:
+        """Take a model out of service."""
+        raise UnsupportedError(f"unloading {shown(name)}: models stay until the server stops")
+
+    async def infer(
+        self, request: InferRequest, arrival: float, time_remaining: float | None, trace_id: str | None = None
+    ) -> InferResponse:
+        """Answer a request's images, all or none.
+
+        Its deadline is `arrival`, on the event loop's clock, plus the least of `time_remaining` (seconds) and what its
+        parameters say. When one image can't be answered, or the caller is cancelled, the others are given up.
+        """
+        served = self._served(request.model, request.version)
+        terms = terms_of(request.parameters)
+        wanted = wanted_of(served.model, request.outputs)
+        deadline = arrival + min(terms.budget, math.inf if time_remaining is None else time_remaining)
+        replies = await self._predict(
+            [
+                Request(
+                    model=served.model.name,
+                    input=image,
+                    arrival=arrival,
+                    deadline=deadline,
+                    r=terms.r,
+                    min_r=terms.min_r,
+                    max_r=terms.max_r,
+                    min_quality=terms.min_quality,
+                    top_k=1,
+                    logits=needs_logits(wanted),
+                    features=needs_features(wanted),
+                    trace_id=trace_id,
+                )
+                for image in images_of(request.input, self.engine.max_pending)
+            ]
+        )
+        self._last_inference[served.model.name] = time.time_ns() // 1_000_000
+        parameters: dict[str, Parameter] = parameters_of(replies)
+        if terms.mark_final:
+            parameters["triton_final_response"] = True
+        outputs = tensors_of(replies, wanted)
+        return InferResponse(served.model.name, describe.VERSION, request.id, parameters, outputs)
+
+    def _served(self, name: str, version: str) -> Served:
+        if version not in ("", describe.VERSION):
+            raise UnknownModelError(f"{name[:100]}, version {version[:20]}", self.engine.names)
+        return self.engine.model(name)
+
+    async def _predict(self, requests: Sequence[Request]) -> list[Reply]:
+        """Answer all, or raise what the first to fail failed with."""
+        if len(requests) == 1:
+            return [await self._predict_one(requests[0], "image")]
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running = [
+                    tasks.create_task(self._predict_one(request, f"image[{i}]")) for i, request in enumerate(requests)
+                ]
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in running]
+
+    async def _predict_one(self, request: Request, image: str) -> Reply:
+        try:
+            return await self.engine.predict(request)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(_field(error.field, image), error.description) from error
+
+
+def _field(field: str, image: str) -> str:
+    """Return what the protocol calls a field of the engine's request."""
+    if field.partition(".")[0] in ("image", "tensor"):
+        return image
+    return f"parameters.{field}"

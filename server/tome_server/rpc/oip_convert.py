@@ -1,0 +1,112 @@
+"""Between the Open Inference Protocol's messages and what they mean."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tome_api.oip import open_inference_pb2 as pb
+from tome_server.errors import InvalidRequestError, TooLargeError
+from tome_server.oip.messages import (
+    BYTES,
+    DTYPES,
+    InferRequest,
+    InferResponse,
+    Parameter,
+    RequestedOutput,
+    Tensor,
+    check_datatype,
+    joined,
+    shown,
+    split,
+)
+
+# Where elements of a datatype are, unless raw.
+_CONTENTS = {"FP32": "fp32_contents", "UINT8": "uint_contents", "INT64": "int64_contents", BYTES: "bytes_contents"}
+# Elements that a request may hold other than raw: they are converted one by one, while nobody else is served.
+_MOST_TYPED = 4 * 2**20
+
+
+def request_from(message: pb.ModelInferRequest) -> InferRequest:
+    """Return what a message asks for. Raises a RequestError if it contradicts itself."""
+    if len(message.inputs) != 1:
+        raise InvalidRequestError("inputs", f"must be one tensor, image; {len(message.inputs)} are given")
+    return InferRequest(
+        model=message.model_name,
+        version=message.model_version,
+        id=message.id,
+        parameters=_parameters(message.parameters, "parameters"),
+        input=_input(message.inputs[0], message.raw_input_contents),
+        outputs=[
+            RequestedOutput(output.name, _parameters(output.parameters, "outputs.parameters"))
+            for output in message.outputs
+        ],
+    )
+
+
+def response_to(response: InferResponse, *, raw: bool) -> pb.ModelInferResponse:
+    """Return the message, its elements raw or typed."""
+    message = pb.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
+    for name, value in response.parameters.items():
+        if isinstance(value, bool):
+            message.parameters[name].bool_param = value
+        elif isinstance(value, int):
+            message.parameters[name].int64_param = value
+        else:
+            raise TypeError(f"no response parameter is a {type(value)}")
+    for tensor in response.outputs:
+        output = message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        data = tensor.data
+        if raw:
+            message.raw_output_contents.append(data if isinstance(data, bytes) else joined(data))
+        else:
+            values = np.frombuffer(data, DTYPES[tensor.datatype]).tolist() if isinstance(data, bytes) else data
+            getattr(output.contents, _CONTENTS[tensor.datatype]).extend(values)
+    return message
+
+
+def _parameters(given: Mapping[str, pb.InferParameter], field: str) -> dict[str, Parameter]:
+    parameters: dict[str, Parameter] = {}
+    for name, value in given.items():
+        kind = value.WhichOneof("parameter_choice")
+        if kind is None:
+            raise InvalidRequestError(field, f"{shown(name)} has no value")
+        parameters[name] = getattr(value, kind)
+    return parameters
+
+
+def _input(tensor: pb.ModelInferRequest.InferInputTensor, raw: Sequence[bytes]) -> Tensor:
+    check_datatype(tensor.datatype)
+    if tensor.parameters:
+        name = shown(min(tensor.parameters))
+        raise InvalidRequestError("inputs.parameters", f"{name} is not supported; an input takes no parameters")
+    given = [field.name for field, _ in tensor.contents.ListFields()]
+    if raw and given:
+        raise InvalidRequestError("inputs.contents", f"holds {given[0]}, and so does raw_input_contents; send one")
+    if len(raw) > 1:
+        raise InvalidRequestError("raw_input_contents", f"must be one, for the input image; {len(raw):,} are given")
+    expected = _CONTENTS[tensor.datatype]
+    if wrong := [name for name in given if name != expected]:
+        raise InvalidRequestError("inputs.contents", f"{tensor.datatype} goes into {expected}, not {wrong[0]}")
+    shape = tuple(tensor.shape)
+    data: bytes | Sequence[bytes]
+    if tensor.datatype == BYTES:
+        # What another shape says is refused later, by what it means for the datatype.
+        count = shape[0] if shape else 0
+        data = split(raw[0], count) if raw else list(tensor.contents.bytes_contents)
+    else:
+        data = raw[0] if raw else _typed(tensor)
+    return Tensor(tensor.name, tensor.datatype, shape, data)
+
+
+def _typed(tensor: pb.ModelInferRequest.InferInputTensor) -> bytes:
+    """Return elements that aren't raw as if they were."""
+    values = getattr(tensor.contents, _CONTENTS[tensor.datatype])
+    if len(values) > _MOST_TYPED:
+        text = f"at most {_MOST_TYPED:,} are taken in contents, more in raw_input_contents"
+        raise TooLargeError(f"{len(values):,} elements in {_CONTENTS[tensor.datatype]}; {text}")
+    if tensor.datatype == "FP32":
+        return np.array(values, DTYPES["FP32"]).tobytes()
+    try:
+        return bytes(values)
+    except ValueError:
+        raise InvalidRequestError("inputs.contents", "of UINT8 must lie in 0..255") from None
