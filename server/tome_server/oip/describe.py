@@ -89,7 +89,10 @@ def repository_index(engine: Engine, ready_only: bool) -> list[dict[str, Any]]:
 
 
 def model_statistics(metrics: Metrics, name: str, last_inference: int) -> dict[str, Any]:
-    """Return ModelStatistics, of what the model answered by whatever protocol; `last_inference` in ms of the epoch."""
+    """Return ModelStatistics, of what the model answered by whatever protocol; `last_inference` in ms of the epoch.
+
+    Each image of a request counts as one success, a request that failed as one failure.
+    """
 
     def total(metric: Any, suffix: str, **labels: str) -> float:
         labels["model"] = name
@@ -115,7 +118,7 @@ def model_statistics(metrics: Metrics, name: str, last_inference: int) -> dict[s
         "inference_count": images["count"],
         "execution_count": round(total(metrics.batch_size, "_count")),
         "inference_stats": {
-            "success": {"count": good, "ns": images["ns"]},
+            "success": images,
             "fail": {"count": requests - good, "ns": 0},
             "queue": times(stage, stage="queue"),
             "compute_input": times(stage, stage="decode"),
