@@ -195,7 +195,7 @@ def test_more_merging_costs_less(model: pb.Model) -> None:
         assert 0 < step.top1 <= 1
 
 
-@pytest.mark.parametrize("service", ["", SERVICE])
+@pytest.mark.parametrize("service", ["", SERVICE, "inference.GRPCInferenceService"])
 def test_health_is_serving(server: Any, service: str) -> None:
     with grpc.insecure_channel(server.target) as channel:
         health = health_pb2_grpc.HealthStub(channel)
@@ -212,6 +212,7 @@ def test_reflection_lists_the_services(server: Any) -> None:
         (answer,) = reflection.ServerReflectionInfo(iter([question]))
         assert {service.name for service in answer.list_services_response.service} == {
             SERVICE,
+            "inference.GRPCInferenceService",
             "grpc.health.v1.Health",
             "grpc.reflection.v1alpha.ServerReflection",
         }
