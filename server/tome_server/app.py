@@ -69,6 +69,7 @@ async def serve(config: ServerConfig) -> None:
         reply_margin=config.reply_margin,
         decode_threads=available_cpus(),
         names=[spec.name for spec in specs],
+        max_client_requests=config.limits.max_client_requests,
     )
     rpc = RpcServer(engine, OpenInference(engine), _rpc_settings(config))
     metrics_url, stop_metrics = _serve_metrics(config.metrics, metrics)

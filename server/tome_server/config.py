@@ -67,10 +67,12 @@ class BatchingConfig(Strict):
 
 
 class LimitsConfig(Strict):
-    """What one image may cost."""
+    """What one image may cost, and one client ask at once."""
 
     max_image_bytes: Size = 16 * 2**20
     max_image_pixels: Count = 50_000_000
+    max_client_requests: Count | None = None
+    """Requests held at once for one client, by its token or else its address; by default as many as for all."""
 
 
 class TlsConfig(Strict):

@@ -15,7 +15,9 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from tome_server.caller import Shares
 from tome_server.errors import (
+    ClientLimitError,
     ExpiredError,
     InfeasibleError,
     InvalidRequestError,
@@ -179,11 +181,14 @@ class Engine:
     names: Sequence[str]
     """Of all models that will be served; those not in `models` are loading still."""
     models: dict[str, Served] = field(default_factory=dict)
+    max_client_requests: int | None = None
+    """Requests held at once for one client; one more is refused."""
     draining: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     """Set once new requests are refused because the server is stopping."""
 
     def __post_init__(self) -> None:
         self._pending = 0
+        self._shares = Shares(self.max_client_requests, RETRY_AFTER)
         self.metrics.pending_limit.set(self.max_pending)
         self._arrived = asyncio.Event()
         self._decoders = ThreadPoolExecutor(self.decode_threads, thread_name_prefix="decode")
@@ -220,7 +225,11 @@ class Engine:
         if math.isinf(request.deadline):
             request = replace(request, deadline=request.arrival + served.default_budget)
         try:
-            reply = await self._answer(served, bounds, top_k, request)
+            with self._shares.hold():
+                reply = await self._answer(served, bounds, top_k, request)
+        except ClientLimitError:
+            self.metrics.rejected.labels(served.model.name, "client_limit").inc()
+            raise
         except Exception as error:
             if missed := _MISSED.get(type(error)) if isinstance(error, RequestError) else "failed":
                 self.metrics.slo_missed.labels(served.model.name, missed).inc(exemplar=exemplar(request.trace_id))
@@ -438,7 +447,7 @@ class Engine:
         self.metrics.queue_depth.labels(served.model.name).set(len(served.scheduler))
 
 
-# What is wrong with the request itself, an image that can't be decoded for one, is no miss.
+# What is wrong with the request itself, an image that can't be decoded for one, is no miss; nor is one client's excess.
 _MISSED: dict[type[RequestError], str] = {
     InfeasibleError: "infeasible",
     ExpiredError: "expired",

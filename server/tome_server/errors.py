@@ -60,6 +60,15 @@ class UnsupportedError(RequestError):
     """A part of a protocol that this server doesn't have."""
 
 
+class ClientLimitError(RequestError):
+    """The client has as many requests in the server as one client may."""
+
+    def __init__(self, most: int, retry_after: float) -> None:
+        super().__init__(f"{most} requests of this client are waiting already; retry in {retry_after * 1e3:.0f} ms")
+        self.retry_after = retry_after
+        """seconds"""
+
+
 class UnavailableError(RequestError):
     """The server is loading or draining; another replica may answer now."""
 

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tome_server.config import BatchingConfig, LimitsConfig, ModelConfig, ServerConfig, read_config
+from tome_server.config import BatchingConfig, ConnectionsConfig, LimitsConfig, ModelConfig, ServerConfig, read_config
 from tome_server.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -45,6 +45,10 @@ def test_an_empty_file_gives_the_defaults(file: Path, text: str) -> None:
     assert config.profile_time == 5
     assert config.models[0].default_budget is None
     assert config.tls is None
+    assert config.auth is None
+    assert config.limits.max_client_requests is None
+    assert config.connections == ConnectionsConfig(max_concurrent_streams=1024, max_age=None, max_age_grace=30.0)
+    assert config.reflection
 
 
 def test_settings_are_read_at_every_level(file: Path) -> None:

@@ -13,7 +13,7 @@ from tome_server.observability.buckets import Buckets
 NAMESPACE = "tome"
 # Why a request was not answered inside its deadline, and which of these were refused before they cost anything.
 MISSED = ("infeasible", "expired", "queue_full", "failed", "late")
-REJECTED = ("infeasible", "queue_full")
+REJECTED = ("infeasible", "queue_full", "client_limit")
 STAGES = ("decode", "queue", "compute", "reply")
 # What a series is called besides its family's own name.
 _SUFFIXES = {

@@ -11,6 +11,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from tome_server.errors import (
+    ClientLimitError,
     ExpiredError,
     InfeasibleError,
     InvalidRequestError,
@@ -32,6 +33,7 @@ _CODES = {
     OverloadedError: code_pb2.RESOURCE_EXHAUSTED,
     TooLargeError: code_pb2.RESOURCE_EXHAUSTED,
     UnsupportedError: code_pb2.UNIMPLEMENTED,
+    ClientLimitError: code_pb2.RESOURCE_EXHAUSTED,
     UnavailableError: code_pb2.UNAVAILABLE,
     ModelFailedError: code_pb2.INTERNAL,
 }
@@ -82,7 +84,7 @@ def _details(error: RequestError) -> list[Any]:
             return _packed(
                 error_details_pb2.ErrorInfo(reason="EXPIRED", domain=DOMAIN, metadata={"stage": error.stage})
             )
-        case OverloadedError():
+        case OverloadedError() | ClientLimitError():
             delay = Duration()
             delay.FromNanoseconds(round(error.retry_after * 1e9))
             return _packed(error_details_pb2.RetryInfo(retry_delay=delay))

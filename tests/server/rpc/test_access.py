@@ -1,23 +1,30 @@
 """Who may call, through a real channel to a server that asks for tokens."""
 
+import gc
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import yaml
+from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
+from tome_server.observability.metrics import Metrics as ServerMetrics
+from tome_server.rpc.access import AccessInterceptor
+from tome_server.rpc.tokens import Tokens
 
-from .wire import PATIENCE, refusal, scrape
+from .wire import PATIENCE, black_png, refusal, refusal_in, refusal_of, scrape, until
 
 ALICE, BOB, EVE = "alice-0123456789abcdef", "bob-0123456789abcdef", "eve-0123456789abcdef"
+NOT_FOUND = grpc.StatusCode.NOT_FOUND
 UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
+DEADLINE_EXCEEDED = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +38,13 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def guarded(module_server: Callable[..., Any], tokens: Path) -> Any:
     """A server that asks for tokens, and logs all it can."""
     config = tokens.parent / "server.yaml"
-    config.write_text(yaml.safe_dump({"auth": {"tokens": str(tokens)}, "reflection": False}))
+    settings = {
+        "auth": {"tokens": str(tokens)},
+        "limits": {"max_client_requests": 3},
+        "connections": {"max_concurrent_streams": 7},
+        "reflection": False,
+    }
+    config.write_text(yaml.safe_dump(settings))
     return module_server("--config", str(config), "--default-budget", "60s", "--log-level", "debug")
 
 
@@ -112,3 +125,122 @@ def test_tokens_exchanged_under_a_running_server_hold_from_the_next_call_on(
     assert refusal(lambda: predict(good, metadata=bearer(BOB))).code is UNAUTHENTICATED
     tokens.write_text(kept)
     assert refusal(lambda: predict(good, metadata=bearer(EVE))).code is UNAUTHENTICATED
+
+
+# Limits
+
+
+@pytest.fixture
+def slow() -> pb.PredictRequest:
+    """A request that takes a noticeable part of a second to decode."""
+    return pb.PredictRequest(image=black_png(4000, 4000), latency_budget=Duration(seconds=100))
+
+
+def test_one_client_cannot_take_all_the_room(
+    guarded: Any, channel: grpc.Channel, good: pb.PredictRequest, slow: pb.PredictRequest
+) -> None:
+    predict = inference_pb2_grpc.InferenceStub(channel).Predict
+    held = [predict.future(slow, metadata=bearer(ALICE)) for _ in range(3)]
+    until(lambda: scrape(guarded.metrics_url).total("tome_requests_pending") == 3, "all requests are in the server")
+    with pytest.raises(grpc.RpcError) as caught:
+        predict(good, metadata=bearer(ALICE))
+    refused = refusal_of(caught.value)
+    assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert refused.message == "3 requests of this client are waiting already; retry in 100 ms"
+    assert refused.details["RetryInfo"].retry_delay.ToMilliseconds() == 100
+    assert dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"] == "100"
+    assert scrape(guarded.metrics_url).total("tome_rejected_total", reason="client_limit") == 1
+    assert predict(good, metadata=bearer(BOB)).predictions
+    assert all(call.result().predictions for call in held)
+    assert predict(good, metadata=bearer(ALICE)).predictions
+
+
+def test_each_message_of_a_stream_counts_as_a_request(
+    channel: grpc.Channel, good: pb.PredictRequest, slow: pb.PredictRequest
+) -> None:
+    stream = inference_pb2_grpc.InferenceStub(channel).PredictStream
+    messages = [pb.PredictStreamRequest(id=str(number), request=slow) for number in range(5)]
+    answers = {answer.id: answer for answer in stream(iter(messages), metadata=bearer(ALICE))}
+    refused = [refusal_in(answer.error).code for answer in answers.values() if answer.HasField("error")]
+    assert refused == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 2
+    assert len(answers) == 5
+
+
+def test_a_connection_carries_only_so_many_calls_at_once(
+    guarded: Any, channel: grpc.Channel, good: pb.PredictRequest
+) -> None:
+    """The eighth waits in the client until one of the seven ends."""
+    watch = health_pb2_grpc.HealthStub(channel).Watch
+    watchers = [watch(health_pb2.HealthCheckRequest()) for _ in range(7)]
+    for watcher in watchers:
+        next(watcher)
+    predict = inference_pb2_grpc.InferenceStub(channel).Predict
+    assert refusal(lambda: predict(good, metadata=bearer(ALICE), timeout=0.5)).code is DEADLINE_EXCEEDED
+    waiting = predict.future(good, metadata=bearer(ALICE), timeout=PATIENCE)
+    watchers[0].cancel()
+    assert waiting.result().predictions
+    for watcher in watchers:
+        watcher.cancel()
+
+
+def test_logs_hold_neither_tokens_nor_images(
+    guarded: Any, channel: grpc.Channel, good: pb.PredictRequest, tokens: Path
+) -> None:
+    """Whatever else these tests had the server do; and once more with an image and a token that can't be missed."""
+    marked = b"not-an-image-but-a-mark" * 50
+    predict = inference_pb2_grpc.InferenceStub(channel).Predict
+    for token in (ALICE, EVE):
+        refusal(lambda token=token: predict(pb.PredictRequest(image=marked), metadata=bearer(token)))
+    tensor = pb.Tensor(data_type=pb.Tensor.DATA_TYPE_UINT8, shape=[1, 1, 3], data=marked)
+    refusal(lambda: predict(pb.PredictRequest(tensor=tensor), metadata=bearer(ALICE)))
+    kept = tokens.read_text()
+    tokens.write_text("sh0rt-and-wrong\n")
+    assert predict(good, metadata=bearer(ALICE)).predictions
+    tokens.write_text(kept)
+    log = guarded.log.read_text()
+    assert "the tokens were not exchanged" in log
+    for secret in (ALICE, BOB, EVE, "sh0rt", "not-an-image", repr(good.image[:16])[2:-1], good.image[:16].hex()):
+        assert secret not in log
+
+
+# Refusals
+
+
+async def refuse(request: object, context: Any) -> None:
+    """As the servicers do: while it handles another error."""
+    try:
+        assert request is context
+    except AssertionError:
+        await context.abort(grpc.StatusCode.NOT_FOUND, "no")
+
+
+async def refuse_later(request: object, context: Any) -> AsyncIterator[bytes]:
+    yield b"first"
+    await refuse(request, context)
+
+
+METHODS = {
+    "Unary": grpc.unary_unary_rpc_method_handler(refuse),
+    "Stream": grpc.unary_stream_rpc_method_handler(refuse_later),
+}
+
+
+@pytest.mark.parametrize(("method", "guard"), [("Unary", False), ("Stream", False), ("Unary", True), ("Stream", True)])
+async def test_a_refused_call_is_freed_at_once(tokens: Path, method: str, guard: bool) -> None:
+    """Not when the collector of cycles comes by: until then it would fill one of its connection's places."""
+    access = AccessInterceptor(Tokens(tokens) if guard else None, ServerMetrics())
+    server = grpc.aio.server(interceptors=[access], options=[("grpc.max_concurrent_streams", 5)])
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Test", METHODS),))
+    port = server.add_insecure_port("localhost:0")
+    await server.start()
+    gc.disable()
+    try:
+        async with grpc.aio.insecure_channel(f"localhost:{port}") as channel:
+            for _ in range(20):
+                call = channel.unary_stream(f"/test.Test/{method}")(b"", timeout=PATIENCE)
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    _ = [response async for response in call]
+                assert caught.value.code() is (UNAUTHENTICATED if guard else NOT_FOUND)
+    finally:
+        gc.enable()
+        await server.stop(None)
