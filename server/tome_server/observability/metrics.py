@@ -103,7 +103,9 @@ class Metrics:
             "deadline_slack_seconds", "Time left until the deadline, of requests with a prediction", buckets.SLACK
         )
         self.rejected = self._counter(
-            "rejected", "Requests refused for want of time or room, by reason: infeasible, queue_full", "reason"
+            "rejected",
+            "Requests refused for want of time or room, by reason: infeasible, queue_full, client_limit",
+            "reason",
         )
         self.pending = self._gauge("requests_pending", "Requests in the server, not answered yet")
         self.pending_limit = self._gauge("requests_pending_limit", "At so many pending requests more are refused")
