@@ -11,7 +11,10 @@ PROTO := $(PROTO_DIR)/tome_api/v1/inference.proto $(PROTO_DIR)/tome_api/oip/open
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I $(PROTO_DIR) \
   -I $$($(BIN)/python -c 'import google.rpc, pathlib; print(pathlib.Path(list(google.rpc.__path__)[0]).parents[1])')
 
-.PHONY: demo test lint proto bench nightly gpu clean help
+# Debian packages that tests use.
+DEBIAN := prometheus
+
+.PHONY: demo test tools lint proto bench nightly gpu clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,8 +22,17 @@ help:  ## list the targets
 demo: $(STAMP)  ## serve the bundled model and send it its sample images at several r
 	$(BIN)/tome-server demo
 
-test: $(STAMP) lint  ## lint, type-check and run every test that guards a change
+test: $(STAMP) tools lint  ## lint, type-check and run every test that guards a change
 	$(BIN)/python -m pytest
+
+# Without them, or the right to install them, the tests that use them skip and say so. Their services are not wanted.
+tools:
+	@missing=; for tool in $(DEBIAN); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  { apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; } \
+	    || echo "tests that use$$missing will be skipped"; \
+	  for tool in $$missing; do service $$tool stop >/dev/null 2>&1 || true; done; \
+	fi
 
 lint: $(STAMP)  ## ruff, mypy --strict, import layers, proto and Dockerfile linters
 	$(BIN)/ruff check .
