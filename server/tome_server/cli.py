@@ -115,6 +115,13 @@ def _profile(args: argparse.Namespace) -> int:
     return 0
 
 
+def _settings(args: argparse.Namespace) -> int:
+    from tome_server.reference import settings_schema, settings_table
+
+    sys.stdout.write(json.dumps(settings_schema(), indent=2) + "\n" if args.schema else settings_table())
+    return 0
+
+
 def _plan(args: argparse.Namespace) -> int:
     picture = _drawing("tome_server.plan_picture", "--plot", args.plot) if args.plot else None
     from tqdm import tqdm
@@ -255,6 +262,14 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--picture", type=Path, metavar="FILE", help="where to draw it: .png, .svg or .pdf")
     profile.add_argument("--json", action="store_true", help="print JSON instead of a table")
     profile.set_defaults(run=_profile)
+
+    settings = commands.add_parser(
+        "settings",
+        help="list every setting of a configuration file",
+        description="List every setting of a configuration file, its default and what it means.",
+    )
+    settings.add_argument("--schema", action="store_true", help="print a JSON Schema of the file, as editors take it")
+    settings.set_defaults(run=_settings)
 
     _add_plan(commands.add_parser(
         "plan",

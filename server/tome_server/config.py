@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -28,7 +28,14 @@ def parse_policy(value: object) -> object:
     return value
 
 
-Address = Annotated[str, BeforeValidator(parse_address)]
+# What may be written, for the JSON Schema; the functions decide.
+_AddressText = Annotated[str, Field(pattern=r"^\S+:[0-9]{1,5}$")]
+_PolicyText = Annotated[str, Field(pattern=f"^({'|'.join(NAMES).replace(':R', ':[0-9]+')})$")]
+Address = Annotated[str, BeforeValidator(parse_address, json_schema_input_type=_AddressText)]
+AddressOrOff = Annotated[
+    str | None, BeforeValidator(parse_address, json_schema_input_type=_AddressText | Literal["off", False] | None)
+]
+Policy = Annotated[str, BeforeValidator(parse_policy, json_schema_input_type=_PolicyText)]
 
 
 class ModelConfig(Strict):
@@ -53,6 +60,7 @@ class ModelConfig(Strict):
     proportional_attention: bool | None = None
     """Weigh tokens by the patches they stand for; by default on, except for MAE weights."""
     description: str = ""
+    """Told to clients."""
 
 
 class BatchingConfig(Strict):
@@ -70,7 +78,9 @@ class LimitsConfig(Strict):
     """What one image may cost, and one client ask at once."""
 
     max_image_bytes: Size = 16 * 2**20
+    """Encoded image, or data of a tensor."""
     max_image_pixels: Count = 50_000_000
+    """Width × height of the image, and of what resizing would make of a long and thin one."""
     max_client_requests: Count | None = None
     """Requests held at once for one client, by its token or else its address; by default as many as for all."""
 
@@ -81,6 +91,7 @@ class TlsConfig(Strict):
     certificate: Path
     """The certificate, and those between it and its root."""
     key: Path
+    """Its private key."""
     client_ca: Path | None = None
     """Authorities of which clients must show a certificate (mTLS); by default clients need none."""
 
@@ -108,7 +119,7 @@ class ServerConfig(Strict):
 
     listen: Address = "0.0.0.0:8500"
     """gRPC host:port; port 0 picks a free one."""
-    metrics: Annotated[str | None, BeforeValidator(parse_address)] = "0.0.0.0:8501"
+    metrics: AddressOrOff = "0.0.0.0:8501"
     """Prometheus host:port; off or null serves none."""
     repository: Path | None = None
     """Folder of models, each in a folder of its own, which are served beside `models`."""
@@ -118,7 +129,7 @@ class ServerConfig(Strict):
     """auto, cpu, cuda or cuda:N"""
     threads: Count | None = None
     """CPU threads for the model; by default one, or as many as the process may use CPUs, as measured at start."""
-    policy: Annotated[str, BeforeValidator(parse_policy)] = "price"
+    policy: Policy = "price"
     """What chooses r: price, fixed:R, max_accuracy, max_batch or slackfit."""
     profiles: Path | None = None
     """Folder of measured latencies; by default one in the user's cache."""

@@ -44,14 +44,23 @@ def parse_size(value: object) -> object:
 
 
 Count = Annotated[int, Field(ge=1, strict=True)]
-Duration = Annotated[float, BeforeValidator(parse_duration), Field(ge=0, allow_inf_nan=False)]
-Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+# What may be written, for the JSON Schema; the functions decide.
+_DurationText = Annotated[str, Field(pattern=r"^\s*([0-9]+|[0-9]*\.[0-9]+)\s*(us|ms|s|m)\s*$")]
+_SizeText = Annotated[str, Field(pattern=r"^\s*[0-9]+\s*(KiB|MiB|GiB)\s*$")]
+Duration = Annotated[
+    float,
+    BeforeValidator(parse_duration, json_schema_input_type=Annotated[float, Field(ge=0)] | _DurationText),
+    Field(ge=0, allow_inf_nan=False),
+]
+Size = Annotated[
+    int, BeforeValidator(parse_size, json_schema_input_type=Annotated[int, Field(gt=0)] | _SizeText), Field(gt=0)
+]
 
 
 class Strict(BaseModel):
     """Settings, of which none may be misspelt."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 Settings = TypeVar("Settings", bound=Strict)

@@ -1,0 +1,207 @@
+{{- define "tome-serving.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{/* Room is left for the longest suffix, -headless. */}}
+{{- define "tome-serving.fullname" -}}
+{{- $name := default .Chart.Name .Values.nameOverride }}
+{{- $full := ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) }}
+{{- default $full .Values.fullnameOverride | trunc 52 | trimSuffix "-" }}
+{{- end }}
+
+{{- define "tome-serving.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "tome-serving.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "tome-serving.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{ include "tome-serving.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end }}
+
+{{- define "tome-serving.serviceAccountName" -}}
+{{- ternary (default (include "tome-serving.fullname" .) .Values.serviceAccount.name) (default "default" .Values.serviceAccount.name) .Values.serviceAccount.create }}
+{{- end }}
+
+{{- define "tome-serving.image" -}}
+{{- if .Values.image.digest -}}
+{{ .Values.image.repository }}@{{ .Values.image.digest }}
+{{- else -}}
+{{ .Values.image.repository }}:{{ default (printf "%s-%s" .Chart.AppVersion .Values.device) .Values.image.tag }}
+{{- end }}
+{{- end }}
+
+{{- define "tome-serving.profilesClaim" -}}
+{{- default (printf "%s-profiles" (include "tome-serving.fullname" .)) .Values.profiles.existingClaim }}
+{{- end }}
+
+{{/* The server's settings: those of the chart's user, and those that must agree with the manifests. */}}
+{{- define "tome-serving.settings" -}}
+{{- range $i, $model := default list .Values.config.models }}
+{{- $source := default "bundled:fashion" $model.source }}
+{{- if not (or (hasPrefix "bundled:" $source) $model.checkpoint $.Values.hub.enabled) }}
+{{- fail (printf "config.models[%d]: the weights of %s come from the hub; set hub.enabled, or a checkpoint from modelsVolume" $i $source) }}
+{{- end }}
+{{- end }}
+{{- $settings := dict
+  "listen" "0.0.0.0:8500"
+  "metrics" "0.0.0.0:8501"
+  "device" .Values.device
+  "profiles" "/var/cache/tome/tome-serving/profiles"
+  "drain_timeout" (printf "%ds" (int .Values.drain.timeoutSeconds)) }}
+{{- if .Values.auth.secretName }}
+{{- $_ := set $settings "auth" (dict "tokens" (printf "/etc/tome-auth/%s" .Values.auth.key)) }}
+{{- end }}
+{{- toYaml (merge (deepCopy .Values.config) $settings) }}
+{{- end }}
+
+{{- define "tome-serving.container" -}}
+image: {{ include "tome-serving.image" . }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+args: {{ concat (list "serve" "--config" "/etc/tome/server.yaml") .Values.args | toJson }}
+{{- with .Values.env }}
+env:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+ports:
+  - {name: {{ ternary "h2c" "grpc" .Values.kserve.enabled }}, containerPort: 8500, protocol: TCP}
+  - {name: metrics, containerPort: 8501, protocol: TCP}
+# From the first process to SERVING; until then the other two don't ask.
+startupProbe:
+  grpc: {port: 8500, service: ""}
+  periodSeconds: 2
+  timeoutSeconds: 2
+  failureThreshold: {{ div (add .Values.startup.timeoutSeconds 1) 2 }}
+# NOT_SERVING takes the pod out of its Services: another replica has room where this one is draining.
+readinessProbe:
+  grpc: {port: 8500, service: tome_api.v1.Inference}
+  periodSeconds: 5
+  timeoutSeconds: 2
+  failureThreshold: 2
+# Overload is answered by merging and refusals, never by a restart: only half a minute of silence is.
+livenessProbe:
+  grpc: {port: 8500, service: ""}
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 3
+lifecycle:
+  preStop:
+    sleep:
+      seconds: {{ .Values.drain.preStopSeconds }}
+resources:
+  {{- toYaml .Values.resources | nindent 2 }}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  runAsNonRoot: true
+  runAsUser: 65532
+  runAsGroup: 65532
+  capabilities: {drop: [ALL]}
+  seccompProfile: {type: RuntimeDefault}
+volumeMounts:
+  - {name: settings, mountPath: /etc/tome, readOnly: true}
+  - {name: profiles, mountPath: /var/cache/tome/tome-serving}
+  - {name: hub, mountPath: /var/cache/huggingface}
+  - {name: tmp, mountPath: /tmp}
+  {{- if .Values.auth.secretName }}
+  - {name: auth, mountPath: /etc/tome-auth, readOnly: true}
+  {{- end }}
+  {{- if .Values.modelsVolume }}
+  - {name: models, mountPath: /models, readOnly: true}
+  {{- end }}
+  {{- with .Values.extraVolumeMounts }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end }}
+
+{{- define "tome-serving.volumes" -}}
+- name: settings
+  configMap:
+    name: {{ include "tome-serving.fullname" . }}
+- name: profiles
+  {{- if or .Values.profiles.create .Values.profiles.existingClaim }}
+  persistentVolumeClaim:
+    claimName: {{ include "tome-serving.profilesClaim" . }}
+  {{- else }}
+  emptyDir: {sizeLimit: 100Mi}
+  {{- end }}
+- name: hub
+  {{- if .Values.hub.existingClaim }}
+  persistentVolumeClaim:
+    claimName: {{ .Values.hub.existingClaim }}
+  {{- else }}
+  emptyDir: {sizeLimit: {{ .Values.hub.sizeLimit }}}
+  {{- end }}
+- name: tmp
+  emptyDir: {sizeLimit: 100Mi}
+{{- with .Values.auth.secretName }}
+- name: auth
+  secret:
+    secretName: {{ . }}
+    # For the server's group, which fsGroup makes the owner.
+    defaultMode: 0440
+{{- end }}
+{{- with .Values.modelsVolume }}
+- name: models
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.extraVolumes }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* What Deployment and ServingRuntime have in common of a pod. */}}
+{{- define "tome-serving.pod" -}}
+automountServiceAccountToken: false
+serviceAccountName: {{ include "tome-serving.serviceAccountName" . }}
+terminationGracePeriodSeconds: {{ include "tome-serving.graceSeconds" . }}
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 65532
+  runAsGroup: 65532
+  fsGroup: 65532
+  # Else each start walks the whole of a volume of weights.
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile: {type: RuntimeDefault}
+enableServiceLinks: false
+{{- with .Values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .Values.runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
+{{- if .Values.topologySpread.enabled }}
+topologySpreadConstraints:
+  {{- range $key := list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
+  - maxSkew: 1
+    topologyKey: {{ $key }}
+    whenUnsatisfiable: {{ $.Values.topologySpread.whenUnsatisfiable }}
+    labelSelector:
+      matchLabels:
+        {{- include "tome-serving.selectorLabels" $ | nindent 8 }}
+    {{- if not $.Values.kserve.enabled }}
+    # Else the pods of the version that is leaving would count.
+    matchLabelKeys: [pod-template-hash]
+    {{- end }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* What may pass between deletion and SIGKILL: preStop, the drain, and a moment to leave. */}}
+{{- define "tome-serving.graceSeconds" -}}
+{{- add .Values.drain.preStopSeconds .Values.drain.timeoutSeconds 5 }}
+{{- end }}
+
+{{/* What a schema can't say of values that must go together. */}}
+{{- define "tome-serving.check" -}}
+{{- with .Values.autoscaling }}
+{{- if and (ne .kind "none") (lt (int .maxReplicas) (int .minReplicas)) }}
+{{- fail (printf "autoscaling.maxReplicas, %d, is less than minReplicas, %d" (int .maxReplicas) (int .minReplicas)) }}
+{{- end }}
+{{- end }}
+{{- if and (has (toString .Values.strategy.maxSurge) (list "0" "0%")) (has (toString .Values.strategy.maxUnavailable) (list "0" "0%")) }}
+{{- fail "strategy: with maxSurge and maxUnavailable both 0 no pod could ever be replaced" }}
+{{- end }}
+{{- end }}
