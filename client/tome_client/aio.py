@@ -13,7 +13,7 @@ from typing import Final, Self, TypeVar, Unpack
 import grpc
 
 from tome_api.v1 import inference_pb2, inference_pb2_grpc
-from tome_client.channel import DEFAULT_MAX_MESSAGE_BYTES, channel_credentials, channel_options
+from tome_client.channel import DEFAULT_MAX_MESSAGE_BYTES, call_metadata, channel_credentials, channel_options
 from tome_client.errors import TomeError, error_from_rpc
 from tome_client.inputs import Image, is_path
 from tome_client.requests import PredictOptions, StreamItem, predict_request, stream_request
@@ -46,13 +46,16 @@ class AsyncClient:
         *,
         tls: bool | grpc.ChannelCredentials = False,
         root_certificates: bytes | None = None,
+        client_certificate: bytes | None = None,
+        client_key: bytes | None = None,
+        token: str | Callable[[], str] | None = None,
         timeout: float | None = None,
         metadata: Iterable[tuple[str, str | bytes]] = (),
         retries: bool = True,
         max_send_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         max_receive_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
-        credentials = channel_credentials(tls, root_certificates)
+        credentials = channel_credentials(tls, root_certificates, client_certificate, client_key)
         options = channel_options(retries=retries, max_send_bytes=max_send_bytes, max_receive_bytes=max_receive_bytes)
         self._channel = (
             grpc.aio.insecure_channel(target, options)
@@ -62,7 +65,7 @@ class AsyncClient:
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
         self._target = target
         self._timeout = timeout
-        self._metadata = tuple(metadata)
+        self._metadata = call_metadata(metadata, token)
         self._max_send_bytes = max_send_bytes
 
     async def predict(
@@ -116,7 +119,7 @@ class AsyncClient:
             else:
                 arrived.put_nowait(_END)
 
-        call = self._stub.PredictStream(requests(), timeout=timeout, metadata=self._metadata)
+        call = self._stub.PredictStream(requests(), timeout=timeout, metadata=self._metadata())
         receiving = asyncio.create_task(receive())
         try:
             while (result := await arrived.get()) is not _END:
@@ -156,7 +159,9 @@ class AsyncClient:
         self, method: Callable[..., Awaitable[_Response]], request: object, timeout: float | None
     ) -> _Response:
         try:
-            return await method(request, timeout=self._timeout if timeout is None else timeout, metadata=self._metadata)
+            return await method(
+                request, timeout=self._timeout if timeout is None else timeout, metadata=self._metadata()
+            )
         except grpc.RpcError as error:
             raise error_from_rpc(error, self._target) from error
 

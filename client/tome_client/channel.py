@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Final
+from collections.abc import Callable, Iterable
+from typing import Any, Final, TypeAlias
 
 import grpc
 
@@ -27,22 +28,55 @@ _RETRY_POLICY: Final = {
 _RETRY_THROTTLING: Final = {"maxTokens": 100, "tokenRatio": 0.1}
 
 
+Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
+
+
 def channel_credentials(
-    tls: bool | grpc.ChannelCredentials, root_certificates: bytes | None
+    tls: bool | grpc.ChannelCredentials,
+    root_certificates: bytes | None = None,
+    client_certificate: bytes | None = None,
+    client_key: bytes | None = None,
 ) -> grpc.ChannelCredentials | None:
     """Returns what secures the channel; None for plain text.
 
     Raises:
-        ValueError: Root certificates beside credentials that have their own.
+        ValueError: Certificates beside credentials that have their own; a certificate without its key.
     """
+    given = [one for one in (root_certificates, client_certificate, client_key) if one is not None]
     if isinstance(tls, grpc.ChannelCredentials):
-        if root_certificates is not None:
-            raise ValueError("root_certificates are part of the credentials given as tls")
+        if given:
+            raise ValueError("certificates and keys are part of the credentials given as tls")
         return tls
-    # Whoever names the certificates to trust does not mean plain text.
-    if tls or root_certificates is not None:
-        return grpc.ssl_channel_credentials(root_certificates)
+    if (client_certificate is None) != (client_key is None):
+        raise ValueError("a client's certificate and its key go together, and one is missing")
+    # Whoever names certificates does not mean plain text.
+    if tls or given:
+        return grpc.ssl_channel_credentials(root_certificates, client_key, client_certificate)
     return None
+
+
+def call_metadata(
+    metadata: Iterable[tuple[str, str | bytes]], token: str | Callable[[], str] | None
+) -> Callable[[], Metadata]:
+    """Returns what gives the metadata of the next call.
+
+    Raises:
+        ValueError: What cannot be a token; so does what is returned, of a function's.
+    """
+    sent = tuple(metadata)
+    if token is None:
+        return lambda: sent
+    if callable(token):
+        return lambda: (*sent, ("authorization", _bearer(token())))
+    fixed = (*sent, ("authorization", _bearer(token)))
+    return lambda: fixed
+
+
+def _bearer(token: str) -> str:
+    # gRPC would refuse it too, and put it into the error.
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError("a token is ASCII letters, digits and signs, without spaces or line breaks")
+    return f"Bearer {token}"
 
 
 def channel_options(*, retries: bool, max_send_bytes: int, max_receive_bytes: int) -> list[tuple[str, Any]]:

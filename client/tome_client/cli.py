@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
 
 from tome_client.arguments import add_merging_arguments, duration, merging_options
 from tome_client.client import Client
+from tome_client.connection import connection, connection_options
 from tome_client.errors import TomeError
 from tome_client.load.command import add_load_command
 from tome_client.requests import PredictOptions, StreamItem
@@ -58,14 +57,14 @@ def argument_parser() -> argparse.ArgumentParser:
         description="Asks a tome-serving server to classify images within a latency budget.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[_connection_options()],
+        parents=[connection_options()],
     )
     parser.add_argument("--version", action="version", version=f"tome-client {__version__}")
     # After a command too, where what is not given must not undo what stood before it.
-    connection = _connection_options(default=argparse.SUPPRESS)
+    parent = connection_options(default=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("predict", parents=[connection], help="classify images")
+    command = commands.add_parser("predict", parents=[parent], help="classify images")
     command.set_defaults(run=predict)
     command.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG, WebP or BMP file")
     command.add_argument("--budget", type=duration, metavar="TIME", help="longest to wait, such as 50ms or 0.2s")
@@ -73,14 +72,14 @@ def argument_parser() -> argparse.ArgumentParser:
     command.add_argument("--top-k", type=int, default=3, metavar="K", help="classes to show (default: %(default)s)")
     command.add_argument("--json", action="store_true", help="print a JSON array")
 
-    command = commands.add_parser("models", parents=[connection], help="list or describe models")
+    command = commands.add_parser("models", parents=[parent], help="list or describe models")
     command.set_defaults(run=models)
     command.add_argument("name", nargs="?", metavar="NAME", help="describe this model in full")
     command.add_argument("--json", action="store_true", help="print JSON")
 
     command = commands.add_parser(
         "visualize",
-        parents=[connection],
+        parents=[parent],
         help="draw which patches were merged",
         description="Draws the model's input beside its merged tokens: every patch in the mean "
         "colour of the patches it was merged with, lines between tokens. Needs Pillow: "
@@ -92,7 +91,7 @@ def argument_parser() -> argparse.ArgumentParser:
     command.add_argument("--r", type=int, metavar="N", help="tokens to merge in each block")
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="picture to write")
 
-    add_load_command(commands, connection)
+    add_load_command(commands, parent)
     return parser
 
 
@@ -189,23 +188,8 @@ def _classify(args: argparse.Namespace) -> list[_Outcome]:
     return [outcomes.get(number) or outcome(number, None, unanswered) for number in map(str, range(len(args.images)))]
 
 
-def _connection_options(default: str | None = None) -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False)
-    options.add_argument(
-        "--target",
-        default=default or os.environ.get("TOME_TARGET") or "localhost:8500",
-        metavar="HOST:PORT",
-        help="server (default: $TOME_TARGET or localhost:8500)",
-    )
-    options.add_argument("--tls", action="store_true", default=default or False, help="connect with TLS")
-    options.add_argument(
-        "--ca", type=Path, default=default, metavar="FILE", help="PEM root certificates to trust; implies --tls"
-    )
-    return options
-
-
 def _client(args: argparse.Namespace) -> Client:
-    return Client(args.target, tls=args.tls, root_certificates=args.ca.read_bytes() if args.ca else None)
+    return Client(args.target, **connection(args))
 
 
 def _one_line(error: Exception) -> str:

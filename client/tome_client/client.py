@@ -11,7 +11,7 @@ from typing import Final, Self, TypeVar, Unpack
 import grpc
 
 from tome_api.v1 import inference_pb2, inference_pb2_grpc
-from tome_client.channel import DEFAULT_MAX_MESSAGE_BYTES, channel_credentials, channel_options
+from tome_client.channel import DEFAULT_MAX_MESSAGE_BYTES, call_metadata, channel_credentials, channel_options
 from tome_client.errors import TomeError, error_from_rpc
 from tome_client.inputs import Image
 from tome_client.requests import PredictOptions, StreamItem, predict_request, stream_request
@@ -41,15 +41,20 @@ class Client:
         target: "host:port", or any gRPC target. Calls go round the addresses it resolves to.
         tls: True for TLS with the system's root certificates, or credentials of your own.
         root_certificates: PEM certificates to trust instead of the system's; implies TLS.
+        client_certificate: PEM certificate chain to show to the server (mTLS); implies TLS, and
+            needs `client_key`, its PEM private key.
+        token: Bearer token to send with every call, or a function that returns the present one:
+            it is asked at each call, and must not block. Without TLS it can be read on its way.
         timeout: Seconds that a call may take where it names no timeout itself; None: no limit.
             It is the gRPC deadline, which the server sees too. Streams don't take it.
-        metadata: Sent with every call, such as ("authorization", "Bearer ...").
+        metadata: Sent with every call.
         retries: False to try every call once.
         max_send_bytes: The largest request that can be sent.
         max_receive_bytes: The largest answer that is accepted.
 
     Raises:
-        ValueError: Root certificates beside credentials of your own.
+        ValueError: Certificates beside credentials of your own, one without its key, or what
+            cannot be a token.
     """
 
     def __init__(
@@ -58,13 +63,16 @@ class Client:
         *,
         tls: bool | grpc.ChannelCredentials = False,
         root_certificates: bytes | None = None,
+        client_certificate: bytes | None = None,
+        client_key: bytes | None = None,
+        token: str | Callable[[], str] | None = None,
         timeout: float | None = None,
         metadata: Iterable[tuple[str, str | bytes]] = (),
         retries: bool = True,
         max_send_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         max_receive_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
-        credentials = channel_credentials(tls, root_certificates)
+        credentials = channel_credentials(tls, root_certificates, client_certificate, client_key)
         options = channel_options(retries=retries, max_send_bytes=max_send_bytes, max_receive_bytes=max_receive_bytes)
         self._channel = (
             grpc.insecure_channel(target, options)
@@ -74,7 +82,7 @@ class Client:
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
         self._target = target
         self._timeout = timeout
-        self._metadata = tuple(metadata)
+        self._metadata = call_metadata(metadata, token)
         self._max_send_bytes = max_send_bytes
 
     def predict(
@@ -145,7 +153,7 @@ class Client:
             else:
                 arrived.put(_END)
 
-        call = self._stub.PredictStream(requests(), timeout=timeout, metadata=self._metadata)
+        call = self._stub.PredictStream(requests(), timeout=timeout, metadata=self._metadata())
         # Waiting for the server in a thread of its own lets errors from before sending overtake.
         threading.Thread(target=receive, name="tome-client-stream", daemon=True).start()
         try:
@@ -192,6 +200,6 @@ class Client:
 
     def _call(self, method: Callable[..., _Response], request: object, timeout: float | None) -> _Response:
         try:
-            return method(request, timeout=self._timeout if timeout is None else timeout, metadata=self._metadata)
+            return method(request, timeout=self._timeout if timeout is None else timeout, metadata=self._metadata())
         except grpc.RpcError as error:
             raise error_from_rpc(error, self._target) from error

@@ -232,3 +232,21 @@ async def test_a_streams_timeout_is_its_deadline(connect: type[AsyncClient], pee
         await ids(client.predict_stream([StreamItem("a", b"")], timeout=10))
     assert (peer.calls[0].time_remaining or 1e9) > 1e6
     assert round(peer.calls[1].time_remaining) == 10
+
+
+async def test_a_token_is_sent_with_every_call(connect: type[AsyncClient], peer: Peer) -> None:
+    async with connect(peer.target, token="first-token", metadata=[("team", "vision")]) as client:
+        await client.predict(b"")
+        await client.models()
+        await client.model()
+        assert await ids(client.predict_stream([StreamItem("a", b"")])) == ["a"]
+    assert [call.metadata["authorization"] for call in peer.calls] == ["Bearer first-token"] * 4
+    assert {call.metadata["team"] for call in peer.calls} == {"vision"}
+
+
+async def test_a_function_is_asked_for_the_token_at_each_call(connect: type[AsyncClient], peer: Peer) -> None:
+    tokens = iter(["first-token", "second-token"])
+    async with connect(peer.target, token=lambda: next(tokens)) as client:
+        await client.predict(b"")
+        await client.predict(b"")
+    assert [call.metadata["authorization"] for call in peer.calls] == ["Bearer first-token", "Bearer second-token"]

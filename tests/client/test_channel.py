@@ -6,6 +6,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import trustme
 
 from tome_client import Client, StreamItem, TomeError, __version__
 from tome_client.channel import channel_credentials
@@ -192,5 +193,41 @@ def test_root_certificates_never_mean_plain_text() -> None:
 
 
 def test_root_certificates_beside_credentials_are_refused() -> None:
-    with pytest.raises(ValueError, match="part of the credentials"):
-        Client("localhost:1", tls=grpc.ssl_channel_credentials(), root_certificates=b"PEM")
+    for certificates in ({"root_certificates": b"PEM"}, {"client_certificate": b"PEM", "client_key": b"PEM"}):
+        with pytest.raises(ValueError, match="part of the credentials"):
+            Client("localhost:1", tls=grpc.ssl_channel_credentials(), **certificates)
+
+
+def test_a_server_that_asks_for_certificates_gets_the_clients() -> None:
+    ca, stranger = trustme.CA(), trustme.CA()
+    server = ca.issue_cert("localhost")
+    pair = (server.private_key_pem.bytes(), server.cert_chain_pems[0].bytes())
+    root = ca.cert_pem.bytes()
+    with Peer(grpc.ssl_server_credentials([pair], root, require_client_auth=True)) as peer:
+        for issuer, taken in ((ca, True), (stranger, False)):
+            mine = issuer.issue_cert("client")
+            with Client(
+                peer.target,
+                root_certificates=root,
+                client_certificate=mine.cert_chain_pems[0].bytes(),
+                client_key=mine.private_key_pem.bytes(),
+                retries=False,
+            ) as client:
+                if taken:
+                    assert client.predict(b"").model == "first"
+                else:
+                    with pytest.raises(TomeError, match="is unavailable"):
+                        client.predict(b"")
+
+
+@pytest.mark.parametrize("half", ["client_certificate", "client_key"])
+def test_a_certificate_without_its_key_is_refused(half: str) -> None:
+    with pytest.raises(ValueError, match="go together"):
+        Client("localhost:1", **{half: b"PEM"})
+
+
+@pytest.mark.parametrize("token", ["", "two words", "line\n", "höflich"])
+def test_what_cannot_be_a_token_is_refused_and_not_repeated(token: str) -> None:
+    with pytest.raises(ValueError, match="a token is ASCII") as caught:
+        Client("localhost:1", token=token)
+    assert not token or token not in str(caught.value)

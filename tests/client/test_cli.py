@@ -196,3 +196,22 @@ def test_ctrl_c_ends_quietly_with_130(command: list[str], image: str, peer: Peer
     running.send_signal(signal.SIGINT)
     assert running.communicate(timeout=20) == ("", "")
     assert running.returncode == 130
+
+
+def test_a_token_comes_from_a_file_or_the_environment(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, image: str
+) -> None:
+    """And never from the command line, which others on the machine can read."""
+    file = tmp_path / "token"
+    file.write_text("of-the-file\n")
+    main(["models"])
+    monkeypatch.setenv("TOME_TOKEN", "of-the-environment")
+    main(["models"])
+    main(["--token-file", str(file), "models"])
+    main(["predict", image, "--token-file", str(file)])
+    assert [call.metadata.get("authorization") for call in peer.calls] == [
+        None,
+        "Bearer of-the-environment",
+        "Bearer of-the-file",
+        "Bearer of-the-file",
+    ]

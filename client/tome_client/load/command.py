@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from tome_client.arguments import add_merging_arguments, duration, merging_options, share
+from tome_client.connection import connection
 from tome_client.load.arrivals import Trace, parse_arrivals
 from tome_client.load.driver import LoadResult, Progress, event_loop, run_load
 from tome_client.load.images import read_samples
@@ -52,17 +53,17 @@ _ERASE = "\r\x1b[K"
 
 
 def add_load_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], connection: argparse.ArgumentParser
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], parent: argparse.ArgumentParser
 ) -> None:
     """Adds the command to those of `tome-client`; what it parses has the command as `run`.
 
     Args:
         commands: What ArgumentParser.add_subparsers returned.
-        connection: The arguments of all commands that connect: `target`, `tls` and `ca`.
+        parent: The arguments of all commands that connect.
     """
     command = commands.add_parser(
         "load",
-        parents=[connection],
+        parents=[parent],
         help="measure a server under load",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
@@ -135,7 +136,7 @@ def _run(command: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     try:
         plan = _plan(args)
         criterion = _criterion(args)
-        root_certificates = args.ca.read_bytes() if args.ca else None
+        connected = connection(args)
         if args.report:
             args.report.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -149,9 +150,7 @@ def _run(command: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
         async def run(one: LoadPlan) -> LoadResult:
             with _progress_line() as progress:
-                return await run_load(
-                    args.target, one, tls=args.tls, root_certificates=root_certificates, progress=progress, stop=stop
-                )
+                return await run_load(args.target, one, **connected, progress=progress, stop=stop)
 
         if criterion is None:
             return _report_run(args, await run(plan))

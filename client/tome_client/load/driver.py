@@ -17,14 +17,12 @@ from typing import TypeAlias
 import grpc
 
 from tome_api.v1 import inference_pb2, inference_pb2_grpc
-from tome_client.channel import DEFAULT_MAX_MESSAGE_BYTES, channel_credentials, channel_options
+from tome_client.channel import DEFAULT_MAX_MESSAGE_BYTES, Metadata, call_metadata, channel_credentials, channel_options
 from tome_client.errors import error_from_rpc
 from tome_client.load.images import Sample
 from tome_client.load.plan import LoadPlan, PlannedRequest
 from tome_client.requests import PredictOptions, predict_request
 from tome_client.results import Merging, ModelInfo, PredictResult, Timing, model_info, predict_result
-
-_Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
 # A request's number, lag, latency, code, reason and answer. A plain tuple of plain values, because the garbage
 # collector passes over these: walking through dataclasses would halt a long run for tens of milliseconds.
@@ -114,6 +112,9 @@ async def run_load(
     *,
     tls: bool | grpc.ChannelCredentials = False,
     root_certificates: bytes | None = None,
+    client_certificate: bytes | None = None,
+    client_key: bytes | None = None,
+    token: str | Callable[[], str] | None = None,
     metadata: Iterable[tuple[str, str | bytes]] = (),
     progress: Callable[[Progress], None] | None = None,
     stop: asyncio.Event | None = None,
@@ -126,15 +127,15 @@ async def run_load(
     Args:
         target: "host:port", or any gRPC target.
         plan: What to send.
-        tls: As Client's; so are `root_certificates` and `metadata`.
+        tls: As Client's; so are the certificates, `token` and `metadata`. A token is asked for once.
         progress: Called a few times a second.
         stop: Ends the run early when set.
 
     Raises:
         TomeError: The server did not say what it serves before the run. Once that began, failures are outcomes.
-        ValueError: A label that the model does not have; root certificates beside credentials of your own.
+        ValueError: A label that the model does not have; certificates or a token that Client would not take.
     """
-    credentials = channel_credentials(tls, root_certificates)
+    credentials = channel_credentials(tls, root_certificates, client_certificate, client_key)
     options = [
         *channel_options(
             retries=False, max_send_bytes=DEFAULT_MAX_MESSAGE_BYTES, max_receive_bytes=DEFAULT_MAX_MESSAGE_BYTES
@@ -149,7 +150,7 @@ async def run_load(
         for _ in range(plan.connections)
     ]
     try:
-        sent_along = tuple(metadata)
+        sent_along = call_metadata(metadata, token)()
         model, *_ = await asyncio.gather(*(_describe(channel, plan, target, sent_along) for channel in channels))
         _check_labels(plan.samples, model)
         return await _Run(plan, model, channels, target, sent_along).run(progress, stop)
@@ -171,7 +172,7 @@ class _Run:
     """One run: its clock, its calls and their outcomes."""
 
     def __init__(
-        self, plan: LoadPlan, model: ModelInfo, channels: Sequence[grpc.aio.Channel], target: str, metadata: _Metadata
+        self, plan: LoadPlan, model: ModelInfo, channels: Sequence[grpc.aio.Channel], target: str, metadata: Metadata
     ) -> None:
         self.plan = plan
         self.model = model
@@ -259,7 +260,7 @@ class _Run:
             await asyncio.sleep(_PROGRESS_INTERVAL)
 
 
-async def _describe(channel: grpc.aio.Channel, plan: LoadPlan, target: str, metadata: _Metadata) -> ModelInfo:
+async def _describe(channel: grpc.aio.Channel, plan: LoadPlan, target: str, metadata: Metadata) -> ModelInfo:
     """Asks what is served; and thereby connects, for which the first request need not wait then."""
     stub = inference_pb2_grpc.InferenceStub(channel)
     request = inference_pb2.GetModelRequest(model=plan.options.get("model", ""))

@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
+from tome_client import Client, TomeError
 from tome_server.observability.metrics import Metrics as ServerMetrics
 from tome_server.rpc.access import AccessInterceptor
 from tome_server.rpc.tokens import Tokens
@@ -84,6 +85,13 @@ def test_every_method_takes_calls_with_a_token_and_no_others(
     assert now == counted + len(strangers)
     for token in (ALICE, BOB):
         assert calls(channel, good, bearer(token))[method]()
+
+
+def test_the_client_library_sends_its_token(guarded: Any, good: pb.PredictRequest) -> None:
+    with Client(guarded.target, token=ALICE) as client:
+        assert client.predict(good.image).predictions
+    with Client(guarded.target, token=EVE) as client, pytest.raises(TomeError, match="UNAUTHENTICATED"):
+        client.predict(good.image)
 
 
 def test_a_stream_that_sends_nothing_is_refused_all_the_same(channel: grpc.Channel) -> None:

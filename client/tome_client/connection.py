@@ -1,0 +1,68 @@
+"""How the commands connect: server, TLS and token, from the command line and the environment."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TypedDict
+
+TOKEN = "TOME_TOKEN"
+
+
+class Connection(TypedDict):
+    """Arguments of Client, AsyncClient and run_load."""
+
+    tls: bool
+    root_certificates: bytes | None
+    client_certificate: bytes | None
+    client_key: bytes | None
+    token: str | None
+
+
+def connection_options(default: str | None = None) -> argparse.ArgumentParser:
+    """Returns a parent parser of the arguments; what is not given becomes `default`."""
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
+        "--target",
+        default=default or os.environ.get("TOME_TARGET") or "localhost:8500",
+        metavar="HOST:PORT",
+        help="server (default: $TOME_TARGET or localhost:8500)",
+    )
+    options.add_argument("--tls", action="store_true", default=default or False, help="connect with TLS")
+    options.add_argument(
+        "--ca", type=Path, default=default, metavar="FILE", help="PEM root certificates to trust; implies --tls"
+    )
+    options.add_argument(
+        "--certificate",
+        type=Path,
+        default=default,
+        metavar="FILE",
+        help="PEM certificate to show to the server (mTLS); implies --tls, and needs --key",
+    )
+    options.add_argument("--key", type=Path, default=default, metavar="FILE", help="PEM private key of --certificate")
+    # Never the token itself: what is on a command line, every process of the machine can read.
+    options.add_argument(
+        "--token-file",
+        type=Path,
+        default=default,
+        metavar="FILE",
+        help=f"file with the bearer token to send (default: the token in ${TOKEN}, if set)",
+    )
+    return options
+
+
+def connection(args: argparse.Namespace) -> Connection:
+    """Returns what the arguments ask for, their files read.
+
+    Raises:
+        OSError: One that cannot be read.
+        UnicodeDecodeError: A token's file that is no text.
+    """
+    return Connection(
+        tls=args.tls,
+        root_certificates=args.ca.read_bytes() if args.ca else None,
+        client_certificate=args.certificate.read_bytes() if args.certificate else None,
+        client_key=args.key.read_bytes() if args.key else None,
+        token=(args.token_file.read_text() if args.token_file else os.environ.get(TOKEN, "")).strip() or None,
+    )
