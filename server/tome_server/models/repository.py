@@ -10,13 +10,24 @@ import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
 
 from tome_server.errors import ConfigError
-from tome_server.models.spec import CONFIG, OTHER_WEIGHTS, WEIGHTS, ModelSpec, read_folder
-from tome_server.settings import Count, Strict, read_settings
+from tome_server.models.spec import CONFIG, LABELS, PROFILES, QUALITY, WEIGHTS, ModelSpec
+from tome_server.settings import Count, Duration, Strict, read_settings
+
+# What torch wrote. Read with weights_only, so that no code in it is run.
+OTHER_WEIGHTS = "weights.pth"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
+# timm's create_model would fetch or read other weights for these, or build something that gives no classes.
+_FORBIDDEN = frozenset({
+    "cache_dir", "checkpoint_path", "features_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
+    "pretrained_strict",
+})  # fmt: skip
 
 
 def check_name(name: str) -> str:
@@ -27,6 +38,29 @@ def check_name(name: str) -> str:
             "letter or digit"
         )
     return name
+
+
+def _kwargs(value: dict[str, Any]) -> dict[str, Any]:
+    if forbidden := sorted(value.keys() & _FORBIDDEN):
+        raise ValueError(f"{', '.join(forbidden)} can't be set: the weights are those beside this file")
+    return value
+
+
+class VersionConfig(Strict):
+    """What `config.yaml` says of a model."""
+
+    architecture: str
+    """timm's name, with or without a tag."""
+    kwargs: Annotated[dict[str, Any], AfterValidator(_kwargs)] = Field(default_factory=dict)
+    """Further arguments of timm's create_model."""
+    data: dict[str, Any] = Field(default_factory=dict)
+    """Overrides of timm's data config."""
+    default_budget: Annotated[Duration, Field(gt=0)] | None = None
+    """Latency budget of requests that set none; by default 1s, or ten images' time if that is more."""
+    proportional_attention: bool | None = None
+    """Weigh tokens by the patches they stand for; by default on, except for MAE weights."""
+    license: str = ""
+    description: str = ""
 
 
 class ChoiceConfig(Strict):
@@ -154,3 +188,35 @@ class Repository:
             known = ", ".join(self.names()) or "none"
             raise ConfigError(f"repository {self.folder} has no model named {name!r}; there is {known}")
         return folder
+
+
+def read_folder(folder: Path, name: str, version: int | None = None) -> ModelSpec:
+    """Return what to load for the model in `folder`, which requests will call `name`.
+
+    Raises ConfigError, naming file and field, if config.yaml or the weights are missing, or config.yaml is wrong.
+    """
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"{folder} is no model: there is no {CONFIG} in it, and no folder of a version")
+    config = read_settings(folder / CONFIG, VersionConfig)
+    weights = [folder / file for file in (WEIGHTS, OTHER_WEIGHTS) if (folder / file).is_file()]
+    if len(weights) != 1:
+        what = f"only one of {WEIGHTS} and {OTHER_WEIGHTS} may be" if weights else f"no {WEIGHTS} is"
+        raise ConfigError(f"{folder}: {what} there")
+    return ModelSpec(
+        name=name,
+        version=version,
+        architecture=config.architecture,
+        kwargs=config.kwargs,
+        checkpoint=weights[0],
+        labels=_if_there(folder / LABELS),
+        quality=_if_there(folder / QUALITY),
+        profiles=folder / PROFILES,
+        data=config.data,
+        default_budget=config.default_budget,
+        proportional_attention=config.proportional_attention,
+        description=config.description,
+    )
+
+
+def _if_there(path: Path) -> Path | None:
+    return path if path.is_file() else None

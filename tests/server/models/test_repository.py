@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tome_server.errors import ConfigError
+from tome_server.models.bundled import BUNDLED
 from tome_server.models.loading import load
-from tome_server.models.repository import Repository, check_name
+from tome_server.models.repository import Repository, check_name, read_folder
 from tome_server.models.spec import ModelSpec, bundled_spec
 
 CPU = torch.device("cpu")
@@ -191,8 +192,4 @@ def test_a_version_or_a_whole_model_is_removed(repository: Repository, fill: Fil
 
 
 def test_the_bundled_models_folder_is_in_the_format() -> None:
-    spec = bundled_spec("fashion")
-    assert spec.checkpoint is not None
-    assert spec.quality is not None
-    assert spec.labels is not None
-    assert spec.kwargs["patch_size"] == 2
+    assert read_folder(BUNDLED / "fashion", "fashion") == bundled_spec("fashion")
