@@ -1,13 +1,21 @@
 """What a forward pass costs, in multiply-accumulates, from shapes alone. Papers print these and say GFLOPs."""
 
+import copy
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
-from timm.models.vision_transformer import Block, VisionTransformer
+import torch
+from timm.layers import HybridEmbed, PatchEmbed
+from timm.models.naflexvit import NaFlexEmbeds
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from tome_server.merging.encoder import Layers
+from tome_server.merging.geometry import default_size, patch_grid
 from tome_server.merging.packing import PackedLinear
+from tome_server.merging.pooling import pooled_from
 from tome_server.merging.schedule import Schedule, as_schedule, mergeable
-from tome_server.merging.support import check_supported
+from tome_server.merging.support import VisionModel, check_supported, embedding_of, layers_of
 
 
 @dataclass(frozen=True)
@@ -36,54 +44,76 @@ class MacCount:
         return self.dense / self.merged
 
 
-def macs(model: VisionTransformer, r: int | Schedule, image_size: tuple[int, int] | None = None) -> MacCount:
+def macs(model: VisionModel, r: int | Schedule, image_size: tuple[int, int] | None = None) -> MacCount:
     """Count for one image of `image_size` (height, width) pixels, by default the model's own.
 
-    Softmax, norms, activations and biases are left out, as papers do. That the last block may compute prefix tokens
-    alone is not counted as saved. Raises UnsupportedModelError like `merge`, ValueError for a negative r or a
+    Softmax, norms, activations, rotations and biases are left out, as papers do. That the last block may compute prefix
+    tokens alone is not counted as saved. Raises UnsupportedModelError like `merge`, ValueError for a negative r or a
     schedule of another depth.
     """
     check_supported(model)
     per_block = as_schedule(r).per_block(len(model.blocks))
-    height, width = image_size or model.patch_embed.img_size
-    rows, columns = model.patch_embed.dynamic_feat_size((height, width))
-    patches, prefix = rows * columns, model.num_prefix_tokens
+    size = image_size or default_size(model)
+    rows, columns = patch_grid(model, *size)
+    patches, prefix = rows * columns, int(model.num_prefix_tokens)
 
-    proj = model.patch_embed.proj
-    embed = (proj.weight.numel() if isinstance(proj, nn.Conv2d) else _linear(proj)) * patches
+    embed = _embedding(embedding_of(model), patches, size)
     dense = embed + _head(model, patches + prefix)
     merged, overhead, tokens, counts = embed, 0, patches + prefix, []
-    for block, wanted in zip(model.blocks, per_block, strict=True):
+    for block, wanted in zip(layers_of(model), per_block, strict=True):
         left = tokens - min(wanted, mergeable(tokens, prefix))
         dense += _block(block, patches + prefix, patches + prefix)
         merged += _block(block, tokens, left)
-        overhead += _merge(block, tokens, prefix) if left < tokens else 0
+        overhead += _merge(block, tokens, prefix, int(model.embed_dim)) if left < tokens else 0
         tokens = left
         counts.append(left)
     merged += _head(model, tokens)
     return MacCount(dense, merged, overhead, patches + prefix, tuple(counts))
 
 
-def _block(block: Block, tokens_in: int, tokens_out: int) -> int:
-    scores: int = 2 * tokens_in**2 * block.attn.num_heads * block.attn.head_dim
-    return _linear(block.attn) * tokens_in + scores + _linear(block.mlp) * tokens_out
+def _block(block: Layers, tokens_in: int, tokens_out: int) -> int:
+    scores = 2 * tokens_in**2 * block.heads * block.head_dim
+    before = sum(_linear(part) for part in block.before)
+    return before * tokens_in + scores + sum(_linear(part) for part in block.after) * tokens_out
 
 
-def _merge(block: Block, tokens: int, prefix: int) -> int:
-    heads: int = block.attn.num_heads
-    dim: int = block.attn.head_dim
+def _merge(block: Layers, tokens: int, prefix: int, width: int) -> int:
     pairs = ((tokens - prefix) // 2) * ((tokens - prefix + 1) // 2)
     # Similarity of every pair; the keys' mean over heads and its norm; the weighted sum of tokens.
-    return pairs * dim + tokens * (heads + 1) * dim + tokens * int(block.norm2.weight.numel())
+    return pairs * block.head_dim + tokens * (block.key_heads + 1) * block.head_dim + tokens * width
 
 
-def _head(model: VisionTransformer, tokens: int) -> int:
+def _embedding(embedding: PatchEmbed | HybridEmbed | NaFlexEmbeds, patches: int, size: tuple[int, int]) -> int:
+    proj = embedding.proj
+    projection = (proj.weight.numel() if isinstance(proj, nn.Conv2d) else _linear(proj)) * patches
+    return projection + (_stem(embedding, size) if type(embedding) is HybridEmbed else 0)
+
+
+# By stem and size: a server asks for dozens of r, and running a stem takes some 100 ms.
+_stems: WeakKeyDictionary[nn.Module, dict[tuple[int, int], int]] = WeakKeyDictionary()
+
+
+def _stem(embedding: HybridEmbed, size: tuple[int, int]) -> int:
+    """Count a convolutional stem by running it on tensors without values."""
+    known = _stems.setdefault(embedding.backbone, {})
+    if size not in known:
+        values = [*embedding.backbone.parameters(), *embedding.backbone.buffers()]
+        without = {id(value): torch.empty_like(value, device="meta", requires_grad=False) for value in values}
+        backbone = copy.deepcopy(embedding.backbone, without).eval()
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            backbone(torch.empty(1, embedding.in_chans, *size, device="meta", dtype=values[0].dtype))
+        known[size] = counter.get_total_flops() // 2
+    return known[size]
+
+
+def _head(model: VisionModel, tokens: int) -> int:
     count = _linear(model.head)
     if hasattr(model, "head_dist"):
         count += _linear(model.head_dist)
     pool = model.attn_pool
     if pool is not None:
-        read = tokens if model.pool_include_prefix else tokens - model.num_prefix_tokens
+        read = tokens - pooled_from(model)
         kv = _linear(pool.kv)
         count += kv * read + (_linear(pool) - kv) * pool.latent_len
         count += 2 * pool.latent_len * read * pool.num_heads * pool.head_dim

@@ -1,15 +1,16 @@
-"""`merge(model)`: a timm Vision Transformer that merges tokens as far as each call asks."""
+"""`merge(model)`: one of timm's Vision Transformers that merges tokens as far as each call asks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from tome_server.merging.encoder import Layers, encode
+from tome_server.merging.geometry import check_image_size, patch_grid
+from tome_server.merging.pooling import classify, reads_prefix_only
 from tome_server.merging.schedule import Schedule, as_schedule, tokens_per_block
-from tome_server.merging.support import check_supported
-from tome_server.merging.vit import Layers, classify, encode, reads_prefix_only
+from tome_server.merging.support import EMBED, VisionModel, check_supported, layers_of
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,18 @@ class MergedOutput:
 
 
 class MergedModel(nn.Module):
-    """A timm Vision Transformer run with token merging. Made by `merge`.
+    """One of timm's Vision Transformers run with token merging. Made by `merge`.
 
     Shares the model's parameters and changes nothing in it. Holds no state of a call: threads may share one.
     """
 
     def __init__(
-        self, model: VisionTransformer, proportional_attention: bool, layers: Sequence[Layers] | None = None
+        self, model: VisionModel, proportional_attention: bool, layers: Sequence[Layers] | None = None
     ) -> None:
         super().__init__()
-        self.model: VisionTransformer = model
-        self._layers = [Layers(block) for block in model.blocks] if layers is None else layers
+        self.model: VisionModel = model
+        self._embed = EMBED[type(model)]
+        self._layers = layers_of(model) if layers is None else layers
         self.proportional_attention = proportional_attention
         # Not train(): that would set the mode of the model's parts, which aren't ours to change.
         self.training = model.training
@@ -77,10 +79,11 @@ class MergedModel(nn.Module):
             raise ValueError("images of a batch can differ in r in eval mode only: stochastic depth drops whole images")
         whole = return_tokens or return_token_map
         groups = encode(
-            self.model,
+            self._embed(self.model, images),
             self._layers,
-            images,
+            self.model.norm,
             schedules,
+            prefix=self.prefix,
             proportional=self.proportional_attention,
             prefix_only=reads_prefix_only(self.model) and not whole,
             track=return_token_map,
@@ -102,8 +105,7 @@ class MergedModel(nn.Module):
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Return the patches from top to bottom and from left to right of an image of this size in pixels."""
-        rows, columns = self.model.patch_embed.dynamic_feat_size((height, width))
-        return int(rows), int(columns)
+        return patch_grid(self.model, height, width)
 
     def patches(self, height: int, width: int) -> int:
         """Return the number of patches of an image of this size in pixels."""
@@ -135,18 +137,13 @@ class MergedModel(nn.Module):
         return tuple(counts)
 
     def _check(self, images: Tensor) -> None:
-        embed = self.model.patch_embed
         if images.ndim != 4 or images.shape[1] != self.model.in_chans:
             raise ValueError(f"images must be [batch, {self.model.in_chans}, height, width], not {list(images.shape)}")
-        size = tuple(images.shape[-2:])
-        if embed.strict_img_size and embed.img_size is not None and size != tuple(embed.img_size):
-            raise ValueError(f"images must be {embed.img_size[0]}×{embed.img_size[1]} pixels, not {size[0]}×{size[1]}")
-        if not embed.dynamic_img_pad and (size[0] % embed.patch_size[0] or size[1] % embed.patch_size[1]):
-            raise ValueError(f"images of {size[0]}×{size[1]} pixels don't divide into patches of {embed.patch_size}")
+        check_image_size(self.model, images.shape[-2], images.shape[-1])
 
 
-def merge(model: VisionTransformer, *, proportional_attention: bool | None = None) -> MergedModel:
-    """Return `model`, a timm VisionTransformer or VisionTransformerDistilled, with token merging (arXiv 2210.09461).
+def merge(model: VisionModel, *, proportional_attention: bool | None = None) -> MergedModel:
+    """Return `model`, timm's VisionTransformer, Eva or NaFlexVit, with token merging (arXiv 2210.09461).
 
     `proportional_attention` weighs each token by the patches it stands for, as supervised weights need it; None
     leaves it off for MAE weights alone, which lose by it (ToMe, table 1e and appendix). Raises UnsupportedModelError

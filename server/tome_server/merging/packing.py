@@ -10,11 +10,12 @@ from collections.abc import Callable
 
 import torch
 from timm.layers import LayerNorm, Mlp
-from timm.models.vision_transformer import Block, LayerScale
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
 
 from tome_server.merging.model import MergedModel
-from tome_server.merging.vit import Layers
+from tome_server.merging.vit import BlockLayers
 
 _Function = Callable[[Tensor], Tensor]
 
@@ -60,7 +61,7 @@ class PackedPatches(nn.Module):
         return embedded.transpose(1, 2).view(batch, -1, rows, columns)
 
 
-class PackedLayers(Layers):
+class PackedLayers(BlockLayers):
     """Calls the kernels of a packed block without the modules around them.
 
     Those are a dozen a block, most of them an Identity, and cost a single image 3 % of its time at DeiT-S's r = 16.
@@ -75,19 +76,19 @@ class PackedLayers(Layers):
         self._fc2: _Function = block.mlp.fc2.forward
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As Layers does."""
+        """As BlockLayers does."""
         return self._qkv(self._norm1(x)), None
 
     def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """As Layers does."""
+        """As BlockLayers does."""
         return q, k
 
-    def add_attended(self, x: Tensor, attended: Tensor, gate: Tensor | None) -> Tensor:  # noqa: ARG002  has none
-        """As Layers does."""
+    def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:  # noqa: ARG002  there is none
+        """As BlockLayers does."""
         return x + self._proj(attended)
 
     def add_mlp(self, x: Tensor) -> Tensor:
-        """As Layers does."""
+        """As BlockLayers does."""
         return x + self._fc2(self._fc1(self._norm2(x)))
 
     @staticmethod
@@ -105,10 +106,12 @@ class PackedLayers(Layers):
 
 
 def packable(merged: MergedModel) -> bool:
-    """Return whether packing applies: float32 on a CPU for which torch has the kernels, without gradients."""
+    """Return whether packing applies: plain blocks for inference, in float32 on a CPU that torch has kernels for."""
     parameters = list(merged.parameters())
     return (
-        all(p.dtype == torch.float32 and p.device.type == "cpu" and not p.requires_grad for p in parameters)
+        type(merged.model) in (VisionTransformer, VisionTransformerDistilled)
+        and all(type(block) is Block for block in merged.model.blocks)
+        and all(p.dtype == torch.float32 and p.device.type == "cpu" and not p.requires_grad for p in parameters)
         and not any(module.training for module in merged.modules())
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -121,7 +124,7 @@ def pack(merged: MergedModel) -> MergedModel:
     Results differ by rounding alone. Raises ValueError unless `packable`.
     """
     if not packable(merged):
-        raise ValueError("only a float32 model on the CPU, in eval mode and without gradients, can be packed")
+        raise ValueError("only plain blocks in float32 on the CPU, in eval mode and without gradients, can be packed")
     model = copy.deepcopy(merged.model, {id(p): p for p in merged.model.parameters()})
     if _is_plain(model.patch_embed.proj):
         model.patch_embed.proj = PackedPatches(model.patch_embed.proj)
@@ -131,7 +134,7 @@ def pack(merged: MergedModel) -> MergedModel:
         if type(block.mlp) is Mlp:
             block.mlp.fc1, block.mlp.act = _packed_with_gelu(block.mlp.fc1, block.mlp.act)
             block.mlp.fc2, block.ls2 = _packed_and_scaled(block.mlp.fc2, block.ls2)
-    layers = [PackedLayers(block) if PackedLayers.fits(block) else Layers(block) for block in model.blocks]
+    layers = [PackedLayers(block) if PackedLayers.fits(block) else BlockLayers(block) for block in model.blocks]
     return MergedModel(model, merged.proportional_attention, layers)
 
 

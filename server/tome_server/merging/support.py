@@ -1,11 +1,55 @@
-"""Which models can be merged: an allow-list, so that a model which works differently is refused and never wrong."""
+"""Which models can be merged: an allow-list, so that a model which works differently is refused and never wrong.
 
-from timm.layers import Attention, AttentionPoolLatent, PatchEmbed
+Classes are compared exactly: a subclass may compute something else in its own forward.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+from timm.layers import (
+    Attention,
+    AttentionPoolLatent,
+    AttentionRope,
+    HybridEmbed,
+    PatchEmbed,
+    RotaryEmbeddingCat,
+    RotaryEmbeddingDinoV3,
+    RotaryEmbeddingMixed,
+    RotaryEmbeddingMRope,
+)
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
-from torch import nn
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.naflexvit import NaFlexEmbeds, NaFlexVit
+from timm.models.vision_transformer import (
+    Block,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
+from torch import Tensor, nn
 
-MODELS = (VisionTransformer, VisionTransformerDistilled)
+from tome_server.merging import eva, naflex, parallel, vit
+from tome_server.merging.encoder import Embedded, Layers
+
+VisionModel: TypeAlias = VisionTransformer | Eva | NaFlexVit
+EMBED: Mapping[type[nn.Module], Callable[[Any, Tensor], Embedded]] = {
+    VisionTransformer: vit.embed,
+    VisionTransformerDistilled: vit.embed,
+    Eva: eva.embed,
+    NaFlexVit: naflex.embed,
+}
+LAYERS: Mapping[type[nn.Module], Callable[[Any], Layers]] = {
+    Block: vit.BlockLayers,
+    ResPostBlock: vit.ResPostLayers,
+    ParallelScalingBlock: parallel.ParallelScalingLayers,
+    ParallelThingsBlock: parallel.ParallelThingsLayers,
+    EvaBlock: eva.EvaLayers,
+    EvaBlockPostNorm: eva.EvaPostNormLayers,
+}
+_VIT_BLOCKS = (Block, ResPostBlock, ParallelScalingBlock, ParallelThingsBlock)
+_EVA_BLOCKS = (EvaBlock, EvaBlockPostNorm)
+_ROPES = (RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed, RotaryEmbeddingMRope)
 POOLS = ("token", "avg", "max", "avgmax", "map")
 
 
@@ -13,25 +57,60 @@ class UnsupportedModelError(ValueError):
     """The model, or a part of it, isn't one whose forward pass is known here."""
 
 
-def check_supported(model: VisionTransformer) -> None:
-    """Raise UnsupportedModelError, naming the class and what is supported, unless `model` can be merged.
-
-    Classes are compared exactly: a subclass may compute something else in its own forward.
-    """
-    _require("model", model, *MODELS)
-    _require("patch_embed", model.patch_embed, PatchEmbed)
+def check_supported(model: VisionModel) -> None:
+    """Raise UnsupportedModelError, naming the class and what is supported, unless `model` can be merged."""
+    _require("model", model, *EMBED)
+    if type(model) is NaFlexVit:
+        _require("embeds", model.embeds, NaFlexEmbeds)
+        blocks: tuple[type[nn.Module], ...] = (*_VIT_BLOCKS, *_EVA_BLOCKS)
+    elif type(model) is Eva:
+        _require("patch_embed", model.patch_embed, PatchEmbed)
+        blocks = _EVA_BLOCKS
+    else:
+        _require("patch_embed", model.patch_embed, PatchEmbed, HybridEmbed)
+        blocks = _VIT_BLOCKS
+    rope = getattr(model, "rope", None)
+    if rope is not None:
+        _require("rope", rope, *_ROPES)
     for i, block in enumerate(model.blocks):
-        _require(f"blocks.{i}", block, Block)
-        _require(f"blocks.{i}.attn", block.attn, Attention)
+        _require(f"blocks.{i}", block, *blocks)
+        for name, attention, allowed in _attentions(block):
+            _require(f"blocks.{i}.{name}", attention, *allowed)
+        if type(block) is ParallelThingsBlock and any(branch.attn.gate is not None for branch in block.attns):
+            raise UnsupportedModelError(f"blocks.{i} has gated attention, which a ParallelThingsBlock has never here")
     if model.attn_pool is not None:
         _require("attn_pool", model.attn_pool, AttentionPoolLatent)
+        if model.attn_pool.pos_embed is not None:
+            raise UnsupportedModelError("attn_pool has an embedding for each position; merged tokens have several")
     if model.global_pool not in POOLS:
         raise UnsupportedModelError(
             f"global_pool={model.global_pool!r} gives no single answer for an image; supported: {', '.join(POOLS)}"
         )
 
 
+def layers_of(model: VisionModel) -> list[Layers]:
+    """Return the blocks of a supported model, taken apart."""
+    return [LAYERS[type(block)](block) for block in model.blocks]
+
+
+def embedding_of(model: VisionModel) -> PatchEmbed | HybridEmbed | NaFlexEmbeds:
+    """Return the part of a supported model that makes tokens of images."""
+    return model.embeds if type(model) is NaFlexVit else model.patch_embed
+
+
+def _attentions(block: Any) -> Iterator[tuple[str, nn.Module, tuple[type[nn.Module], ...]]]:
+    if type(block) in (Block, ResPostBlock):
+        yield "attn", block.attn, (Attention,)
+    elif type(block) is ParallelThingsBlock:
+        for i, branch in enumerate(block.attns):
+            yield f"attns.{i}.attn", branch.attn, (Attention,)
+    elif type(block) in _EVA_BLOCKS:
+        yield "attn", block.attn, (EvaAttention, AttentionRope)
+
+
 def _require(part: str, module: nn.Module, *allowed: type[nn.Module]) -> None:
     if type(module) not in allowed:
-        names = " or ".join(f"timm's {cls.__name__}" for cls in allowed)
-        raise UnsupportedModelError(f"{part} is a {type(module).__name__}, which isn't supported; only {names} is")
+        names = " or ".join(cls.__name__ for cls in allowed)
+        raise UnsupportedModelError(
+            f"{part} is a {type(module).__name__}, which isn't supported; only timm's {names} is"
+        )

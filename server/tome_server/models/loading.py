@@ -18,6 +18,7 @@ from torch import nn
 
 from tome_server.errors import ModelLoadError
 from tome_server.merging import MergedModel, UnsupportedModelError, merge, pack, packable
+from tome_server.merging.geometry import default_size
 from tome_server.merging.support import check_supported
 from tome_server.models.hosted import HostedModel, Quality
 from tome_server.models.preprocess import ImageSettings, Limits, Preprocess
@@ -162,7 +163,7 @@ def _settings(spec: ModelSpec, model: VisionTransformer) -> ImageSettings:
     if unknown := sorted(spec.data.keys() - set(valid)):
         raise ModelLoadError(f"data of {spec.name}: {', '.join(unknown)} is none of {', '.join(valid)}")
     # timm's data config knows the size that the pretrained weights had, which kwargs may have changed.
-    size = (model.in_chans, *model.patch_embed.img_size)
+    size = (model.in_chans, *default_size(model))
     try:
         return ImageSettings.from_timm(resolve_data_config({"input_size": size, **spec.data}, model=model))
     except AssertionError as error:

@@ -1,12 +1,14 @@
-"""Small models of every kind that timm's plain Vision Transformer takes, with random parameters."""
+"""Small models of every kind that can be merged, with random parameters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import timm
 import torch
 from timm.layers import Attention, LayerNorm, SwiGLU, SwiGLUPacked
+from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
 from torch import Tensor, nn
 
 SMALL = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -23,7 +25,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
                 value = 1.3 * noise / parameter[0].numel() ** 0.5
             elif name.endswith("weight"):  # of a norm
                 value = 1 + 0.3 * noise
-            elif name.endswith("gamma"):  # of LayerScale
+            elif name.endswith(("gamma", "gamma_1", "gamma_2")):  # of LayerScale
                 value = 0.7 + 0.3 * noise
             else:  # biases, class, register and position embeddings, latents
                 value = 0.4 * noise
@@ -45,9 +47,14 @@ class Kind:
     options: dict[str, Any] | None = None
     change: Callable[[nn.Module], None] | None = None
     image: tuple[int, int] = (64, 64)
+    any_size: bool = False
+    """Has no image size of its own."""
 
     def build(self, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
-        model = timm.create_model(self.entrypoint, **{**SMALL, "num_classes": 7, **(self.options or {})})
+        options = {**SMALL, "num_classes": 7, **(self.options or {})}
+        if self.any_size:
+            del options["img_size"]
+        model = timm.create_model(self.entrypoint, **options)
         if self.change is not None:
             self.change(model)
         return randomise(model.to(dtype), seed).eval()
@@ -69,7 +76,7 @@ def kind(
     return Kind(entrypoint, options, change, image)
 
 
-KINDS: dict[str, Kind] = {
+PLAIN_KINDS: dict[str, Kind] = {
     "class token": kind(),
     "layer scale": kind(init_values=0.1),
     "registers": kind(reg_tokens=4, init_values=0.1),
@@ -120,3 +127,84 @@ KINDS: dict[str, Kind] = {
     "other image size, distilled": kind("deit_tiny_distilled_patch16_224", dynamic_img_size=True, image=(32, 64)),
     "padded image": kind(dynamic_img_size=True, dynamic_img_pad=True, image=(60, 45)),
 }
+
+
+def biases_apart(model: nn.Module) -> None:
+    for block in model.blocks:
+        block.attn.qkv_bias_separate = True
+
+
+def gated(model: nn.Module) -> None:
+    for block in model.blocks:
+        block.attn.gate = nn.Linear(48, 48)
+
+
+def naflex(
+    entrypoint: str = "naflexvit_base_patch16_gap", *, image: tuple[int, int] = (64, 64), **options: Any
+) -> Kind:
+    return Kind(entrypoint, {"pos_embed_grid_size": (7, 6), "reg_tokens": 1, **options}, None, image, any_size=True)
+
+
+OTHER_KINDS: dict[str, Kind] = {
+    "parallel scaling": kind(block_fn=ParallelScalingBlock),
+    "parallel scaling, qk_norm, layer scale": kind(block_fn=ParallelScalingBlock, qk_norm=True, init_values=0.1),
+    "parallel scaling, no bias, avg pool": kind(block_fn=ParallelScalingBlock, qkv_bias=False, global_pool="avg"),
+    "parallel scaling, fused output": kind(block_fn=partial(ParallelScalingBlock, fuse_out_proj=True)),
+    "parallel things": kind(block_fn=ParallelThingsBlock, init_values=0.1),
+    "parallel things, all norms, avg pool": kind(
+        block_fn=ParallelThingsBlock, qk_norm=True, scale_attn_norm=True, global_pool="avg", reg_tokens=2
+    ),
+    "three parallel things": kind(block_fn=partial(ParallelThingsBlock, num_parallel=3)),
+    "norms after": kind(block_fn=ResPostBlock, init_values=0.1),
+    "norms after, qk_norm, avg pool": kind(block_fn=ResPostBlock, qk_norm=True, global_pool="avg"),
+    "DINOv3": kind("vit_small_patch16_dinov3", init_values=0.1),
+    "DINOv3, class token": kind("vit_small_patch16_dinov3", init_values=0.1, global_pool="token", use_fc_norm=False),
+    "DINOv3, SwiGLU, biases": kind("vit_small_plus_patch16_dinov3_qkvb"),
+    "EVA": kind("eva_giant_patch14_224", mlp_ratio=2.0),
+    "EVA-02, packed SwiGLU": kind("eva02_tiny_patch14_224"),
+    "EVA-02, norms inside": kind("eva02_base_patch14_224"),
+    "EVA-02, norms after": kind("eva02_enormous_patch14_clip_224", mlp_ratio=2.0),
+    "EVA-02, norms after and inside, rotated": kind(
+        "eva02_enormous_patch14_clip_224", mlp_ratio=2.0, use_rot_pos_emb=True, scale_attn_inner=True, swiglu_mlp=True
+    ),
+    "EVA-02, biases added apart": kind("vit_small_patch16_dinov3_qkvb", change=biases_apart),
+    "Perception Encoder, map pool": kind("vit_pe_core_tiny_patch16_384"),
+    "Perception Encoder, avg pool": kind("vit_pe_spatial_tiny_patch16_512"),
+    "RoPE, axial": kind("vit_small_patch16_rope_224"),
+    "RoPE, mixed": kind("vit_small_patch16_rope_mixed_224"),
+    "RoPE, mixed, positions added too": kind("vit_small_patch16_rope_mixed_ape_224"),
+    "RoPE, mixed, avg pool, no class token": kind(
+        "vit_small_patch16_rope_mixed_224", global_pool="avg", class_token=False
+    ),
+    "RoPE, registers, qk_norm, gate": kind(
+        "vit_mediumd_patch16_rope_reg1_gap_256", qk_norm=True, num_reg_tokens=2, change=gated
+    ),
+    "RoPE of three sections": kind(
+        "vit_small_patch16_rope_224", rope_type="mrope", rope_mrope_section=(2, 3, 3), rope_grid_indexing="ij"
+    ),
+    "RoPE, other image size": kind("vit_small_patch16_rope_224", dynamic_img_size=True, image=(48, 80)),
+    "RoPE, mixed, padded image": kind(
+        "vit_small_patch16_rope_mixed_224", dynamic_img_size=True, dynamic_img_pad=True, image=(60, 45)
+    ),
+    "Sapiens2, shared keys": kind(
+        "vit_base_patch16_sapiens2",
+        num_heads=6,
+        embed_dim=96,
+        num_kv_heads=(6, 3, 2),
+        num_reg_tokens=1,
+        rope_rescale_coords=1.0,  # else it draws one at random in training mode
+    ),
+    "lingbot": kind("vit_small_patch16_lingbot"),
+    "NaFlex": naflex(),
+    "NaFlex, map pool": naflex("naflexvit_base_patch16_map"),
+    "NaFlex, aspect kept": naflex("naflexvit_base_patch16_par_gap", image=(48, 80)),
+    "NaFlex, factorised positions": naflex("naflexvit_base_patch16_parfac_gap", image=(40, 72)),
+    "NaFlex, class token": naflex("naflexvit_base_patch16_radio_v3", class_token=True),
+    "NaFlex, axial": naflex(rope_type="axial", image=(48, 80)),
+    "NaFlex, mixed, class token": naflex(
+        rope_type="mixed", class_token=True, global_pool="token", rope_grid_indexing="xy"
+    ),
+    "NaFlex, SwiGLU, gate, max pool": naflex(swiglu_mlp=True, attn_gated=True, global_pool="max"),
+}
+
+KINDS = {**PLAIN_KINDS, **OTHER_KINDS}

@@ -11,14 +11,14 @@ from torch import nn
 from tome_server.merging import MergedModel, macs, merge, pack, packable
 from tome_server.merging.packing import PackedLinear, PackedPatches
 
-from .small_models import KINDS, Kind
+from .small_models import OTHER_KINDS, PLAIN_KINDS, Kind
 
 
 def frozen(model: nn.Module) -> MergedModel:
     return merge(model.eval().requires_grad_(False))
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize("kind", PLAIN_KINDS.values(), ids=PLAIN_KINDS.keys())
 @pytest.mark.parametrize("r", [0, 3])
 def test_packed_results_are_the_plain_ones_to_rounding(kind: Kind, r: int) -> None:
     merged = frozen(kind.build(dtype=torch.float32))
@@ -28,6 +28,14 @@ def test_packed_results_are_the_plain_ones_to_rounding(kind: Kind, r: int) -> No
     assert packed.tokens_per_block == plain.tokens_per_block
     difference = (packed.logits - plain.logits).abs().max()
     assert difference < 1e-4 * plain.logits.abs().max()
+
+
+@pytest.mark.parametrize("name", ["parallel scaling", "parallel things", "norms after", "DINOv3", "NaFlex"])
+def test_other_blocks_than_plain_ones_are_not_packed(name: str) -> None:
+    merged = frozen(OTHER_KINDS[name].build(dtype=torch.float32))
+    assert not packable(merged)
+    with pytest.raises(ValueError, match="plain blocks"):
+        pack(merged)
 
 
 def test_packing_changes_nothing_in_the_model() -> None:

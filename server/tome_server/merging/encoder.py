@@ -1,0 +1,231 @@
+"""The way of tokens through the blocks, merging on the way: what all model families share.
+
+In each block: attention, merging, and then what is left of the block. Images of one batch may merge differently. What
+sees each token by itself (norms, linear layers) runs on the tokens of all images together, end to end and without
+padding; attention and merging run on each group of images that merge alike.
+
+Everything a call needs is in its arguments: modules are read, never written, so calls may run side by side.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tome_server.merging.matching import combine, match, moves
+from tome_server.merging.schedule import mergeable
+
+
+class Layers(Protocol):
+    """One block, taken apart where attention and merging come between."""
+
+    @property
+    def heads(self) -> int:
+        """Heads that attend."""
+        ...
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values: fewer where several attending heads share one."""
+        ...
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of each head."""
+        ...
+
+    @property
+    def before(self) -> Sequence[nn.Module]:
+        """Parts whose linear layers see the tokens that enter the block."""
+        ...
+
+    @property
+    def after(self) -> Sequence[nn.Module]:
+        """Parts whose linear layers see the tokens that merging leaves."""
+        ...
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return queries, keys and values of tokens `x` [..., channels], and what else the block needs of them."""
+        ...
+
+    def attend(
+        self, qkv: Tensor, rope: Tensor | None, bias: Tensor | None, queries: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attend among tokens of `qkv` [B, N, channels].
+
+        `rope` [B or 1, heads or 1, patches, 2 * dim] has the sines and cosines of each patch token's position; `bias`
+        [B, 1, 1, N] is added to the logits of each key. Only the first `queries` tokens ask, if given: prefix tokens,
+        which have no position. Returns what they found [B, queries or N, heads * dim], and the keys [B, key_heads, N,
+        dim] that tokens are compared by, without their positions.
+        """
+        ...
+
+    def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:
+        """Return `x` [..., channels] with what attention found, [..., heads * dim], added to it."""
+        ...
+
+    def add_mlp(self, x: Tensor) -> Tensor:
+        """Return `x` [..., channels] with what comes after merging added to it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Images as tokens, before the first block."""
+
+    tokens: Tensor
+    """[B, N, D], prefix tokens first"""
+    ropes: Sequence[Tensor] | None = None
+    """for each block the sines and cosines of each patch's position: [1, heads or 1, patches, 2 * dim]"""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokens of images that merge alike, after the last block and final norm."""
+
+    tokens: Tensor
+    """[B, T, D]; where only the prefix was asked for, [B, prefix, D]."""
+    sizes: Tensor
+    """[B, T] patches that each token stands for; 1 for prefix tokens."""
+    token_map: Tensor | None
+    """[B, patches] index of the token that each patch went into, if asked for."""
+
+
+def encode(
+    embedded: Embedded,
+    blocks: Sequence[Layers],
+    norm: Callable[[Tensor], Tensor],
+    schedules: Mapping[tuple[int, ...], Sequence[int]],
+    *,
+    prefix: int,
+    proportional: bool,
+    prefix_only: bool,
+    track: bool,
+) -> list[Encoded]:
+    """Run tokens through blocks and final `norm`, in groups that come back one by one.
+
+    `schedules` gives each group's tokens to merge in each block, and its images' positions in the batch. The first
+    `prefix` tokens are never merged. `proportional` adds log(size) to the attention logits of each key. `prefix_only`
+    leaves all but the prefix tokens of the last block uncomputed. `track` records the token map.
+    """
+    x, ropes = embedded.tokens, embedded.ropes
+    batch, tokens, _ = x.shape
+    # float32 whatever the tokens' type: bfloat16 cannot count past 256.
+    sizes = x.new_ones(batch, tokens, dtype=torch.promote_types(x.dtype, torch.float32))
+    token_map = torch.arange(prefix, tokens, device=x.device).expand(batch, -1) if track else None
+    if len(schedules) > 1:
+        x = _join([x[members] for members in schedules.values()])
+    groups = []
+    for per_block, members in schedules.items():
+        count = len(members)
+        group = _Group(per_block, sizes[:count], None if token_map is None else token_map[:count])
+        if ropes is not None:
+            group.origin = torch.arange(tokens, device=x.device).expand(count, -1)
+        groups.append(group)
+
+    last = len(blocks) - 1
+    for i, block in enumerate(blocks):
+        rope = None if ropes is None else ropes[i]
+        if i == last and prefix_only:
+            x = _attend(block, x, groups, rope, prefix, queries=prefix)[0]
+        else:
+            x, keys = _attend(block, x, groups, rope, prefix)
+            x = _merge(x, keys, groups, [group.per_block[i] for group in groups], prefix, proportional)
+        x = block.add_mlp(x)
+    x = norm(x)
+    shapes = [(group.shape[0], prefix) if prefix_only else group.shape for group in groups]
+    return [Encoded(part, group.sizes, group.token_map) for group, part in zip(groups, _split(x, shapes), strict=True)]
+
+
+@dataclass
+class _Group:
+    """What is known of images that merge alike, on their way through the blocks."""
+
+    per_block: tuple[int, ...]
+    sizes: Tensor
+    token_map: Tensor | None
+    bias: Tensor | None = None
+    """[B, 1, 1, N] what sizes add to attention logits, once they differ"""
+    origin: Tensor | None = None
+    """[B, N] the token, before any merge, whose rotary position each token has; None where there are none"""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Images, and tokens of each."""
+        batch, tokens = self.sizes.shape
+        return batch, tokens
+
+    def rope(self, table: Tensor | None, prefix: int) -> Tensor | None:
+        """Return of `table` [1, heads or 1, patches, 2 * dim] the entries of the patch tokens that are left."""
+        if table is None or self.origin is None or self.shape[1] == prefix + table.shape[2]:
+            return table
+        return table[0, :, self.origin[:, prefix:] - prefix].transpose(0, 1)
+
+
+def _attend(
+    block: Layers, x: Tensor, groups: Sequence[_Group], rope: Tensor | None, prefix: int, queries: int | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the tokens `x` of all groups after attention, the first `queries` of each image, and each group's keys."""
+    shapes = [group.shape for group in groups]
+    qkv, beside = block.project(x)
+    parts = [
+        block.attend(part, group.rope(rope, prefix), group.bias, queries)
+        for part, group in zip(_split(qkv, shapes), groups, strict=True)
+    ]
+    if queries is not None:
+        x = _first(x, shapes, queries)
+        beside = None if beside is None else _first(beside, shapes, queries)
+    return block.add_attended(x, _join([attended for attended, _ in parts]), beside), [keys for _, keys in parts]
+
+
+def _merge(
+    x: Tensor, keys: Sequence[Tensor], groups: Sequence[_Group], rs: Sequence[int], prefix: int, proportional: bool
+) -> Tensor:
+    """Merge `rs[i]` tokens of each image of group i and return the tokens of all groups that are left."""
+    if not any(rs):
+        return x
+    parts = list(_split(x, [group.shape for group in groups]))
+    for i, (group, wanted) in enumerate(zip(groups, rs, strict=True)):
+        r = min(wanted, mergeable(group.shape[1], prefix))
+        if r == 0:
+            continue
+        # The sum over heads has the direction of their mean, which is all that cosine similarity sees.
+        matching = match(keys[i].sum(dim=1), r, prefix)
+        if group.origin is not None:
+            # A source that is merged leaves no trace: its destination stays where it is.
+            group.origin = group.origin.flatten()[matching.order]
+        parts[i], group.sizes = combine(parts[i], group.sizes, matching)
+        group.bias = size_bias(group.sizes, x.dtype) if proportional else None
+        if group.token_map is not None:
+            group.token_map = moves(matching).gather(1, group.token_map)
+    return _join(parts)
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """Put the tokens [B, N, C] of each group end to end, [total, C]; a single group stays as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat([part.flatten(0, 1) for part in parts])
+
+
+def _split(x: Tensor, shapes: Sequence[tuple[int, int]]) -> Sequence[Tensor]:
+    """Undo `_join` for groups of `shapes` (B, N), without copying."""
+    if len(shapes) == 1:
+        return [x]
+    rows = torch.split(x, [batch * tokens for batch, tokens in shapes])
+    return [part.view(*shape, -1) for part, shape in zip(rows, shapes, strict=True)]
+
+
+def _first(x: Tensor, shapes: Sequence[tuple[int, int]], tokens: int) -> Tensor:
+    return _join([part[:, :tokens] for part in _split(x, shapes)])
+
+
+def size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return log(size) as an attention mask [B, 1, 1, N] (ToMe, equation 1, "proportional attention")."""
+    bias = size.log().to(dtype)
+    if size.is_cuda:
+        # Memory-efficient attention there wants the rows of a mask to start at multiples of 8 elements.
+        tokens = size.shape[1]
+        bias = F.pad(bias, (0, -tokens % 8))[:, :tokens]
+    return bias[:, None, None, :]

@@ -1,0 +1,138 @@
+"""timm's Eva (EVA, EVA-02, DINOv3, Perception Encoder, RoPE-ViT and others) with token merging.
+
+Compared with timm's own: the keys also serve as the similarity metric, before their rotation, so that tokens are
+compared by what they show and not by where; rotary positions follow the tokens, a merged token keeping that of its
+destination; tokens are merged between attention and MLP; and attention weighs each token by the patches it stands for.
+"""
+
+import torch
+from timm.layers import AttentionRope, apply_rot_embed_cat
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from torch import Tensor
+from torch.nn import functional as F
+
+from tome_server.merging.encoder import Embedded
+
+
+def embed(model: Eva, images: Tensor) -> Embedded:
+    """Return `images` [B, C, H, W] as tokens with their rotary positions.
+
+    Raises ValueError in training mode with patch dropout, after which positions would differ between images.
+    """
+    if model.training and model.patch_drop is not None:
+        raise ValueError("patches can't be dropped (patch_drop_rate) in training mode where tokens are merged")
+    x, rope = model._pos_embed(model.patch_embed(images))
+    return Embedded(model.norm_pre(x), rope_tables(rope, len(model.blocks), model.rope_mixed))
+
+
+def rope_tables(rope: Tensor | None, depth: int, mixed: bool) -> list[Tensor] | None:
+    """Return each block's table [1, heads or 1, patches, 2 * dim].
+
+    `rope` is [patches, 2 * dim] for all blocks and heads or, where `mixed`, [depth, heads, patches, 2 * dim].
+    """
+    if rope is None:
+        return None
+    return list(rope.unsqueeze(1)) if mixed else [rope[None, None]] * depth
+
+
+class EvaLayers:
+    """timm's EvaBlock: norms come first."""
+
+    def __init__(self, block: EvaBlock) -> None:
+        self.block = block
+        self.attn: EvaAttention | AttentionRope = block.attn
+        self.heads: int = block.attn.num_heads
+        self.key_heads: int = getattr(block.attn, "num_kv_heads", self.heads)
+        self.head_dim: int = block.attn.head_dim
+        self.before, self.after = (block.attn,), (block.mlp,)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return queries, keys and values [..., (heads + 2 * key_heads) * dim], and where it is gated the gate."""
+        return self.project_normed(self.block.norm1(x))
+
+    def project_normed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As project, of tokens that are normed already or never are."""
+        return self._qkv(x), None if self.attn.gate is None else self.attn.gate(x).sigmoid()
+
+    def _qkv(self, x: Tensor) -> Tensor:
+        attn = self.attn
+        if attn.qkv is None:
+            return torch.cat([attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)], dim=-1)
+        projected: Tensor
+        if getattr(attn, "q_bias", None) is None:
+            projected = attn.qkv(x)
+            return projected
+        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        projected = attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
+        return projected
+
+    def attend(
+        self, qkv: Tensor, rope: Tensor | None, bias: Tensor | None, queries: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """As encoder.Layers says."""
+        attn = self.attn
+        batch, tokens, _ = qkv.shape
+        per_head = qkv.view(batch, tokens, -1, self.head_dim).transpose(1, 2)
+        q, k, v = torch.split(per_head, [self.heads, self.key_heads, self.key_heads], dim=1)
+        q, k = attn.q_norm(q[:, :, :queries]), attn.k_norm(k)
+
+        content = k
+        if rope is not None:
+            q = q if queries is not None else self._rotated(q, rope)
+            q, k = q.type_as(v), self._rotated(k, rope).type_as(v)
+        if self.key_heads < self.heads:
+            shared = self.heads // self.key_heads
+            k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+        dropout = attn.attn_drop.p if attn.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=attn.scale)
+        return out.transpose(1, 2).reshape(batch, -1, self.heads * self.head_dim), content
+
+    def _rotated(self, x: Tensor, rope: Tensor) -> Tensor:
+        """Turn all of `x` [B, heads, N, dim] but its prefix tokens, which have no position."""
+        prefix = self.attn.num_prefix_tokens
+        turned = apply_rot_embed_cat(x[:, :, prefix:], rope, half=self.attn.rotate_half)
+        return torch.cat([x[:, :, :prefix], turned], dim=2)
+
+    def attention_output(self, attended: Tensor, gate: Tensor | None) -> Tensor:
+        """Return what attention itself gives, [..., channels]."""
+        attended = self.attn.norm(attended)
+        if gate is not None:
+            attended = attended * gate
+        output: Tensor = self.attn.proj_drop(self.attn.proj(attended))
+        return output
+
+    def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:
+        """As encoder.Layers says; `beside` is the gate."""
+        found = self.attention_output(attended, beside)
+        if self.block.gamma_1 is not None:
+            found = self.block.gamma_1 * found
+        added: Tensor = x + self.block.drop_path1(found)
+        return added
+
+    def add_mlp(self, x: Tensor) -> Tensor:
+        """Return `x` with what the MLP makes of it added to it."""
+        made: Tensor = self.block.mlp(self.block.norm2(x))
+        if self.block.gamma_2 is not None:
+            made = self.block.gamma_2 * made
+        made = self.block.drop_path2(made)
+        return x + made
+
+
+class EvaPostNormLayers(EvaLayers):
+    """timm's EvaBlockPostNorm: norms come last, before the sum."""
+
+    block: EvaBlockPostNorm
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As EvaLayers does, without a norm."""
+        return self.project_normed(x)
+
+    def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:
+        """As encoder.Layers says; `beside` is the gate."""
+        found: Tensor = self.block.drop_path1(self.block.norm1(self.attention_output(attended, beside)))
+        return x + found
+
+    def add_mlp(self, x: Tensor) -> Tensor:
+        """Return `x` with what the MLP makes of it added to it."""
+        made: Tensor = self.block.drop_path2(self.block.norm2(self.block.mlp(x)))
+        return x + made
