@@ -27,7 +27,11 @@ EVERYTHING: Values = {
     "grpcRoute": {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["vision.example"]},
     "hub": {"enabled": True, "existingClaim": "hub"},
     "imagePullSecrets": [{"name": "registry"}],
-    "monitoring": {"podMonitor": {"enabled": True, "labels": {"team": "vision"}}},
+    "monitoring": {
+        "podMonitor": {"enabled": True, "labels": {"team": "vision"}},
+        "prometheusRule": {"enabled": True, "labels": {"team": "vision"}},
+        "dashboard": {"enabled": True},
+    },
     "networkPolicy": {
         "clients": [{"namespaceSelector": {"matchLabels": {"team": "shop"}}}],
         "scrapers": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],

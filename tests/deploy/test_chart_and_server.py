@@ -4,20 +4,26 @@ import json
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tome_server.config import ServerConfig, read_config
+from tome_server.observability.metrics import MISSED
 from tome_server.rpc import health, oip_servicer
 from tome_server.rpc.server import SERVICE
 
-from .chart import CHART, EVERYTHING, FULL, ROOT, Values, container, render, settings_text, the
+from .chart import CHART, EVERYTHING, FULL, ROOT, Values, container, helm, render, settings_text, the
 from .promql import SERVED, selected
 
 FILES = ("values.yaml", "values-cpu.yaml", "values-gpu.yaml")
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
+FILES_OF_OTHERS = {
+    "rules.yml": "deploy/prometheus/rules.yml",
+    "dashboard.json": "deploy/grafana/dashboards/tome-serving.json",
+}
 KSERVE: Values = {"kserve": {"enabled": True}}
 
 
@@ -256,7 +262,11 @@ def test_autoscalers_ask_for_metrics_that_the_server_has() -> None:
         assert chosen
         assert chosen.keys() <= SERVED
         for one in (selector for alike in chosen.values() for selector in alike):
-            assert {matcher.name for matcher in one.matchers.matchers} == {"namespace", "app_kubernetes_io_instance"}
+            assert {matcher.name for matcher in one.matchers.matchers} >= {"namespace", "app_kubernetes_io_instance"}
+    # Of the reasons for a miss, those that more replicas would help.
+    (missed, _) = selected(asked["refusedShare"])["tome_slo_missed_total"]
+    (reasons,) = (matcher.value for matcher in missed.matchers.matchers if matcher.name == "reason")
+    assert set(reasons.split("|")) <= set(MISSED)
 
 
 def test_the_adapter_for_hpas_answers_with_kedas_queries() -> None:
@@ -295,3 +305,25 @@ def test_series_carry_the_labels_that_autoscalers_select_by() -> None:
     assert "app.kubernetes.io/instance" in monitor["podTargetLabels"]
     # The job that the rules know servers by, whatever the release is called.
     assert {"targetLabel": "job", "replacement": "tome-serving"} in monitor["podMetricsEndpoints"][0]["relabelings"]
+
+
+def test_rules_are_those_of_the_repository() -> None:
+    rule = the("PrometheusRule", render({"monitoring": {"prometheusRule": {"enabled": True}}}))
+    assert rule["spec"] == yaml.safe_load((ROOT / "deploy/prometheus/rules.yml").read_text())
+
+
+def test_the_dashboard_is_the_repositorys_and_marked_for_grafana() -> None:
+    config_map = the("ConfigMap", render(EVERYTHING), "-dashboard")
+    source = (ROOT / "deploy/grafana/dashboards/tome-serving.json").read_text()
+    assert json.loads(config_map["data"]["tome-serving.json"]) == json.loads(source)
+    assert config_map["metadata"]["labels"]["grafana_dashboard"] == "1"
+
+
+def test_a_packaged_chart_has_what_lies_outside_its_folder(tmp_path: Path) -> None:
+    done = helm("package", str(CHART), "--destination", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("*.tgz"))) as archive:
+        for name, source in FILES_OF_OTHERS.items():
+            member = archive.extractfile(f"tome-serving/files/{name}")
+            assert member is not None
+            assert member.read() == (ROOT / source).read_bytes()

@@ -18,12 +18,13 @@ max(
 ) or {{ include "tome-serving.zero" . }}
 {{- end }}
 
-{{/* Share of requests refused because their deadline couldn't be met, or for want of room. */}}
+{{/* Share of requests, of those in order, refused because their deadline couldn't be met, or for want of room. */}}
 {{- define "tome-serving.refusedShare" -}}
 {{- $s := include "tome-serving.series" . }}{{ $w := .Values.autoscaling.window -}}
-sum(rate(tome_rejected_total{ {{- $s -}} }[{{ $w }}]))
-/ (sum(rate(tome_requests_total{ {{- $s -}} }[{{ $w }}])) > 0)
-or {{ include "tome-serving.zero" . }}
+sum(rate(tome_slo_missed_total{reason=~"infeasible|queue_full", {{- $s -}} }[{{ $w }}]))
+/ (
+  sum(rate(tome_slo_met_total{ {{- $s -}} }[{{ $w }}])) + sum(rate(tome_slo_missed_total{ {{- $s -}} }[{{ $w }}])) > 0
+) or {{ include "tome-serving.zero" . }}
 {{- end }}
 
 {{/* Share of the time that devices are busy; each pod has one. */}}
