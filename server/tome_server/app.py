@@ -7,8 +7,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import tome_server.timm_import  # noqa: F401  isort: skip
 
@@ -17,12 +19,11 @@ import torch
 from prometheus_client import start_http_server
 
 from tome_server.config import ModelConfig, ServerConfig
-from tome_server.engine import Engine, Served
+from tome_server.engine import Engine
 from tome_server.errors import ConfigError, PortInUseError
+from tome_server.hosting import Hosting
 from tome_server.models.datasets import load_labelled
-from tome_server.models.hosted import HostedModel
 from tome_server.models.loading import load
-from tome_server.models.preprocess import Limits
 from tome_server.models.repository import Repository
 from tome_server.models.spec import BUNDLED_PREFIX, ModelSpec, bundled_spec, weights_digest
 from tome_server.observability.metrics import Metrics
@@ -30,17 +31,14 @@ from tome_server.oip.service import OpenInference
 from tome_server.rpc.server import RpcServer, RpcSettings
 from tome_server.rpc.tls import TlsFiles
 from tome_server.rpc.tokens import Tokens
+from tome_server.runtime.device import Device
 from tome_server.runtime.evaluation import evaluate
-from tome_server.runtime.executor import Executor, Work, run_batch
-from tome_server.runtime.profile_store import ProfileKey, keep_profile, obtain_profile, profile_key
+from tome_server.runtime.profile_store import ProfileKey, keep_profile, profile_key
 from tome_server.runtime.profiling import measure
-from tome_server.runtime.threads import available_cpus, fastest_threads
+from tome_server.runtime.threads import available_cpus, choose_threads
 from tome_server.scheduling.profile import Profile
-from tome_server.served import ServedModel
 
 log = logging.getLogger(__name__)
-
-SWITCH_INTERVAL = 1e-4
 
 
 async def serve(config: ServerConfig) -> None:
@@ -50,54 +48,55 @@ async def serve(config: ServerConfig) -> None:
     ModelLoadError or PortInUseError, in words for the operator, if it can't start.
     """
     began = time.monotonic()
-    # The device's thread needs the interpreter between the thousand kernels of a batch; as a rule it would wait up to
-    # 5 ms for it, whenever the event loop has it.
-    sys.setswitchinterval(SWITCH_INTERVAL)
     stopping = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stopping.set)
 
     specs = model_specs(config)
-    device = choose_device(config.device)
-    torch.set_num_threads(config.threads or available_cpus())  # until they are measured, below
-    metrics = Metrics()
-    engine = Engine(
-        executor=Executor(device),
-        metrics=metrics,
-        max_delay=config.batching.max_delay,
-        max_pending=config.batching.max_pending,
-        reply_margin=config.reply_margin,
-        decode_threads=available_cpus(),
-        names=[spec.name for spec in specs],
-        max_client_requests=config.limits.max_client_requests,
-    )
-    rpc = RpcServer(engine, OpenInference(engine), _rpc_settings(config))
-    metrics_url, stop_metrics = _serve_metrics(config.metrics, metrics)
-    await rpc.start()
-    log.info("listening on %s, loading %s", rpc.address, ", ".join(engine.names))
-    dispatcher = asyncio.create_task(engine.run())
-    try:
-        limits = Limits(config.limits.max_image_bytes, config.limits.max_image_pixels)
-        models = [await asyncio.to_thread(_load_warm, spec, device, limits) for spec in specs]
-        if config.threads is None and device.type == "cpu":
-            await asyncio.to_thread(_choose_threads, models, config.batching.max_batch, device)
-        served: list[Served] = []
-        for spec, model in zip(specs, models, strict=True):
-            profile = await asyncio.to_thread(_profile, spec, model, device, config)
-            served.append(ServedModel(model, profile, config.policy))
-            metrics.serving(spec.name, model.architecture, str(device), served[-1].rs, model.largest_r)
-        # All at once: requests for the first would disturb what is measured of the second.
-        engine.models.update(zip(engine.names, served, strict=True))
-        rpc.ready()
-        ready = {"grpc": rpc.address, "metrics": metrics_url, "seconds": round(time.monotonic() - began, 3)}
-        print(json.dumps({"ready": ready}), flush=True)
-        await _until(stopping, dispatcher)
-        log.info("stopping; answering what is in flight, for at most %.0f s", config.drain_timeout)
-    finally:
-        await rpc.stop(config.drain_timeout)
-        dispatcher.cancel()
-        engine.close()
-        stop_metrics()
+    batching, decode_threads = config.batching, available_cpus()
+    # Images are prepared in several threads, each of which would have as many again.
+    torch.set_num_threads(1)
+    async with AsyncExitStack() as stack:
+        # Room for images that wait, and for those whose callers have gone while they are decoded or run.
+        slots = batching.max_pending + decode_threads + batching.max_batch
+        device = Device(str(choose_device(config.device)), slots)
+        stack.push_async_callback(device.kill)
+        metrics = Metrics()
+        engine = Engine(
+            device=device,
+            metrics=metrics,
+            max_delay=batching.max_delay,
+            max_pending=batching.max_pending,
+            reply_margin=config.reply_margin,
+            decode_threads=decode_threads,
+            names=[spec.name for spec in specs],
+            max_client_requests=config.limits.max_client_requests,
+        )
+        stack.callback(engine.close)
+        rpc = RpcServer(engine, OpenInference(engine), _rpc_settings(config))
+        metrics_url, stop_metrics = _serve_metrics(config.metrics, metrics)
+        stack.callback(stop_metrics)
+        await rpc.start()
+        log.info("listening on %s, loading %s", rpc.address, ", ".join(engine.names))
+        loading = asyncio.create_task(Hosting(device, engine, config).start(specs))
+        dispatching = asyncio.create_task(engine.run())
+        ends = [asyncio.create_task(stopping.wait()), asyncio.create_task(device.ended())]
+        try:
+            await _first(loading, dispatching, *ends)
+            if loading.done():
+                rpc.ready()
+                ready = {"grpc": rpc.address, "metrics": metrics_url, "seconds": round(time.monotonic() - began, 3)}
+                print(json.dumps({"ready": ready}), flush=True)
+                await _first(dispatching, *ends)
+            log.info("stopping; answering what is in flight, for at most %.0f s", config.drain_timeout)
+        finally:
+            loading.cancel()
+            await rpc.stop(config.drain_timeout)
+            dispatching.cancel()
+            for end in ends:
+                end.cancel()
+            await asyncio.gather(loading, dispatching, *ends, return_exceptions=True)
+        await device.close()
     log.info("stopped")
 
 
@@ -143,42 +142,6 @@ def _spec(model: ModelConfig) -> ModelSpec:
     return ModelSpec(architecture=model.source, **{"name": model.source.split(".")[0], **given})
 
 
-def _load_warm(spec: ModelSpec, device: torch.device, limits: Limits) -> HostedModel:
-    """Load a model and run it once, so that the first request doesn't pay for what torch sets up lazily."""
-    model = load(spec, device, limits)
-    image = torch.zeros(model.preprocess.settings.input_size)
-    for r in {0, model.grid[-1].r}:
-        run_batch(model, [Work(image, top_k=1)], r, device)
-    return model
-
-
-def _profile(spec: ModelSpec, model: HostedModel, device: torch.device, config: ServerConfig) -> Profile:
-    return obtain_profile(
-        model,
-        spec.checkpoint,
-        device,
-        max_batch=config.batching.max_batch,
-        budget=config.profile_time,
-        folder=config.profiles,
-        shipped=spec.profiles,
-    )
-
-
-def _choose_threads(models: Sequence[HostedModel], max_batch: int, device: torch.device) -> None:
-    """Set torch's threads to what runs one image and a full batch of each model fastest."""
-
-    def run() -> None:
-        for model in models:
-            image = torch.zeros(model.preprocess.settings.input_size)
-            for size in (1, max_batch):
-                run_batch(model, [Work(image, top_k=1)] * size, model.grid[len(model.grid) // 2].r, device)
-
-    # torch's count is each thread's own from its first use of torch, which the executor's thread has yet to make.
-    threads = fastest_threads(run, available_cpus())
-    torch.set_num_threads(threads)
-    log.info("%d CPU threads, as measured", threads)
-
-
 def _rpc_settings(config: ServerConfig) -> RpcSettings:
     """Raises ConfigError for tokens that can't be read."""
     tls, auth, connections = config.tls, config.auth, config.connections
@@ -212,12 +175,11 @@ def _serve_metrics(address: str | None, metrics: Metrics) -> tuple[str | None, C
     return f"http://{host}:{server.server_port}/metrics", stop
 
 
-async def _until(stopping: asyncio.Event, dispatcher: "asyncio.Task[None]") -> None:
-    """Wait for the order to stop. A dispatcher that dies takes the server with it, loudly."""
-    wait = asyncio.create_task(stopping.wait())
-    await asyncio.wait({wait, dispatcher}, return_when=asyncio.FIRST_COMPLETED)
-    if dispatcher.done():
-        dispatcher.result()
+async def _first(*tasks: "asyncio.Task[Any]") -> None:
+    """Wait for the first of several tasks. Raises what it raised: a part that dies takes the server with it, loudly."""
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
 
 
 def evaluate_model(
@@ -265,7 +227,7 @@ def profile_model(
     model = load(spec, device)
     max_batch = config.batching.max_batch
     if config.threads is None and device.type == "cpu":
-        _choose_threads([model], max_batch, device)
+        choose_threads([model], max_batch, device)
     key = profile_key(model, spec.checkpoint, device, max_batch)
     profile = measure(model, device, max_batch=max_batch, budget=budget, progress=progress)
     return model.name, key, profile, keep_profile(config.profiles, model.name, key, profile)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tome_server.errors import ConfigError, ModelLoadError, PortInUseError
+from tome_server.errors import ConfigError, DeviceDiedError, ModelLoadError, PortInUseError
 
 # torch and timm take seconds to import, so each command imports what it needs when it runs.
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS_KEPT)
     try:
         sys.exit(args.run(args))
-    except (ConfigError, ModelLoadError, PortInUseError) as error:
+    except (ConfigError, DeviceDiedError, ModelLoadError, PortInUseError) as error:
         sys.exit(f"tome-server: {error}")
     except ModuleNotFoundError as error:
         # The plain install is the client alone, and still has this command.

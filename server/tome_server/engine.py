@@ -1,15 +1,15 @@
 """The life of a request between the wire and the device: admit, decode, queue, batch, answer.
 
-Asyncio throughout; images are decoded in a pool of threads and batches run in the executor's thread, so that nothing
+Asyncio throughout; images are decoded in a pool of threads and batches run in the device's process, so that nothing
 blocks the event loop.
 """
 
 import asyncio
 import logging
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from tome_server.caller import Shares
 from tome_server.errors import (
     ClientLimitError,
+    DeviceDiedError,
     ExpiredError,
     InfeasibleError,
     InvalidRequestError,
@@ -31,7 +32,9 @@ from tome_server.merging import MacCount
 from tome_server.models.hosted import HostedModel
 from tome_server.models.preprocess import Preprocess
 from tome_server.observability.metrics import Metrics, exemplar
-from tome_server.runtime.executor import Executor, Result, Work
+from tome_server.runtime.device import Device
+from tome_server.runtime.executor import Result, Work
+from tome_server.runtime.shared_images import Slot
 from tome_server.scheduling.policy.view import Decision
 from tome_server.scheduling.queue import Waiting
 from tome_server.served import Bounds, ServedModel
@@ -140,12 +143,12 @@ class _Job:
     served: "Served"
     exact: int | None
     """The r to run at, where the request names it."""
-    work: Work
+    work: Work[Slot]
     answer: "asyncio.Future[_Answer]"
     queued: float
     """when it entered the queue"""
     taken: bool = False
-    """whether it left the queue for the device"""
+    """whether it left the queue for the device, which then gives the slot back"""
 
 
 Served: TypeAlias = ServedModel[_Job]
@@ -169,7 +172,7 @@ class _Answer:
 class Engine:
     """Answers requests for the models in service with one device. `run` must be running while `predict` is called."""
 
-    executor: Executor
+    device: Device
     metrics: Metrics
     max_delay: float
     """Seconds that requests may wait for batch-mates while the device is idle."""
@@ -178,9 +181,10 @@ class Engine:
     reply_margin: float
     """The least that is kept back from each deadline for the way back, in seconds; more where measured."""
     decode_threads: int
-    names: Sequence[str]
-    """Of all models that will be served; those not in `models` are loading still."""
+    names: list[str] = field(default_factory=list)
+    """Of all models that are or will be served, the one for requests that name none first."""
     models: dict[str, Served] = field(default_factory=dict)
+    """Those that are loaded; while a model retires, it is here still, and not in `names`."""
     max_client_requests: int | None = None
     """Requests held at once for one client; one more is refused."""
     draining: asyncio.Event = field(default_factory=asyncio.Event, init=False)
@@ -189,12 +193,17 @@ class Engine:
     def __post_init__(self) -> None:
         self._pending = 0
         self._shares = Shares(self.max_client_requests, RETRY_AFTER)
+        self._unanswered: set[_Job] = set()
+        self._ended = False
+        # Requests in the engine, by model, and the model on the device.
+        self._held: Counter[str] = Counter()
+        self._on_device: str | None = None
+        self._released = asyncio.Event()
         self.metrics.pending_limit.set(self.max_pending)
         self._arrived = asyncio.Event()
         self._decoders = ThreadPoolExecutor(self.decode_threads, thread_name_prefix="decode")
         # When the batch on the device should end; without one, when the last did.
         self._free_at = -math.inf
-        self._busy = False
         # When the first of those who wait came.
         self._waiting_since = -math.inf
         # About what decoding takes, in seconds.
@@ -203,14 +212,47 @@ class Engine:
         self._ways_back: deque[float] = deque([0.0], REPLIES_REMEMBERED)
 
     def model(self, name: str) -> Served:
-        """Return a model in service, the first if unnamed. Raises UnknownModelError, or UnavailableError if loading."""
-        name = name or self.names[0]
+        """Return a model in service, the first if unnamed.
+
+        Raises UnknownModelError, or UnavailableError if it is loading or there is none at all.
+        """
+        name = name or self.default_name
+        if not name:
+            raise UnavailableError("no model is in service")
         if name not in self.names:
             # The caller's text goes into the status, and gRPC drops statuses of more than a few kilobytes.
             raise UnknownModelError(name if len(name) <= NAME_SHOWN else f"{name[:NAME_SHOWN]}…", self.names)
         if name not in self.models:
             raise UnavailableError(f"model {name} is loading")
         return self.models[name]
+
+    @property
+    def default_name(self) -> str:
+        """Name of the model for requests that name none; empty if there is no model."""
+        return self.names[0] if self.names else ""
+
+    def expect(self, name: str) -> None:
+        """Answer requests for a model with UnavailableError until it is served."""
+        self.names.append(name)
+
+    def forget(self, name: str) -> None:
+        """Answer requests for a model that was expected with UnknownModelError again."""
+        self.names.remove(name)
+
+    def serve(self, served: Served) -> None:
+        """Answer requests for a model that was expected."""
+        self.models[served.model.name] = served
+
+    async def retire(self, name: str) -> None:
+        """Refuse new requests for a model, and return once those that are here are answered.
+
+        Raises what `model` does.
+        """
+        self.names.remove(self.model(name).model.name)
+        while self._held[name] or self._on_device == name:
+            self._released.clear()
+            await self._released.wait()
+        del self.models[name]
 
     async def predict(self, request: Request) -> Reply:
         """Answer one request. Raises a RequestError that says why it could not be answered.
@@ -241,13 +283,22 @@ class Engine:
         return reply
 
     async def run(self) -> None:
-        """Run batches until cancelled."""
-        while True:
-            served, decision = await self._next()
-            for waiting in decision.shed:
-                self._give_up(served, waiting)
-            if decision.batch:
-                await self._run_batch(served, [waiting.item for waiting in decision.batch], decision.levels)
+        """Run batches until cancelled. Raises DeviceDiedError if there is no device any more.
+
+        However it ends, who still waits for an answer is told that there will be none.
+        """
+        try:
+            while True:
+                served, decision = await self._next()
+                for waiting in decision.shed:
+                    self._give_up(served, waiting)
+                if decision.batch:
+                    await self._run_batch(served, [waiting.item for waiting in decision.batch], decision.levels)
+        finally:
+            self._ended = True
+            for job in self._unanswered:
+                if not job.answer.done():
+                    job.answer.set_exception(_stopped())
 
     def drain(self) -> None:
         """Refuse new requests from now on; those already here are answered."""
@@ -256,7 +307,6 @@ class Engine:
     def close(self) -> None:
         """End the threads, after what they are doing."""
         self._decoders.shutdown(cancel_futures=True)
-        self.executor.close()
 
     async def _answer(self, served: Served, bounds: Bounds, top_k: int, request: Request) -> Reply:
         name, scheduler = served.model.name, served.scheduler
@@ -264,8 +314,9 @@ class Engine:
             self.metrics.rejected.labels(name, "queue_full").inc()
             raise OverloadedError(self._pending, RETRY_AFTER)
         self._pending += 1
+        self._held[name] += 1
         self.metrics.pending.set(self._pending)
-        job = None
+        job = slot = None
         try:
             margin = self._margin()
             # As the scheduler sees it: who asks must allow the margin as well.
@@ -274,8 +325,8 @@ class Engine:
             # Before decoding: what can't be met is refused before it costs anything.
             scheduler.check(Waiting(None, *limits), _now() + self._decoding, self._free_at)
             async with asyncio.timeout_at(request.deadline - self.reply_margin):
-                image = await self._decode(served.model, request)
-                work = Work(image, top_k, request.features, request.token_map, request.logits)
+                slot = await self._decode(served.model, request)
+                work = Work(slot, top_k, request.features, request.token_map, request.logits)
                 job = _Job(served, bounds.exact, work, asyncio.get_running_loop().create_future(), _now())
                 answer = await self._wait(Waiting(job, *limits))
         except TimeoutError:
@@ -287,19 +338,35 @@ class Engine:
             raise
         finally:
             self._pending -= 1
+            self._held[name] -= 1
+            self._released.set()
             self.metrics.pending.set(self._pending)
+            if slot is not None and not (job and job.taken):
+                slot.drop()
         return self._reply(job, answer, request)
 
-    async def _decode(self, model: HostedModel, request: Request) -> Tensor:
+    async def _decode(self, model: HostedModel, request: Request) -> Slot:
+        """Prepare the image where the device finds it."""
         began = _now()
-        loop = asyncio.get_running_loop()
-        image = await loop.run_in_executor(self._decoders, _prepare, model.preprocess, request.input)
+        decoding = self._decoders.submit(self._prepare, model, request.input)
+        try:
+            slot = await asyncio.wrap_future(decoding)
+        except asyncio.CancelledError:
+            # The thread can't be stopped, and may have a slot in the end.
+            decoding.add_done_callback(_drop_decoded)
+            raise
         self._decoding += DECODE_RATE * (_now() - began - self._decoding)
-        return image
+        return slot
+
+    def _prepare(self, model: HostedModel, source: EncodedImage | Pixels | Normalised) -> Slot:
+        return self.device.put(model.name, _prepared(model.preprocess, source))
 
     async def _wait(self, waiting: Waiting[_Job]) -> _Answer:
         job = waiting.item
         scheduler = job.served.scheduler
+        if self._ended:
+            raise _stopped()
+        self._unanswered.add(job)
         if not self._queued():
             self._waiting_since = job.queued
         scheduler.submit(waiting, job.queued, self._free_at)
@@ -308,6 +375,7 @@ class Engine:
         try:
             return await job.answer
         finally:
+            self._unanswered.discard(job)
             if scheduler.cancel(waiting):
                 self._queue_changed(job.served)
 
@@ -363,22 +431,28 @@ class Engine:
         for job in batch:
             job.taken = True
         started, predicted = _now(), latency.of_batch(levels)
-        self._busy, self._free_at = True, started + latency.of_batch(levels, promised=True)
+        self._on_device, self._free_at = model.name, started + latency.of_batch(levels, promised=True)
         try:
-            done = await self.executor.run(model, [job.work for job in batch], rs, served.profile.packed)
+            done = await self.device.run(model.name, [job.work for job in batch], rs, served.profile.packed)
+        except DeviceDiedError:
+            raise
         except Exception:
             if len(batch) > 1:
                 log.exception("model %s failed on a batch of %d; running its images alone", model.name, len(batch))
                 for job, level in zip(batch, levels, strict=True):
-                    if not job.answer.done():  # its caller may have gone
+                    if job.answer.done():  # its caller has gone
+                        job.work.image.drop()
+                    else:
                         await self._run_batch(served, [job], [level])
                 return
             log.exception("model %s failed", model.name)
+            batch[0].work.image.drop()
             if not batch[0].answer.done():
                 batch[0].answer.set_exception(ModelFailedError(f"model {model.name} failed on this input"))
             return
         finally:
-            self._busy, self._free_at = False, _now()
+            self._on_device, self._free_at = None, _now()
+            self._released.set()
         # What the same batch would have taken unmerged, had it run when this one did.
         unmerged = latency.expected(len(batch), 0)
         ratio = latency.observe(levels, done.seconds)
@@ -390,6 +464,7 @@ class Engine:
         metrics.unmerged_seconds.labels(model.name).inc(unmerged)
         metrics.speedup_ratio.labels(model.name).observe(unmerged / done.seconds)
         for job, r, result in zip(batch, rs, done.results, strict=True):
+            job.work.image.drop()
             if job.answer.done():  # its caller has gone, or its deadline passed
                 metrics.wasted_seconds.labels(model.name).inc(done.seconds / len(batch))
             else:
@@ -435,7 +510,7 @@ class Engine:
     def _forget_drift(self, served: Served) -> None:
         """Let an idle device's predictions return to its profile: while all is refused, no batch would correct them."""
         now = _now()
-        if not self._busy and not self._queued() and self._free_at > -math.inf:
+        if self._on_device is None and not self._queued() and self._free_at > -math.inf:
             served.scheduler.latency.idle(now - self._free_at)
             self._free_at = now
             self.metrics.drift.labels(served.model.name).set(served.scheduler.latency.drift)
@@ -464,7 +539,7 @@ def _top_k(model: HostedModel, request: Request) -> int:
     return min(request.top_k, model.num_classes)
 
 
-def _prepare(preprocess: Preprocess, source: EncodedImage | Pixels | Normalised) -> Tensor:
+def _prepared(preprocess: Preprocess, source: EncodedImage | Pixels | Normalised) -> Tensor:
     match source:
         case EncodedImage(data):
             return preprocess.encoded(data)
@@ -472,6 +547,15 @@ def _prepare(preprocess: Preprocess, source: EncodedImage | Pixels | Normalised)
             return preprocess.pixels(shape, data)
         case Normalised(shape, data):
             return preprocess.normalised(shape, data)
+
+
+def _drop_decoded(decoding: "Future[Slot]") -> None:
+    if not decoding.cancelled() and decoding.exception() is None:
+        decoding.result().drop()
+
+
+def _stopped() -> UnavailableError:
+    return UnavailableError("the server has stopped")
 
 
 def _now() -> float:

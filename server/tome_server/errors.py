@@ -85,5 +85,9 @@ class ModelLoadError(Exception):
     """A model can't be hosted as configured; the message is for the operator to act on."""
 
 
+class DeviceDiedError(Exception):
+    """The process that owns the device has ended by itself; the server ends with it, to be started anew."""
+
+
 class PortInUseError(Exception):
     """An address can't be listened on."""

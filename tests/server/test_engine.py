@@ -18,6 +18,7 @@ from prometheus_client import generate_latest
 from tome_server import served as served_module
 from tome_server.engine import EncodedImage, Engine, Reply, Request
 from tome_server.errors import (
+    DeviceDiedError,
     ExpiredError,
     InfeasibleError,
     InvalidRequestError,
@@ -58,7 +59,7 @@ def profile_of(unit: float, max_batch: int, *, packed: bool = True) -> Profile:
 
 @dataclass
 class ScriptedDevice:
-    """Stands in for the Executor: runs batches when `gate` is open, and echoes each image as its only class.
+    """Stands in for the Device: runs batches when `gate` is open, and echoes each image as its only class.
 
     It says that a batch took what the profile says, however long that was, times `slowness`.
     """
@@ -76,13 +77,24 @@ class ScriptedDevice:
     """images that the model raises on"""
     started: asyncio.Queue[tuple[int, ...]] = field(default_factory=asyncio.Queue)
     running: int = 0
+    slots: set["ScriptedSlot"] = field(default_factory=set)
+    """of the images that it holds"""
+    dead: bool = False
 
-    async def run(self, model: HostedModel, batch: Sequence[Work], rs: Sequence[int], packed: bool) -> BatchResult:
-        images = tuple(work.image for work in batch)
+    def put(self, _: str, image: int) -> "ScriptedSlot":
+        slot = ScriptedSlot(self, image)
+        self.slots.add(slot)
+        return slot
+
+    async def run(
+        self, model: str, batch: Sequence[Work["ScriptedSlot"]], rs: Sequence[int], packed: bool
+    ) -> BatchResult:
+        assert {work.image for work in batch} <= self.slots
+        images = tuple(work.image.image for work in batch)
         assert len(images) == len(rs) <= self.profile.max_batch
         for image in images:
             assert image in self.seen or asyncio.get_running_loop().time() <= self.deadlines.get(image, math.inf)
-        self.batches.append((model.name, tuple(rs), images))
+        self.batches.append((model, tuple(rs), images))
         self.packed.add(packed)
         self.started.put_nowait(images)
         assert self.running == 0, "one batch at a time"
@@ -91,6 +103,9 @@ class ScriptedDevice:
             await self.gate.wait()
         finally:
             self.running -= 1
+        if self.dead:
+            raise DeviceDiedError("gone")
+        assert {work.image for work in batch} <= self.slots
         if bad := self.poison & set(images):
             raise ValueError(f"no kernel for {bad}")
         seconds = self.slowness * Latency(self.profile).of_batch([self.profile.level_of(r) for r in rs])
@@ -101,9 +116,6 @@ class ScriptedDevice:
         self.gate.set()
         self.gate.clear()
 
-    def close(self) -> None:
-        pass
-
     def r_of(self, image: int) -> int:
         """The r that an image last ran at."""
         return next(rs[images.index(image)] for _, rs, images in reversed(self.batches) if image in images)
@@ -112,6 +124,17 @@ class ScriptedDevice:
     def seen(self) -> Counter[int]:
         """How often each image was on the device."""
         return Counter(image for *_, images in self.batches for image in images)
+
+
+@dataclass(eq=False)
+class ScriptedSlot:
+    """Where the device holds an image."""
+
+    device: ScriptedDevice
+    image: int
+
+    def drop(self) -> None:
+        self.device.slots.remove(self)
 
 
 @dataclass
@@ -187,6 +210,7 @@ class Bench:
 
     def assert_idle(self) -> None:
         assert self.gauge("tome_requests_pending") == 0
+        assert not self.device.slots
         assert self.gauge("tome_queue_depth") == 0
 
 
@@ -1037,3 +1061,74 @@ async def test_every_request_ends_in_exactly_one_answer_within_its_bounds(
         for name in ("first", "second")
     )
     assert counted == replies, generate_latest(registry).decode()
+
+
+# Models that come and go, and a device that dies
+
+
+async def test_a_retired_model_answers_what_it_has_and_refuses_the_rest(bench: Bench) -> None:
+    holding = await bench.hold_device()
+    queued = await bench.in_order(1, 2)
+    retiring = asyncio.create_task(bench.engine.retire("first"))
+    await asyncio.sleep(0)
+    assert isinstance(await refused(bench.predict(3, model="first")), UnknownModelError)
+    other = bench.predict(4, model="second")
+    bench.device.gate.set()
+    assert image_of(await other) == 4
+    assert [image_of(reply) for reply in await asyncio.gather(holding, *queued)] == [0, 1, 2]
+    await retiring
+    assert "first" not in bench.engine.models
+    assert bench.engine.default_name == "second"
+
+
+async def test_a_retired_model_is_let_go_only_after_a_batch_whose_callers_have_gone(bench: Bench) -> None:
+    holding = await bench.hold_device()
+    holding.cancel()
+    await asyncio.sleep(0)
+    retiring = asyncio.create_task(bench.engine.retire("first"))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not retiring.done()
+    bench.device.gate.set()
+    await retiring
+
+
+async def test_a_model_that_is_expected_is_unavailable_until_it_is_served(bench: Bench) -> None:
+    served = bench.engine.models["first"]
+    await bench.engine.retire("first")
+    assert isinstance(await refused(bench.predict(1, model="first")), UnknownModelError)
+    bench.engine.expect("first")
+    assert isinstance(await refused(bench.predict(1, model="first")), UnavailableError)
+    bench.engine.serve(served)
+    assert image_of(await bench.predict(1, model="first")) == 1
+
+
+async def test_without_any_model_requests_are_refused(bench: Bench) -> None:
+    for name in list(bench.engine.models):
+        await bench.engine.retire(name)
+    bench.engine.forget("third")
+    assert isinstance(await refused(bench.predict(1)), UnavailableError)
+    assert isinstance(await refused(bench.predict(1, model="first")), UnknownModelError)
+
+
+async def test_when_the_device_dies_everybody_gets_a_status(clock: Clock, bundled: HostedModel) -> None:
+    profile = profile_of(QUICK, 8)
+    device, decoder = ScriptedDevice(profile), ScriptedDecoder(bundled.preprocess.settings)
+    decoder.gate.set()
+    served = ServedModel(replace(bundled, name="first", preprocess=decoder, default_budget=LATE), profile, "max_batch")
+    engine = Engine(
+        device, Metrics(), max_delay=0.0, max_pending=100, reply_margin=0.0001, decode_threads=1,
+        names=["first"], models={"first": served},
+    )  # fmt: skip
+    running = asyncio.create_task(engine.run())
+    bench = Bench(engine, device, decoder)
+    on_device = await bench.hold_device()
+    queued = await bench.in_order(1, 2)
+    device.dead = True
+    device.step()
+    for task in (on_device, *queued, bench.predict(3)):
+        assert isinstance(await refused(task), UnavailableError)
+    with pytest.raises(DeviceDiedError):
+        await running
+    assert engine.metrics.registry.get_sample_value("tome_requests_pending") == 0
+    engine.close()

@@ -14,6 +14,7 @@ import torch
 from tome_server.errors import ConfigError, InvalidRequestError
 from tome_server.merging import merge
 from tome_server.models.hosted import HostedModel, Quality
+from tome_server.models.loaded import loaded_model
 from tome_server.models.preprocess import ImageSettings, Limits, Preprocess
 from tome_server.rpc.convert import model_to
 from tome_server.scheduling.profile import Profile
@@ -37,14 +38,10 @@ def unmeasured() -> HostedModel:
     with torch.device("meta"):
         network = timm.create_model("vit_base_patch16_224")
     settings = ImageSettings((3, 224, 224), (0.5,) * 3, (0.5,) * 3, "bicubic", 0.9, "center")
-    return HostedModel(
-        name="vit",
-        architecture="vit_base_patch16_224",
-        description="",
-        merged=merge(network),
-        preprocess=Preprocess(settings, Limits()),
-        labels=(),
+    model = loaded_model(
+        merge(network), Preprocess(settings, Limits()), name="vit", architecture="vit_base_patch16_224"
     )
+    return model.described
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A model as it is served: network, input, labels, and what each r costs and is worth."""
+"""A model as it is served, the network apart: input, labels, and what each r costs and is worth."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,8 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from tome_server.merging import MacCount, MergedModel, macs
-from tome_server.merging.schedule import mergeable
+from tome_server.merging import MacCount
 from tome_server.models.preprocess import Preprocess
 
 # Past about half of the work accuracy falls off a cliff (ToMe, figure 3). 16 on ViT-B/16 leaves 49.9 %.
@@ -38,51 +37,37 @@ class MergeLevel:
     quality: Quality | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HostedModel:
-    """A loaded model. Immutable: threads may share it."""
+    """What there is to know about a loaded model. Immutable: threads may share it, and processes send it."""
 
     name: str
     architecture: str
-    description: str
-    merged: MergedModel
+    description: str = ""
     preprocess: Preprocess
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] = ()
     """One a class, or none."""
+    num_classes: int
+    """Length of the scores."""
+    feature_dim: int
+    """Length of the features."""
+    patch_grid: tuple[int, int]
+    """Patches from top to bottom and from left to right."""
+    costs: tuple[MacCount, ...] = field(repr=False)
+    """Multiply-accumulates of one image at each r, from 0 to the most tokens that a block can merge."""
     default_budget: float | None = None
     """Latency budget, in seconds, of requests that set none; None leaves it to what the model takes."""
     quality: dict[int, Quality] = field(default_factory=dict)
     """By r, where it was measured."""
-    _costs: dict[int, MacCount] = field(default_factory=dict, repr=False, compare=False)
 
     @property
-    def num_classes(self) -> int:
-        """Length of the scores."""
-        return int(self.merged.model.num_classes)
-
-    @property
-    def feature_dim(self) -> int:
-        """Length of the features."""
-        return int(self.merged.model.num_features)
-
-    @cached_property
-    def patch_grid(self) -> tuple[int, int]:
-        """Patches from top to bottom and from left to right."""
-        _, height, width = self.preprocess.settings.input_size
-        return self.merged.grid(height, width)
-
-    @cached_property
     def largest_r(self) -> int:
         """The most tokens that a block can merge: half of the patches."""
-        rows, columns = self.patch_grid
-        return mergeable(rows * columns + self.merged.prefix, self.merged.prefix)
+        return len(self.costs) - 1
 
     def cost(self, r: int) -> MacCount:
-        """Count the multiply-accumulates of one image at `r`."""
-        if r not in self._costs:
-            _, height, width = self.preprocess.settings.input_size
-            self._costs[r] = macs(self.merged.model, r, (height, width))
-        return self._costs[r]
+        """Return the multiply-accumulates of one image at `r`."""
+        return self.costs[r]
 
     @cached_property
     def grid(self) -> tuple[MergeLevel, ...]:

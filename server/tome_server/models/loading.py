@@ -20,7 +20,8 @@ from tome_server.errors import ModelLoadError
 from tome_server.merging import MergedModel, UnsupportedModelError, merge, pack, packable
 from tome_server.merging.geometry import default_size
 from tome_server.merging.support import check_supported
-from tome_server.models.hosted import HostedModel, Quality
+from tome_server.models.hosted import Quality
+from tome_server.models.loaded import LoadedModel, loaded_model
 from tome_server.models.preprocess import ImageSettings, Limits, Preprocess
 from tome_server.models.spec import ModelSpec, weights_digest
 
@@ -28,7 +29,7 @@ from tome_server.models.spec import ModelSpec, weights_digest
 EQUAL = 1e-4
 
 
-def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) -> HostedModel:
+def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) -> LoadedModel:
     """Load a model onto `device` and prove that it gives timm's own answer at r = 0.
 
     Raises ModelLoadError, in words for the operator, if any part of the spec can't be had or doesn't fit.
@@ -43,12 +44,12 @@ def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) ->
         merged = pack(merged)
     settings = _settings(spec, model)
     _check_equal(plain, merged, settings, device)
-    return HostedModel(
+    return loaded_model(
+        merged,
+        Preprocess(settings, limits or Limits()),
         name=spec.name,
         architecture=spec.architecture,
         description=spec.description,
-        merged=merged,
-        preprocess=Preprocess(settings, limits or Limits()),
         labels=_labels(spec, model),
         default_budget=spec.default_budget,
         quality=_quality(spec),

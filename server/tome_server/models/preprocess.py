@@ -90,6 +90,10 @@ class Preprocess:
         # timm resizes the shorter side to this, or to less where height and width differ, then crops.
         self._resized = math.floor(max(settings.input_size[1:]) / settings.crop_pct)
 
+    def __reduce__(self) -> tuple[type["Preprocess"], tuple[ImageSettings, Limits]]:
+        """Let processes send it: the transform is made anew."""
+        return Preprocess, (self.settings, self._limits)
+
     def encoded(self, data: bytes) -> Tensor:
         """Decode and prepare a JPEG, PNG, WebP or BMP image: [C, H, W] float32.
 

@@ -29,7 +29,7 @@ class OpenInference:
 
     def model_ready(self, name: str, version: str = "") -> bool:
         """Return whether a model answers now; not if there is none of that name."""
-        known = (name or self.engine.names[0]) in self.engine.models and version in ("", describe.VERSION)
+        known = (name or self.engine.default_name) in self.engine.models and version in ("", describe.VERSION)
         return known and not self.engine.draining.is_set()
 
     def metadata(self, name: str, version: str = "") -> dict[str, Any]:

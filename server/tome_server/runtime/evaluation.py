@@ -9,11 +9,12 @@ from tqdm import tqdm
 
 from tome_server.models.datasets import Dataset, DatasetError
 from tome_server.models.hosted import HostedModel, Quality
+from tome_server.models.loaded import LoadedModel
 
 
 @torch.inference_mode()
 def evaluate(
-    model: HostedModel,
+    model: LoadedModel,
     images: Dataset,
     grid: Sequence[int],
     device: torch.device,

@@ -1,28 +1,33 @@
-"""Runs batches on the device, one at a time, in a thread of its own."""
+"""Runs a batch on a device."""
 
-import asyncio
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from tome_server.models.hosted import HostedModel
+from tome_server.models.loaded import LoadedModel
+
+I = TypeVar("I")  # noqa: E741
+J = TypeVar("J")
 
 
 @dataclass(frozen=True)
-class Work:
+class Work(Generic[I]):
     """One image of a batch and what is wanted of it."""
 
-    image: Tensor
-    """[C, H, W] float32, as the model's Preprocess made it"""
+    image: I
+    """[C, H, W] float32, as the model's Preprocess made it, or where that lies"""
     top_k: int
     features: bool = False
     token_map: bool = False
     logits: bool = False
+
+    def on(self, image: J) -> "Work[J]":
+        """The same, wanted of `image`."""
+        return Work(image, self.top_k, self.features, self.token_map, self.logits)
 
 
 @dataclass(frozen=True)
@@ -48,28 +53,14 @@ class BatchResult:
     """On the device, transfers included."""
 
 
-class Executor:
-    """One thread that owns a device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"device-{device}")
-
-    async def run(
-        self, model: HostedModel, batch: Sequence[Work], rs: int | Sequence[int], packed: bool = True
-    ) -> BatchResult:
-        """Do what `run_batch` does, without blocking the event loop. Raises whatever the model raises."""
-        call = partial(run_batch, model, batch, rs, self.device, packed=packed)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
-
-    def close(self) -> None:
-        """Wait for the batch on the device and end the thread."""
-        self._thread.shutdown()
-
-
 @torch.inference_mode()
 def run_batch(
-    model: HostedModel, batch: Sequence[Work], rs: int | Sequence[int], device: torch.device, *, packed: bool = True
+    model: LoadedModel,
+    batch: Sequence[Work[Tensor]],
+    rs: int | Sequence[int],
+    device: torch.device,
+    *,
+    packed: bool = True,
 ) -> BatchResult:
     """Run `batch` on `device` in the calling thread, at one r or at each image's own; results are in its order.
 
@@ -88,7 +79,9 @@ def run_batch(
     return BatchResult(tuple(results[i] for i in range(len(batch))), time.perf_counter() - start)
 
 
-def _run(model: HostedModel, batch: Sequence[Work], r: int | Sequence[int], device: torch.device) -> list[Result]:
+def _run(
+    model: LoadedModel, batch: Sequence[Work[Tensor]], r: int | Sequence[int], device: torch.device
+) -> list[Result]:
     images = torch.stack([work.image for work in batch]).to(device)
     output = model.merged(images, r, return_token_map=any(work.token_map for work in batch))
     logits = output.logits.float()

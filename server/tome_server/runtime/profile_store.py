@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tome_server.models.hosted import HostedModel
+from tome_server.models.loaded import LoadedModel
 from tome_server.models.spec import weights_digest
 from tome_server.runtime.executor import run_batch
 from tome_server.runtime.profiling import Run, measure
@@ -64,7 +64,7 @@ class ProfileKey:
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
 
 
-def profile_key(model: HostedModel, checkpoint: Path | None, device: torch.device, max_batch: int) -> ProfileKey:
+def profile_key(model: LoadedModel, checkpoint: Path | None, device: torch.device, max_batch: int) -> ProfileKey:
     """Return what a profile of `model`, measured now, holds for.
 
     `checkpoint` is what the model was loaded from, None for pretrained weights from the hub, which go by their name.
@@ -162,7 +162,7 @@ def save_profile(path: Path, key: ProfileKey, profile: Profile) -> None:
 
 
 def obtain_profile(
-    model: HostedModel,
+    model: LoadedModel,
     checkpoint: Path | None,
     device: torch.device,
     *,

@@ -13,9 +13,10 @@ from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from tome_server.models.hosted import HostedModel
+from tome_server.models.loaded import LoadedModel
 from tome_server.runtime.executor import BatchResult, Work, run_batch
 from tome_server.scheduling.profile import Profile
 
@@ -37,7 +38,13 @@ class Run(Protocol):
     """Runs a batch at one r, or at one for each image, and says how long it took; `run_batch` is the real one."""
 
     def __call__(
-        self, model: HostedModel, batch: Sequence[Work], rs: int | Sequence[int], device: torch.device, *, packed: bool
+        self,
+        model: LoadedModel,
+        batch: Sequence[Work[Tensor]],
+        rs: int | Sequence[int],
+        device: torch.device,
+        *,
+        packed: bool,
     ) -> BatchResult:
         """Run `batch` in the calling thread."""
 
@@ -72,7 +79,7 @@ class _Plan:
 
 
 def measure(
-    model: HostedModel,
+    model: LoadedModel,
     device: torch.device,
     *,
     max_batch: int,
@@ -113,7 +120,7 @@ def monotone(table: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 def _measure(
-    model: HostedModel,
+    model: LoadedModel,
     device: torch.device,
     max_batch: int,
     budget: float,
@@ -163,7 +170,7 @@ def _measure(
     return _profile(model, max_batch, plan, timings)
 
 
-def _plan(model: HostedModel, max_batch: int, cost: Callable[[_Kind], float], budget: float) -> _Plan:
+def _plan(model: LoadedModel, max_batch: int, cost: Callable[[_Kind], float], budget: float) -> _Plan:
     """Return the most complete plan for which `budget` seconds should do.
 
     `cost` makes large batches dearer than they are, so the least rounds' time will about do for warming up too.
@@ -196,12 +203,12 @@ def _some(rs: tuple[int, ...], most: int) -> tuple[int, ...]:
     return tuple(rs[i] for i in sorted({round(step * last / steps) for step in range(steps + 1)}))
 
 
-def _share(model: HostedModel, rs: Sequence[int]) -> float:
+def _share(model: LoadedModel, rs: Sequence[int]) -> float:
     """Operations of a batch, in images at r = 0; merging's own, which needn't fall with r, left out."""
     return sum(model.cost(r).merged for r in rs) / model.cost(0).merged
 
 
-def _profile(model: HostedModel, max_batch: int, plan: _Plan, timings: Sequence[_Timing]) -> Profile:
+def _profile(model: LoadedModel, max_batch: int, plan: _Plan, timings: Sequence[_Timing]) -> Profile:
     """Return what the timings say: how kinds of batch compare, and how much the median and the 95th percentile are.
 
     The latter are taken from all of them together, since a few rounds show neither for each.

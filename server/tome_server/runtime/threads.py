@@ -1,11 +1,17 @@
 """How many CPUs this process may really use, and how many threads are worth using."""
 
+import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+
+from tome_server.models.loaded import LoadedModel
+from tome_server.runtime.executor import Work, run_batch
+
+log = logging.getLogger(__name__)
 
 _CGROUP_V2 = Path("/sys/fs/cgroup/cpu.max")
 _CGROUP_V1 = Path("/sys/fs/cgroup/cpu")
@@ -14,6 +20,21 @@ _CGROUP_V1 = Path("/sys/fs/cgroup/cpu")
 def available_cpus() -> int:
     """Return the CPUs this process may use: its affinity, or its container's CPU quota where that is less."""
     return max(1, int(min(len(os.sched_getaffinity(0)), _quota())))
+
+
+def choose_threads(models: Sequence[LoadedModel], max_batch: int, device: torch.device) -> int:
+    """Set torch's threads to what runs one image and a full batch of each model fastest, and return that."""
+
+    def run() -> None:
+        for model in models:
+            image = torch.zeros(model.preprocess.settings.input_size)
+            for size in (1, max_batch):
+                run_batch(model, [Work(image, top_k=1)] * size, model.grid[len(model.grid) // 2].r, device)
+
+    threads = fastest_threads(run, available_cpus())
+    torch.set_num_threads(threads)
+    log.info("%d CPU threads, as measured", threads)
+    return threads
 
 
 def fastest_threads(run: Callable[[], None], most: int, rounds: int = 3) -> int:

@@ -14,7 +14,8 @@ from torch import nn
 from tome_server.errors import ConfigError, ModelLoadError
 from tome_server.merging import MergedModel
 from tome_server.models import loading
-from tome_server.models.hosted import HostedModel, Quality
+from tome_server.models.hosted import Quality
+from tome_server.models.loaded import LoadedModel
 from tome_server.models.loading import load
 from tome_server.models.spec import ModelSpec, bundled_spec, weights_digest
 
@@ -27,7 +28,7 @@ def refusal(spec: ModelSpec) -> str:
     return str(caught.value)
 
 
-def same_logits(hosted: HostedModel, model: nn.Module) -> bool:
+def same_logits(hosted: LoadedModel, model: nn.Module) -> bool:
     image = torch.rand(2, *hosted.preprocess.settings.input_size)
     with torch.inference_mode():
         return torch.allclose(hosted.merged(image).logits, model(image), rtol=1e-4, atol=1e-5)

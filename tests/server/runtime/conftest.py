@@ -7,14 +7,14 @@ import timm
 import torch
 
 from tome_server.merging import merge
-from tome_server.models.hosted import HostedModel
+from tome_server.models.loaded import LoadedModel, loaded_model
 from tome_server.models.preprocess import ImageSettings, Limits, Preprocess
 
 LABELS = ("coat", "bag", "shirt", "boot")
 
 
 @pytest.fixture(scope="session")
-def model() -> HostedModel:
+def model() -> LoadedModel:
     """16 patches, 4 classes, random weights."""
     torch.manual_seed(0)
     network = timm.create_model(
@@ -25,11 +25,10 @@ def model() -> HostedModel:
         if parameter.ndim > 1 and name not in ("cls_token", "pos_embed"):
             torch.nn.init.normal_(parameter, std=3 * parameter[0].numel() ** -0.5)
     settings = ImageSettings((3, 16, 16), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
-    return HostedModel(
+    return loaded_model(
+        merge(network.eval().requires_grad_(False)),
+        Preprocess(settings, Limits()),
         name="tiny",
         architecture="vit_tiny_patch16_224",
-        description="",
-        merged=merge(network.eval().requires_grad_(False)),
-        preprocess=Preprocess(settings, Limits()),
         labels=LABELS,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tome_server.models.hosted import HostedModel
+from tome_server.models.loaded import LoadedModel
 from tome_server.runtime import profile_store
 from tome_server.runtime.profile_store import (
     ProfileError,
@@ -238,7 +238,7 @@ def test_profiles_are_kept_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, t
         default_folder()
 
 
-def test_the_key_holds_what_latency_depends_on(model: HostedModel, tmp_path: Path) -> None:
+def test_the_key_holds_what_latency_depends_on(model: LoadedModel, tmp_path: Path) -> None:
     checkpoint = tmp_path / "weights"
     checkpoint.write_bytes(b"")
     key = profile_key(model, checkpoint, CPU, 4)
@@ -252,7 +252,7 @@ def test_the_key_holds_what_latency_depends_on(model: HostedModel, tmp_path: Pat
     assert profile_key(model, None, CPU, 4).weights == "hub:vit_tiny_patch16_224"
 
 
-def test_the_key_holds_the_threads_that_were_set_last(model: HostedModel) -> None:
+def test_the_key_holds_the_threads_that_were_set_last(model: LoadedModel) -> None:
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
@@ -275,7 +275,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Arguments of the measurements, which take no time."""
     calls: list[dict[str, Any]] = []
 
-    def measure(model: HostedModel, device: torch.device, **options: Any) -> Profile:
+    def measure(model: LoadedModel, device: torch.device, **options: Any) -> Profile:
         calls.append(options)
         rs = tuple(level.r for level in model.grid)
         return Profile((1, 2), rs, ((0.01,) * len(rs),) * 2, ((0.02,) * len(rs),) * 2)
@@ -284,12 +284,12 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
-def obtain(model: HostedModel, folder: Path | None, shipped: Path | None = None) -> Profile:
+def obtain(model: LoadedModel, folder: Path | None, shipped: Path | None = None) -> Profile:
     return obtain_profile(model, None, CPU, max_batch=2, budget=3, folder=folder, shipped=shipped)
 
 
 def test_a_model_is_measured_once(
-    model: HostedModel, tmp_path: Path, measured: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+    model: LoadedModel, tmp_path: Path, measured: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     folder = tmp_path / "deep" / "profiles"
@@ -304,7 +304,7 @@ def test_a_model_is_measured_once(
 
 
 def test_a_profile_that_came_with_the_model_is_read_and_never_written(
-    model: HostedModel, tmp_path: Path, measured: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+    model: LoadedModel, tmp_path: Path, measured: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     own, shipped = tmp_path / "own", tmp_path / "shipped"
@@ -323,7 +323,7 @@ def test_a_profile_that_came_with_the_model_is_read_and_never_written(
 
 
 def test_a_profile_of_another_set_up_is_measured_again_and_what_differs_is_logged(
-    model: HostedModel, tmp_path: Path, measured: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+    model: LoadedModel, tmp_path: Path, measured: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     profile = obtain(model, tmp_path)
@@ -344,7 +344,7 @@ def test_a_profile_of_another_set_up_is_measured_again_and_what_differs_is_logge
 
 
 def test_a_damaged_profile_is_measured_again_and_replaced(
-    model: HostedModel, tmp_path: Path, measured: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+    model: LoadedModel, tmp_path: Path, measured: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     obtain(model, tmp_path)
@@ -359,7 +359,7 @@ def test_a_damaged_profile_is_measured_again_and_replaced(
 
 
 def test_a_folder_that_cannot_be_written_is_warned_of_and_the_profile_used(
-    model: HostedModel, tmp_path: Path, measured: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+    model: LoadedModel, tmp_path: Path, measured: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()  # permissions would not stop root
     assert obtain(model, tmp_path / "file" / "profiles").max_batch == 2
@@ -370,7 +370,7 @@ def test_a_folder_that_cannot_be_written_is_warned_of_and_the_profile_used(
 
 
 def test_a_folder_that_cannot_be_read_does_not_stop_a_server(
-    model: HostedModel,
+    model: LoadedModel,
     tmp_path: Path,
     measured: list[dict[str, Any]],
     caplog: pytest.LogCaptureFixture,
@@ -388,7 +388,7 @@ def test_a_folder_that_cannot_be_read_does_not_stop_a_server(
 
 
 def test_without_a_home_the_profile_is_used_and_the_log_says_it_is_not_kept(
-    model: HostedModel,
+    model: LoadedModel,
     measured: list[dict[str, Any]],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -403,7 +403,7 @@ def test_without_a_home_the_profile_is_used_and_the_log_says_it_is_not_kept(
 
 
 def test_without_a_folder_named_it_is_the_default_one(
-    model: HostedModel, tmp_path: Path, measured: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, tmp_path: Path, measured: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     obtain(model, None)

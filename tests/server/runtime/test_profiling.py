@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tome_server.models.hosted import HostedModel
+from tome_server.models.loaded import LoadedModel
 from tome_server.runtime.executor import BatchResult, Work, run_batch
 from tome_server.runtime.profiling import MOST_ROUNDS, batch_sizes, measure, monotone
 from tome_server.scheduling.profile import Latency, Profile
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 class Device:
     """A device on a clock of its own, that counts what it runs."""
 
-    def __init__(self, model: HostedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
         self.model = model
         self.now = 0.0
         self.group = 0.001
@@ -31,7 +31,7 @@ class Device:
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
 
     def __call__(
-        self, model: HostedModel, batch: Sequence[Work], rs: int | Sequence[int], _: torch.device, *, packed: bool
+        self, model: LoadedModel, batch: Sequence[Work], rs: int | Sequence[int], _: torch.device, *, packed: bool
     ) -> BatchResult:
         each = (rs,) * len(batch) if isinstance(rs, int) else tuple(rs)
         assert len(each) == len(batch)
@@ -55,7 +55,7 @@ class Device:
 
 
 @pytest.fixture
-def device(model: HostedModel, monkeypatch: pytest.MonkeyPatch) -> Device:
+def device(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Device:
     return Device(model, monkeypatch)
 
 
@@ -85,7 +85,7 @@ def test_a_table_is_lowered_until_it_falls_and_rises_and_no_further(table: list[
     assert monotone(lowered) == lowered
 
 
-def test_on_a_quiet_machine_a_profile_is_exact(model: HostedModel, device: Device) -> None:
+def test_on_a_quiet_machine_a_profile_is_exact(model: LoadedModel, device: Device) -> None:
     profile = measure(model, CPU, max_batch=8, budget=1000, run=device)
     assert profile.sizes == (1, 2, 4, 8)
     assert profile.rs == tuple(level.r for level in model.grid)
@@ -95,7 +95,7 @@ def test_on_a_quiet_machine_a_profile_is_exact(model: HostedModel, device: Devic
     assert profile.packed
 
 
-def test_every_batch_is_warmed_up_and_timed_as_often(model: HostedModel, device: Device) -> None:
+def test_every_batch_is_warmed_up_and_timed_as_often(model: LoadedModel, device: Device) -> None:
     measure(model, CPU, max_batch=8, budget=1000, run=device)
     counts = Counter(device.ran)
     alone = ((0,), True)
@@ -108,7 +108,7 @@ def test_every_batch_is_warmed_up_and_timed_as_often(model: HostedModel, device:
 
 @pytest.mark.parametrize(("group", "packed"), [(0.0, True), (0.0019, True), (0.0021, False), (0.02, False)])
 def test_batches_of_several_r_will_run_as_was_faster(
-    model: HostedModel, device: Device, group: float, packed: bool
+    model: LoadedModel, device: Device, group: float, packed: bool
 ) -> None:
     device.group = group  # split, each further r costs another 2 ms
     profile = measure(model, CPU, max_batch=8, budget=1000, run=device)
@@ -119,13 +119,13 @@ def test_batches_of_several_r_will_run_as_was_faster(
     assert Latency(profile).of_batch(mixed) == pytest.approx(device.seconds(rs, packed), rel=0.01)
 
 
-def test_where_packing_gains_nothing_is_taken_for_free(model: HostedModel, device: Device) -> None:
+def test_where_packing_gains_nothing_is_taken_for_free(model: LoadedModel, device: Device) -> None:
     device.group = -0.001
     assert measure(model, CPU, max_batch=8, budget=1000, run=device).extra_group == 0
 
 
 @pytest.mark.parametrize("max_batch", [1, 2, 3, 5])
-def test_a_profile_of_small_batches(model: HostedModel, device: Device, max_batch: int) -> None:
+def test_a_profile_of_small_batches(model: LoadedModel, device: Device, max_batch: int) -> None:
     profile = measure(model, CPU, max_batch=max_batch, budget=1000, run=device)
     assert profile.max_batch == max_batch
     assert worst(profile.p50, device.truth(profile)) < 1e-9
@@ -135,7 +135,7 @@ def test_a_profile_of_small_batches(model: HostedModel, device: Device, max_batc
 
 @pytest.mark.parametrize("budget", [0.5, 1, 2, 5, 10, 20, 40])
 def test_the_budget_is_kept_and_a_short_one_gives_a_profile_too(
-    model: HostedModel, device: Device, budget: float
+    model: LoadedModel, device: Device, budget: float
 ) -> None:
     profile = measure(model, CPU, max_batch=8, budget=budget, run=device)
     assert device.now <= max(2.0, 1.2 * budget)
@@ -147,7 +147,7 @@ def test_the_budget_is_kept_and_a_short_one_gives_a_profile_too(
 
 
 def test_the_less_time_there_is_the_fewer_batches_are_timed(
-    model: HostedModel, monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kinds = []
     for budget in (0.1, 3, 7, 11):
@@ -157,7 +157,7 @@ def test_the_less_time_there_is_the_fewer_batches_are_timed(
     assert kinds == sorted(set(kinds))
 
 
-def test_a_machine_too_slow_for_the_budget_is_timed_once_at_the_corners(model: HostedModel, device: Device) -> None:
+def test_a_machine_too_slow_for_the_budget_is_timed_once_at_the_corners(model: LoadedModel, device: Device) -> None:
     device.noise = lambda: 100.0
     profile = measure(model, CPU, max_batch=8, budget=1, run=device)
     assert device.sizes() == [1, 8]
@@ -165,13 +165,13 @@ def test_a_machine_too_slow_for_the_budget_is_timed_once_at_the_corners(model: H
     assert worst(profile.p50, [[100 * value for value in row] for row in device.truth(profile)]) < 1e-9
 
 
-def test_more_time_than_is_of_use_is_not_spent(model: HostedModel, device: Device) -> None:
+def test_more_time_than_is_of_use_is_not_spent(model: LoadedModel, device: Device) -> None:
     measure(model, CPU, max_batch=8, budget=1000, run=device)
     assert device.now < 30
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_noise_averages_out(model: HostedModel, device: Device, seed: int) -> None:
+def test_noise_averages_out(model: LoadedModel, device: Device, seed: int) -> None:
     rng = random.Random(seed)
     device.noise = lambda: math.exp(rng.gauss(0, 0.05))
     profile = measure(model, CPU, max_batch=8, budget=1000, run=device)
@@ -182,7 +182,7 @@ def test_noise_averages_out(model: HostedModel, device: Device, seed: int) -> No
 @pytest.mark.parametrize("budget", [4, 1000])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_neighbour_that_halves_the_speed_for_seconds_does_not_bend_the_profile(
-    model: HostedModel, device: Device, seed: int, budget: float
+    model: LoadedModel, device: Device, seed: int, budget: float
 ) -> None:
     rng = random.Random(seed)
     changes = [0.0]
@@ -202,7 +202,7 @@ def test_a_neighbour_that_halves_the_speed_for_seconds_does_not_bend_the_profile
     assert shape < (0.1 if budget > 100 else 0.25)
 
 
-def test_a_machine_that_slows_down_meanwhile_wrongs_no_batch(model: HostedModel, device: Device) -> None:
+def test_a_machine_that_slows_down_meanwhile_wrongs_no_batch(model: LoadedModel, device: Device) -> None:
     device.noise = lambda: 1 + 0.05 * device.now
     profile = measure(model, CPU, max_batch=8, budget=1000, run=device)
     truth = device.truth(profile)
@@ -211,7 +211,7 @@ def test_a_machine_that_slows_down_meanwhile_wrongs_no_batch(model: HostedModel,
 
 
 def test_an_r_that_costs_more_than_a_lesser_one_is_predicted_as_that(
-    model: HostedModel, device: Device, monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = device.seconds
     monkeypatch.setattr(
@@ -223,7 +223,7 @@ def test_an_r_that_costs_more_than_a_lesser_one_is_predicted_as_that(
     assert profile.p50[3][-1] == pytest.approx(plain((profile.rs[-1],) * 8) + 0.004, rel=0.01)
 
 
-def test_it_is_measured_in_a_new_thread_with_as_many_threads_as_were_set(model: HostedModel, device: Device) -> None:
+def test_it_is_measured_in_a_new_thread_with_as_many_threads_as_were_set(model: LoadedModel, device: Device) -> None:
     seen: set[tuple[bool, int]] = set()
 
     def noise() -> float:
@@ -242,7 +242,7 @@ def test_it_is_measured_in_a_new_thread_with_as_many_threads_as_were_set(model: 
         torch.set_num_threads(before)
 
 
-def test_a_model_that_fails_says_so(model: HostedModel, device: Device) -> None:
+def test_a_model_that_fails_says_so(model: LoadedModel, device: Device) -> None:
     def noise() -> float:
         raise MemoryError("no room for 8 images")
 
@@ -252,7 +252,7 @@ def test_a_model_that_fails_says_so(model: HostedModel, device: Device) -> None:
 
 
 def test_progress_is_shown_on_standard_error(
-    model: HostedModel, device: Device, capsys: pytest.CaptureFixture[str]
+    model: LoadedModel, device: Device, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measure(model, CPU, max_batch=2, budget=1000, run=device, progress=True)
     shown = capsys.readouterr()
@@ -262,7 +262,7 @@ def test_progress_is_shown_on_standard_error(
     assert capsys.readouterr().err == ""
 
 
-def test_real_batches_can_be_measured(model: HostedModel) -> None:
+def test_real_batches_can_be_measured(model: LoadedModel) -> None:
     profile = measure(model, CPU, max_batch=4, budget=1)
     assert profile.sizes == (1, 2, 4)
     assert 0 < profile.p50[0][-1] < 1
@@ -279,7 +279,7 @@ def _cpu_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_cpu_time")
-def test_predictions_follow_a_real_device_that_takes_twice_as_long(model: HostedModel) -> None:
+def test_predictions_follow_a_real_device_that_takes_twice_as_long(model: LoadedModel) -> None:
     def once(r: int) -> float:
         return run_batch(model, [Work(image, top_k=1)] * 8, r, CPU).seconds
 

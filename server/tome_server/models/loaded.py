@@ -1,0 +1,52 @@
+"""A model together with its network, as the process that has the device holds it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from tome_server.merging import MergedModel, macs
+from tome_server.merging.schedule import mergeable
+from tome_server.models.hosted import HostedModel, Quality
+from tome_server.models.preprocess import Preprocess
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel(HostedModel):
+    """A hosted model that can run."""
+
+    merged: MergedModel
+
+    @property
+    def described(self) -> HostedModel:
+        """The same without the network, to be sent to another process."""
+        return HostedModel(**{part.name: getattr(self, part.name) for part in fields(HostedModel)})
+
+
+def loaded_model(
+    merged: MergedModel,
+    preprocess: Preprocess,
+    *,
+    name: str,
+    architecture: str,
+    description: str = "",
+    labels: tuple[str, ...] = (),
+    default_budget: float | None = None,
+    quality: Mapping[int, Quality] | None = None,
+) -> LoadedModel:
+    """Return a model with what is to know about its network, counted from its shapes."""
+    _, height, width = preprocess.settings.input_size
+    rows, columns = merged.grid(height, width)
+    largest_r = mergeable(rows * columns + merged.prefix, merged.prefix)
+    return LoadedModel(
+        name=name,
+        architecture=architecture,
+        description=description,
+        preprocess=preprocess,
+        labels=labels,
+        num_classes=int(merged.model.num_classes),
+        feature_dim=int(merged.model.num_features),
+        patch_grid=(rows, columns),
+        costs=tuple(macs(merged.model, r, (height, width)) for r in range(largest_r + 1)),
+        default_budget=default_budget,
+        quality=dict(quality or {}),
+        merged=merged,
+    )

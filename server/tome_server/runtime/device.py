@@ -1,0 +1,182 @@
+"""The device as the event loop sees it: a process of its own, that loads models and runs batches.
+
+A batch is some thousand short kernels, and between them the device needs the interpreter. In one process with the
+event loop it would wait for it: 10 to 15 % of a small model's throughput (docs/performance.md).
+"""
+
+import asyncio
+import itertools
+import logging
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from tome_server.errors import DeviceDiedError
+from tome_server.models.hosted import HostedModel
+from tome_server.models.preprocess import Limits
+from tome_server.models.spec import ModelSpec
+from tome_server.runtime.executor import BatchResult, Work
+from tome_server.runtime.shared_images import SharedImages, Slot
+from tome_server.scheduling.profile import Profile
+
+log = logging.getLogger(__name__)
+
+# Seconds that the process has to end by itself, once nobody calls it any more: for the batch that it runs.
+PATIENCE = 10.0
+
+
+class Device:
+    """A device and the process that owns it.
+
+    Calls are made on the event loop that was running when it was made; `put` from any thread. Those that wait raise
+    DeviceDiedError if the process ends, and else whatever went wrong there.
+    """
+
+    def __init__(self, name: str, slots: int) -> None:
+        """`name` is cpu, cuda or cuda:N; `slots`, how many images of each model are held at once."""
+        self.name = name
+        self._slots = slots
+        self._tickets = itertools.count()
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._images: dict[str, SharedImages] = {}
+        self._lost = asyncio.Event()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "tome_server.runtime.device_process", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=sys.__stderr__.fileno() if sys.__stderr__ else subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                # Ctrl-C is for the server, which then ends this.
+                process_group=0,
+            )
+        self._connection = Connection(ours.detach())
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._connection.fileno(), self._read)
+        self._connection.send((name, logging.getLogger().level))
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
+
+    async def set_threads(self, threads: int) -> None:
+        """Use so many CPU threads."""
+        await self._call("set_threads", threads)
+
+    async def load(self, spec: ModelSpec, limits: Limits) -> HostedModel:
+        """Load a model and run it once. Raises ModelLoadError."""
+        model: HostedModel = await self._call("load", spec, limits)
+        images = SharedImages(model.preprocess.settings.input_size, self._slots)
+        shared = self._post("share", spec.name, images.shape, images.slots)
+        images.send(self._connection, self.pid)
+        await shared
+        self._images[spec.name] = images
+        return model
+
+    async def unload(self, name: str) -> None:
+        """Forget a model that no batch is run of any more."""
+        del self._images[name]
+        await self._call("unload", name)
+
+    async def choose_threads(self, max_batch: int) -> int:
+        """Measure which number of CPU threads runs the loaded models fastest, use it, and return it."""
+        threads: int = await self._call("choose_threads", max_batch)
+        return threads
+
+    async def profile(self, spec: ModelSpec, *, max_batch: int, budget: float, folder: Path | None) -> Profile:
+        """Do what `obtain_profile` does for the model that was loaded by that `spec`."""
+        profile: Profile = await self._call("profile", spec, max_batch, budget, folder)
+        return profile
+
+    async def warm(self, name: str, *, max_batch: int, seconds: float) -> None:
+        """Run batches of every size at every r, as far as that goes in so many seconds: first ones take longer."""
+        await self._call("warm", name, max_batch, seconds)
+
+    def put(self, name: str, image: Tensor) -> Slot:
+        """Take an image for a loaded model, [C, H, W] float32, that `run` will be called for."""
+        return self._images[name].put(image.numpy())
+
+    async def run(self, name: str, batch: Sequence[Work[Slot]], rs: Sequence[int], packed: bool) -> BatchResult:
+        """Do what `run_batch` does. Raises what the model raises."""
+        placed = [work.on(work.image.index) for work in batch]
+        result: BatchResult = await self._call("run", name, placed, rs, packed)
+        return result
+
+    async def ended(self) -> NoReturn:
+        """Wait for the process to end without being told to. Raises DeviceDiedError when it has."""
+        await self._lost.wait()
+        raise _died()
+
+    async def close(self) -> None:
+        """End the process, after the batch that it runs."""
+        self._hang_up()
+        try:
+            await asyncio.to_thread(self._process.wait, PATIENCE)
+        except subprocess.TimeoutExpired:
+            await self.kill()
+
+    async def kill(self) -> None:
+        """End the process, whatever it does."""
+        self._hang_up()
+        self._process.kill()
+        await asyncio.to_thread(self._process.wait)
+
+    async def _call(self, call: str, *args: object) -> Any:
+        return await self._post(call, *args)
+
+    def _post(self, call: str, *args: object) -> "asyncio.Future[Any]":
+        """Send a call; its answer is what the future will have."""
+        future = self._loop.create_future()
+        if self._connection.closed:
+            future.set_exception(_died())
+            return future
+        ticket = next(self._tickets)
+        self._calls[ticket] = future
+        try:
+            self._connection.send((ticket, call, args))
+        except OSError:
+            self._lose()
+        return future
+
+    def _read(self) -> None:
+        try:
+            while self._connection.poll():
+                ticket, value, error = self._connection.recv()
+                if ticket is None:  # a line for the log
+                    logging.getLogger(value.name).handle(value)
+                    continue
+                future = self._calls.pop(ticket)
+                if future.done():  # cancelled
+                    continue
+                if error is None:
+                    future.set_result(value)
+                else:
+                    future.set_exception(error)
+        except (EOFError, OSError):
+            self._lose()
+
+    def _lose(self) -> None:
+        log.error("the device's process, %d, has ended", self.pid)
+        self._hang_up()
+        self._lost.set()
+
+    def _hang_up(self) -> None:
+        if self._connection.closed:
+            return
+        self._loop.remove_reader(self._connection.fileno())
+        self._connection.close()
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(_died())
+        self._calls.clear()
+
+
+def _died() -> DeviceDiedError:
+    return DeviceDiedError("the process that runs the models has ended")

@@ -1,0 +1,171 @@
+"""What the device's process does: answers the calls of `runtime.device`, until nobody is there to make any."""
+
+import logging
+import os
+import pickle
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from logging.handlers import QueueHandler
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TypeAlias
+
+import tome_server.timm_import  # noqa: F401  isort: skip
+
+import torch
+from torch import Tensor
+
+from tome_server.models.hosted import HostedModel
+from tome_server.models.loaded import LoadedModel
+from tome_server.models.loading import load
+from tome_server.models.preprocess import Limits
+from tome_server.models.spec import ModelSpec
+from tome_server.runtime.executor import BatchResult, Work, run_batch
+from tome_server.runtime.profile_store import obtain_profile
+from tome_server.runtime.shared_images import receive
+from tome_server.runtime.threads import available_cpus, choose_threads
+from tome_server.scheduling.profile import Profile
+
+# Ticket of the call, or None for a line of the log; then value and error, of which one is None.
+_Answer: TypeAlias = tuple[int | None, object, Exception | None]
+
+
+class DeviceProcess:
+    """Models on a device. Batches run in the calling thread, what takes longer beside them, one at a time."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._models: dict[str, LoadedModel] = {}
+        self._images: dict[str, Tensor] = {}
+        self._threads = available_cpus()
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
+        name, log_level = connection.recv()
+        self._device = torch.device(name)
+        logging.getLogger().setLevel(log_level)
+        logging.getLogger().addHandler(_ServerLog(self._send))
+
+    def answer_calls(self) -> None:
+        """Answer until the other end is closed."""
+        while True:
+            try:
+                ticket, call, args = self._connection.recv()
+            except (EOFError, OSError):
+                return
+            if call == "run":
+                self._answer(ticket, self.run, args)
+            elif call == "share":
+                # What is shared follows in the same stream, so that nothing else may read it meanwhile.
+                self._answer(ticket, self.share, args)
+            else:
+                self._beside.submit(self._answer, ticket, getattr(self, call), args)
+
+    def run(self, name: str, batch: Sequence[Work[int]], rs: Sequence[int], packed: bool) -> BatchResult:
+        """Run a batch whose images lie in the model's slots."""
+        if torch.get_num_threads() != self._threads:  # it is each thread's own
+            torch.set_num_threads(self._threads)
+        images = self._images[name]
+        r = rs[0] if len(set(rs)) == 1 else rs
+        works = [work.on(images[work.image]) for work in batch]
+        return run_batch(self._models[name], works, r, self._device, packed=packed)
+
+    def share(self, name: str, shape: Sequence[int], slots: int) -> None:
+        """Take the memory that a model's images will lie in."""
+        self._images[name] = torch.from_numpy(receive(self._connection, shape, slots))
+
+    def load(self, spec: ModelSpec, limits: Limits) -> HostedModel:
+        """Load a model and run it once, so that the first request doesn't pay for what torch sets up lazily."""
+        torch.set_num_threads(self._threads)
+        model = load(spec, self._device, limits)
+        for level in {model.grid[0], model.grid[-1]}:
+            self._run_empty(model, 1, level.r)
+        self._models[spec.name] = model
+        return model.described
+
+    def unload(self, name: str) -> None:
+        """Forget a model."""
+        del self._models[name], self._images[name]
+
+    def set_threads(self, threads: int) -> None:
+        """Use so many CPU threads."""
+        self._threads = threads
+        torch.set_num_threads(threads)
+
+    def choose_threads(self, max_batch: int) -> int:
+        """Measure which number of CPU threads is best, and use it."""
+        self._threads = choose_threads(list(self._models.values()), max_batch, self._device)
+        return self._threads
+
+    def profile(self, spec: ModelSpec, max_batch: int, budget: float, folder: Path | None) -> Profile:
+        """Return the profile of a loaded model, measured if need be."""
+        return obtain_profile(
+            self._models[spec.name],
+            spec.checkpoint,
+            self._device,
+            max_batch=max_batch,
+            budget=budget,
+            folder=folder,
+            shipped=spec.profiles,
+        )
+
+    def warm(self, name: str, max_batch: int, seconds: float) -> None:
+        """Run each kind of batch once, the quickest first: kernels are made at first use."""
+        model, end = self._models[name], time.monotonic() + seconds
+        kinds = [(size, level) for size in range(1, max_batch + 1) for level in model.grid]
+        for size, level in sorted(kinds, key=lambda kind: kind[0] * kind[1].cost.total):
+            if time.monotonic() > end:
+                return
+            self._run_empty(model, size, level.r)
+
+    def _run_empty(self, model: LoadedModel, size: int, r: int) -> None:
+        image = torch.zeros(model.preprocess.settings.input_size)
+        run_batch(model, [Work(image, top_k=1)] * size, r, self._device)
+
+    def _answer(self, ticket: int, call: Callable[..., object], args: Sequence[object]) -> None:
+        try:
+            answer: _Answer = (ticket, call(*args), None)
+        except Exception as error:
+            answer = (ticket, None, _sendable(error))
+        self._send(answer)
+
+    def _send(self, answer: _Answer) -> None:
+        with self._sending:
+            self._connection.send(answer)
+
+
+class _ServerLog(QueueHandler):
+    """Has the server write what this process logs."""
+
+    def __init__(self, send: Callable[[_Answer], None]) -> None:
+        super().__init__(SimpleQueue())
+        self._send = send
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Send a record, which QueueHandler has made fit for that."""
+        self._send((None, record, None))
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return `error`, or what says the same if it can't be sent, with a note of where it was raised."""
+    error.add_note("".join(traceback.format_exception(error)))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def main() -> None:
+    """Run on the connection whose descriptor is the first argument."""
+    DeviceProcess(Connection(int(sys.argv[1]))).answer_calls()
+    # Nobody waits for what still runs beside.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The device's process, for real: started, called, killed."""
+
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+import tome_server.timm_import  # noqa: F401  isort: skip
+import torch
+
+from tome_server.errors import DeviceDiedError, ModelLoadError
+from tome_server.models.hosted import HostedModel
+from tome_server.models.loading import load
+from tome_server.models.preprocess import Limits
+from tome_server.models.spec import bundled_spec
+from tome_server.runtime.device import Device
+from tome_server.runtime.executor import Work, run_batch
+from tome_server.runtime.shared_images import Slot
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+CPU = torch.device("cpu")
+SPEC = bundled_spec("fashion")
+SLOTS = 4
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def device() -> AsyncIterator[Device]:
+    """A device on which the bundled model is loaded."""
+    device = Device("cpu", SLOTS)
+    await device.set_threads(1)
+    await device.load(SPEC, Limits())
+    yield device
+    await device.close()
+
+
+def put(device: Device, images: torch.Tensor) -> list[Work[Slot]]:
+    return [Work(device.put("fashion", image), top_k=3, features=True, token_map=True) for image in images]
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.rand(3, *load(SPEC, CPU).preprocess.settings.input_size, generator=torch.Generator().manual_seed(0))
+
+
+def running(pid: int) -> bool:
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(("rs", "packed"), [([4, 4, 4], True), ([0, 4, 4], True), ([0, 4, 4], False)])
+async def test_a_batch_gives_there_what_it_gives_here(
+    device: Device, images: torch.Tensor, rs: list[int], packed: bool
+) -> None:
+    works = put(device, images)
+    there = await device.run("fashion", works, rs, packed)
+    here = run_batch(load(SPEC, CPU), [work.on(image) for work, image in zip(works, images, strict=True)], rs, CPU)
+    assert there.seconds > 0
+    for theirs, ours in zip(there.results, here.results, strict=True):
+        assert theirs.class_ids == ours.class_ids
+        assert theirs.scores == pytest.approx(ours.scores, abs=1e-5)
+        assert theirs.features == pytest.approx(ours.features, abs=1e-4)
+        assert theirs.token_map == ours.token_map
+    for work in works:
+        work.image.drop()
+
+
+async def test_what_is_known_of_a_model_is_what_is_known_here(device: Device) -> None:
+    there = await device.load(replace(SPEC, name="again"), Limits())
+    here = load(replace(SPEC, name="again"), CPU).described
+    assert type(there) is HostedModel
+    assert there.preprocess.settings == here.preprocess.settings
+    assert replace(there, preprocess=here.preprocess) == here
+    await device.unload("again")
+    with pytest.raises(KeyError, match="again"):
+        await device.run("again", [], [0], True)
+
+
+async def test_a_model_that_cannot_be_loaded_is_refused_in_words(device: Device) -> None:
+    with pytest.raises(ModelLoadError, match="did you mean"):
+        await device.load(replace(SPEC, architecture="vit_tiny_patch16_225"), Limits())
+
+
+async def test_a_batch_that_fails_says_why_and_where_and_the_next_one_runs(
+    device: Device, images: torch.Tensor
+) -> None:
+    [work] = put(device, images[:1])
+    with pytest.raises(ValueError, match="must be one for each of the 1 images") as caught:
+        await device.run("fashion", [work], [0, 4], False)
+    assert "in run_batch" in "".join(caught.value.__notes__)
+    assert len((await device.run("fashion", [work], [0], True)).results) == 1
+    work.image.drop()
+
+
+async def test_a_caller_that_leaves_does_not_disturb_the_next(device: Device, images: torch.Tensor) -> None:
+    [work] = put(device, images[:1])
+    leaves = asyncio.create_task(device.run("fashion", [work], [0], True))
+    await asyncio.sleep(0)
+    leaves.cancel()
+    assert len((await device.run("fashion", [work], [4], True)).results) == 1
+    assert leaves.cancelled()
+    work.image.drop()
+
+
+async def test_a_profile_is_measured_there_and_kept(device: Device, tmp_path: Path) -> None:
+    measured = await device.profile(SPEC, max_batch=1, budget=0.1, folder=tmp_path)
+    read = await device.profile(SPEC, max_batch=1, budget=0.1, folder=tmp_path)
+    assert measured.max_batch == 1
+    assert read.p50[0][0] == pytest.approx(measured.p50[0][0], rel=1e-4)
+    await device.warm("fashion", max_batch=1, seconds=0.1)
+
+
+async def test_its_log_is_the_servers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    device = Device("cpu", SLOTS)
+    await device.load(SPEC, Limits())
+    await device.profile(SPEC, max_batch=1, budget=0.1, folder=tmp_path)
+    assert "measuring how fast fashion is" in caplog.messages[-2]
+    await device.kill()
+
+
+async def test_when_it_dies_everybody_who_waits_is_told(images: torch.Tensor) -> None:
+    device = Device("cpu", SLOTS)
+    ended = asyncio.create_task(device.ended())
+    waiting = asyncio.create_task(device.load(SPEC, Limits()))
+    await asyncio.sleep(0)
+    os.kill(device.pid, signal.SIGKILL)
+    for task in (ended, waiting):
+        with pytest.raises(DeviceDiedError, match="has ended"):
+            await task
+    with pytest.raises(DeviceDiedError):
+        await device.run("fashion", [], [], True)
+    await device.close()
+
+
+async def test_it_ends_with_the_server_even_if_that_is_killed() -> None:
+    code = (
+        "import asyncio\nfrom tome_server.runtime.device import Device\n"
+        "async def main():\n    print(Device('cpu', 1).pid, flush=True)\n    await asyncio.sleep(60)\n"
+        "asyncio.run(main())"
+    )
+    server = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=subprocess.PIPE)
+    assert server.stdout is not None
+    pid = int(await server.stdout.readline())
+    server.kill()
+    await server.wait()
+    async with asyncio.timeout(60):
+        while running(pid):  # noqa: ASYNC110  (a stranger's end is no event here)
+            await asyncio.sleep(0.01)
