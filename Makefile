@@ -17,7 +17,7 @@ TYPES := $(VENV)/grafana
 # Debian packages that tests use.
 DEBIAN := prometheus
 
-.PHONY: demo test tools lint proto reference bench nightly gpu clean help
+.PHONY: demo test stack tools lint proto reference bench nightly gpu clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ demo: $(STAMP)  ## serve the bundled model and send it its sample images at seve
 
 test: $(STAMP) $(BIN)/helm tools $(TYPES) lint  ## lint, type-check and run every test that guards a change
 	$(BIN)/python -m pytest
+
+stack: $(STAMP) tools  ## a server and the Prometheus that watches it, without containers; Ctrl-C ends both
+	$(BIN)/python deploy/stack.py
 
 # Without them, or the right to install them, the tests that use them skip and say so. Their services are not wanted.
 tools:

@@ -1,0 +1,134 @@
+"""Runs a server and a Prometheus that watches it, without containers: `make stack`. Ctrl-C ends both.
+
+Prometheus reads deploy/prometheus/, as it does in a container; only the addresses are this machine's.
+"""
+
+import argparse
+import http.client
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+CONFIGURATION = Path(__file__).parent / "prometheus"
+INSTALL = "apt-get install -y --no-install-recommends prometheus"
+# Longer than the server's own time for requests in flight.
+PATIENCE = 40.0
+
+
+def main() -> int:
+    """Run the stack until one of the two ends or a signal comes; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--listen", default="127.0.0.1:8500", metavar="HOST:PORT", help="gRPC (default: %(default)s)")
+    parser.add_argument("--metrics", default="127.0.0.1:8501", metavar="HOST:PORT", help="default: %(default)s")
+    parser.add_argument("--prometheus", default="127.0.0.1:9090", metavar="HOST:PORT", help="default: %(default)s")
+    parser.add_argument("serve", nargs="*", metavar="FLAG", help="after --: flags of tome-server serve")
+    args = parser.parse_args()
+    program = shutil.which("prometheus")
+    if program is None:
+        sys.exit(f"stack: there is no Prometheus: {INSTALL}")
+
+    stopping = threading.Event()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: stopping.set())
+    running: list[subprocess.Popen[str]] = []
+    with tempfile.TemporaryDirectory(prefix="tome-stack-") as folder:
+        try:
+            print("starting the server; the first start measures the model for some seconds …", flush=True)
+            command = [sys.executable, "-m", "tome_server", "serve", "--listen", args.listen, "--metrics", args.metrics]
+            running.append(start([*command, *args.serve]))
+            ready = when_ready(running[0], stopping)
+            if ready is None:
+                return 0 if stopping.is_set() else 1
+            configure(Path(folder), urlsplit(ready["metrics"]).netloc)
+            command = [program, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+            command += [f"--web.listen-address={args.prometheus}", "--enable-feature=exemplar-storage"]
+            running.append(start([*command, "--log.level=error"]))
+            url = f"http://{args.prometheus}"
+            while not answers(f"{url}/-/ready") and running[1].poll() is None and not stopping.is_set():
+                time.sleep(0.1)
+            if running[1].poll() is None and not stopping.is_set():
+                print(told(ready, url), flush=True)
+            while not stopping.wait(0.2):
+                for name, process in zip(("the server", "Prometheus"), running, strict=True):
+                    if process.poll() is not None:
+                        print(f"stack: {name} ended with {process.returncode}", file=sys.stderr)
+                        return 1
+        finally:
+            stop(running)
+    print("ended", flush=True)
+    return 0
+
+
+def start(command: list[str]) -> "subprocess.Popen[str]":
+    """Start a program that Ctrl-C doesn't reach: it gets one signal, and that from us."""
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def when_ready(server: "subprocess.Popen[str]", stopping: threading.Event) -> dict[str, str] | None:
+    """Wait for the server's line of JSON; returns its addresses, or None if it ends or is to be ended before."""
+    lines: list[str] = []
+    assert server.stdout is not None
+    reader = threading.Thread(target=lambda: lines.append(server.stdout.readline()), daemon=True)
+    reader.start()
+    while reader.is_alive() and not stopping.is_set():
+        reader.join(0.1)
+    return json.loads(lines[0])["ready"] if lines and lines[0] else None
+
+
+def configure(folder: Path, metrics: str) -> None:
+    """Copy Prometheus's files to `folder`, with this server as the one to scrape."""
+    for name in ("prometheus.yml", "rules.yml"):
+        shutil.copy(CONFIGURATION / name, folder)
+    (folder / "targets.yml").write_text(json.dumps([{"targets": [metrics]}]))
+
+
+def answers(url: str) -> bool:
+    """Whether something at `url` says that all is well."""
+    try:
+        with urllib.request.urlopen(url, timeout=1) as response:
+            return bool(response.status == 200)
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def told(ready: dict[str, str], url: str) -> str:
+    """Return what the operator is told."""
+    return f"""
+gRPC         {ready["grpc"]}
+metrics      {ready["metrics"]}
+Prometheus   {url}/targets
+rules        {url}/rules
+alerts       {url}/alerts
+speedup      {url}/graph?g0.expr=tome%3Aspeedup%3Aratio_rate5m&g0.tab=0&g0.range_input=15m
+dashboard    deploy/grafana/dashboards/tome-serving.json, for a Grafana with {url} as its data source
+
+some load    tome-client load --target {ready["grpc"]} --images server/tome_server/models/bundled/fashion/samples \\
+               --rate 40 --budget mix:50ms,300ms --duration 60s
+
+Ctrl-C ends both.
+"""
+
+
+def stop(running: "list[subprocess.Popen[str]]") -> None:
+    """End what runs, the server first: it answers what is in flight, and is watched while it does."""
+    for process in running:
+        process.terminate()
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

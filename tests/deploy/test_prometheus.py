@@ -1,0 +1,238 @@
+"""A real Prometheus watches a real server under load: what it records is what the server did and the client saw."""
+
+import csv
+import math
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import grpc
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tome_api.v1 import inference_pb2 as pb
+from tome_api.v1 import inference_pb2_grpc
+from tome_server.observability import buckets
+
+from .prometheus import Prometheus, until, watching
+from .test_dashboard import BOARD, NAMES, PANELS, QUERIES
+from .test_rules import ALERTS, RECORDED
+
+SAMPLES = Path(__file__).parents[2] / "server/tome_server/models/bundled/fashion/samples"
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+# What a query of the same series may differ by: Prometheus adds in its own order.
+EXACTLY = 1e-9
+# A rate over five minutes counts up to a scrape interval that it didn't see, of the few seconds that there were.
+EXTRAPOLATED = 1.2
+
+
+@dataclass
+class Watched:
+    """A server after a load that has ended, and who watched it."""
+
+    server: Any
+    prometheus: Prometheus
+    rows: list[dict[str, str]]
+    """The client's record, a row a request."""
+    served: dict[tuple[str, tuple[tuple[str, str], ...]], float]
+    """The server's own account, by sample and labels."""
+    began: float
+    ended: float
+
+    def total(self, sample: str, **labels: str) -> float:
+        """Sum the server's samples of this name that have these labels."""
+        return sum(
+            value
+            for (name, given), value in self.served.items()
+            if name == sample and labels.items() <= dict(given).items()
+        )
+
+    def answered(self, column: str) -> list[float]:
+        """A column of the client's record, of answered requests."""
+        return [float(row[column]) for row in self.rows if row["code"] == "OK"]
+
+
+def load(target: str, report: Path, *flags: str) -> list[dict[str, str]]:
+    """Send an open loop of requests, and return the client's record."""
+    command = [sys.executable, "-c", "from tome_client.cli import main; main()", "load", "--target", target]
+    command += ["--images", str(SAMPLES), "--warmup", "0", "--report", str(report), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with (report / "requests.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def account(url: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    with urlopen(url) as response:
+        families = list(text_string_to_metric_families(response.read().decode()))
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+@pytest.fixture(scope="module")
+def watched(module_server: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    server = module_server("--threads", "1")
+    folder = tmp_path_factory.mktemp("watched")
+    with watching(urlsplit(server.metrics_url).netloc, folder) as prometheus:
+        until(lambda: prometheus.query('tome_slo_met_total{model="fashion"} == 0'), "the server is watched")
+        began = time.time()
+        # Some that can't be met, some that are tight, some with all the time in the world; all are merged a little.
+        flags = ("--rate", "30", "--budget", "mix:2ms,150ms,5s", "--min-r", "2", "--duration", "7s")
+        rows = load(server.target, folder / "report", *flags)
+        ended = time.time()
+        # Scraped since, and the rules evaluated on that.
+        until(lambda: prometheus.value("timestamp(tome_requests_pending)") > ended, "the end was scraped")
+        for rule in RECORDED:
+            until(
+                lambda rule=rule: max(prometheus.query(f"timestamp({rule})").values(), default=0) > ended + 2,
+                f"{rule} was recorded",
+            )
+        yield Watched(server, prometheus, rows, account(server.metrics_url), began, ended)
+
+
+def test_prometheus_has_every_series_of_the_server_as_it_is(watched: Watched) -> None:
+    scraped = {}
+    for labels, value in watched.prometheus.query('{job="tome-serving", __name__=~"tome_.*"}').items():
+        given = dict(labels)
+        name = given.pop("__name__")
+        del given["job"], given["instance"]
+        scraped[name, tuple(sorted(given.items()))] = value
+    assert scraped == {key: value for key, value in watched.served.items() if key[0].startswith("tome_")}
+
+
+def test_the_server_counted_what_the_client_recorded(watched: Watched) -> None:
+    rows = watched.rows
+    assert len(rows) > 150
+    for code, count in Counter(row["code"] for row in rows).items():
+        assert watched.total("tome_requests_total", model="fashion", code=code) == count
+    assert watched.total("tome_requests_total") == len(rows)
+    for reason in ("infeasible", "expired"):
+        count = sum(row["reason"] == reason.upper() for row in rows)
+        assert watched.total("tome_slo_missed_total", model="fashion", reason=reason) == count
+    assert watched.total("tome_slo_missed_total", reason="infeasible") > 20
+    assert watched.total("tome_slo_met_total") == sum(slack >= 0 for slack in watched.answered("slack")) > 20
+    tokens_in, tokens_out = sum(watched.answered("tokens_in")), sum(watched.answered("tokens_out"))
+    assert watched.total("tome_tokens_input_total") == tokens_in
+    assert watched.total("tome_tokens_merged_total") == tokens_in - tokens_out > 0
+    assert watched.total("tome_flops_total") == sum(watched.answered("flops"))
+    assert watched.total("tome_flops_saved_total") == sum(watched.answered("flops_saved")) > 0
+    assert watched.total("tome_merge_r_sum") == sum(watched.answered("r"))
+
+
+def test_the_rules_record_what_the_client_saw(watched: Watched) -> None:
+    value, answered = watched.prometheus.value, watched.answered
+    missed = len(watched.rows) - sum(slack >= 0 for slack in answered("slack"))
+    share = missed / len(watched.rows)
+    for window in ("5m", "30m", "1h", "2h", "6h", "1d", "3d"):
+        assert value(f"tome:slo_missed:ratio_rate{window}") == pytest.approx(share, rel=EXACTLY)
+    infeasible = sum(row["reason"] == "INFEASIBLE" for row in watched.rows)
+    assert value("tome:slo_infeasible:ratio_rate5m") == pytest.approx(infeasible / len(watched.rows), rel=EXACTLY)
+    assert value("tome:slo:objective") == 0.99
+
+    mean_r = sum(answered("r")) / len(answered("r"))
+    assert value("tome:merge_r:mean5m") == pytest.approx(mean_r, rel=EXACTLY)
+    assert value("tome:merge_r:limit_ratio5m") == pytest.approx(mean_r / 14, rel=EXACTLY)
+    done, saved = sum(answered("flops")), sum(answered("flops_saved"))
+    assert value("tome:flops_saved:ratio_rate5m") == pytest.approx(saved / (saved + done), rel=EXACTLY)
+    kept = sum(answered("tokens_out")) / sum(answered("tokens_in"))
+    assert value("tome:tokens_merged:ratio_rate5m") == pytest.approx(1 - kept, rel=EXACTLY)
+
+    total = sorted(answered("total"))
+    for q, name in ((0.5, "p50"), (0.99, "p99")):
+        # The bucket of the client's own quantile is all that a histogram can tell.
+        bounds = (0.0, *buckets.SECONDS.bounds)
+        true = total[math.ceil(q * len(total)) - 1]
+        above = next(i for i, bound in enumerate(bounds) if bound >= true)
+        assert bounds[above - 1] <= value(f"tome:request_duration_seconds:{name}_5m") <= bounds[above]
+
+
+def test_the_rules_record_what_the_server_measured(watched: Watched) -> None:
+    value = watched.prometheus.value
+
+    def ratio(over: str, under: str) -> Any:
+        return pytest.approx(watched.total(over) / watched.total(under), rel=EXACTLY)
+
+    computed = watched.total("tome_compute_seconds_total")
+    # The whole batch's time is in the reply of each member.
+    seen = sum(c / b for c, b in zip(watched.answered("compute"), watched.answered("batch_size"), strict=True))
+    wasted = watched.total("tome_compute_wasted_seconds_total")
+    assert computed == pytest.approx(seen + wasted, rel=1e-6)
+    assert value("tome:speedup:ratio_rate5m") == ratio(
+        "tome_compute_unmerged_seconds_total", "tome_compute_seconds_total"
+    )
+    assert value("tome:compute_wasted:ratio_rate5m") == pytest.approx(wasted / computed, rel=EXACTLY)
+    assert value("tome:quality:mean5m") == ratio("tome_quality_ratio_sum", "tome_quality_ratio_count")
+    assert value("tome:latency_prediction:mean5m") == ratio(
+        "tome_latency_prediction_ratio_sum", "tome_latency_prediction_ratio_count"
+    )
+    assert value("tome:batch_size:mean5m") == ratio("tome_batch_size_sum", "tome_batch_size_count")
+    answered = len(watched.answered("r"))
+    assert answered <= 300 * value('tome:requests:rate5m{code="OK"}') <= EXTRAPOLATED * answered
+    assert computed <= 300 * value("instance:device_busy:rate5m") * (1 + EXACTLY) <= EXTRAPOLATED * computed
+    assert value("instance:requests_pending:limit_ratio") == 0
+
+
+def test_every_rule_is_evaluated_without_an_error(watched: Watched) -> None:
+    rules = [rule for group in watched.prometheus.get("rules")["groups"] for rule in group["rules"]]
+    assert {rule["name"] for rule in rules} == RECORDED.keys() | ALERTS.keys()
+    assert [rule["name"] for rule in rules if rule["health"] != "ok"] == []
+
+
+@pytest.mark.parametrize(("panel", "expression"), QUERIES, ids=NAMES)
+def test_every_query_of_the_dashboard_gets_data(watched: Watched, panel: dict[str, Any], expression: str) -> None:
+    for variable, chosen in {
+        "$job": ".*",
+        "$model": ".*",
+        "$__rate_interval": "4s",
+        "$__range": "5m",
+        "$__interval": "1s",
+    }.items():
+        expression = expression.replace(variable, chosen)
+    result = watched.prometheus.get(
+        "query_range", query=expression, start=str(watched.began), end=str(watched.ended + 2), step="1"
+    )["result"]
+    assert len(PANELS) > 20
+    values = [float(value) for one in result for _, value in one["values"]]
+    assert any(math.isfinite(value) for value in values)
+
+
+def test_every_variable_of_the_dashboard_has_something_to_choose(watched: Watched) -> None:
+    for name, values in (("job", ["tome-serving"]), ("model", ["fashion"])):
+        (variable,) = (one for one in BOARD["templating"]["list"] if one["name"] == name)
+        series = variable["query"].removeprefix("label_values(").removesuffix(f", {name})").replace("$job", ".*")
+        assert watched.prometheus.get(f"label/{name}/values", **{"match[]": series}) == values
+
+
+def test_exemplars_lead_to_the_trace_of_a_request(watched: Watched) -> None:
+    metadata = [("traceparent", f"00-{TRACE}-00f067aa0ba902b7-01")]
+    with grpc.insecure_channel(watched.server.target) as channel:
+        request = pb.PredictRequest(image=min(SAMPLES.glob("*.png")).read_bytes())
+        inference_pb2_grpc.InferenceStub(channel).Predict(request, metadata=metadata)
+
+    def traces() -> set[str]:
+        found = watched.prometheus.get(
+            "query_exemplars",
+            query="tome_request_duration_seconds_bucket",
+            start=str(watched.began),
+            end=str(time.time()),
+        )
+        return {exemplar["labels"]["trace_id"] for series in found for exemplar in series["exemplars"]}
+
+    until(lambda: TRACE in traces(), "the exemplar was scraped")
+
+
+def test_prometheus_notices_when_the_server_dies(watched: Watched) -> None:
+    watched.server.process.kill()
+    firing = 'ALERTS{alertname="TomeReplicaDown", alertstate="pending"}'
+    until(lambda: watched.prometheus.query(firing), "the alert is on its way")
+    assert watched.prometheus.value('up{job="tome-serving"}') == 0
