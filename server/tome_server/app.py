@@ -26,6 +26,7 @@ from tome_server.models.datasets import load_labelled
 from tome_server.models.loading import load
 from tome_server.models.repository import Repository
 from tome_server.models.spec import BUNDLED_PREFIX, ModelSpec, bundled_spec, weights_digest
+from tome_server.observability.logs import Summary, log_request
 from tome_server.observability.metrics import Metrics
 from tome_server.oip.service import OpenInference
 from tome_server.rpc.server import RpcServer, RpcSettings
@@ -71,7 +72,9 @@ async def serve(config: ServerConfig) -> None:
             decode_threads=decode_threads,
             names=[spec.name for spec in specs],
             max_client_requests=config.limits.max_client_requests,
+            observers=[log_request, summary := Summary()],
         )
+        stack.callback(summary.write)
         stack.callback(engine.close)
         rpc = RpcServer(engine, OpenInference(engine), _rpc_settings(config))
         metrics_url, stop_metrics = _serve_metrics(config.metrics, metrics)

@@ -9,6 +9,8 @@ from tome_server.errors import ClientLimitError
 
 # A token's short name or an address, the same for all calls of one client. Empty where nobody said.
 client: ContextVar[str] = ContextVar("client", default="")
+# The W3C header of the trace that the call belongs to, as it came.
+traceparent: ContextVar[str | None] = ContextVar("traceparent", default=None)
 
 
 class Shares:

@@ -5,7 +5,6 @@ import asyncio
 import importlib
 import importlib.metadata
 import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -62,12 +61,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    config = _config(args)
+    # The C core of gRPC writes lines of its own among ours, about connections that end and handshakes that fail.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from tome_server.app import serve
+    from tome_server.observability import logs
 
-    logging.basicConfig(
-        level=args.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    asyncio.run(serve(_config(args)))
+    logs.configure(args.log_level, config.log_format)
+    asyncio.run(serve(config))
     return 0
 
 
@@ -171,7 +172,7 @@ def _config(args: argparse.Namespace) -> "ServerConfig":
     config = read_config(args.config) if args.config else ServerConfig()
     given = {name: value for name, value in vars(args).items() if value is not None}
     top = ["repository", "listen", "metrics", "device", "threads", "policy", "profiles", "profile_time"]
-    top.append("drain_timeout")
+    top += ["log_format", "drain_timeout"]
     changes: dict[str, Any] = {name: given[name] for name in top if name in given}
     batching = {name: given[name] for name in ("max_batch", "max_delay", "max_pending") if name in given}
     model = {name: given[name] for name in ("checkpoint", "labels", "quality", "default_budget") if name in given}
@@ -220,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--profile-time", metavar="TIME", help="how long to measure them if none fit (default: 5s)")
     serve.add_argument("--drain-timeout", metavar="TIME", help="time for calls in flight after SIGTERM (default: 30s)")
     serve.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    serve.add_argument("--log-format", choices=["auto", "json", "text"], help="auto (default): text at a terminal")
     serve.set_defaults(run=_serve)
 
     demo = commands.add_parser(

@@ -144,6 +144,8 @@ class ServerConfig(Strict):
     connections: ConnectionsConfig = ConnectionsConfig()
     reflection: bool = Field(default=True, strict=True)
     """Tell clients the services and messages there are."""
+    log_format: Literal["auto", "json", "text"] = "auto"
+    """How log lines are written: json, text, or auto, which is text for people at a terminal."""
     reply_margin: Duration = 0.001
     """The least kept back from each deadline for the answer's way to the client; more where that is measured."""
     drain_timeout: Duration = 30.0

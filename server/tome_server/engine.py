@@ -31,6 +31,7 @@ from tome_server.errors import (
 from tome_server.merging import MacCount
 from tome_server.models.hosted import HostedModel
 from tome_server.models.preprocess import Preprocess
+from tome_server.observability.ended import Answered, Ended, Observer
 from tome_server.observability.metrics import Metrics, exemplar
 from tome_server.runtime.device import Device
 from tome_server.runtime.executor import Result, Work
@@ -187,6 +188,8 @@ class Engine:
     """Those that are loaded; while a model retires, it is here still, and not in `names`."""
     max_client_requests: int | None = None
     """Requests held at once for one client; one more is refused."""
+    observers: Sequence[Observer] = ()
+    """Told of each request's end."""
     draining: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     """Set once new requests are refused because the server is stopping."""
 
@@ -259,27 +262,12 @@ class Engine:
 
         When the caller is cancelled, the request leaves the queue; a batch already on the device runs to its end.
         """
-        if self.draining.is_set():
-            raise UnavailableError("the server is shutting down")
-        served = self.model(request.model)
-        bounds = served.bounds(request.r, request.min_r, request.max_r, request.min_quality)
-        top_k = _top_k(served.model, request)
-        if math.isinf(request.deadline):
-            request = replace(request, deadline=request.arrival + served.default_budget)
         try:
-            with self._shares.hold():
-                reply = await self._answer(served, bounds, top_k, request)
-        except ClientLimitError:
-            self.metrics.rejected.labels(served.model.name, "client_limit").inc()
+            reply = await self._predict(request)
+        except BaseException as error:
+            self._tell(request, None, error)
             raise
-        except Exception as error:
-            if missed := _MISSED.get(type(error)) if isinstance(error, RequestError) else "failed":
-                self.metrics.slo_missed.labels(served.model.name, missed).inc(exemplar=exemplar(request.trace_id))
-            raise
-        if reply.timing.slack >= 0:
-            self.metrics.slo_met.labels(served.model.name).inc()
-        else:
-            self.metrics.slo_missed.labels(served.model.name, "late").inc(exemplar=exemplar(request.trace_id))
+        self._tell(request, reply, None)
         return reply
 
     async def run(self) -> None:
@@ -307,6 +295,50 @@ class Engine:
     def close(self) -> None:
         """End the threads, after what they are doing."""
         self._decoders.shutdown(cancel_futures=True)
+
+    def _tell(self, request: Request, reply: Reply | None, error: BaseException | None) -> None:
+        answer = None
+        if reply is not None:
+            answer = Answered(
+                r=reply.r,
+                tokens_in=reply.cost.tokens_in,
+                tokens_out=reply.cost.tokens[-1],
+                flops=reply.flops,
+                flops_saved=reply.flops_saved,
+                decode=reply.timing.decode,
+                queue=reply.timing.queue,
+                compute=reply.timing.compute,
+                total=reply.timing.total,
+                slack=reply.timing.slack,
+                batch_size=reply.timing.batch_size,
+            )
+        ended = Ended(request.model or next(iter(self.names), ""), _now() - request.arrival, answer, error)
+        for observer in self.observers:
+            observer(ended)
+
+    async def _predict(self, request: Request) -> Reply:
+        if self.draining.is_set():
+            raise UnavailableError("the server is shutting down")
+        served = self.model(request.model)
+        bounds = served.bounds(request.r, request.min_r, request.max_r, request.min_quality)
+        top_k = _top_k(served.model, request)
+        if math.isinf(request.deadline):
+            request = replace(request, deadline=request.arrival + served.default_budget)
+        try:
+            with self._shares.hold():
+                reply = await self._answer(served, bounds, top_k, request)
+        except ClientLimitError:
+            self.metrics.rejected.labels(served.model.name, "client_limit").inc()
+            raise
+        except Exception as error:
+            if missed := _MISSED.get(type(error)) if isinstance(error, RequestError) else "failed":
+                self.metrics.slo_missed.labels(served.model.name, missed).inc(exemplar=exemplar(request.trace_id))
+            raise
+        if reply.timing.slack >= 0:
+            self.metrics.slo_met.labels(served.model.name).inc()
+        else:
+            self.metrics.slo_missed.labels(served.model.name, "late").inc(exemplar=exemplar(request.trace_id))
+        return reply
 
     async def _answer(self, served: Served, bounds: Bounds, top_k: int, request: Request) -> Reply:
         name, scheduler = served.model.name, served.scheduler

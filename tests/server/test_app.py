@@ -311,7 +311,8 @@ def test_a_server_told_to_stop_answers_what_is_in_flight(
         assert (answers, end.code) == ([], UNAVAILABLE)
     assert server.process.wait(60) == 0
     log = server.log.read_text()
-    assert log.splitlines()[-1].endswith("tome_server.app: stopped")
+    last = json.loads(log.splitlines()[-1])
+    assert (last["logger"], last["event"]) == ("tome_server.app", "stopped")
     assert "Traceback" not in log
     assert "ERROR" not in log
 

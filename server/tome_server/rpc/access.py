@@ -40,6 +40,8 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
                 self._metrics.requests.labels("unknown", "UNAUTHENTICATED").inc()
                 # As a stream, whatever the method is: it reads nothing before it answers.
                 return grpc.stream_stream_rpc_method_handler(_refuse)
+        given = [value for key, value in details.invocation_metadata or () if key == "traceparent"]
+        caller.traceparent.set(given[0] if len(given) == 1 and isinstance(given[0], str) else None)
         handler = await continuation(details)
         return _known(handler, holder) if handler else None
 

@@ -59,7 +59,7 @@ class Device:
         self._connection = Connection(ours.detach())
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._connection.fileno(), self._read)
-        self._connection.send((name, logging.getLogger().level))
+        self._connection.send((name, logging.getLogger("tome_server").getEffectiveLevel()))
 
     @property
     def pid(self) -> int:

@@ -47,7 +47,7 @@ class DeviceProcess:
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
         name, log_level = connection.recv()
         self._device = torch.device(name)
-        logging.getLogger().setLevel(log_level)
+        logging.getLogger("tome_server").setLevel(log_level)
         logging.getLogger().addHandler(_ServerLog(self._send))
 
     def answer_calls(self) -> None:

@@ -1,6 +1,8 @@
 """Who may call, through a real channel to a server that asks for tokens."""
 
 import gc
+import hashlib
+import json
 import queue
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -207,6 +209,11 @@ def test_logs_hold_neither_tokens_nor_images(
     tokens.write_text(kept)
     log = guarded.log.read_text()
     assert "the tokens were not exchanged" in log
+    told = [json.loads(line) for line in log.splitlines()]
+    assert {line["outcome"] for line in told if line["event"] == "request"} >= {"answered", "invalid_request"}
+    assert {line["client"] for line in told if line["event"] == "request"} <= {
+        f"token-{hashlib.sha256(token.encode()).hexdigest()[:8]}" for token in (ALICE, BOB, EVE)
+    }
     for secret in (ALICE, BOB, EVE, "sh0rt", "not-an-image", repr(good.image[:16])[2:-1], good.image[:16].hex()):
         assert secret not in log
 
