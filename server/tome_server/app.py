@@ -14,7 +14,6 @@ from typing import Any
 
 import tome_server.timm_import  # noqa: F401  isort: skip
 
-import timm
 import torch
 from prometheus_client import start_http_server
 
@@ -25,7 +24,7 @@ from tome_server.hosting import Hosting
 from tome_server.models.datasets import load_labelled
 from tome_server.models.loading import load
 from tome_server.models.repository import Repository
-from tome_server.models.spec import BUNDLED_PREFIX, ModelSpec, bundled_spec, weights_digest
+from tome_server.models.spec import BUNDLED_PREFIX, ModelSpec, bundled_spec
 from tome_server.observability.logs import Summary, log_request
 from tome_server.observability.metrics import Metrics
 from tome_server.oip.service import OpenInference
@@ -33,7 +32,7 @@ from tome_server.rpc.server import RpcServer, RpcSettings
 from tome_server.rpc.tls import TlsFiles
 from tome_server.rpc.tokens import Tokens
 from tome_server.runtime.device import Device
-from tome_server.runtime.evaluation import evaluate
+from tome_server.runtime.evaluation import evaluate, quality_report
 from tome_server.runtime.profile_store import ProfileKey, keep_profile, profile_key
 from tome_server.runtime.profiling import measure
 from tome_server.runtime.threads import available_cpus, choose_threads
@@ -201,19 +200,7 @@ def evaluate_model(
     levels = evaluate(
         model, images, grid or [level.r for level in model.grid], device, limit=limit, progress=sys.stderr.isatty()
     )
-    return {
-        "model": spec.architecture,
-        "weights_sha256": weights_digest(spec.checkpoint) if spec.checkpoint else None,
-        "data": data.name,
-        "images": min(limit or len(images), len(images)),
-        "device": str(device),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "levels": [
-            {"r": r, "macs": model.cost(r).total, "top1": quality.top1, "agreement": quality.agreement}
-            for r, quality in levels.items()
-        ],
-    }
+    return quality_report(spec, model, levels, data.name, min(limit or len(images), len(images)), device)
 
 
 def profile_model(

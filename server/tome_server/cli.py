@@ -12,7 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tome_server.errors import ConfigError, DeviceDiedError, ModelLoadError, PortInUseError
+from tome_server.arguments import budgets, positive, positive_number, r_values, seconds, share, time
+from tome_server.errors import ConfigError, DatasetError, DeviceDiedError, ModelLoadError, PortInUseError
+from tome_server.model_arguments import add_models_commands
 
 # torch and timm take seconds to import, so each command imports what it needs when it runs.
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS_KEPT)
     try:
         sys.exit(args.run(args))
-    except (ConfigError, DeviceDiedError, ModelLoadError, PortInUseError) as error:
+    except (ConfigError, DatasetError, DeviceDiedError, ModelLoadError, PortInUseError) as error:
         sys.exit(f"tome-server: {error}")
     except ModuleNotFoundError as error:
         # The plain install is the client alone, and still has this command.
@@ -80,14 +82,10 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from tome_server.app import evaluate_model
-    from tome_server.models.datasets import DatasetError
 
     if args.output and not args.output.parent.is_dir():
         raise ConfigError(f"--output: there is no folder {args.output.parent}")
-    try:
-        report = evaluate_model(_config(args), args.data, limit=args.limit, grid=args.r)
-    except DatasetError as error:
-        sys.exit(f"tome-server: {error}")
+    report = evaluate_model(_config(args), args.data, limit=args.limit, grid=args.r)
     text = json.dumps(report, indent=2) + "\n"
     if args.output:
         args.output.write_text(text)
@@ -242,10 +240,8 @@ def _parser() -> argparse.ArgumentParser:
         "--data", type=Path, required=True, metavar="PATH",
         help="folder of images, folder of one subfolder a class, or idx file of images",
     )  # fmt: skip
-    evaluate.add_argument(
-        "--r", type=_r_values, metavar="R,R,…", help="r values, besides 0 (default: the model's grid)"
-    )
-    evaluate.add_argument("--limit", type=_positive, metavar="N", help="only the first N images")
+    evaluate.add_argument("--r", type=r_values, metavar="R,R,…", help="r values, besides 0 (default: the model's grid)")
+    evaluate.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
     evaluate.add_argument("--output", type=Path, metavar="FILE", help="where to write JSON (default: standard output)")
     evaluate.set_defaults(run=_evaluate)
 
@@ -257,9 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model_flags(profile)
     profile.add_argument("--max-batch", type=int, metavar="N", help="the largest batch (default: 8)")
-    profile.add_argument(
-        "--seconds", type=_seconds, default=40.0, metavar="S", help="how long to measure (default: 40)"
-    )
+    profile.add_argument("--seconds", type=seconds, default=40.0, metavar="S", help="how long to measure (default: 40)")
     profile.add_argument("--output", type=Path, metavar="FILE", help="where to write JSON as well")
     profile.add_argument("--picture", type=Path, metavar="FILE", help="where to draw it: .png, .svg or .pdf")
     profile.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -273,6 +267,12 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument("--schema", action="store_true", help="print a JSON Schema of the file, as editors take it")
     settings.set_defaults(run=_settings)
 
+    add_models_commands(commands.add_parser(
+        "models",
+        help="make, show and measure the models of a repository",
+        description="Make, show, measure and remove the models of a repository: a folder that `tome-server serve "
+        "--repository` serves.",
+    ))  # fmt: skip
     _add_plan(commands.add_parser(
         "plan",
         help="how many replicas a load takes, and at what quality",
@@ -285,17 +285,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
-    plan.add_argument("--rate", type=_positive_number, required=True, metavar="N", help="requests a second, in all")
+    plan.add_argument("--rate", type=positive_number, required=True, metavar="N", help="requests a second, in all")
     plan.add_argument(
-        "--budget", type=_budgets, required=True, metavar="TIME",
+        "--budget", type=budgets, required=True, metavar="TIME",
         help="what an answer may take: 50ms, or mix:50ms,200ms, or mix:50ms=3,200ms=1 for three of four 50 ms",
     )  # fmt: skip
     plan.add_argument(
-        "--attainment", type=_share, default=0.99, metavar="SHARE",
+        "--attainment", type=share, default=0.99, metavar="SHARE",
         help="share of requests to be answered in time (default: 0.99)",
     )  # fmt: skip
     plan.add_argument(
-        "--cv2", type=_positive_number, default=1.0, metavar="N",
+        "--cv2", type=positive_number, default=1.0, metavar="N",
         help="squared coefficient of variation of the gaps between requests: 1 for a Poisson process (default), more "
         "for bursts",
     )  # fmt: skip
@@ -303,11 +303,11 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--quality", type=Path, metavar="FILE", help="what `tome-server evaluate --output` wrote")
     plan.add_argument("--policy", default="price", help="price (default), fixed:R, max_accuracy, max_batch or slackfit")
     plan.add_argument(
-        "--overhead", type=_time, default=0.001, metavar="TIME",
+        "--overhead", type=time, default=0.001, metavar="TIME",
         help="from the end of a batch to the client's having the answer (default: 1ms)",
     )  # fmt: skip
     plan.add_argument(
-        "--requests", type=_positive, default=20_000, metavar="N", help="to simulate for each figure (default: 20000)"
+        "--requests", type=positive, default=20_000, metavar="N", help="to simulate for each figure (default: 20000)"
     )
     plan.add_argument("--plot", type=Path, metavar="FILE", help="where to draw both against rate: .png, .svg or .pdf")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -324,55 +324,3 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--default-budget", metavar="TIME", help="budget of requests that set none (default: 1s)")
     parser.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads for the model (default: measured)")
-
-
-def _r_values(text: str) -> list[int]:
-    values = text.split(",")
-    if not all(value.strip().isdecimal() for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of r values; write for example 0,4,8")
-    return [int(value) for value in values]
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1")
-    return int(text)
-
-
-def _positive_number(text: str, what: str = "number") -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no {what} above 0")
-    return value
-
-
-def _seconds(text: str) -> float:
-    return _positive_number(text, "number of seconds")
-
-
-def _share(text: str) -> float:
-    value = _positive_number(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share; write for example 0.999")
-    return value
-
-
-def _budgets(text: str) -> tuple[float, ...]:
-    from tome_server.scheduling.workload import parse_budgets
-
-    try:
-        return parse_budgets(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _time(text: str) -> float:
-    from tome_server.scheduling.workload import parse_seconds
-
-    try:
-        return 0.0 if text.strip() in ("0", "0s", "0ms") else parse_seconds(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error

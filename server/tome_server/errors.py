@@ -89,5 +89,9 @@ class DeviceDiedError(Exception):
     """The process that owns the device has ended by itself; the server ends with it, to be started anew."""
 
 
+class DatasetError(ValueError):
+    """A data set cannot be read; the message says which file and what is wrong."""
+
+
 class PortInUseError(Exception):
     """An address can't be listened on."""

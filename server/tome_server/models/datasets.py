@@ -6,19 +6,17 @@ Images stay on disk (idx: in memory as bytes) until they are asked for, one at a
 import gzip
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from tome_server.errors import DatasetError
+
 _IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _UINT8 = 0x08  # idx's code for unsigned bytes, the only type that images and labels come in
-
-
-class DatasetError(ValueError):
-    """Raised when a data set cannot be read; the message says which file and what is wrong."""
 
 
 def read_idx(path: Path) -> npt.NDArray[np.uint8]:
@@ -71,6 +69,31 @@ class Dataset:
 
     def __len__(self) -> int:
         return self._length
+
+    @property
+    def labels(self) -> tuple[int, ...] | None:
+        """The label of each image, or None where they have none."""
+        return None if self._labels is None else tuple(self._labels)
+
+    def subset(self, indices: Sequence[int]) -> "Dataset":
+        """Return a data set of some of the images, in the order of `indices`, and of the same classes."""
+        labels = None if self._labels is None else [self._labels[index] for index in indices]
+        return Dataset(lambda index: self._open_image(indices[index]), len(indices), labels, self.classes)
+
+    def split(self, share: float, seed: int) -> tuple[list[int], list[int]]:
+        """Return which images to fit to and which to hold out: `share` of each class, chosen at random.
+
+        The same data, share and seed give the same split. Raises DatasetError if the images are unlabelled.
+        """
+        if self._labels is None:
+            raise DatasetError("the images have no labels: put those of each class into a folder of their own")
+        random = np.random.default_rng(seed)
+        held: list[int] = []
+        for label in range(len(self.classes)):
+            members = [index for index, own in enumerate(self._labels) if own == label]
+            held += sorted(random.permutation(members)[: round(share * len(members))].tolist())
+        kept = sorted(set(range(len(self))) - set(held))
+        return kept, held
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int | None]:
         if not 0 <= index < self._length:

@@ -34,9 +34,9 @@ def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) ->
 
     Raises ModelLoadError, in words for the operator, if any part of the spec can't be had or doesn't fit.
     """
-    model = _create(spec)
+    model = create(spec)
     if spec.checkpoint is not None:
-        _load_weights(model, spec.checkpoint, spec.architecture)
+        put_weights(model, read_checkpoint(spec.checkpoint), spec.checkpoint, spec.architecture)
     model = model.to(device).eval().requires_grad_(False)
     merged = merge(model, proportional_attention=spec.proportional_attention)
     plain = merged.model
@@ -56,7 +56,11 @@ def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) ->
     )
 
 
-def _create(spec: ModelSpec) -> VisionTransformer:
+def create(spec: ModelSpec) -> VisionTransformer:
+    """Build timm's model: with pretrained weights from the hub or, where there is a checkpoint, with random ones.
+
+    Raises ModelLoadError if there is none of that name, it can't be merged, or the hub can't be reached.
+    """
     if not timm.is_model(spec.architecture):
         name = spec.architecture.split(".")[0]
         close = difflib.get_close_matches(name, timm.list_models(), 3) or timm.list_models(f"{name}*")[:3]
@@ -90,14 +94,22 @@ def _check_before_download(spec: ModelSpec) -> None:
     check_supported(model)
 
 
-def _load_weights(model: nn.Module, path: Path, architecture: str) -> None:
+def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of a checkpoint, .safetensors or what torch wrote; no pickled code in it is run.
+
+    Raises ModelLoadError if it can't be read.
+    """
     if not path.is_file():
         raise ModelLoadError(f"checkpoint {path} is no file")
     try:
         weights = load_state_dict(str(path), device="cpu", weights_only=True)
-        weights = {key: value for key, value in weights.items() if isinstance(value, torch.Tensor)}
+        return {key: value for key, value in weights.items() if isinstance(value, torch.Tensor)}
     except Exception as error:
         raise ModelLoadError(f"checkpoint {path} can't be read: {str(error) or repr(error)}") from error
+
+
+def put_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Path, architecture: str) -> None:
+    """Put the weights that came from `path` into a model. Raises ModelLoadError unless they fit to the last tensor."""
     wanted = model.state_dict()
     problems = {
         "missing": [key for key in wanted if key not in weights],

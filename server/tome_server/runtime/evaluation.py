@@ -1,15 +1,18 @@
 """Measures what each r is worth: top-1 on labelled images, and agreement with r = 0 on any."""
 
+import importlib.metadata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from tqdm import tqdm
 
-from tome_server.models.datasets import Dataset, DatasetError
+from tome_server.errors import ConfigError, DatasetError
+from tome_server.models.datasets import Dataset
 from tome_server.models.hosted import HostedModel, Quality
 from tome_server.models.loaded import LoadedModel
+from tome_server.models.spec import ModelSpec, weights_digest
 
 
 @torch.inference_mode()
@@ -27,8 +30,10 @@ def evaluate(
 
     An r beyond the model's largest is brought down to it, as merging itself does.
     A folder's classes are matched to the model's labels by name, other labels are class numbers. Raises DatasetError if
-    they don't fit the model or an image can't be decoded.
+    they don't fit the model or an image can't be decoded, and ConfigError if the model gives no classes.
     """
+    if not model.num_classes:
+        raise ConfigError(f"{model.name} has no classifier to measure; tome-server models fit-head gives it one")
     levels = sorted({0, *(min(r, model.largest_r) for r in grid)})
     count = len(images) if limit is None else min(limit, len(images))
     class_ids = _class_ids(model, images)
@@ -48,6 +53,25 @@ def evaluate(
                 right[r] += int((given == wanted).sum())
             bar.update(len(chosen))
     return {r: Quality(agreement=agreeing[r] / count, top1=right[r] / count if labelled else None) for r in levels}
+
+
+def quality_report(
+    spec: ModelSpec, model: HostedModel, levels: Mapping[int, Quality], data: str, images: int, device: torch.device
+) -> dict[str, object]:
+    """Return what quality.json holds: what was measured, of which weights, and on how many images of `data`."""
+    return {
+        "model": spec.architecture,
+        "weights_sha256": weights_digest(spec.checkpoint) if spec.checkpoint else None,
+        "data": data,
+        "images": images,
+        "device": str(device),
+        "torch": torch.__version__,
+        "timm": importlib.metadata.version("timm"),
+        "levels": [
+            {"r": r, "macs": model.cost(r).total, "top1": quality.top1, "agreement": quality.agreement}
+            for r, quality in levels.items()
+        ],
+    }
 
 
 def _class_ids(model: HostedModel, images: Dataset) -> list[int]:

@@ -166,3 +166,36 @@ def test_an_idx_file_that_holds_no_grey_images_is_refused(tmp_path, shape):
     (tmp_path / "labels-idx1").write_bytes(idx(counting(*shape)))
     with pytest.raises(DatasetError, match="not \\[images, height, width\\]"):
         load_labelled(tmp_path / "labels-idx1")
+
+
+def test_a_part_of_the_images_keeps_labels_and_classes(tmp_path):
+    for i in range(6):
+        save_grey(tmp_path / ("cat", "dog")[i % 2] / f"{i}.png", i)
+    images = load_labelled(tmp_path)
+    assert images.labels == (0, 0, 0, 1, 1, 1)
+    part = images.subset([5, 0])
+    assert len(part) == 2
+    assert part.labels == (1, 0)
+    assert part.classes == ("cat", "dog")
+    assert [(image.getpixel((0, 0)), label) for image, label in part] == [(5, 1), (0, 0)]
+    assert part.subset([1]).labels == (0,)
+
+
+def test_of_each_class_the_same_share_is_held_out(tmp_path):
+    for i in range(40):
+        save_grey(tmp_path / ("cat" if i < 8 else "dog") / f"{i:02}.png", i)
+    images = load_labelled(tmp_path)
+    kept, held = images.split(0.25, seed=3)
+    assert sorted(kept + held) == list(range(40))
+    assert sum(index < 8 for index in held) == 2
+    assert len(held) == 10
+    assert images.split(0.25, seed=3) == (kept, held)
+    assert images.split(0.25, seed=4) != (kept, held)
+
+
+def test_images_without_labels_cannot_be_split(tmp_path):
+    save_grey(tmp_path / "1.png", 1)
+    images = load_labelled(tmp_path)
+    assert images.labels is None
+    with pytest.raises(DatasetError, match="no labels: put those of each class into a folder of their own"):
+        images.split(0.5, seed=0)

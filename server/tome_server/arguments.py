@@ -1,0 +1,62 @@
+"""What the command line's arguments may be. Each raises argparse.ArgumentTypeError for text that is none."""
+
+import argparse
+
+
+def r_values(text: str) -> list[int]:
+    """A list such as 0,4,8."""
+    values = text.split(",")
+    if not all(value.strip().isdecimal() for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of r values; write for example 0,4,8")
+    return [int(value) for value in values]
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1")
+    return int(text)
+
+
+def positive_number(text: str, what: str = "number") -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no {what} above 0")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A number of seconds above 0."""
+    return positive_number(text, "number of seconds")
+
+
+def share(text: str) -> float:
+    """A number above 0 and up to 1."""
+    value = positive_number(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; write for example 0.999")
+    return value
+
+
+def budgets(text: str) -> tuple[float, ...]:
+    """One latency budget or a mix of several, in seconds."""
+    from tome_server.scheduling.workload import parse_budgets
+
+    try:
+        return parse_budgets(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def time(text: str) -> float:
+    """A duration with its unit, or 0, in seconds."""
+    from tome_server.scheduling.workload import parse_seconds
+
+    try:
+        return 0.0 if text.strip() in ("0", "0s", "0ms") else parse_seconds(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

@@ -1,0 +1,291 @@
+"""What the `tome-server models` commands do: make, show, measure and remove the models of a repository."""
+
+import argparse
+import json
+import logging
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tome_server.errors import ConfigError
+from tome_server.models.repository import Repository, read_folder
+from tome_server.models.spec import BUNDLED_PREFIX, QUALITY, weights_digest
+
+# torch and timm take seconds to import, so each command imports what it needs when it runs.
+if TYPE_CHECKING:
+    from tome_server.config import ServerConfig
+    from tome_server.models.datasets import Dataset
+    from tome_server.models.preparing import Prepared
+    from tome_server.models.spec import ModelSpec
+    from tome_server.scheduling.profile import Profile
+
+
+def add(args: argparse.Namespace) -> int:
+    """Make a model's folder from weights."""
+    from tome_server.models.datasets import load_labelled
+    from tome_server.models.preparing import Recipe, prepare
+
+    _log()
+    if args.data:
+        load_labelled(args.data)  # before anything is done
+    if args.source.startswith(BUNDLED_PREFIX) and (args.weights or args.labels or args.kwargs or args.input):
+        raise ConfigError(f"{args.source} is complete as it is: its weights, labels and input can't be set")
+    recipe = Recipe(
+        source=args.source,
+        weights=args.weights,
+        labels=args.labels,
+        kwargs=args.kwargs,
+        data=args.input,
+        default_budget=args.default_budget,
+        license=args.license,
+        description=args.description,
+    )
+    args.to.mkdir(parents=True, exist_ok=True)
+    repository = Repository(args.to)
+    name = args.name or args.source.removeprefix(BUNDLED_PREFIX).split(".")[0]
+    prepared: list[Prepared] = []
+
+    def fill(folder: Path) -> None:
+        made = prepare(recipe, name, folder)
+        prepared.append(made)
+        if args.data:
+            _measure_quality(made.spec, args)
+        if not args.no_profile:
+            _measure_latencies(made.spec, args)
+
+    folder = repository.write(name, fill, version=args.version, replace=False)
+    [made] = prepared
+    if made.left_out:
+        some = ", ".join(made.left_out[:3])
+        print(f"left out {len(made.left_out)} tensors that are no part of a {args.source}: {some}, …", file=sys.stderr)
+    what = f"{made.model.num_classes} classes" if made.model.num_classes else "no classifier, features alone"
+    print(f"{folder}: {args.source}, {what}")
+    return 0
+
+
+def fit_head(args: argparse.Namespace) -> int:
+    """Fit a classifier to labelled images and store the model with it."""
+    import torch
+
+    from tome_server.app import choose_device
+    from tome_server.models.datasets import load_labelled
+    from tome_server.models.head import fit_head
+    from tome_server.models.loading import load
+    from tome_server.models.preparing import prepare_with_head
+    from tome_server.runtime.evaluation import evaluate as measure_quality
+    from tome_server.runtime.evaluation import quality_report
+    from tome_server.runtime.features import pooled_features
+
+    _log()
+    repository, spec = _stored(args)
+    images = _some(load_labelled(args.data), args.limit, args.seed)
+    kept, held = images.split(args.holdout, args.seed)
+    device = choose_device(args.device)
+    torch.set_num_threads(args.threads or 1)
+    backbone = load(replace(spec, quality=None), device)
+    rs = sorted({min(r, backbone.largest_r) for r in args.r})
+    training = images.subset(kept)
+    features = pooled_features(backbone, training, rs, device, progress=sys.stderr.isatty())
+    try:
+        head = fit_head(features, torch.tensor(training.labels), len(images.classes), seed=args.seed)
+    except ValueError as error:
+        raise ConfigError(f"{args.data}: {error}") from error
+
+    def fill(folder: Path) -> None:
+        made = prepare_with_head(spec, head, images.classes, folder)
+        model = made.model if device.type == "cpu" else load(made.spec, device)
+        grid = [level.r for level in model.grid]
+        levels = measure_quality(model, images.subset(held), grid, device, progress=sys.stderr.isatty())
+        report = quality_report(made.spec, model, levels, args.data.name, len(held), device)
+        fitted = {"images": len(kept), "r": rs, "penalty": head.penalty, "seed": args.seed}
+        _write_json(folder / QUALITY, report | {"fitted_to": fitted})
+        if not args.no_profile:
+            _measure_latencies(made.spec, args)
+
+    versions = repository.versions(args.name)
+    folder = repository.write(args.name, fill, version=versions[-1] + 1 if versions else None, replace=True)
+    print(f"{folder}: {len(images.classes)} classes, fitted to {len(kept)} images at r = {', '.join(map(str, rs))}")
+    print(f"cross-validated top-1 on those: {head.accuracy:.4f}")
+    print(f"on the {len(held)} held out:")
+    _print_levels(read_folder(folder, args.name))
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure a stored model's quality."""
+    _log()
+    _, spec = _stored(args)
+    _measure_quality(spec, args)
+    _print_levels(spec)
+    return 0
+
+
+def profile(args: argparse.Namespace) -> int:
+    """Measure a stored model's latencies."""
+    from tome_server.runtime.profile_table import table
+
+    _log()
+    _, spec = _stored(args)
+    sys.stdout.write(table(_measure_latencies(spec, args)))
+    return 0
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Load a stored model and show what it is."""
+    from tome_server.models.loading import load
+    from tome_server.models.preparing import CPU
+
+    repository, spec = _stored(args)
+    model = load(spec, CPU)
+    assert spec.checkpoint is not None
+    fields: dict[str, Any] = {
+        "name": spec.name,
+        "version": spec.version,
+        "versions": repository.versions(spec.name),
+        "folder": str(spec.checkpoint.parent),
+        "architecture": spec.architecture,
+        "weights_sha256": weights_digest(spec.checkpoint),
+        "bytes": spec.checkpoint.stat().st_size,
+        "input_size": list(model.preprocess.settings.input_size),
+        "patches": list(model.patch_grid),
+        "classes": model.num_classes,
+        "features": model.feature_dim,
+        "default_budget": spec.default_budget,
+        "profiles": sorted(path.name for path in spec.profiles.glob("*.json")) if spec.profiles else [],
+        "description": spec.description,
+        "levels": [
+            {
+                "r": level.r,
+                "macs": level.cost.total,
+                "top1": level.quality.top1 if level.quality else None,
+                "agreement": level.quality.agreement if level.quality else None,
+            }
+            for level in model.grid
+        ],
+    }
+    if args.json:
+        print(json.dumps(fields, indent=2))
+        return 0
+    for key, value in fields.items():
+        if key != "levels" and value not in (None, "", []):
+            print(f"{key:<16}{', '.join(map(str, value)) if isinstance(value, list) else value}")
+    _print_table(fields["levels"])
+    return 0
+
+
+def list_models(args: argparse.Namespace) -> int:
+    """List the stored models."""
+    repository = Repository(args.repository)
+    models: list[dict[str, Any]] = [
+        {
+            "name": spec.name,
+            "version": spec.version,
+            "versions": repository.versions(spec.name),
+            "architecture": spec.architecture,
+            "bytes": spec.checkpoint.stat().st_size if spec.checkpoint else 0,
+            "quality": spec.quality is not None,
+        }
+        for spec in repository.scan()
+    ]
+    if args.json:
+        print(json.dumps(models, indent=2))
+        return 0
+    rows = [("name", "version", "architecture", "MB", "quality measured")]
+    rows += [
+        (
+            str(model["name"]),
+            str(model["version"] or "-"),
+            str(model["architecture"]),
+            f"{model['bytes'] / 1e6:.1f}",
+            "yes" if model["quality"] else "no",
+        )
+        for model in models
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def remove(args: argparse.Namespace) -> int:
+    """Delete a stored model, or one version of it."""
+    print(f"removed {Repository(args.repository).remove(args.name, args.version)}")
+    return 0
+
+
+def _stored(args: argparse.Namespace) -> "tuple[Repository, ModelSpec]":
+    repository = Repository(args.repository)
+    return repository, repository.spec(args.name, args.version)
+
+
+def _some(images: "Dataset", limit: int | None, seed: int) -> "Dataset":
+    """Return `limit` of the images, chosen at random, in their order."""
+    if limit is None or limit >= len(images):
+        return images
+    return images.subset(sorted(random.Random(seed).sample(range(len(images)), limit)))
+
+
+def _measure_quality(spec: "ModelSpec", args: argparse.Namespace) -> None:
+    """Evaluate a stored model and keep the report with it."""
+    from tome_server.app import evaluate_model
+
+    assert spec.checkpoint is not None
+    _write_json(spec.checkpoint.parent / QUALITY, evaluate_model(_settings(spec, args), args.data, limit=args.limit))
+
+
+def _measure_latencies(spec: "ModelSpec", args: argparse.Namespace) -> "Profile":
+    """Profile a stored model here and keep that with it."""
+    from tome_server.app import profile_model
+
+    _, _, profile, kept = profile_model(_settings(spec, args), budget=args.seconds, progress=sys.stderr.isatty())
+    if kept is None:
+        raise ConfigError(f"{spec.profiles} can't be written")
+    return profile
+
+
+def _settings(spec: "ModelSpec", args: argparse.Namespace) -> "ServerConfig":
+    """Return the settings of a server of this model alone, which keeps its profiles with the model."""
+    from tome_server.config import BatchingConfig, ModelConfig, ServerConfig
+
+    model = ModelConfig(
+        source=spec.architecture,
+        name=spec.name,
+        kwargs=dict(spec.kwargs),
+        checkpoint=spec.checkpoint,
+        labels=spec.labels,
+        data=dict(spec.data),
+        proportional_attention=spec.proportional_attention,
+    )
+    return ServerConfig(
+        models=(model,),
+        device=args.device,
+        threads=args.threads,
+        profiles=spec.profiles,
+        batching=BatchingConfig(max_batch=getattr(args, "max_batch", 8)),
+    )
+
+
+def _print_levels(spec: "ModelSpec") -> None:
+    assert spec.checkpoint is not None
+    _print_table(json.loads((spec.checkpoint.parent / QUALITY).read_text())["levels"])
+
+
+def _print_table(levels: "Sequence[Mapping[str, Any]]") -> None:
+    most = levels[0]["macs"]
+    print(f"{'r':>4}  {'GMACs':>7}  {'saved':>6}  {'top-1':>6}  {'agreement':>9}")
+    for level in levels:
+        top1, agreement = (f"{level[key]:.4f}" if level[key] is not None else "-" for key in ("top1", "agreement"))
+        saved = f"{1 - level['macs'] / most:.1%}"
+        print(f"{level['r']:>4}  {level['macs'] / 1e9:>7.3f}  {saved:>6}  {top1:>6}  {agreement:>9}")
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _log() -> None:
+    logging.basicConfig(level="WARNING", stream=sys.stderr, format="%(message)s")
+    logging.getLogger("tome_server").setLevel("INFO")

@@ -1,0 +1,125 @@
+"""Brings weights that were saved elsewhere into the form that timm's own models have."""
+
+import math
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tome_server.errors import ModelLoadError
+from tome_server.models.loading import read_checkpoint
+
+# The names that Hugging Face's Dinov2Model gives to what timm calls otherwise.
+_DINOV2_MARK = "embeddings.patch_embeddings.projection.weight"
+_DINOV2_NAMES = (
+    (r"embeddings\.cls_token", "cls_token"),
+    (r"embeddings\.register_tokens", "reg_token"),
+    (r"embeddings\.position_embeddings", "pos_embed"),
+    (r"embeddings\.patch_embeddings\.projection\.(weight|bias)", r"patch_embed.proj.\1"),
+    (r"encoder\.layer\.(\d+)\.(norm1|norm2)\.(weight|bias)", r"blocks.\1.\2.\3"),
+    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(weight|bias)", r"blocks.\1.attn.proj.\2"),
+    (r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
+    (r"encoder\.layer\.(\d+)\.mlp\.(fc1|fc2)\.(weight|bias)", r"blocks.\1.mlp.\2.\3"),
+    (r"encoder\.layer\.(\d+)\.mlp\.weights_in\.(weight|bias)", r"blocks.\1.mlp.w12.\2"),
+    (r"encoder\.layer\.(\d+)\.mlp\.weights_out\.(weight|bias)", r"blocks.\1.mlp.w3.\2"),
+    (r"layernorm\.(weight|bias)", r"norm.\1"),
+)
+_DINOV2_QKV = r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)"
+# Used in training alone.
+_DINOV2_UNUSED = ("embeddings.mask_token",)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Weights under timm's names, from which a model can be built and filled."""
+
+    tensors: dict[str, Tensor]
+    left_out: tuple[str, ...]
+    """Tensors of other parts of the file, such as a decoder, that a Vision Transformer doesn't have."""
+    input_size: tuple[int, int] | None = None
+    """Height and width in pixels that the export is for, if it says."""
+    antialias: bool = True
+    """Whether the code that the weights come from antialiases position embeddings when it resizes them."""
+
+    @property
+    def num_classes(self) -> int:
+        """Length of the scores that the weights give; 0 for a backbone without a head."""
+        head = self.tensors.get("head.weight")
+        return 0 if head is None else len(head)
+
+
+def read_weights(path: Path) -> Imported:
+    """Read a checkpoint: .safetensors, .pth or .bin (tensors only, no pickled code), or .onnx.
+
+    Raises ModelLoadError if it can't be read, or is of ONNX and the package onnx is missing.
+    """
+    size = None
+    if path.suffix == ".onnx" and path.is_file():
+        try:
+            from tome_server.models.onnx_weights import read_onnx
+        except ModuleNotFoundError as error:
+            raise ModelLoadError(f"{path}: {error}; it needs: pip install 'tome-serving[onnx]'") from error
+        export = read_onnx(path)
+        tensors, size = export.tensors, export.input_size
+    else:
+        tensors = read_checkpoint(path)
+    marks = [name for name in tensors if name.endswith(_DINOV2_MARK)]
+    if not marks:
+        return Imported(dict(tensors), (), size)
+    return _from_dinov2(tensors, marks[0].removesuffix(_DINOV2_MARK), size)
+
+
+def fitted(weights: Imported, model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors in the form of `model`, brought there as timm does it with those of its own hub.
+
+    Position embeddings of another grid are resized, and names of other code bases translated. What doesn't fit then is
+    for the caller to find.
+    """
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    tensors = dict(weights.tensors)
+    if convert is not None:
+        tensors = dict(convert(tensors, model, **({} if weights.antialias else {"antialias": False})))
+    if getattr(model, "num_classes", None) == 0:  # a head that isn't wanted
+        tensors = {name: value for name, value in tensors.items() if not name.startswith("head.")}
+    return tensors
+
+
+def _from_dinov2(tensors: Mapping[str, Tensor], prefix: str, size: tuple[int, int] | None) -> Imported:
+    """Translate Hugging Face's names, found under `prefix`, to timm's."""
+    found: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    left_out = []
+    for name, value in tensors.items():
+        inner = name.removeprefix(prefix)
+        if not name.startswith(prefix) or inner in _DINOV2_UNUSED:
+            left_out.append(name)
+        elif part := re.fullmatch(_DINOV2_QKV, inner):
+            parts.setdefault(f"blocks.{part[1]}.attn.qkv.{part[3]}", {})[part[2]] = value
+        else:
+            found[_translated(inner)] = value
+    for name, three in parts.items():
+        if len(three) == 3:
+            found[name] = torch.cat([three["query"], three["key"], three["value"]])
+    if "pos_embed" not in found and (halves := _position_embeddings(tensors, left_out)):
+        found["pos_embed"] = torch.cat([tensors[half] for half in halves], dim=1)
+        left_out = [name for name in left_out if name not in halves]
+    return Imported(found, tuple(left_out), size, antialias=False)
+
+
+def _translated(name: str) -> str:
+    for pattern, replacement in _DINOV2_NAMES:
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, replacement, name)
+    return name
+
+
+def _position_embeddings(tensors: Mapping[str, Tensor], among: list[str]) -> tuple[str, str] | None:
+    """Return the class token's and the patches', which an export for another input size stores apart and unnamed."""
+    rows = {name: tensors[name].shape for name in among if "::" in name and tensors[name].ndim == 3}
+    classes = [name for name, shape in rows.items() if shape[:2] == (1, 1)]
+    patches = [name for name, shape in rows.items() if shape[1] > 1 and math.isqrt(shape[1]) ** 2 == shape[1]]
+    return (classes[0], patches[0]) if len(classes) == len(patches) == 1 else None

@@ -1,0 +1,174 @@
+"""Makes the folder that a model of a repository is served from: of the hub's weights, local ones, or a new head."""
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tome_server.timm_import  # noqa: F401  isort: skip
+
+import timm
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tome_server.errors import ModelLoadError
+from tome_server.models.bundled import BUNDLED
+from tome_server.models.head import Head
+from tome_server.models.importing import Imported, fitted, read_weights
+from tome_server.models.loaded import LoadedModel
+from tome_server.models.loading import create, load, put_weights, read_checkpoint
+from tome_server.models.repository import read_folder
+from tome_server.models.spec import BUNDLED_PREFIX, CONFIG, LABELS, WEIGHTS, ModelSpec, bundled_spec
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a model is to be made of."""
+
+    source: str
+    """bundled:NAME, or timm's name of an architecture, with or without a tag."""
+    weights: Path | None = None
+    """A checkpoint, or an ONNX export; None takes timm's pretrained weights from the hub."""
+    labels: Path | None = None
+    """One class name a line; None takes ImageNet's where the classes are ImageNet's."""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of timm's create_model; num_classes and img_size are taken from the weights if left out."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """Overrides of timm's data config."""
+    default_budget: float | None = None
+    """seconds"""
+    license: str = ""
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model whose folder was made, and which was loaded from it to prove that it can be."""
+
+    spec: ModelSpec
+    model: LoadedModel
+    left_out: tuple[str, ...] = ()
+    """Tensors of the weights' file that aren't the Vision Transformer's."""
+
+
+def prepare(recipe: Recipe, name: str, folder: Path) -> Prepared:
+    """Fill the empty `folder` with the model that requests will call `name`.
+
+    Raises ModelLoadError if the weights can't be had or don't fit, or the model can't be served; ConfigError if there
+    is no such bundled model.
+    """
+    if recipe.source.startswith(BUNDLED_PREFIX):
+        spec = bundled_spec(recipe.source.removeprefix(BUNDLED_PREFIX))
+        shutil.copytree(BUNDLED / spec.name, folder, dirs_exist_ok=True)
+        return _proved(folder, name)
+    left_out: tuple[str, ...] = ()
+    licensed, kwargs = recipe.license, dict(recipe.kwargs)
+    if recipe.weights is None:
+        model = create(ModelSpec(name=name, architecture=recipe.source, kwargs=kwargs))
+        licensed = licensed or str((getattr(model, "pretrained_cfg", None) or {}).get("license") or "")
+    else:
+        weights = read_weights(recipe.weights)
+        kwargs = _inferred(recipe, weights) | kwargs
+        model = create(ModelSpec(name=name, architecture=recipe.source, kwargs=kwargs, checkpoint=recipe.weights))
+        put_weights(model, fitted(weights, model), recipe.weights, recipe.source)
+        left_out = weights.left_out
+    if recipe.labels:
+        try:
+            shutil.copyfile(recipe.labels, folder / LABELS)
+        except OSError as error:
+            raise ModelLoadError(f"labels {recipe.labels} can't be read: {error.strerror}") from error
+    config = {
+        "architecture": recipe.source,
+        "kwargs": kwargs,
+        "data": dict(recipe.data),
+        "default_budget": recipe.default_budget,
+        "license": licensed,
+        "description": recipe.description,
+    }
+    _write_weights(folder, model.state_dict())
+    _write_config(folder, config)
+    prepared = _proved(folder, name)
+    # What timm says of a name may change, so that all that it says now is written down.
+    _write_config(folder, config | {"data": asdict(prepared.model.preprocess.settings)})
+    if prepared.model.labels and not recipe.labels:
+        write_labels(folder, prepared.model.labels)
+    return replace(prepared, spec=read_folder(folder, name), left_out=left_out)
+
+
+def prepare_with_head(spec: ModelSpec, head: Head, labels: Sequence[str], folder: Path) -> Prepared:
+    """Fill the empty `folder` with a stored model and another classifier.
+
+    Raises ModelLoadError if the stored one can't be read or has no place for a single linear classifier.
+    """
+    assert spec.checkpoint is not None
+    weights = {key: value for key, value in read_checkpoint(spec.checkpoint).items() if not key.startswith("head.")}
+    if other := sorted({key.split(".")[0] for key in weights if key.startswith("head")}):
+        raise ModelLoadError(f"{spec.name} has a classifier of several parts ({', '.join(other)}): none can be fitted")
+    config = yaml.safe_load((spec.checkpoint.parent / CONFIG).read_text(encoding="utf-8"))
+    config["kwargs"] = {**config.get("kwargs", {}), "num_classes": len(labels)}
+    _write_weights(folder, {**weights, "head.weight": head.weight, "head.bias": head.bias})
+    _write_config(folder, config)
+    write_labels(folder, labels)
+    return _proved(folder, spec.name)
+
+
+def write_labels(folder: Path, labels: Sequence[str]) -> None:
+    """Write the classes' names, one a line."""
+    (folder / LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+
+
+def _proved(folder: Path, name: str) -> Prepared:
+    spec = read_folder(folder, name)
+    return Prepared(spec, load(spec, CPU))
+
+
+def _write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    # safetensors lets only the file's owner read it; the server may be another user.
+    (folder / WEIGHTS).chmod(0o644)
+
+
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write what is set."""
+    given = {key: _plain(value) for key, value in config.items() if value not in (None, "", {})}
+    text = yaml.safe_dump(given, default_flow_style=None, width=120, sort_keys=False, allow_unicode=True)
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` with lists in place of tuples, which YAML has none of."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _inferred(recipe: Recipe, weights: Imported) -> dict[str, Any]:
+    """Return the arguments of create_model that the weights themselves tell, where timm's default would be another."""
+    try:
+        with torch.device("meta"):
+            usual = timm.create_model(recipe.source, **{"num_classes": weights.num_classes, **recipe.kwargs})
+    except Exception:  # what is wrong shows in building it for real
+        return {}
+    found: dict[str, Any] = {"num_classes": weights.num_classes}
+    usual_size = tuple(usual.patch_embed.img_size or ())
+    size = weights.input_size or _trained_size(usual, weights)
+    if size and usual_size and size != usual_size:
+        found["img_size"] = size[0] if size[0] == size[1] else list(size)
+    return found
+
+
+def _trained_size(usual: Any, weights: Imported) -> tuple[int, int] | None:
+    """Return the image size that the position embeddings are for, if their patches make a square."""
+    embeddings = weights.tensors.get("pos_embed")
+    if embeddings is None or embeddings.ndim != 3:
+        return None
+    patches = embeddings.shape[1] - (0 if usual.no_embed_class else usual.num_prefix_tokens)
+    side = math.isqrt(max(patches, 0))
+    height, width = usual.patch_embed.patch_size
+    return (side * height, side * width) if side and side * side == patches else None

@@ -1,0 +1,247 @@
+"""The `tome-server models` commands, on models and images so small that each takes a moment."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tome_server.timm_import  # noqa: F401  isort: skip
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tome_server import cli
+from tome_server.models.loading import load
+from tome_server.models.repository import Repository
+
+ARCHITECTURE = "vit_tiny_patch16_224"
+KWARGS = "{patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}"
+CLASSES = ("circle", "square", "stripe")
+
+Run = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def _same_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command sets these for its own process, which here is pytest's."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command that succeeds, and return what it prints."""
+
+    def command(*args: object) -> str:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["models", *map(str, args)])
+        assert caught.value.code == 0
+        return capsys.readouterr().out
+
+    return command
+
+
+def failure(*args: object) -> str:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["models", *map(str, args)])
+    assert isinstance(caught.value.code, str)
+    return caught.value.code
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights for images of 32 pixels, without a classifier."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        ARCHITECTURE, img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0
+    )
+    path = tmp_path_factory.mktemp("weights") / "backbone.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty images of each of three classes, which differ in brightness and grain."""
+    folder = tmp_path_factory.mktemp("photos")
+    for label, name in enumerate(CLASSES):
+        (folder / name).mkdir()
+        for i in range(20):
+            random = np.random.default_rng(100 * label + i)
+            pixels = random.integers(60 * label, 60 * label + 100, (32, 32, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    return tmp_path / "models"
+
+
+def add(run: Run, models: Path, backbone: Path, *flags: object) -> str:
+    return run(
+        "add",
+        ARCHITECTURE,
+        "--kwargs",
+        KWARGS,
+        "--weights",
+        backbone,
+        "--to",
+        models,
+        "--no-profile",
+        "--threads",
+        "1",
+        *flags,
+    )
+
+
+def test_a_model_is_added_with_all_that_its_weights_tell(run: Run, models: Path, backbone: Path) -> None:
+    said = add(run, models, backbone, "--name", "tiny", "--license", "MIT", "--default-budget", "200ms")
+    assert said == f"{models}/tiny: {ARCHITECTURE}, no classifier, features alone\n"
+    spec = Repository(models).spec("tiny")
+    assert spec.kwargs["img_size"] == 32
+    assert spec.kwargs["num_classes"] == 0
+    assert spec.data["input_size"] == [3, 32, 32]
+    assert spec.default_budget == 0.2
+    assert spec.checkpoint is not None
+    assert spec.checkpoint.stat().st_mode & 0o777 == 0o644  # a server of another user reads it
+    stored, given = load_file(spec.checkpoint), load_file(backbone)
+    assert stored.keys() == given.keys()
+    assert all(torch.equal(stored[name], given[name]) for name in given)
+
+
+def test_the_bundled_model_can_be_added_and_measured(run: Run, models: Path) -> None:
+    assert (
+        run("add", "bundled:fashion", "--to", models, "--no-profile")
+        == f"{models}/fashion: bundled:fashion, 10 classes\n"
+    )
+    assert load(Repository(models).spec("fashion"), torch.device("cpu")).relative_quality is not None
+    table = run("profile", "fashion", "--repository", models, "--seconds", "0.2", "--max-batch", "2", "--threads", "1")
+    assert table.startswith("batch ")
+    [profile] = (models / "fashion/profiles").iterdir()
+    assert json.loads(profile.read_text())["batch_sizes"] == [1, 2]
+    described = json.loads(run("inspect", "fashion", "--repository", models, "--json"))
+    assert described["classes"] == 10
+    assert described["patches"] == [14, 14]
+    assert described["profiles"] == [profile.name]
+    assert [level["r"] for level in described["levels"]] == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert described["levels"][0]["top1"] == 0.9049
+    text = run("inspect", "fashion", "--repository", models)
+    assert "0.9049" in text
+    assert "45.8%" in text
+
+
+def test_a_backbone_becomes_a_classifier(run: Run, models: Path, backbone: Path, photos: Path) -> None:
+    add(run, models, backbone, "--name", "tiny")
+    said = run("fit-head", "tiny", "--repository", models, "--data", photos, "--r", "0,2", "--no-profile")
+    assert said.startswith(f"{models}/tiny: 3 classes, fitted to 45 images at r = 0, 2\n")
+    assert "on the 15 held out:" in said
+    spec = Repository(models).spec("tiny")
+    model = load(spec, torch.device("cpu"))
+    assert model.labels == CLASSES
+    assert model.relative_quality is not None
+    assert model.quality[0].top1 is not None
+    assert model.quality[0].top1 > 0.9
+    # Only the head is new.
+    assert spec.checkpoint is not None
+    stored, given = load_file(spec.checkpoint), load_file(backbone)
+    assert stored.keys() - given.keys() == {"head.weight", "head.bias"}
+    assert all(torch.equal(stored[name], given[name]) for name in given)
+    report = json.loads((models / "tiny/quality.json").read_text())
+    assert report["images"] == 15
+    assert report["fitted_to"]["images"] == 45
+    assert [path.name for path in models.iterdir()] == ["tiny"]
+
+
+def test_a_model_with_versions_gets_a_new_one(run: Run, models: Path, backbone: Path, photos: Path) -> None:
+    add(run, models, backbone, "--name", "tiny", "--version", "4")
+    run("fit-head", "tiny", "--repository", models, "--data", photos, "--limit", "45", "--no-profile")
+    assert Repository(models).versions("tiny") == [4, 5]
+    listed = json.loads(run("list", "--repository", models, "--json"))
+    assert [(model["name"], model["version"], model["versions"]) for model in listed] == [("tiny", 5, [4, 5])]
+    assert run("remove", "tiny", "--repository", models, "--version", "5") == f"removed {models}/tiny/5\n"
+    assert Repository(models).spec("tiny").version == 4
+    run("remove", "tiny", "--repository", models)
+    assert list(models.iterdir()) == []
+
+
+def test_quality_is_measured_when_images_are_given(run: Run, models: Path, backbone: Path, photos: Path) -> None:
+    add(run, models, backbone, "--name", "tiny")
+    said = "tiny has no classifier to measure; tome-server models fit-head gives it one"
+    assert said in failure("evaluate", "tiny", "--repository", models, "--data", photos)
+    run("fit-head", "tiny", "--repository", models, "--data", photos, "--no-profile", "--threads", "1")
+    weights, labels = models / "tiny/weights.safetensors", models / "tiny/labels.txt"
+    add(run, models, weights, "--name", "again", "--labels", labels, "--data", photos, "--limit", "10")
+    report = json.loads((models / "again/quality.json").read_text())
+    assert report["images"] == 10
+    table = run("evaluate", "again", "--repository", models, "--data", photos, "--threads", "1")
+    assert len(table.splitlines()) == 1 + len(report["levels"])
+    assert json.loads((models / "again/quality.json").read_text())["images"] == 60
+    listed = run("list", "--repository", models)
+    assert [line.split()[0] for line in listed.splitlines()[1:]] == ["again", "tiny"]
+    assert listed.count("yes") == 2
+
+
+def test_what_cannot_be_added_leaves_nothing(
+    run: Run, models: Path, backbone: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timm, "create_model", _without_hub(timm.create_model))
+    flags = ["--kwargs", KWARGS, "--to", models, "--no-profile"]
+    cases: list[tuple[list[object], str]] = [
+        (["vit_tiny_patch16_225", *flags], "timm has no model named 'vit_tiny_patch16_225'"),
+        ([ARCHITECTURE, *flags, "--weights", "/gone.pth"], "/gone.pth is no file"),
+        ([ARCHITECTURE, *flags], "pretrained weights from the hub: no network; name a local checkpoint instead"),
+        ([ARCHITECTURE, "--to", models, "--weights", backbone], "doesn't fit vit_tiny_patch16_224: missing: "),
+        ([ARCHITECTURE, *flags, "--weights", backbone, "--name", "../x"], "'../x' is no name of a model"),
+        (
+            [ARCHITECTURE, *flags, "--weights", backbone, "--labels", "/gone"],
+            "labels /gone can't be read: No such file",
+        ),
+        ([ARCHITECTURE, *flags, "--weights", backbone, "--data", "/gone"], "/gone does not exist"),
+        ([ARCHITECTURE, *flags, "--weights", backbone, "--data", photos], "has no classifier to measure"),
+        ([ARCHITECTURE, *flags, "--weights", backbone, "--input", "{crop: 1}"], "crop is none of input_size"),
+        ([ARCHITECTURE, *flags, "--weights", backbone, "--default-budget", "0"], "default_budget: "),
+        (["bundled:nothing", "--to", models], "no bundled model is named 'nothing'"),
+        (["bundled:fashion", "--to", models, "--labels", "x"], "bundled:fashion is complete as it is"),
+    ]
+    for args, says in cases:
+        assert says in failure("add", *args)
+        assert not models.exists() or list(models.iterdir()) == []
+    add(run, models, backbone)
+    assert f"{models}/{ARCHITECTURE} exists; remove it first" in failure(
+        "add", ARCHITECTURE, *flags, "--weights", backbone
+    )
+
+
+def _without_hub(create: Callable[..., Any]) -> Callable[..., Any]:
+    def model(*args: Any, pretrained: bool = False, **kwargs: Any) -> Any:
+        if pretrained:
+            raise ConnectionError("no network")
+        return create(*args, **kwargs)
+
+    return model
+
+
+def test_a_head_that_cannot_be_fitted_changes_nothing(
+    run: Run, models: Path, backbone: Path, photos: Path, tmp_path: Path
+) -> None:
+    add(run, models, backbone, "--name", "tiny")
+    before = {path.name: path.read_bytes() for path in (models / "tiny").iterdir()}
+    few = ["--repository", models, "--data", photos, "--limit", "6"]
+    assert "each class needs at least 5 images to fit a head to" in failure("fit-head", "tiny", *few)
+    flat = ["--repository", models, "--data", photos / CLASSES[0]]
+    assert "the images have no labels" in failure("fit-head", "tiny", *flat)
+    assert "no model named 'other'; there is tiny" in failure("fit-head", "other", *few)
+    assert {path.name: path.read_bytes() for path in (models / "tiny").iterdir()} == before
+
+
+@pytest.mark.parametrize("text", ["[1]", "a: [", "3", "{1: 2}"])
+def test_arguments_that_are_no_mapping_are_wrong_usage(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["models", "add", "x", "--to", "y", "--kwargs", text])
+    assert caught.value.code == 2
+    assert "is no mapping; write for example '{img_size: 224}'" in capsys.readouterr().err
