@@ -28,7 +28,7 @@ RUN set -e; \
       *) echo "DEVICE is cpu or cuda, not '$DEVICE'" >&2; exit 1 ;; \
     esac; \
     python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-print(*p["dependencies"], *p["optional-dependencies"]["server"], sep="\n")' > requirements.txt; \
+print(*p["dependencies"], *p["optional-dependencies"]["server"], *p["optional-dependencies"]["tracing"], sep="\n")' > requirements.txt; \
     pip --python /opt/tome/bin/python install -c constraints.txt -r requirements.txt \
       || { echo "with DEVICE=cpu, pip must be told where CPU builds of torch are: see this file's head" >&2; exit 1; }; \
     built_for="$(/opt/tome/bin/python -c 'import torch; print("cuda" if torch.version.cuda else "cpu")')"; \

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tome_server.timm_import  # noqa: F401  isort: skip
 
@@ -37,6 +37,10 @@ from tome_server.runtime.profile_store import ProfileKey, keep_profile, profile_
 from tome_server.runtime.profiling import measure
 from tome_server.runtime.threads import available_cpus, choose_threads
 from tome_server.scheduling.profile import Profile
+
+if TYPE_CHECKING:
+    # Not part of every installation, and nothing is imported of it where no traces are asked for.
+    from tome_server.observability.traces import Traces
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +78,10 @@ async def serve(config: ServerConfig) -> None:
             observers=[log_request, summary := Summary()],
         )
         stack.callback(summary.write)
+        if config.traces:
+            traces = _traces(config.traces)
+            engine.observers = [*engine.observers, traces]
+            stack.push_async_callback(asyncio.to_thread, traces.close)
         stack.callback(engine.close)
         rpc = RpcServer(engine, OpenInference(engine), _rpc_settings(config))
         metrics_url, stop_metrics = _serve_metrics(config.metrics, metrics)
@@ -159,6 +167,15 @@ def _rpc_settings(config: ServerConfig) -> RpcSettings:
         max_age_grace=connections.max_age_grace,
         reflection=config.reflection,
     )
+
+
+def _traces(endpoint: str) -> "Traces":
+    """Raises ConfigError if what sends traces isn't installed."""
+    try:
+        from tome_server.observability.traces import Traces, otlp_processor
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"traces: {error}; they need: pip install 'tome-serving[tracing]'") from error
+    return Traces(otlp_processor(endpoint))
 
 
 def _serve_metrics(address: str | None, metrics: Metrics) -> tuple[str | None, Callable[[], None]]:

@@ -146,6 +146,8 @@ class ServerConfig(Strict):
     """Tell clients the services and messages there are."""
     log_format: Literal["auto", "json", "text"] = "auto"
     """How log lines are written: json, text, or auto, which is text for people at a terminal."""
+    traces: Annotated[str, Field(pattern="^https?://[^/]+$")] | None = None
+    """OTLP collector that gets traces over gRPC, such as http://localhost:4317; by default none are made."""
     reply_margin: Duration = 0.001
     """The least kept back from each deadline for the answer's way to the client; more where that is measured."""
     drain_timeout: Duration = 30.0

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 import queue
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tome_server.observability.metrics import Metrics as ServerMetrics
 from tome_server.rpc.access import AccessInterceptor
 from tome_server.rpc.tokens import Tokens
 
+from .collector import Collector, collecting
 from .wire import PATIENCE, black_png, refusal, refusal_in, refusal_of, scrape, until
 
 ALICE, BOB, EVE = "alice-0123456789abcdef", "bob-0123456789abcdef", "eve-0123456789abcdef"
@@ -38,14 +40,21 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def guarded(module_server: Callable[..., Any], tokens: Path) -> Any:
-    """A server that asks for tokens, and logs all it can."""
+def collector() -> Iterator[Collector]:
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
+def guarded(module_server: Callable[..., Any], tokens: Path, collector: Collector) -> Any:
+    """A server that asks for tokens, and tells all it can."""
     config = tokens.parent / "server.yaml"
     settings = {
         "auth": {"tokens": str(tokens)},
         "limits": {"max_client_requests": 3},
         "connections": {"max_concurrent_streams": 7},
         "reflection": False,
+        "traces": collector.endpoint,
     }
     config.write_text(yaml.safe_dump(settings))
     return module_server("--config", str(config), "--default-budget", "60s", "--log-level", "debug")
@@ -135,6 +144,29 @@ def test_tokens_exchanged_under_a_running_server_hold_from_the_next_call_on(
     assert refusal(lambda: predict(good, metadata=bearer(BOB))).code is UNAUTHENTICATED
     tokens.write_text(kept)
     assert refusal(lambda: predict(good, metadata=bearer(EVE))).code is UNAUTHENTICATED
+
+
+# Traces
+
+
+def test_each_message_is_a_span_of_its_callers_trace(
+    guarded: Any, channel: grpc.Channel, good: pb.PredictRequest, collector: Collector
+) -> None:
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    metadata = (*bearer(ALICE), ("traceparent", f"00-{trace}-{parent}-01"))
+    stub = inference_pb2_grpc.InferenceStub(channel)
+    stub.Predict(good, metadata=metadata)
+    assert len(list(stub.PredictStream(iter([pb.PredictStreamRequest(request=good)]), metadata=metadata))) == 1
+    until(lambda: len([span for span in collector.spans if span.trace_id.hex() == trace]) == 8, "the spans came")
+    spans = [span for span in collector.spans if span.trace_id.hex() == trace]
+    assert Counter(span.name for span in spans) == {"predict": 2, "decode": 2, "queue": 2, "compute": 2}
+    roots = [span for span in spans if span.name == "predict"]
+    assert {span.parent_span_id.hex() for span in roots} == {parent}
+    assert {span.parent_span_id for span in spans if span.name == "compute"} == {span.span_id for span in roots}
+    for span in roots:
+        attributes = {one.key: one.value for one in span.attributes}
+        assert attributes["tome.r"].int_value == 0
+        assert attributes["tome.outcome"].string_value == "answered"
 
 
 # Limits

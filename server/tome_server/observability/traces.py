@@ -1,0 +1,81 @@
+"""Traces: a span a request, with one for each stage, sent to a collector over OTLP. Needs the extra `tracing`.
+
+The spans are made from the finished request's times, so that the request itself does nothing for them.
+"""
+
+import os
+import time
+
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from tome_server import caller
+from tome_server.observability.ended import Answered, Ended
+from tome_server.observability.logs import outcome
+
+# How long a collector may take. Its absence must not keep a server from stopping.
+EXPORT_SECONDS = 3.0
+_NS = 1_000_000_000
+
+
+def otlp_processor(endpoint: str) -> SpanProcessor:
+    """Return what sends spans to a collector, in a thread of its own: https for TLS, http for plain text."""
+    return BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_SECONDS))
+
+
+class Traces:
+    """Makes a trace's spans of each request that ended. The SDK's variables hold, such as OTEL_TRACES_SAMPLER."""
+
+    def __init__(self, processor: SpanProcessor) -> None:
+        named = "OTEL_SERVICE_NAME" in os.environ or "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
+        resource = Resource.create({} if named else {"service.name": "tome-serving"})
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._provider.add_span_processor(processor)
+        self._tracer = self._provider.get_tracer("tome_server")
+        self._incoming = TraceContextTextMapPropagator()
+
+    def __call__(self, ended: Ended) -> None:
+        """Make the spans, if the trace is recorded: its caller decides, and else the sampler."""
+        end = time.time_ns()
+        start = end - round(ended.seconds * _NS)
+        traceparent = caller.traceparent.get()
+        parent = self._incoming.extract({"traceparent": traceparent} if traceparent else {})
+        span = self._tracer.start_span("predict", parent, SpanKind.SERVER, start_time=start)
+        if not span.is_recording():
+            return
+        span.set_attributes({"tome.model": ended.model, "tome.outcome": outcome(ended)})
+        if ended.answer:
+            self._stages(span, ended.answer, start)
+        else:
+            span.set_status(Status(StatusCode.ERROR, str(ended.error)))
+        span.end(end)
+
+    def close(self) -> None:
+        """Send what is left. Takes some seconds if the collector can't be reached."""
+        self._provider.shutdown()
+
+    def _stages(self, span: Span, answer: Answered, start: int) -> None:
+        span.set_attributes(
+            {
+                "tome.r": answer.r,
+                "tome.tokens_in": answer.tokens_in,
+                "tome.tokens_out": answer.tokens_out,
+                "tome.flops_saved": answer.flops_saved,
+                "tome.batch_size": answer.batch_size,
+                "tome.slack_seconds": answer.slack,
+            }
+        )
+        within = set_span_in_context(span)
+        for name, seconds in (("decode", answer.decode), ("queue", answer.queue), ("compute", answer.compute)):
+            stage = self._tracer.start_span(name, within, start_time=start)
+            if name == "compute":
+                # Here too, since it is what this stage's time depends on.
+                stage.set_attributes(
+                    {"tome.r": answer.r, "tome.tokens_in": answer.tokens_in, "tome.batch_size": answer.batch_size}
+                )
+            start += round(seconds * _NS)
+            stage.end(start)
