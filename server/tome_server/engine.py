@@ -330,6 +330,11 @@ class Engine:
         except ClientLimitError:
             self.metrics.rejected.labels(served.model.name, "client_limit").inc()
             raise
+        except asyncio.CancelledError:
+            # gRPC ends calls at their deadline, which on a busy machine may be before we get to it.
+            if _now() >= request.deadline - self.reply_margin:
+                self.metrics.slo_missed.labels(served.model.name, "expired").inc(exemplar=exemplar(request.trace_id))
+            raise
         except Exception as error:
             if missed := _MISSED.get(type(error)) if isinstance(error, RequestError) else "failed":
                 self.metrics.slo_missed.labels(served.model.name, missed).inc(exemplar=exemplar(request.trace_id))

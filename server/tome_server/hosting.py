@@ -53,6 +53,7 @@ class Hosting:
         Raises UnknownModelError if it isn't there, UnavailableError if it is loading.
         """
         await self.engine.retire(name)
+        self.engine.metrics.retired(name)
         await self.device.unload(name)
         log.info("unloaded %s", name)
 

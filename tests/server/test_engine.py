@@ -494,6 +494,25 @@ async def test_a_deadline_that_passes_on_the_device_says_so_and_its_mates_are_an
     assert image_of(await mate) == 2
 
 
+async def test_a_call_cancelled_at_its_deadline_has_missed_it_and_one_cancelled_before_has_not(
+    bench: Bench, clock: Clock
+) -> None:
+    holding = await bench.hold_device()
+    late, gone = await bench.in_order(1, 2, within=LATE / 2)
+    gone.cancel()
+    await bench.queued(1)
+    # As gRPC does, where the machine is so busy that our own look at the clock comes later.
+    clock.skip(LATE / 2)
+    late.cancel()
+    for task in (late, gone):
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert bench.metric("tome_slo_missed_total", reason="expired") == 1
+    bench.device.gate.set()
+    await holding
+    assert bench.device.seen == {0: 1}
+
+
 @pytest.mark.parametrize("within", [0.0, -0.001, -1000.0])
 async def test_a_deadline_that_is_over_on_arrival_is_refused_undecoded(bench: Bench, within: float) -> None:
     assert (await infeasible(bench.predict(1, within=within))).smallest > 0

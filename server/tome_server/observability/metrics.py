@@ -96,7 +96,7 @@ class Metrics:
         self.slo_missed = self._counter(
             "slo_missed",
             "Requests that were not, by reason: infeasible, expired, queue_full, failed, or late for an answer after "
-            "the deadline; what is wrong with a request itself is no miss",
+            "the deadline; what is wrong in itself, or given up by its client before the deadline, is no miss",
             "reason",
         )
         self.deadline_slack = self._histogram(
@@ -178,6 +178,11 @@ class Metrics:
             histogram.labels(model)
         for histogram in (self.prediction_ratio, self.quality_ratio):
             histogram.labels(model)
+
+    def retired(self, model: str) -> None:
+        """Forget what a model is and how it does, once it is out of service; what was counted stays."""
+        for gauge in (self.model_info, self.merge_r_limit, self.drift, self.queue_depth):
+            gauge.remove(model)
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """Return what a scrape is answered, and its content type: OpenMetrics where the Accept header asks for it.
