@@ -40,6 +40,12 @@ COPY client client
 COPY server server
 RUN pip --python /opt/tome/bin/python install --no-deps .
 
+# What the image holds of Python, in CycloneDX: /opt/tome/sbom.cdx.json. Its maker stays outside of the image.
+RUN python -m venv --without-pip /opt/sbom \
+    && pip --python /opt/sbom/bin/python install -c constraints.txt cyclonedx-bom \
+    && /opt/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+         --output-file /opt/tome/sbom.cdx.json /opt/tome/bin/python
+
 FROM python:${PYTHON}-slim
 ARG VERSION=0.1.0
 LABEL org.opencontainers.image.title="tome-serving" \

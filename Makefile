@@ -17,7 +17,7 @@ TYPES := $(VENV)/grafana
 # Debian packages that tests use.
 DEBIAN := prometheus
 
-.PHONY: demo test stack tools lint proto reference bench nightly gpu clean help
+.PHONY: demo test stack tools lint proto reference sbom audit bench nightly gpu clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,13 +63,23 @@ proto: $(STAMP)  ## regenerate the stubs beside the .proto files
 reference: $(STAMP)  ## regenerate what is made from the server's settings: their table, their part of the chart's schema
 	$(BIN)/python deploy/reference.py
 
+# Apart from .venv, which holds the development tools as well.
+sbom: $(STAMP)  ## what a server's installation holds, as CycloneDX, in build/sbom.cdx.json
+	rm -rf build/server && $(BIN)/python -m venv --without-pip build/server
+	$(BIN)/pip --python build/server/bin/python install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt '.[server]'
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o build/sbom.cdx.json build/server/bin/python
+
+audit: $(STAMP)  ## known vulnerabilities of the pinned dependencies; needs a network that reaches the index's own reports
+	$(BIN)/python deploy/audit.py
+
 bench: $(STAMP)  ## every benchmark, each printing all sides from one run (about 20 minutes)
 	$(BIN)/python -m benchmarks.merging
 	$(BIN)/python -m benchmarks.mixed
 	$(BIN)/python -m benchmarks.policies
 	$(BIN)/python -m benchmarks.serving
 
-nightly: $(STAMP) $(BIN)/helm  ## the slow tests as well
+nightly: DEBIAN += buildah debootstrap
+nightly: $(STAMP) $(BIN)/helm tools  ## the slow tests as well
 	$(BIN)/python -m pytest -m 'not cuda'
 
 # The project's pytest settings name plugins that such a machine may lack, so they are left out (-c /dev/null).
