@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 import tome_server.timm_import  # noqa: F401  isort: skip
 
 import torch
-from prometheus_client import start_http_server
 
 from tome_server.config import ModelConfig, ServerConfig
 from tome_server.engine import Engine
-from tome_server.errors import ConfigError, PortInUseError
+from tome_server.errors import ConfigError
 from tome_server.hosting import Hosting
 from tome_server.models.datasets import load_labelled
 from tome_server.models.loading import load
@@ -28,6 +27,7 @@ from tome_server.models.spec import BUNDLED_PREFIX, ModelSpec, bundled_spec
 from tome_server.observability.logs import Summary, log_request
 from tome_server.observability.metrics import Metrics
 from tome_server.oip.service import OpenInference
+from tome_server.rest.server import HttpServer
 from tome_server.rpc.server import RpcServer, RpcSettings
 from tome_server.rpc.tls import TlsFiles
 from tome_server.rpc.tokens import Tokens
@@ -83,9 +83,13 @@ async def serve(config: ServerConfig) -> None:
             engine.observers = [*engine.observers, traces]
             stack.push_async_callback(asyncio.to_thread, traces.close)
         stack.callback(engine.close)
-        rpc = RpcServer(engine, OpenInference(engine), _rpc_settings(config))
-        metrics_url, stop_metrics = _serve_metrics(config.metrics, metrics)
-        stack.callback(stop_metrics)
+        service, settings = OpenInference(engine), _rpc_settings(config)
+        rpc = RpcServer(engine, service, settings)
+        http = _http_server(config, service, settings.tokens)
+        metrics_url = f"http://{http.address}/metrics" if http else None
+        if http:
+            stack.push_async_callback(http.stop)
+            await http.start()
         await rpc.start()
         log.info("listening on %s, loading %s", rpc.address, ", ".join(engine.names))
         loading = asyncio.create_task(Hosting(device, engine, config).start(specs))
@@ -101,7 +105,8 @@ async def serve(config: ServerConfig) -> None:
             log.info("stopping; answering what is in flight, for at most %.0f s", config.drain_timeout)
         finally:
             loading.cancel()
-            await rpc.stop(config.drain_timeout)
+            answered = [rpc.stop(config.drain_timeout)] + ([http.drain(config.drain_timeout)] if http else [])
+            await asyncio.gather(*answered)
             dispatching.cancel()
             for end in ends:
                 end.cancel()
@@ -178,20 +183,16 @@ def _traces(endpoint: str) -> "Traces":
     return Traces(otlp_processor(endpoint))
 
 
-def _serve_metrics(address: str | None, metrics: Metrics) -> tuple[str | None, Callable[[], None]]:
-    if address is None:
-        return None, lambda: None
-    host, _, port = address.rpartition(":")
-    try:
-        server, _ = start_http_server(int(port), host.strip("[]"), registry=metrics.registry)
-    except OSError as error:
-        raise PortInUseError(f"can't serve metrics on {address}: {error.strerror}") from error
-
-    def stop() -> None:
-        server.shutdown()
-        server.server_close()
-
-    return f"http://{host}:{server.server_port}/metrics", stop
+def _http_server(config: ServerConfig, service: OpenInference, tokens: Tokens | None) -> HttpServer | None:
+    if config.metrics is None:
+        return None
+    return HttpServer(
+        service,
+        config.metrics,
+        max_image_bytes=config.limits.max_image_bytes,
+        protocol=config.tls is None if config.rest is None else config.rest,
+        tokens=tokens,
+    )
 
 
 async def _first(*tasks: "asyncio.Task[Any]") -> None:

@@ -121,6 +121,8 @@ class ServerConfig(Strict):
     """gRPC host:port; port 0 picks a free one."""
     metrics: AddressOrOff = "0.0.0.0:8501"
     """Prometheus host:port; off or null serves none."""
+    rest: bool | None = None
+    """Whether REST requests are answered there as well; by default unless `tls` is set, for it is plain text."""
     repository: Path | None = None
     """Folder of models, each in a folder of its own, which are served beside `models`."""
     models: tuple[ModelConfig, ...] = (ModelConfig(),)

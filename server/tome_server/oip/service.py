@@ -25,12 +25,14 @@ class OpenInference:
     @property
     def ready(self) -> bool:
         """Whether every model is in service and the server isn't stopping."""
-        return not self.engine.draining.is_set() and all(name in self.engine.models for name in self.engine.names)
+        names = self.engine.names
+        return bool(names) and all(self.model_ready(name) for name in names)
 
     def model_ready(self, name: str, version: str = "") -> bool:
         """Return whether a model answers now; not if there is none of that name."""
-        known = (name or self.engine.default_name) in self.engine.models and version in ("", describe.VERSION)
-        return known and not self.engine.draining.is_set()
+        engine, name = self.engine, name or self.engine.default_name
+        in_service = name in engine.names and name in engine.models and version in ("", describe.VERSION)
+        return in_service and not engine.draining.is_set()
 
     def metadata(self, name: str, version: str = "") -> dict[str, Any]:
         """Describe a model's inputs and outputs."""
@@ -42,7 +44,7 @@ class OpenInference:
 
     def statistics(self, name: str = "", version: str = "") -> list[dict[str, Any]]:
         """Say what a model has answered; every model in service if unnamed."""
-        names = [self._served(name, version).model.name] if name else list(self.engine.models)
+        names = [self._served(name, version).model.name] if name else filter(self.model_ready, self.engine.names)
         return [describe.model_statistics(self.engine.metrics, one, self._last_inference.get(one, 0)) for one in names]
 
     def index(self, ready_only: bool = False) -> list[dict[str, Any]]:
