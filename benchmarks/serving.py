@@ -207,13 +207,14 @@ def _bare_loop(r: int, batch: int, threads: int, seconds: float) -> float:
 
     from tome_server.models.loading import load
     from tome_server.models.spec import bundled_spec
-    from tome_server.runtime.executor import Work, run_batch
+    from tome_server.runtime.executor import run_batch
+    from tome_server.runtime.work import Work
 
     torch.set_num_threads(threads)
     device = torch.device("cpu")
     model = load(bundled_spec("fashion"), device)
     images = [model.preprocess.encoded(path.read_bytes()) for path in sorted(SAMPLES.glob("*.png"))[:batch]]
-    works = [Work(image, top_k=1) for image in images]
+    works = [Work(torch.from_numpy(image), top_k=1) for image in images]
     for _ in range(5):
         run_batch(model, works, r, device)
     began, count = time.perf_counter(), 0

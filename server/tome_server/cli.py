@@ -81,7 +81,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from tome_server.app import evaluate_model
+    from tome_server.offline import evaluate_model
 
     if args.output and not args.output.parent.is_dir():
         raise ConfigError(f"--output: there is no folder {args.output.parent}")
@@ -98,7 +98,7 @@ def _profile(args: argparse.Namespace) -> int:
     if args.output and not args.output.parent.is_dir():
         raise ConfigError(f"--output: there is no folder {args.output.parent}")
     picture = _drawing("tome_server.runtime.profile_picture", "--picture", args.picture) if args.picture else None
-    from tome_server.app import profile_model
+    from tome_server.offline import profile_model
     from tome_server.runtime.profile_store import profile_text
     from tome_server.runtime.profile_table import table
 

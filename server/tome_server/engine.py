@@ -13,7 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from tome_server.caller import Shares
 from tome_server.errors import (
@@ -28,14 +29,14 @@ from tome_server.errors import (
     UnavailableError,
     UnknownModelError,
 )
-from tome_server.merging import MacCount
+from tome_server.mac_count import MacCount
 from tome_server.models.hosted import HostedModel
 from tome_server.models.preprocess import Preprocess
 from tome_server.observability.ended import Answered, Ended, Observer
 from tome_server.observability.metrics import Metrics, exemplar
 from tome_server.runtime.device import Device
-from tome_server.runtime.executor import Result, Work
 from tome_server.runtime.shared_images import Slot
+from tome_server.runtime.work import Result, Work
 from tome_server.scheduling.policy.view import Decision
 from tome_server.scheduling.queue import Waiting
 from tome_server.served import Bounds, ServedModel
@@ -576,7 +577,7 @@ def _top_k(model: HostedModel, request: Request) -> int:
     return min(request.top_k, model.num_classes)
 
 
-def _prepared(preprocess: Preprocess, source: EncodedImage | Pixels | Normalised) -> Tensor:
+def _prepared(preprocess: Preprocess, source: EncodedImage | Pixels | Normalised) -> NDArray[np.float32]:
     match source:
         case EncodedImage(data):
             return preprocess.encoded(data)

@@ -4,11 +4,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tome_server.config import ServerConfig
+from tome_server.config import ModelConfig, ServerConfig
 from tome_server.engine import Engine, Served
+from tome_server.errors import ConfigError
 from tome_server.models.hosted import HostedModel
 from tome_server.models.preprocess import Limits
-from tome_server.models.spec import ModelSpec
+from tome_server.models.repository import Repository
+from tome_server.models.spec import BUNDLED_PREFIX, ModelSpec, bundled_spec
 from tome_server.runtime.device import Device
 from tome_server.served import ServedModel
 
@@ -24,7 +26,8 @@ class Hosting:
     config: ServerConfig
 
     async def start(self, specs: Sequence[ModelSpec]) -> None:
-        """Load and measure models, and serve them. Raises ModelLoadError, or ConfigError for an unfitting policy."""
+        """Load and measure models, and serve them. Raises ModelLoadError, or ConfigError."""
+        await self.device.open(self.config.device)
         if self.config.threads:
             await self.device.set_threads(self.config.threads)
         models = [await self._load(spec) for spec in specs]
@@ -72,3 +75,32 @@ class Hosting:
         model = served.model
         self.engine.serve(served)
         self.engine.metrics.serving(model.name, model.architecture, self.device.name, served.rs, model.largest_r)
+
+
+def model_specs(config: ServerConfig) -> list[ModelSpec]:
+    """Return what to load: the configured models, then those of the repository in order of name.
+
+    Raises ConfigError if two have the same name, or the repository holds none or one that can't be loaded.
+    """
+    specs = [_spec(model) for model in config.models]
+    if config.repository:
+        stored = Repository(config.repository).scan()
+        if not stored:
+            raise ConfigError(f"repository {config.repository} holds no models; tome-server models add makes one")
+        specs += stored
+    names = [spec.name for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two models are named {name!r}; give one another `name`")
+    return specs
+
+
+def _spec(model: ModelConfig) -> ModelSpec:
+    given = model.model_dump(exclude_unset=True, exclude={"source"})
+    if model.source.startswith(BUNDLED_PREFIX):
+        allowed = {"name", "default_budget", "description"}
+        if extra := sorted(given.keys() - allowed):
+            raise ConfigError(f"model {model.source} is complete as it is; {', '.join(extra)} can't be set")
+        spec = bundled_spec(model.source.removeprefix(BUNDLED_PREFIX))
+        return ModelSpec(**{**spec.__dict__, **given})
+    return ModelSpec(architecture=model.source, **{"name": model.source.split(".")[0], **given})

@@ -70,11 +70,11 @@ def fit_head(args: argparse.Namespace) -> int:
     """Fit a classifier to labelled images and store the model with it."""
     import torch
 
-    from tome_server.app import choose_device
     from tome_server.models.datasets import load_labelled
     from tome_server.models.head import fit_head
     from tome_server.models.loading import load
     from tome_server.models.preparing import prepare_with_head
+    from tome_server.runtime.choose_device import choose_device
     from tome_server.runtime.evaluation import evaluate as measure_quality
     from tome_server.runtime.evaluation import quality_report
     from tome_server.runtime.features import pooled_features
@@ -230,7 +230,7 @@ def _some(images: "Dataset", limit: int | None, seed: int) -> "Dataset":
 
 def _measure_quality(spec: "ModelSpec", args: argparse.Namespace) -> None:
     """Evaluate a stored model and keep the report with it."""
-    from tome_server.app import evaluate_model
+    from tome_server.offline import evaluate_model
 
     assert spec.checkpoint is not None
     _write_json(spec.checkpoint.parent / QUALITY, evaluate_model(_settings(spec, args), args.data, limit=args.limit))
@@ -238,7 +238,7 @@ def _measure_quality(spec: "ModelSpec", args: argparse.Namespace) -> None:
 
 def _measure_latencies(spec: "ModelSpec", args: argparse.Namespace) -> "Profile":
     """Profile a stored model here and keep that with it."""
-    from tome_server.app import profile_model
+    from tome_server.offline import profile_model
 
     _, _, profile, kept = profile_model(_settings(spec, args), budget=args.seconds, progress=sys.stderr.isatty())
     if kept is None:

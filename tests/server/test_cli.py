@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tome_server import app, cli
+from tome_server import app, cli, offline
 from tome_server.config import ServerConfig
 from tome_server.errors import ModelLoadError
 from tome_server.models.datasets import DatasetError
@@ -282,7 +282,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         calls.append((config, data, options))
         return {"levels": []}
 
-    monkeypatch.setattr(app, "evaluate_model", evaluate)
+    monkeypatch.setattr(offline, "evaluate_model", evaluate)
     return calls
 
 
@@ -318,7 +318,7 @@ def test_images_that_cannot_be_read_are_said_in_one_sentence(monkeypatch: pytest
     def evaluate(*_: object, **__: object) -> None:
         raise DatasetError("images does not exist")
 
-    monkeypatch.setattr(app, "evaluate_model", evaluate)
+    monkeypatch.setattr(offline, "evaluate_model", evaluate)
     assert failure("evaluate", "--data", "images") == "tome-server: images does not exist"
 
 
@@ -335,7 +335,7 @@ def profiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServerConfig, dict[s
         calls.append((config, options))
         return "tiny", KEY, PROFILE, Path("/cache/tiny.json")
 
-    monkeypatch.setattr(app, "profile_model", profile)
+    monkeypatch.setattr(offline, "profile_model", profile)
     return calls
 
 

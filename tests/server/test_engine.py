@@ -30,10 +30,10 @@ from tome_server.errors import (
 )
 from tome_server.models.hosted import HostedModel
 from tome_server.models.loading import load
-from tome_server.models.preprocess import ImageSettings
 from tome_server.models.spec import bundled_spec
+from tome_server.models.transform import ImageSettings
 from tome_server.observability.metrics import Metrics
-from tome_server.runtime.executor import BatchResult, Result, Work
+from tome_server.runtime.work import BatchResult, Result, Work
 from tome_server.scheduling.policy.view import Decision, Policy, View, uniform
 from tome_server.scheduling.profile import Latency, Profile
 from tome_server.served import ServedModel

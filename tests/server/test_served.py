@@ -15,7 +15,8 @@ from tome_server.errors import ConfigError, InvalidRequestError
 from tome_server.merging import merge
 from tome_server.models.hosted import HostedModel, Quality
 from tome_server.models.loaded import loaded_model
-from tome_server.models.preprocess import ImageSettings, Limits, Preprocess
+from tome_server.models.preprocess import Limits, Preprocess
+from tome_server.models.transform import ImageSettings
 from tome_server.rpc.convert import model_to
 from tome_server.scheduling.profile import Profile
 from tome_server.served import Bounds, ServedModel

@@ -1,7 +1,6 @@
 """What a forward pass costs, in multiply-accumulates, from shapes alone. Papers print these and say GFLOPs."""
 
 import copy
-from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -10,38 +9,13 @@ from timm.models.naflexvit import NaFlexEmbeds
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tome_server.mac_count import MacCount
 from tome_server.merging.encoder import Layers
 from tome_server.merging.geometry import default_size, patch_grid
 from tome_server.merging.packing import PackedLinear
 from tome_server.merging.pooling import pooled_from
 from tome_server.merging.schedule import Schedule, as_schedule, mergeable
 from tome_server.merging.support import VisionModel, check_supported, embedding_of, layers_of
-
-
-@dataclass(frozen=True)
-class MacCount:
-    """Multiply-accumulates for one image, by the convention that papers on ToMe use."""
-
-    dense: int
-    """of the unmerged model"""
-    merged: int
-    """of the merged model, matching and merging apart"""
-    overhead: int
-    """of matching and merging"""
-    tokens_in: int
-    """tokens that enter the first block, prefix tokens included"""
-    tokens: tuple[int, ...]
-    """tokens that leave each block"""
-
-    @property
-    def total(self) -> int:
-        """Of the merged model, matching and merging included."""
-        return self.merged + self.overhead
-
-    @property
-    def ratio(self) -> float:
-        """How many times the merged model's work the unmerged model does, the overhead apart."""
-        return self.dense / self.merged
 
 
 def macs(model: VisionModel, r: int | Schedule, image_size: tuple[int, int] | None = None) -> MacCount:

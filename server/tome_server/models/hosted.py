@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from tome_server.merging import MacCount
+from tome_server.mac_count import MacCount
 from tome_server.models.preprocess import Preprocess
 
 # Past about half of the work accuracy falls off a cliff (ToMe, figure 3). 16 on ViT-B/16 leaves 49.9 %.

@@ -22,8 +22,9 @@ from tome_server.merging.geometry import default_size
 from tome_server.merging.support import check_supported
 from tome_server.models.hosted import Quality
 from tome_server.models.loaded import LoadedModel, loaded_model
-from tome_server.models.preprocess import ImageSettings, Limits, Preprocess
+from tome_server.models.preprocess import Limits, Preprocess
 from tome_server.models.spec import ModelSpec, weights_digest
+from tome_server.models.transform import ImageSettings
 
 # Largest difference between timm's logits and ours at r = 0, as a share of the largest logit, that rounding explains.
 EQUAL = 1e-4

@@ -4,21 +4,15 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import tome_server.timm_import  # noqa: F401  isort: skip
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from timm.data import create_transform
-from torch import Tensor
 
 from tome_server.errors import InvalidRequestError
+from tome_server.models.transform import ImageSettings, transform
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-CROP_MODES = ("center", "squash", "border")
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 # Pillow's own guard warns at a size of its choosing and is process-wide; `max_pixels` below is checked on the header,
 # before anything is decoded.
@@ -35,66 +29,16 @@ class Limits:
     """Width times height, before and after resizing."""
 
 
-@dataclass(frozen=True)
-class ImageSettings:
-    """How a model wants its input, in timm's terms. Raises ValueError if they make no sense."""
-
-    input_size: tuple[int, int, int]
-    """channels, height, width"""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
-    crop_mode: str
-
-    def __post_init__(self) -> None:
-        channels, *_ = self.input_size
-        if min(self.input_size) < 1:
-            raise ValueError(f"input_size must be channels, height and width, not {list(self.input_size)}")
-        if len(self.mean) != channels or len(self.std) != channels or min(self.std) <= 0:
-            raise ValueError(f"mean and std take {channels} numbers, one a channel, and no std may be 0")
-        if not self.crop_pct > 0:
-            raise ValueError(f"crop_pct must be positive, and is {self.crop_pct}")
-        for value, valid in ((self.crop_mode, CROP_MODES), (self.interpolation, INTERPOLATIONS)):
-            if value not in valid:
-                raise ValueError(f"{value!r} is none of {', '.join(valid)}")
-
-    @classmethod
-    def from_timm(cls, data_config: dict[str, Any]) -> "ImageSettings":
-        """Take the settings from what timm's `resolve_data_config` returns."""
-        return cls(
-            input_size=tuple(data_config["input_size"]),
-            mean=tuple(data_config["mean"]),
-            std=tuple(data_config["std"]),
-            interpolation=data_config["interpolation"],
-            crop_pct=float(data_config["crop_pct"]),
-            crop_mode=data_config["crop_mode"],
-        )
-
-
 class Preprocess:
     """Prepares one image at a time; safe to call from several threads."""
 
     def __init__(self, settings: ImageSettings, limits: Limits) -> None:
         self.settings = settings
         self._limits = limits
-        self._transform = create_transform(
-            input_size=settings.input_size,
-            is_training=False,
-            interpolation=settings.interpolation,
-            mean=settings.mean,
-            std=settings.std,
-            crop_pct=settings.crop_pct,
-            crop_mode=settings.crop_mode,
-        )
         # timm resizes the shorter side to this, or to less where height and width differ, then crops.
         self._resized = math.floor(max(settings.input_size[1:]) / settings.crop_pct)
 
-    def __reduce__(self) -> tuple[type["Preprocess"], tuple[ImageSettings, Limits]]:
-        """Let processes send it: the transform is made anew."""
-        return Preprocess, (self.settings, self._limits)
-
-    def encoded(self, data: bytes) -> Tensor:
+    def encoded(self, data: bytes) -> NDArray[np.float32]:
         """Decode and prepare a JPEG, PNG, WebP or BMP image: [C, H, W] float32.
 
         EXIF orientation is honoured; transparency is laid on white. Raises InvalidRequestError if it can't be decoded,
@@ -123,11 +67,11 @@ class Preprocess:
             raise InvalidRequestError("image", f"is damaged: {error}") from error
         return self._prepare(flat)
 
-    def image(self, image: Image.Image) -> Tensor:
+    def image(self, image: Image.Image) -> NDArray[np.float32]:
         """Prepare a decoded image of any mode: [C, H, W] float32."""
         return self._prepare(_flatten(ImageOps.exif_transpose(image)))
 
-    def pixels(self, shape: Sequence[int], data: bytes) -> Tensor:
+    def pixels(self, shape: Sequence[int], data: bytes) -> NDArray[np.float32]:
         """Prepare RGB pixels, [H, W, 3] uint8: [C, H, W] float32. Raises InvalidRequestError if they don't fit."""
         if len(shape) != 3 or shape[2] != 3 or min(shape) < 1:
             raise InvalidRequestError("tensor.shape", f"must be [height, width, 3] for uint8, not {list(shape)}")
@@ -135,7 +79,7 @@ class Preprocess:
         self._check_pixels("tensor.shape", shape[1], shape[0])
         return self._prepare(Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape)))
 
-    def normalised(self, shape: Sequence[int], data: bytes) -> Tensor:
+    def normalised(self, shape: Sequence[int], data: bytes) -> NDArray[np.float32]:
         """Take a model's input as it is, `shape` [C, H, W] little-endian float32.
 
         Raises InvalidRequestError if the shape isn't the model's or a value isn't finite.
@@ -148,16 +92,15 @@ class Preprocess:
         values = np.frombuffer(data, "<f4").reshape(shape)
         if not np.isfinite(values).all():
             raise InvalidRequestError("tensor.data", "holds NaN or infinity")
-        return torch.from_numpy(values.astype(np.float32))  # a copy: the message's bytes can't be written
+        return values.astype(np.float32, copy=False)
 
-    def _prepare(self, image: Image.Image) -> Tensor:
+    def _prepare(self, image: Image.Image) -> NDArray[np.float32]:
         channels = self.settings.input_size[0]
         if channels == 1:
             image = image.convert("L")
         elif channels != 3:
             raise InvalidRequestError("image", f"can't feed this model, whose input has {channels} channels")
-        prepared: Tensor = self._transform(image)
-        return prepared
+        return transform(image, self.settings)
 
     def _check_bytes(self, field: str, length: int) -> None:
         if length > self._limits.max_bytes:

@@ -15,14 +15,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from tome_server.errors import DeviceDiedError
 from tome_server.models.hosted import HostedModel
 from tome_server.models.preprocess import Limits
 from tome_server.models.spec import ModelSpec
-from tome_server.runtime.executor import BatchResult, Work
 from tome_server.runtime.shared_images import SharedImages, Slot
+from tome_server.runtime.work import BatchResult, Work
 from tome_server.scheduling.profile import Profile
 
 log = logging.getLogger(__name__)
@@ -38,9 +39,10 @@ class Device:
     DeviceDiedError if the process ends, and else whatever went wrong there.
     """
 
-    def __init__(self, name: str, slots: int) -> None:
-        """`name` is cpu, cuda or cuda:N; `slots`, how many images of each model are held at once."""
-        self.name = name
+    def __init__(self, slots: int) -> None:
+        """`slots` is how many images of each model are held at once."""
+        self.name = ""
+        """cpu, cuda or cuda:N, once it is open."""
         self._slots = slots
         self._tickets = itertools.count()
         self._calls: dict[int, asyncio.Future[Any]] = {}
@@ -59,12 +61,16 @@ class Device:
         self._connection = Connection(ours.detach())
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._connection.fileno(), self._read)
-        self._connection.send((name, logging.getLogger("tome_server").getEffectiveLevel()))
+        self._connection.send(logging.getLogger("tome_server").getEffectiveLevel())
 
     @property
     def pid(self) -> int:
         """The process's number."""
         return self._process.pid
+
+    async def open(self, name: str) -> None:
+        """Use the device `name`: auto, cpu, cuda or cuda:N. Raises ConfigError if it isn't there."""
+        self.name = await self._call("open", name)
 
     async def set_threads(self, threads: int) -> None:
         """Use so many CPU threads."""
@@ -99,9 +105,9 @@ class Device:
         """Run batches of every size at every r, as far as that goes in so many seconds: first ones take longer."""
         await self._call("warm", name, max_batch, seconds)
 
-    def put(self, name: str, image: Tensor) -> Slot:
+    def put(self, name: str, image: NDArray[np.float32]) -> Slot:
         """Take an image for a loaded model, [C, H, W] float32, that `run` will be called for."""
-        return self._images[name].put(image.numpy())
+        return self._images[name].put(image)
 
     async def run(self, name: str, batch: Sequence[Work[Slot]], rs: Sequence[int], packed: bool) -> BatchResult:
         """Do what `run_batch` does. Raises what the model raises."""

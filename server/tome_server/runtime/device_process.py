@@ -25,10 +25,13 @@ from tome_server.models.loaded import LoadedModel
 from tome_server.models.loading import load
 from tome_server.models.preprocess import Limits
 from tome_server.models.spec import ModelSpec
-from tome_server.runtime.executor import BatchResult, Work, run_batch
+from tome_server.runtime.choose_device import choose_device
+from tome_server.runtime.cpus import available_cpus
+from tome_server.runtime.executor import run_batch
 from tome_server.runtime.profile_store import obtain_profile
 from tome_server.runtime.shared_images import receive
-from tome_server.runtime.threads import available_cpus, choose_threads
+from tome_server.runtime.threads import choose_threads
+from tome_server.runtime.work import BatchResult, Work
 from tome_server.scheduling.profile import Profile
 
 # Ticket of the call, or None for a line of the log; then value and error, of which one is None.
@@ -43,11 +46,10 @@ class DeviceProcess:
         self._sending = threading.Lock()
         self._models: dict[str, LoadedModel] = {}
         self._images: dict[str, Tensor] = {}
+        self._device = torch.device("cpu")
         self._threads = available_cpus()
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
-        name, log_level = connection.recv()
-        self._device = torch.device(name)
-        logging.getLogger("tome_server").setLevel(log_level)
+        logging.getLogger("tome_server").setLevel(connection.recv())
         logging.getLogger().addHandler(_ServerLog(self._send))
 
     def answer_calls(self) -> None:
@@ -77,6 +79,11 @@ class DeviceProcess:
     def share(self, name: str, shape: Sequence[int], slots: int) -> None:
         """Take the memory that a model's images will lie in."""
         self._images[name] = torch.from_numpy(receive(self._connection, shape, slots))
+
+    def open(self, name: str) -> str:
+        """Use a device, and say which that is."""
+        self._device = choose_device(name)
+        return str(self._device)
 
     def load(self, spec: ModelSpec, limits: Limits) -> HostedModel:
         """Load a model and run it once, so that the first request doesn't pay for what torch sets up lazily."""

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -44,7 +45,7 @@ def evaluate(
         for start in range(0, count, batch):
             chosen = [images[i] for i in range(start, min(start + batch, count))]
             prepared = decoders.map(model.preprocess.image, [image for image, _ in chosen])
-            inputs = torch.stack(list(prepared)).to(device)
+            inputs = torch.from_numpy(np.stack(list(prepared))).to(device)
             wanted = torch.tensor([-1 if label is None else class_ids[label] for _, label in chosen])
             plain = model.merged(inputs).logits.argmax(dim=1).cpu()
             for r in levels:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -29,7 +30,8 @@ def pooled_features(
     with ThreadPoolExecutor() as decoders, tqdm(total=len(images), unit="image", disable=not progress) as bar:
         for start in range(0, len(images), batch):
             chosen = [images[i][0] for i in range(start, min(start + batch, len(images)))]
-            inputs = torch.stack(list(decoders.map(model.preprocess.image, chosen))).to(device)
+            prepared = np.stack(list(decoders.map(model.preprocess.image, chosen)))
+            inputs = torch.from_numpy(prepared).to(device)
             parts.append(torch.stack([model.merged(inputs, r).features.float().cpu() for r in rs]))
             bar.update(len(chosen))
     return torch.cat(parts, dim=1)

@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tome_server.models.loaded import LoadedModel
-from tome_server.runtime.executor import BatchResult, Work, run_batch
+from tome_server.runtime.executor import run_batch
+from tome_server.runtime.work import BatchResult, Work
 from tome_server.scheduling.profile import Profile
 
 log = logging.getLogger(__name__)

@@ -1,25 +1,17 @@
-"""How many CPUs this process may really use, and how many threads are worth using."""
+"""How many threads are worth using."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
 from tome_server.models.loaded import LoadedModel
-from tome_server.runtime.executor import Work, run_batch
+from tome_server.runtime.cpus import available_cpus
+from tome_server.runtime.executor import run_batch
+from tome_server.runtime.work import Work
 
 log = logging.getLogger(__name__)
-
-_CGROUP_V2 = Path("/sys/fs/cgroup/cpu.max")
-_CGROUP_V1 = Path("/sys/fs/cgroup/cpu")
-
-
-def available_cpus() -> int:
-    """Return the CPUs this process may use: its affinity, or its container's CPU quota where that is less."""
-    return max(1, int(min(len(os.sched_getaffinity(0)), _quota())))
 
 
 def choose_threads(models: Sequence[LoadedModel], max_batch: int, device: torch.device) -> int:
@@ -55,16 +47,3 @@ def fastest_threads(run: Callable[[], None], most: int, rounds: int = 3) -> int:
             best[threads] = min(best[threads], time.perf_counter() - start)
     torch.set_num_threads(before)
     return min(best, key=lambda threads: best[threads])
-
-
-def _quota(v2: Path = _CGROUP_V2, v1: Path = _CGROUP_V1) -> float:
-    """CPUs that the control group allows; infinite where it sets no limit."""
-    try:
-        if v2.is_file():
-            quota, period = v2.read_text().split()
-        else:
-            quota = (v1 / "cpu.cfs_quota_us").read_text().strip()
-            period = (v1 / "cpu.cfs_period_us").read_text().strip()
-        return float("inf") if quota in ("max", "-1") else int(quota) / int(period)
-    except (OSError, ValueError):
-        return float("inf")

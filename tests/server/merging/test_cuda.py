@@ -8,7 +8,8 @@ from tome_server.merging import merge
 from tome_server.models.bundled import BUNDLED
 from tome_server.models.loading import load
 from tome_server.models.spec import bundled_spec
-from tome_server.runtime.executor import Work, run_batch
+from tome_server.runtime.executor import run_batch
+from tome_server.runtime.work import Work
 
 pytestmark = pytest.mark.cuda
 
@@ -59,7 +60,7 @@ def test_the_bundled_model_classifies_its_samples_as_on_the_cpu() -> None:
     spec = bundled_spec("fashion")
     on_cpu, on_cuda = load(spec, torch.device("cpu")), load(spec, CUDA)
     samples = sorted((BUNDLED / "fashion" / "samples").glob("*.png"))
-    works = [Work(on_cpu.preprocess.encoded(path.read_bytes()), top_k=1) for path in samples]
+    works = [Work(torch.from_numpy(on_cpu.preprocess.encoded(path.read_bytes())), top_k=1) for path in samples]
     for r in (0, on_cpu.grid[-1].r):
         expected = run_batch(on_cpu, works, r, torch.device("cpu"))
         given = run_batch(on_cuda, works, r, CUDA)

@@ -11,8 +11,9 @@ from tome_server.merging import merge
 from tome_server.models.hosted import LEAST_WORK, HostedModel, Quality
 from tome_server.models.loaded import loaded_model
 from tome_server.models.loading import load
-from tome_server.models.preprocess import ImageSettings, Limits, Preprocess
+from tome_server.models.preprocess import Limits, Preprocess
 from tome_server.models.spec import ModelSpec
+from tome_server.models.transform import ImageSettings
 
 
 def hosted(model: nn.Module, size: int, **changes: object) -> HostedModel:

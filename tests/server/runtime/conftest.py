@@ -8,7 +8,8 @@ import torch
 
 from tome_server.merging import merge
 from tome_server.models.loaded import LoadedModel, loaded_model
-from tome_server.models.preprocess import ImageSettings, Limits, Preprocess
+from tome_server.models.preprocess import Limits, Preprocess
+from tome_server.models.transform import ImageSettings
 
 LABELS = ("coat", "bag", "shirt", "boot")
 

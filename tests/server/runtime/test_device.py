@@ -22,8 +22,9 @@ from tome_server.models.loading import load
 from tome_server.models.preprocess import Limits
 from tome_server.models.spec import bundled_spec
 from tome_server.runtime.device import Device
-from tome_server.runtime.executor import Work, run_batch
+from tome_server.runtime.executor import run_batch
 from tome_server.runtime.shared_images import Slot
+from tome_server.runtime.work import Work
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ SLOTS = 4
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def device() -> AsyncIterator[Device]:
     """A device on which the bundled model is loaded."""
-    device = Device("cpu", SLOTS)
+    device = Device(SLOTS)
     await device.set_threads(1)
     await device.load(SPEC, Limits())
     yield device
@@ -42,7 +43,7 @@ async def device() -> AsyncIterator[Device]:
 
 
 def put(device: Device, images: torch.Tensor) -> list[Work[Slot]]:
-    return [Work(device.put("fashion", image), top_k=3, features=True, token_map=True) for image in images]
+    return [Work(device.put("fashion", image.numpy()), top_k=3, features=True, token_map=True) for image in images]
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ async def test_a_profile_is_measured_there_and_kept(device: Device, tmp_path: Pa
 
 async def test_its_log_is_the_servers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    device = Device("cpu", SLOTS)
+    device = Device(SLOTS)
     await device.load(SPEC, Limits())
     await device.profile(SPEC, max_batch=1, budget=0.1, folder=tmp_path)
     assert "measuring how fast fashion is" in caplog.messages[-2]
@@ -129,7 +130,7 @@ async def test_its_log_is_the_servers(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 async def test_when_it_dies_everybody_who_waits_is_told(images: torch.Tensor) -> None:
-    device = Device("cpu", SLOTS)
+    device = Device(SLOTS)
     ended = asyncio.create_task(device.ended())
     waiting = asyncio.create_task(device.load(SPEC, Limits()))
     await asyncio.sleep(0)
@@ -145,7 +146,7 @@ async def test_when_it_dies_everybody_who_waits_is_told(images: torch.Tensor) ->
 async def test_it_ends_with_the_server_even_if_that_is_killed() -> None:
     code = (
         "import asyncio\nfrom tome_server.runtime.device import Device\n"
-        "async def main():\n    print(Device('cpu', 1).pid, flush=True)\n    await asyncio.sleep(60)\n"
+        "async def main():\n    print(Device(1).pid, flush=True)\n    await asyncio.sleep(60)\n"
         "asyncio.run(main())"
     )
     server = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=subprocess.PIPE)

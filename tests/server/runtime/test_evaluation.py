@@ -39,7 +39,10 @@ def unlabelled(tmp_path: Path) -> Dataset:
 def predictions(model: LoadedModel, images: Dataset, r: int) -> list[int]:
     """The class of each image, one image at a time."""
     with torch.inference_mode():
-        return [int(model.merged(model.preprocess.image(image)[None], r).logits.argmax()) for image, _ in images]
+        return [
+            int(model.merged(torch.from_numpy(model.preprocess.image(image))[None], r).logits.argmax())
+            for image, _ in images
+        ]
 
 
 @pytest.mark.parametrize("batch", [1, 4, 64])

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from tome_server.models.loaded import LoadedModel
-from tome_server.runtime.executor import Work, run_batch
+from tome_server.runtime.executor import run_batch
+from tome_server.runtime.work import Work
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tome_server.models.loaded import LoadedModel
-from tome_server.runtime.executor import BatchResult, Work, run_batch
+from tome_server.runtime.executor import run_batch
 from tome_server.runtime.profiling import MOST_ROUNDS, batch_sizes, measure, monotone
+from tome_server.runtime.work import BatchResult, Work
 from tome_server.scheduling.profile import Latency, Profile
 
 CPU = torch.device("cpu")

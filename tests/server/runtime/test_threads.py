@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tome_server.runtime import threads
-from tome_server.runtime.threads import available_cpus, fastest_threads
+from tome_server.runtime import cpus
+from tome_server.runtime.cpus import available_cpus
+from tome_server.runtime.threads import fastest_threads
 
 
 @pytest.fixture
 def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine of 8 CPUs whose control group's files are in the folder returned: none, so far."""
-    quota = threads._quota
-    monkeypatch.setattr(threads, "_quota", lambda: quota(tmp_path / "cpu.max", tmp_path))
+    quota = cpus._quota
+    monkeypatch.setattr(cpus, "_quota", lambda: quota(tmp_path / "cpu.max", tmp_path))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     return tmp_path
 
@@ -65,7 +66,7 @@ def test_the_affinity_counts_where_it_is_less(cgroup: Path, monkeypatch: pytest.
 
 def test_this_machine_has_a_cpu() -> None:
     assert 1 <= available_cpus() <= len(os.sched_getaffinity(0))
-    assert threads._quota(Path("/nowhere"), Path("/nowhere")) == math.inf
+    assert cpus._quota(Path("/nowhere"), Path("/nowhere")) == math.inf
 
 
 @pytest.mark.parametrize(("slow", "best"), [(1, 2), (2, 1)])

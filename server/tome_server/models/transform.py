@@ -1,0 +1,97 @@
+"""timm's evaluation transform without torch, which the process that answers requests never imports.
+
+Bit for bit what `timm.data.create_transform(..., is_training=False)` gives, as a test holds.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+CROP_MODES = ("center", "squash", "border")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How a model wants its input, in timm's terms. Raises ValueError if they make no sense."""
+
+    input_size: tuple[int, int, int]
+    """channels, height, width"""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+
+    def __post_init__(self) -> None:
+        channels, *_ = self.input_size
+        if min(self.input_size) < 1:
+            raise ValueError(f"input_size must be channels, height and width, not {list(self.input_size)}")
+        if len(self.mean) != channels or len(self.std) != channels or min(self.std) <= 0:
+            raise ValueError(f"mean and std take {channels} numbers, one a channel, and no std may be 0")
+        if not self.crop_pct > 0:
+            raise ValueError(f"crop_pct must be positive, and is {self.crop_pct}")
+        for value, valid in ((self.crop_mode, CROP_MODES), (self.interpolation, INTERPOLATIONS)):
+            if value not in valid:
+                raise ValueError(f"{value!r} is none of {', '.join(valid)}")
+
+    @classmethod
+    def from_timm(cls, data_config: dict[str, Any]) -> "ImageSettings":
+        """Take the settings from what timm's `resolve_data_config` returns."""
+        return cls(
+            input_size=tuple(data_config["input_size"]),
+            mean=tuple(data_config["mean"]),
+            std=tuple(data_config["std"]),
+            interpolation=data_config["interpolation"],
+            crop_pct=float(data_config["crop_pct"]),
+            crop_mode=data_config["crop_mode"],
+        )
+
+    @property
+    def scaled_size(self) -> tuple[int, int]:
+        """Height and width of which the crop is `crop_pct`."""
+        _, height, width = self.input_size
+        return math.floor(height / self.crop_pct), math.floor(width / self.crop_pct)
+
+
+def transform(image: Image.Image, settings: ImageSettings) -> NDArray[np.float32]:
+    """Resize, crop and normalise an image that has the model's channels: [C, H, W]."""
+    _, height, width = settings.input_size
+    resized = image.resize(_resized_size(image, settings), Image.Resampling[settings.interpolation.upper()])
+    border = settings.crop_mode == "border"
+    fill = tuple(round(255 * value) for value in settings.mean) if border else (0,) * len(settings.mean)
+    pixels = np.asarray(_centre(resized, height, width, fill), np.uint8).reshape(height, width, -1)
+    values = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)
+    values /= np.float32(255)
+    values -= np.asarray(settings.mean, np.float32)[:, None, None]
+    values /= np.asarray(settings.std, np.float32)[:, None, None]
+    return values
+
+
+def _resized_size(image: Image.Image, settings: ImageSettings) -> tuple[int, int]:
+    """Width and height to bring an image to: its shape is kept, but by `squash`."""
+    height, width = settings.scaled_size
+    if settings.crop_mode == "squash":
+        return width, height
+    if settings.crop_mode == "center" and height == width:
+        short, long = sorted(image.size)
+        longer = int(height * long / short)
+        return (height, longer) if image.width <= image.height else (longer, height)
+    # So large that it covers what is wanted, or that it lies within.
+    choose = max if settings.crop_mode == "border" else min
+    ratio = choose(image.height / height, image.width / width)
+    return round(image.width / ratio), round(image.height / ratio)
+
+
+def _centre(image: Image.Image, height: int, width: int, fill: tuple[int, ...]) -> Image.Image:
+    """Cut out the middle; where the image is smaller, lay it on `fill`."""
+    wider, higher = max(0, width - image.width), max(0, height - image.height)
+    if wider or higher:
+        border = (wider // 2, higher // 2, (wider + 1) // 2, (higher + 1) // 2)
+        image = ImageOps.expand(image, border, fill if len(fill) > 1 else fill[0])
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))

@@ -1,0 +1,46 @@
+"""What a batch is made of and what it gives."""
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+I = TypeVar("I")  # noqa: E741
+J = TypeVar("J")
+
+
+@dataclass(frozen=True)
+class Work(Generic[I]):
+    """One image of a batch and what is wanted of it."""
+
+    image: I
+    """[C, H, W] float32, as the model's Preprocess made it, or where that lies"""
+    top_k: int
+    features: bool = False
+    token_map: bool = False
+    logits: bool = False
+
+    def on(self, image: J) -> "Work[J]":
+        """The same, wanted of `image`."""
+        return Work(image, self.top_k, self.features, self.token_map, self.logits)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the model made of one image."""
+
+    class_ids: tuple[int, ...]
+    """The top_k most probable classes, best first."""
+    scores: tuple[float, ...]
+    """Their softmax probabilities."""
+    features: tuple[float, ...] | None
+    token_map: tuple[int, ...] | None
+    logits: tuple[float, ...] | None = None
+    """Of all classes, if asked for."""
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What a batch gave and how long it took."""
+
+    results: tuple[Result, ...]
+    seconds: float
+    """On the device, transfers included."""
