@@ -60,8 +60,10 @@ proto: $(STAMP)  ## regenerate the stubs beside the .proto files
 	$(PROTOC) --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc --python_out=$(PROTO_DIR) \
 	  --pyi_out=$(PROTO_DIR) --grpc_python_out=$(PROTO_DIR) --mypy_grpc_out=quiet:$(PROTO_DIR) $(PROTO)
 
-reference: $(STAMP)  ## regenerate what is made from the server's settings: their table, their part of the chart's schema
+reference: $(STAMP)  ## regenerate what is made from code: the settings' table and schema, docs/metrics.md, the dashboard
 	$(BIN)/python deploy/reference.py
+	$(BIN)/python -m tome_server.observability.metrics_page > docs/metrics.md
+	$(BIN)/python deploy/grafana/dashboard.py > deploy/grafana/dashboards/tome-serving.json
 
 # Apart from .venv, which holds the development tools as well.
 sbom: $(STAMP)  ## what a server's installation holds, as CycloneDX, in build/sbom.cdx.json

@@ -107,7 +107,7 @@ metrics      {ready["metrics"]}
 Prometheus   {url}/targets
 rules        {url}/rules
 alerts       {url}/alerts
-speedup      {url}/graph?g0.expr=tome%3Aspeedup%3Aratio_rate5m&g0.tab=0&g0.range_input=15m
+speedup      {url}/graph?g0.expr=tome%3Aspeedup%3Amean5m&g0.tab=0&g0.range_input=15m
 dashboard    deploy/grafana/dashboards/tome-serving.json, for a Grafana with {url} as its data source
 
 some load    tome-client load --target {ready["grpc"]} --images server/tome_server/models/bundled/fashion/samples \\

@@ -499,7 +499,6 @@ class Engine:
         metrics.prediction_ratio.labels(model.name).observe(ratio)
         metrics.drift.labels(model.name).set(latency.drift)
         metrics.compute_seconds.labels(model.name).inc(done.seconds)
-        metrics.unmerged_seconds.labels(model.name).inc(unmerged)
         metrics.speedup_ratio.labels(model.name).observe(unmerged / done.seconds)
         for job, r, result in zip(batch, rs, done.results, strict=True):
             job.work.image.drop()

@@ -167,9 +167,7 @@ def test_the_rules_record_what_the_server_measured(watched: Watched) -> None:
     seen = sum(c / b for c, b in zip(watched.answered("compute"), watched.answered("batch_size"), strict=True))
     wasted = watched.total("tome_compute_wasted_seconds_total")
     assert computed == pytest.approx(seen + wasted, rel=1e-6)
-    assert value("tome:speedup:ratio_rate5m") == ratio(
-        "tome_compute_unmerged_seconds_total", "tome_compute_seconds_total"
-    )
+    assert value("tome:speedup:mean5m") == ratio("tome_speedup_ratio_sum", "tome_speedup_ratio_count")
     assert value("tome:compute_wasted:ratio_rate5m") == pytest.approx(wasted / computed, rel=EXACTLY)
     assert value("tome:quality:mean5m") == ratio("tome_quality_ratio_sum", "tome_quality_ratio_count")
     assert value("tome:latency_prediction:mean5m") == ratio(

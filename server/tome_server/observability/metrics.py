@@ -112,17 +112,13 @@ class Metrics:
         self.queue_depth = self._gauge("queue_depth", "Requests that wait for the device", "model")
         self.batch_size = self._histogram("batch_size", "Images in a batch", buckets.BATCH)
         self.compute_seconds = self._counter("compute_seconds", "Time that batches took on the device")
-        self.unmerged_seconds = self._counter(
-            "compute_unmerged_seconds",
-            "Time that the same batches would have taken at r = 0: as profiled, times the machine's drift at the time",
-        )
         self.wasted_seconds = self._counter(
             "compute_wasted_seconds",
             "The share of compute_seconds for requests that nobody waited for any more when it ended",
         )
         self.speedup_ratio = self._histogram(
             "speedup_ratio",
-            "Of each batch, compute_unmerged_seconds over compute_seconds: measured times, not counts of operations",
+            "Time that a batch would have taken at r = 0, by profile and drift, over the time it took",
             buckets.SPEEDUP,
         )
         self.prediction_ratio = self._histogram(
@@ -170,7 +166,7 @@ class Metrics:
             self.rejected.labels(model, reason)
         for stage in STAGES:
             self.stage_duration.labels(model, stage)
-        for counter in (self.slo_met, self.compute_seconds, self.unmerged_seconds, self.wasted_seconds):
+        for counter in (self.slo_met, self.compute_seconds, self.wasted_seconds):
             counter.labels(model)
         for counter in (self.policy_failures, self.tokens_input, self.tokens_merged, self.flops, self.flops_saved):
             counter.labels(model)

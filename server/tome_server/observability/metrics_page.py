@@ -13,8 +13,9 @@ rise.
 
 Tokens and operations equal the sums over the replies: both are of requests answered with a prediction. Operations are
 analytic estimates, 2 to a multiply-accumulate. **Speedup is measured**: what each batch took, against what the profile
-says such a batch takes at r = 0, at the speed that the machine had just then. For a speedup over time divide the
-increase of `tome_compute_unmerged_seconds_total` by that of `tome_compute_seconds_total`.
+says such a batch takes at r = 0, at the speed that the machine had just then. So 1 is no gain, whatever operations were
+saved, and a batch that was stalled counts as slow as it was. Its mean over time is the increase of
+`tome_speedup_ratio_sum` over that of `tome_speedup_ratio_count`.
 
 In OpenMetrics, durations, slack and missed deadlines carry exemplars: the `trace_id` of a request that came with the
 W3C header `traceparent` of a recorded trace. Prometheus keeps them if started with

@@ -12,7 +12,7 @@ PAGE = Path(__file__).parents[3] / "docs/metrics.md"
 
 
 def test_the_page_is_current() -> None:
-    assert PAGE.read_text() == page(), "run: python -m tome_server.observability.metrics_page > docs/metrics.md"
+    assert PAGE.read_text() == page(), "run: make reference"
 
 
 def test_the_page_lists_what_a_server_serves_and_nothing_else(server: Any) -> None:
