@@ -14,6 +14,7 @@ EPILOG = """examples:
   tome-server models add vit_small_patch14_dinov2 --name dinov2 --weights dinov2.onnx --to models
   tome-server models fit-head dinov2 --repository models --data photos/         a folder of one subfolder a class
   tome-server models inspect dinov2 --repository models
+  tome-server models supported '*dinov3*'                                       can they be merged, and why not
   tome-server serve --repository models
 """
 
@@ -113,6 +114,17 @@ def add_models_commands(parser: argparse.ArgumentParser) -> None:
     remove = commands.add_parser("remove", help="delete a stored model, or one version", description="Delete a model.")
     _add_name(remove)
     remove.set_defaults(run=_command("remove"))
+
+    supported = commands.add_parser(
+        "supported",
+        help="try which of timm's entry points can be merged",
+        description="List timm's entry points, whether each can be merged, and why not, found out by building it.",
+    )
+    supported.add_argument(
+        "pattern", nargs="?", default="*", metavar="PATTERN", help="those whose name fits: '*dinov3*'"
+    )
+    supported.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    supported.set_defaults(run=_command("supported"))
 
 
 def _add_repository(parser: argparse.ArgumentParser) -> None:

@@ -210,6 +210,37 @@ def list_models(args: argparse.Namespace) -> int:
     return 0
 
 
+def supported(args: argparse.Namespace) -> int:
+    """Try which of timm's entry points can be merged."""
+    import tome_server.timm_import  # noqa: F401  isort: skip
+    import timm
+    from tqdm import tqdm
+
+    from tome_server.merging.entrypoints import entrypoints
+
+    found = list(
+        tqdm(
+            entrypoints(args.pattern),
+            total=len(timm.list_models(args.pattern)),
+            desc="trying",
+            disable=not sys.stderr.isatty(),
+            leave=False,
+        )
+    )
+    if not found:
+        raise ConfigError(f"timm {timm.__version__} has no entry point that fits {args.pattern!r}")
+    can = sum(entry.supported for entry in found)
+    if args.json:
+        models = [{"name": entry.name, "supported": entry.supported, "reason": entry.reason} for entry in found]
+        print(json.dumps({"timm": timm.__version__, "supported": can, "of": len(found), "models": models}, indent=2))
+        return 0
+    width = max(len(entry.name) for entry in found)
+    for entry in found:
+        print(f"{entry.name:<{width}}  {'supported' if entry.supported else f'no: {entry.reason}'}")
+    print(f"{can} of {len(found)} entry points of timm {timm.__version__} supported")
+    return 0
+
+
 def remove(args: argparse.Namespace) -> int:
     """Delete a stored model, or one version of it."""
     print(f"removed {Repository(args.repository).remove(args.name, args.version)}")

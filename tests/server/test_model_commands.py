@@ -245,3 +245,14 @@ def test_arguments_that_are_no_mapping_are_wrong_usage(capsys: pytest.CaptureFix
         cli.main(["models", "add", "x", "--to", "y", "--kwargs", text])
     assert caught.value.code == 2
     assert "is no mapping; write for example '{img_size: 224}'" in capsys.readouterr().err
+
+
+def test_supported_says_of_each_entry_point_whether_it_can_be_merged_and_why_not(run: Run) -> None:
+    lines = run("supported", "*dwee_*").splitlines() + run("supported", "*rope_mixed_224").splitlines()
+    assert any("no: " in line and "DiffAttention" in line for line in lines)
+    assert any(line.startswith("vit_small_patch16_rope_mixed_224") and line.endswith("supported") for line in lines)
+    assert lines[-1] == f"3 of 3 entry points of timm {timm.__version__} supported"
+    report = json.loads(run("supported", "*_pwee_*", "--json"))
+    assert (report["supported"], report["of"]) == (1, 1)
+    assert report["models"] == [{"name": "vit_pwee_patch16_reg1_gap_256", "supported": True, "reason": None}]
+    assert "no entry point that fits" in failure("supported", "no_such_model")

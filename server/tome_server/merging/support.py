@@ -110,7 +110,8 @@ def _attentions(block: Any) -> Iterator[tuple[str, nn.Module, tuple[type[nn.Modu
 
 def _require(part: str, module: nn.Module, *allowed: type[nn.Module]) -> None:
     if type(module) not in allowed:
-        names = " or ".join(cls.__name__ for cls in allowed)
+        *others, last = (cls.__name__ for cls in allowed)
+        names = f"{', '.join(others)} or {last}" if others else last
         raise UnsupportedModelError(
             f"{part} is a {type(module).__name__}, which isn't supported; only timm's {names} is"
         )
