@@ -10,7 +10,7 @@ import pytest
 
 from tome_server import app, cli, offline
 from tome_server.config import ServerConfig
-from tome_server.errors import ModelLoadError
+from tome_server.errors import ModelLoadError, PortInUseError
 from tome_server.models.datasets import DatasetError
 from tome_server.runtime.profile_store import ProfileKey, profile_text
 from tome_server.scheduling.profile import Profile
@@ -254,7 +254,7 @@ def test_the_defaults_in_the_help_are_the_defaults(
     assert LEAST_DEFAULT_BUDGET == 1
 
 
-@pytest.mark.parametrize("error", [ModelLoadError("no such weights"), app.PortInUseError("port 1 is taken")])
+@pytest.mark.parametrize("error", [ModelLoadError("no such weights"), PortInUseError("port 1 is taken")])
 def test_what_the_operator_can_mend_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     async def serve(_: ServerConfig) -> None:
         raise error
