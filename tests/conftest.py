@@ -40,7 +40,7 @@ def start_server(log: Path, *flags: str) -> ServerProcess:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=stderr, text=True, env={**os.environ, "COLUMNS": "100"}
         )
-    watchdog = threading.Timer(90, process.kill)
+    watchdog = threading.Timer(240, process.kill)
     watchdog.start()
     assert process.stdout is not None
     line = process.stdout.readline()
