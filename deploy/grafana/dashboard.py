@@ -1,4 +1,4 @@
-"""Writes the Grafana dashboard: `python deploy/grafana/dashboard.py > deploy/grafana/dashboards/tome-serving.json`.
+"""Writes the Grafana dashboard to standard output; `make reference` keeps it in dashboards/tome-serving.json.
 
 Built with Grafana's own Foundation SDK, whose types are generated from Grafana's schemas.
 """

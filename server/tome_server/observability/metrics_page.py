@@ -1,10 +1,10 @@
-"""Prints docs/metrics.md: `python -m tome_server.observability.metrics_page > docs/metrics.md`."""
+"""Prints docs/metrics.md, which `make reference` writes."""
 
 from tome_server.observability.metrics import Family, Metrics
 
 _HEAD = """# Metrics
 
-*Written by `python -m tome_server.observability.metrics_page`; a test holds that it is current.*
+*Written from the code by `make reference`; a test holds that it is current.*
 
 At `http://<metrics address>/metrics` (setting `metrics`), in the Prometheus text format, or in OpenMetrics where the
 scrape asks for it. Units are seconds, tokens and operations; ratios are of 1. A model's name that is not hosted counts
