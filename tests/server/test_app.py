@@ -17,6 +17,7 @@ import trustme
 import yaml
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rest.wire import INFER, JSON_LENGTH, ask
 from rpc.wire import black_png, connected, refusal, refusal_in, refusal_of, scrape, until
 
 from tome_api.v1 import inference_pb2 as pb
@@ -375,6 +376,14 @@ def test_tls_is_served_and_nothing_else_and_its_certificate_may_be_exchanged(
     config = tmp_path / "tls.yaml"
     config.write_text(yaml.safe_dump({"tls": {"certificate": str(certificate), "key": str(key)}}))
     server = own_server("--config", str(config))
+    # The other port is plain text: what may be asked there is what anybody may know.
+    plain = server.metrics_url.removesuffix("/metrics")
+    assert [ask(plain, path).status for path in ("/metrics", "/v2/health/ready", "/v2/models/fashion")] == [
+        200,
+        200,
+        404,
+    ]
+    assert ask(plain, INFER, image, {JSON_LENGTH: "0"}).status == 404
     with connected(server.target, first) as stub:
         assert stub.Predict(pb.PredictRequest(image=image)).predictions[0].label == "Trouser"
     for stranger in (None, grpc.ssl_channel_credentials()):
