@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from tome_server.config import ServerConfig
+from tome_server.control import ModelControl
 from tome_server.engine import Engine
 from tome_server.errors import ConfigError
 from tome_server.hosting import Hosting, model_specs
@@ -65,7 +66,8 @@ async def serve(config: ServerConfig) -> None:
             engine.observers = [*engine.observers, traces]
             stack.push_async_callback(asyncio.to_thread, traces.close)
         stack.callback(engine.close)
-        service, settings = OpenInference(engine), _rpc_settings(config)
+        hosting, settings = Hosting(device, engine, config), _rpc_settings(config)
+        service = OpenInference(engine, ModelControl(hosting) if config.model_control else None)
         rpc = RpcServer(engine, service, settings)
         http = _http_server(config, service, settings.tokens)
         metrics_url = f"http://{http.address}/metrics" if http else None
@@ -74,7 +76,7 @@ async def serve(config: ServerConfig) -> None:
             await http.start()
         await rpc.start()
         log.info("listening on %s, loading %s", rpc.address, ", ".join(engine.names))
-        loading = asyncio.create_task(Hosting(device, engine, config).start(specs))
+        loading = asyncio.create_task(hosting.start(specs))
         dispatching = asyncio.create_task(engine.run())
         ends = [asyncio.create_task(stopping.wait()), asyncio.create_task(device.ended())]
         try:

@@ -146,6 +146,8 @@ class ServerConfig(Strict):
     connections: ConnectionsConfig = ConnectionsConfig()
     reflection: bool = Field(default=True, strict=True)
     """Tell clients the services and messages there are."""
+    model_control: bool = Field(default=False, strict=True)
+    """Let clients load and unload models."""
     log_format: Literal["auto", "json", "text"] = "auto"
     """How log lines are written: json, text, or auto, which is text for people at a terminal."""
     traces: Annotated[str, Field(pattern="^https?://[^/]+$")] | None = None

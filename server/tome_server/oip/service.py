@@ -6,11 +6,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from tome_server.control import ModelControl
 from tome_server.engine import Engine, Reply, Request, Served
 from tome_server.errors import InvalidRequestError, UnknownModelError, UnsupportedError
 from tome_server.oip import describe
 from tome_server.oip.images import images_of
-from tome_server.oip.messages import InferRequest, InferResponse, Parameter, shown
+from tome_server.oip.messages import InferRequest, InferResponse, Parameter
 from tome_server.oip.outputs import needs_features, needs_logits, parameters_of, tensors_of, wanted_of
 from tome_server.oip.parameters import terms_of
 
@@ -18,8 +19,9 @@ from tome_server.oip.parameters import terms_of
 class OpenInference:
     """Answers in the protocol's terms. Raises a RequestError for what can't be answered."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, control: ModelControl | None = None) -> None:
         self.engine = engine
+        self._control = control
         self._last_inference: dict[str, int] = {}
 
     @property
@@ -53,11 +55,11 @@ class OpenInference:
 
     async def load(self, name: str) -> None:
         """Take a model into service."""
-        raise UnsupportedError(f"loading {shown(name)}: models are loaded when the server starts")
+        await self._controlled().load(name)
 
     async def unload(self, name: str) -> None:
         """Take a model out of service."""
-        raise UnsupportedError(f"unloading {shown(name)}: models stay until the server stops")
+        await self._controlled().unload(name)
 
     async def infer(
         self, request: InferRequest, arrival: float, time_remaining: float | None, trace_id: str | None = None
@@ -96,6 +98,11 @@ class OpenInference:
             parameters["triton_final_response"] = True
         outputs = tensors_of(replies, wanted)
         return InferResponse(served.model.name, describe.VERSION, request.id, parameters, outputs)
+
+    def _controlled(self) -> ModelControl:
+        if self._control is None:
+            raise UnsupportedError("clients may not load and unload models here: see the setting model_control")
+        return self._control
 
     def _served(self, name: str, version: str) -> Served:
         if version not in ("", describe.VERSION):
