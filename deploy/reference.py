@@ -14,7 +14,7 @@ PAGE = ROOT / "docs/operations.md"
 SCHEMA = ROOT / "deploy/helm/tome-serving/values.schema.json"
 BEGIN, END = "<!-- settings: made by `make reference` -->", "<!-- end of settings -->"
 # Settings that must agree with the chart's manifests: it writes them itself, from values of its own.
-CHARTS_OWN = ("listen", "metrics", "device", "profiles", "drain_timeout", "tls", "auth")
+CHARTS_OWN = ("listen", "metrics", "device", "profiles", "drain_timeout", "rest", "tls", "auth")
 
 
 def page() -> str:

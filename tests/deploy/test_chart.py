@@ -18,6 +18,7 @@ RENDERED: dict[str, tuple[Values, tuple[str, ...]]] = {
     "CPU": ({}, ("values-cpu.yaml",)),
     "GPU": ({}, ("values-gpu.yaml",)),
     "everything": (EVERYTHING, ()),
+    "TLS and REST": ({"tls": {"secretName": "s", "clients": True}, "rest": {"enabled": True}}, ()),
     "HPA": ({"autoscaling": {"kind": "hpa"}}, ()),
     "KServe": ({"kserve": {"enabled": True}}, ()),
     "KServe with everything": ({**EVERYTHING, "kserve": {"enabled": True}}, ()),
@@ -234,6 +235,8 @@ def test_everything_carries_the_releases_labels_and_no_name_is_used_twice(case: 
         ({"podDisruptionBudget": {"maxUnavailable": "half"}}, "/podDisruptionBudget/maxUnavailable"),
         # Would otherwise start, wait for a network that isn't let out, and fail.
         ({"config": {"models": [{"source": "vit_base_patch16_224"}]}}, "hub.enabled"),
+        ({"tls": {"clients": True}}, "tls.secretName"),
+        ({"config": {"rest": True}}, "'rest' not allowed"),
         ({"strategy": {"maxSurge": 0, "maxUnavailable": 0}}, "strategy"),
     ],
     ids=str,

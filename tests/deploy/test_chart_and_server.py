@@ -6,12 +6,16 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
+from starlette.routing import Route
 
 from tome_server.config import ServerConfig, read_config
-from tome_server.observability.metrics import MISSED
+from tome_server.observability.metrics import MISSED, Metrics
+from tome_server.rest.routes import application
 from tome_server.rpc import health, oip_servicer
 from tome_server.rpc.server import SERVICE
 
@@ -75,9 +79,8 @@ def test_schema_and_table_of_settings_are_the_servers() -> None:
 def test_the_chart_sets_itself_what_its_users_cannot() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())["properties"]["config"]["properties"]
     theirs = ServerConfig.model_fields.keys() - schema.keys()
-    rendered = yaml.safe_load(settings_text(render(EVERYTHING)))
-    # TLS isn't offered: Kubernetes' own gRPC probe can't speak it.
-    assert theirs - {"tls"} <= rendered.keys()
+    rendered = yaml.safe_load(settings_text(render({**EVERYTHING, "tls": {"secretName": "certificate"}})))
+    assert theirs == rendered.keys() - schema.keys()
     assert schema.keys() <= ServerConfig.model_fields.keys()
 
 
@@ -133,6 +136,45 @@ def test_probes_ask_services_whose_health_the_server_tells(values: Values) -> No
     assert asked["startupProbe"]["service"] == asked["livenessProbe"]["service"] == ""
     (port,) = {probe["port"] for probe in asked.values()}
     assert port == server["ports"][0]["containerPort"]
+
+
+def test_with_tls_probes_ask_paths_that_the_server_answers() -> None:
+    nobody: Any = SimpleNamespace(engine=SimpleNamespace(metrics=Metrics()), ready=False)
+    (health_paths,) = [{route.path for route in application(None, nobody, None).routes if isinstance(route, Route)}]
+    server = container(render({"tls": {"secretName": "s"}}))
+    named = {port["name"]: port["containerPort"] for port in server["ports"]}
+    asked = {kind: server[kind]["httpGet"] for kind in ("startupProbe", "readinessProbe", "livenessProbe")}
+    for probe in asked.values():
+        assert probe["path"] in health_paths
+        assert named[probe["port"]] == 8501
+    assert asked["startupProbe"] == asked["readinessProbe"] != asked["livenessProbe"]
+
+
+def test_tls_files_are_those_of_the_secret(tmp_path: Path) -> None:
+    values: Values = {"tls": {"secretName": "certificate", "clients": True}}
+    manifests = render(values)
+    tls = settings_of(values, tmp_path).tls
+    assert tls is not None
+    mounts = {mount["name"]: mount["mountPath"] for mount in container(manifests)["volumeMounts"]}
+    # As Kubernetes and cert-manager name them.
+    names = {"certificate": "tls.crt", "key": "tls.key", "client_ca": "ca.crt"}
+    assert tls.model_dump() == {setting: Path(mounts["tls"]) / name for setting, name in names.items()}
+    volumes = the("Deployment", manifests)["spec"]["template"]["spec"]["volumes"]
+    assert [volume["secret"]["secretName"] for volume in volumes if volume["name"] == "tls"] == ["certificate"]
+    alone: Values = {"tls": {"secretName": "certificate"}}
+    server_only = settings_of(alone, tmp_path).tls
+    assert server_only is not None
+    assert server_only.model_dump() == tls.model_dump() | {"client_ca": None}
+    assert "appProtocol" not in the("Service", render(values))["spec"]["ports"][0]
+
+
+def test_rest_is_offered_only_where_it_is_wanted(tmp_path: Path) -> None:
+    assert settings_of({}, tmp_path).rest is False
+    assert len(the("Service", render())["spec"]["ports"]) == 1
+    values: Values = {"rest": {"enabled": True}}
+    assert settings_of(values, tmp_path).rest is True
+    (_, http) = the("Service", render(values))["spec"]["ports"]
+    assert (http["port"], http["targetPort"]) == (8080, "metrics")
 
 
 def test_the_startup_probe_allows_what_is_asked_for() -> None:

@@ -176,9 +176,8 @@ class Pod:
     def ask(self, command: str) -> int:
         """Run a command in the pod, with its file system; return the exit status."""
         (server,) = run("pgrep", "-P", str(self.process.pid)).split()
-        return subprocess.run(
-            ["nsenter", "-t", server, "-m", "-p", "bash", "-c", f"{self.inside} {command}"]
-        ).returncode
+        enter = ["nsenter", "-t", server, "-m", "-p", "bash", "-c", f"{self.inside} {command}"]
+        return subprocess.run(enter, capture_output=True, check=False).returncode
 
     def terminate(self) -> int:
         """Send the server SIGTERM, as Kubernetes does; return the exit status."""

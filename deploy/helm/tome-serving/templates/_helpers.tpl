@@ -50,11 +50,30 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
   "metrics" "0.0.0.0:8501"
   "device" .Values.device
   "profiles" "/var/cache/tome/tome-serving/profiles"
+  "rest" .Values.rest.enabled
   "drain_timeout" (printf "%ds" (int .Values.drain.timeoutSeconds)) }}
+{{- with .Values.tls }}
+{{- if .secretName }}
+{{- $tls := dict "certificate" "/etc/tome-tls/tls.crt" "key" "/etc/tome-tls/tls.key" }}
+{{- if .clients }}
+{{- $_ := set $tls "client_ca" "/etc/tome-tls/ca.crt" }}
+{{- end }}
+{{- $_ := set $settings "tls" $tls }}
+{{- end }}
+{{- end }}
 {{- if .Values.auth.secretName }}
 {{- $_ := set $settings "auth" (dict "tokens" (printf "/etc/tome-auth/%s" .Values.auth.key)) }}
 {{- end }}
 {{- toYaml (merge (deepCopy .Values.config) $settings) }}
+{{- end }}
+
+{{/* What a probe asks: of gRPC health a service, or over HTTP, where TLS keeps Kubernetes out of the former. */}}
+{{- define "tome-serving.probe" -}}
+{{- if (index . 0).Values.tls.secretName -}}
+httpGet: {port: metrics, path: /v2/health/{{ index . 2 }}}
+{{- else -}}
+grpc: {port: 8500, service: {{ index . 1 | quote }}}
+{{- end }}
 {{- end }}
 
 {{- define "tome-serving.container" -}}
@@ -70,19 +89,19 @@ ports:
   - {name: metrics, containerPort: 8501, protocol: TCP}
 # From the first process to SERVING; until then the other two don't ask.
 startupProbe:
-  grpc: {port: 8500, service: ""}
+  {{- include "tome-serving.probe" (list . "" "ready") | nindent 2 }}
   periodSeconds: 2
   timeoutSeconds: 2
   failureThreshold: {{ div (add .Values.startup.timeoutSeconds 1) 2 }}
 # NOT_SERVING takes the pod out of its Services: another replica has room where this one is draining.
 readinessProbe:
-  grpc: {port: 8500, service: tome_api.v1.Inference}
+  {{- include "tome-serving.probe" (list . "tome_api.v1.Inference" "ready") | nindent 2 }}
   periodSeconds: 5
   timeoutSeconds: 2
   failureThreshold: 2
 # Overload is answered by merging and refusals, never by a restart: only half a minute of silence is.
 livenessProbe:
-  grpc: {port: 8500, service: ""}
+  {{- include "tome-serving.probe" (list . "" "live") | nindent 2 }}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: 3
@@ -105,6 +124,9 @@ volumeMounts:
   - {name: profiles, mountPath: /var/cache/tome/tome-serving}
   - {name: hub, mountPath: /var/cache/huggingface}
   - {name: tmp, mountPath: /tmp}
+  {{- if .Values.tls.secretName }}
+  - {name: tls, mountPath: /etc/tome-tls, readOnly: true}
+  {{- end }}
   {{- if .Values.auth.secretName }}
   - {name: auth, mountPath: /etc/tome-auth, readOnly: true}
   {{- end }}
@@ -136,12 +158,14 @@ volumeMounts:
   {{- end }}
 - name: tmp
   emptyDir: {sizeLimit: 100Mi}
-{{- with .Values.auth.secretName }}
-- name: auth
+{{- range $name, $secret := dict "tls" .Values.tls.secretName "auth" .Values.auth.secretName }}
+{{- if $secret }}
+- name: {{ $name }}
   secret:
-    secretName: {{ . }}
+    secretName: {{ $secret }}
     # For the server's group, which fsGroup makes the owner.
     defaultMode: 0440
+{{- end }}
 {{- end }}
 {{- with .Values.modelsVolume }}
 - name: models
@@ -200,6 +224,9 @@ topologySpreadConstraints:
 {{- if and (ne .kind "none") (lt (int .maxReplicas) (int .minReplicas)) }}
 {{- fail (printf "autoscaling.maxReplicas, %d, is less than minReplicas, %d" (int .maxReplicas) (int .minReplicas)) }}
 {{- end }}
+{{- end }}
+{{- if and .Values.tls.clients (not .Values.tls.secretName) }}
+{{- fail "tls.clients needs tls.secretName" }}
 {{- end }}
 {{- if and (has (toString .Values.strategy.maxSurge) (list "0" "0%")) (has (toString .Values.strategy.maxUnavailable) (list "0" "0%")) }}
 {{- fail "strategy: with maxSurge and maxUnavailable both 0 no pod could ever be replaced" }}
