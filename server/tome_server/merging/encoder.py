@@ -79,7 +79,33 @@ class Embedded:
     tokens: Tensor
     """[B, N, D], prefix tokens first"""
     ropes: Sequence[Tensor] | None = None
-    """for each block the sines and cosines of each patch's position: [1, heads or 1, patches, 2 * dim]"""
+    """for each block the sines and cosines of each patch's position: [B or 1, heads or 1, patches, 2 * dim]"""
+    lengths: Sequence[int] | None = None
+    """tokens of each image, prefix included, where the rest is padding; None where there is none"""
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Images of a batch that have as many tokens and merge alike."""
+
+    per_block: tuple[int, ...]
+    """tokens to merge in each block"""
+    images: Sequence[int]
+    """their positions in the batch"""
+    tokens: int
+    """of each, before the first block"""
+
+
+def alike(embedded: Embedded, schedules: Mapping[tuple[int, ...], Sequence[int]]) -> list[Alike]:
+    """Return the groups to encode; `schedules` gives the tokens to merge in each block, and the images for which."""
+    tokens = embedded.tokens.shape[1]
+    if embedded.lengths is None:
+        return [Alike(per_block, images, tokens) for per_block, images in schedules.items()]
+    groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    for per_block, images in schedules.items():
+        for image in images:
+            groups.setdefault((per_block, embedded.lengths[image]), []).append(image)
+    return [Alike(per_block, images, length) for (per_block, length), images in groups.items()]
 
 
 @dataclass(frozen=True)
@@ -98,7 +124,7 @@ def encode(
     embedded: Embedded,
     blocks: Sequence[Layers],
     norm: Callable[[Tensor], Tensor],
-    schedules: Mapping[tuple[int, ...], Sequence[int]],
+    batches: Sequence[Alike],
     *,
     prefix: int,
     proportional: bool,
@@ -107,24 +133,15 @@ def encode(
 ) -> list[Encoded]:
     """Run tokens through blocks and final `norm`, in groups that come back one by one.
 
-    `schedules` gives each group's tokens to merge in each block, and its images' positions in the batch. The first
-    `prefix` tokens are never merged. `proportional` adds log(size) to the attention logits of each key. `prefix_only`
-    leaves all but the prefix tokens of the last block uncomputed. `track` records the token map.
+    The first `prefix` tokens are never merged. `proportional` adds log(size) to the attention logits of each key.
+    `prefix_only` leaves all but the prefix tokens of the last block uncomputed. `track` records the token map.
     """
     x, ropes = embedded.tokens, embedded.ropes
-    batch, tokens, _ = x.shape
-    # float32 whatever the tokens' type: bfloat16 cannot count past 256.
-    sizes = x.new_ones(batch, tokens, dtype=torch.promote_types(x.dtype, torch.float32))
-    token_map = torch.arange(prefix, tokens, device=x.device).expand(batch, -1) if track else None
-    if len(schedules) > 1:
-        x = _join([x[members] for members in schedules.values()])
-    groups = []
-    for per_block, members in schedules.items():
-        count = len(members)
-        group = _Group(per_block, sizes[:count], None if token_map is None else token_map[:count])
-        if ropes is not None:
-            group.origin = torch.arange(tokens, device=x.device).expand(count, -1)
-        groups.append(group)
+    groups = [_start(batch, x, prefix, ropes is not None, track) for batch in batches]
+    if len(groups) > 1:
+        x = _join([x[group.images, : group.shape[1]] for group in groups])
+    elif groups[0].shape[1] < x.shape[1]:
+        x = x[:, : groups[0].shape[1]]
 
     last = len(blocks) - 1
     for i, block in enumerate(blocks):
@@ -144,6 +161,7 @@ def encode(
 class _Group:
     """What is known of images that merge alike, on their way through the blocks."""
 
+    images: Sequence[int]
     per_block: tuple[int, ...]
     sizes: Tensor
     token_map: Tensor | None
@@ -159,10 +177,23 @@ class _Group:
         return batch, tokens
 
     def rope(self, table: Tensor | None, prefix: int) -> Tensor | None:
-        """Return of `table` [1, heads or 1, patches, 2 * dim] the entries of the patch tokens that are left."""
-        if table is None or self.origin is None or self.shape[1] == prefix + table.shape[2]:
-            return table
-        return table[0, :, self.origin[:, prefix:] - prefix].transpose(0, 1)
+        """Return of `table` [B or 1, heads or 1, patches, 2 * dim] the entries of the patch tokens that are left."""
+        if table is None or self.origin is None:
+            return None
+        patches = self.origin[:, prefix:] - prefix
+        if table.shape[0] > 1:  # images have positions of their own
+            return torch.take_along_dim(table[self.images], patches[:, None, :, None], dim=2)
+        whole = patches.shape[1] == table.shape[2]
+        return table if whole else table[0, :, patches].transpose(0, 1)
+
+
+def _start(batch: Alike, x: Tensor, prefix: int, has_positions: bool, track: bool) -> _Group:
+    count, tokens = len(batch.images), batch.tokens
+    # float32 whatever the tokens' type: bfloat16 cannot count past 256.
+    sizes = x.new_ones(count, tokens, dtype=torch.promote_types(x.dtype, torch.float32))
+    own = torch.arange(tokens, device=x.device).expand(count, -1) if has_positions or track else None
+    token_map = own[:, prefix:] if track and own is not None else None
+    return _Group(batch.images, batch.per_block, sizes, token_map, origin=own if has_positions else None)
 
 
 def _attend(

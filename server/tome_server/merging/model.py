@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from tome_server.merging.encoder import Layers, encode
+from tome_server.merging.encoder import Alike, Layers, alike, encode
 from tome_server.merging.geometry import check_image_size, patch_grid
+from tome_server.merging.naflex import patch_counts
 from tome_server.merging.pooling import classify, reads_prefix_only
 from tome_server.merging.schedule import Schedule, as_schedule, tokens_per_block
 from tome_server.merging.support import EMBED, VisionModel, check_supported, layers_of
@@ -28,7 +30,8 @@ class MergedOutput:
     sizes: Tensor | None = None
     """[B, T] patches in each output token, 1 for a prefix token, 0 past an image's own; with `tokens` or `token_map`"""
     token_map: Tensor | None = None
-    """[B, patches] index among the output tokens of the one each patch went into, if asked for"""
+    """[B, patches] index among the output tokens of the one each patch went into, if asked for; -1 past an image's own
+    patches where another has more"""
 
 
 class MergedModel(nn.Module):
@@ -60,7 +63,7 @@ class MergedModel(nn.Module):
 
     def forward(
         self,
-        images: Tensor,
+        images: Tensor | Mapping[str, Tensor],
         r: int | Schedule | Sequence[int | Schedule] = 0,
         *,
         return_tokens: bool = False,
@@ -69,27 +72,32 @@ class MergedModel(nn.Module):
         """Classify `images` [B, C, H, W], merging `r` tokens in every block, or as a schedule says.
 
         A sequence gives each image its own; no image's result depends on the others.
+        timm's NaFlexVit also takes images as patches, padded to one number: a mapping of `patches` [B, patches,
+        P * P * C], `patch_coord` [B, patches, 2] and `patch_valid` [B, patches], with all padding last.
         r is clamped in each block to half of the tokens that aren't prefix tokens. Raises ValueError if an r is
         negative, a schedule doesn't fit the model's depth, a sequence isn't as long as the batch or differs within it
         while the model is in training mode, or the images don't fit the model.
         """
-        self._check(images)
-        schedules = self._schedules(r, len(images))
-        if len(schedules) > 1 and self.model.training:
-            raise ValueError("images of a batch can differ in r in eval mode only: stochastic depth drops whole images")
+        schedules = self._schedules(r, self._checked(images))
+        embedded = self._embed(self.model, images)
+        batches = alike(embedded, schedules)
+        if len(batches) > 1 and self.model.training:
+            raise ValueError(
+                "images of a batch can differ in r or size in eval mode only: stochastic depth drops whole images"
+            )
         whole = return_tokens or return_token_map
         groups = encode(
-            self._embed(self.model, images),
+            embedded,
             self._layers,
             self.model.norm,
-            schedules,
+            batches,
             prefix=self.prefix,
             proportional=self.proportional_attention,
             prefix_only=reads_prefix_only(self.model) and not whole,
             track=return_token_map,
         )
         logits, features = classify(self.model, groups)
-        order = [image for members in schedules.values() for image in members]
+        order = [image for batch in batches for image in batch.images]
         back = sorted(range(len(order)), key=order.__getitem__)
         if len(groups) > 1:
             logits, features = logits[back], features[back]
@@ -97,10 +105,10 @@ class MergedModel(nn.Module):
         return MergedOutput(
             logits=logits,
             features=features,
-            tokens_per_block=self._tokens_per_block(images, schedules),
+            tokens_per_block=self._tokens_per_block(batches, back),
             tokens=_in_order([group.tokens for group in groups], back) if return_tokens else None,
             sizes=_in_order([group.sizes for group in groups], back) if whole else None,
-            token_map=_in_order(maps, back) if return_token_map else None,
+            token_map=_in_order(maps, back, fill=-1) if return_token_map else None,
         )
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -126,20 +134,23 @@ class MergedModel(nn.Module):
             schedules[per_block] = [*schedules.get(per_block, ()), image]
         return schedules
 
-    def _tokens_per_block(
-        self, images: Tensor, schedules: Mapping[tuple[int, ...], Sequence[int]]
-    ) -> tuple[tuple[int, ...], ...]:
-        counts: list[tuple[int, ...]] = [()] * len(images)
-        for per_block, members in schedules.items():
-            left = tokens_per_block(self.patches(images.shape[-2], images.shape[-1]), self.prefix, per_block)
-            for image in members:
-                counts[image] = left
-        return tuple(counts)
+    def _tokens_per_block(self, batches: Sequence[Alike], back: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        counts: list[tuple[int, ...]] = []
+        for batch in batches:
+            left = tokens_per_block(batch.tokens - self.prefix, self.prefix, batch.per_block)
+            counts += [left] * len(batch.images)
+        return tuple(counts[i] for i in back)
 
-    def _check(self, images: Tensor) -> None:
+    def _checked(self, images: Tensor | Mapping[str, Tensor]) -> int:
+        """Return how many `images` there are. Raises ValueError unless the model takes them."""
+        if not isinstance(images, Tensor):
+            if type(self.model) is not NaFlexVit:
+                raise ValueError(f"only a NaFlexVit takes images as patches, not a {type(self.model).__name__}")
+            return len(patch_counts(images))
         if images.ndim != 4 or images.shape[1] != self.model.in_chans:
             raise ValueError(f"images must be [batch, {self.model.in_chans}, height, width], not {list(images.shape)}")
         check_image_size(self.model, images.shape[-2], images.shape[-1])
+        return len(images)
 
 
 def merge(model: VisionModel, *, proportional_attention: bool | None = None) -> MergedModel:
@@ -158,13 +169,17 @@ def merge(model: VisionModel, *, proportional_attention: bool | None = None) -> 
 
 
 def unmerge(tokens: Tensor, token_map: Tensor) -> Tensor:
-    """Give each patch the features of the token it went into: [B, T, D] and [B, patches] to [B, patches, D]."""
-    return tokens.gather(1, token_map.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    """Give each patch the features of the token it went into: [B, T, D] and [B, patches] to [B, patches, D].
+
+    Where there is no patch (-1), zeros.
+    """
+    index, missing = token_map.clamp(min=0).unsqueeze(-1), token_map.lt(0).unsqueeze(-1)
+    return tokens.gather(1, index.expand(-1, -1, tokens.shape[-1])).masked_fill(missing, 0)
 
 
-def _in_order(parts: Sequence[Tensor], back: Sequence[int]) -> Tensor:
-    """Put the images [T, ...] of all `parts` [B, T, ...] in the order `back`, short ones filled up with zeros."""
+def _in_order(parts: Sequence[Tensor], back: Sequence[int], fill: int = 0) -> Tensor:
+    """Put the images [T, ...] of all `parts` [B, T, ...] in the order `back`, short ones filled up."""
     if len(parts) == 1:
         return parts[0]
     images = [image for part in parts for image in part]
-    return pad_sequence([images[i] for i in back], batch_first=True)
+    return pad_sequence([images[i] for i in back], batch_first=True, padding_value=fill)

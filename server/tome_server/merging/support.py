@@ -27,13 +27,13 @@ from timm.models.vision_transformer import (
     ResPostBlock,
     VisionTransformer,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from tome_server.merging import eva, naflex, parallel, vit
 from tome_server.merging.encoder import Embedded, Layers
 
 VisionModel: TypeAlias = VisionTransformer | Eva | NaFlexVit
-EMBED: Mapping[type[nn.Module], Callable[[Any, Tensor], Embedded]] = {
+EMBED: Mapping[type[nn.Module], Callable[[Any, Any], Embedded]] = {
     VisionTransformer: vit.embed,
     VisionTransformerDistilled: vit.embed,
     Eva: eva.embed,

@@ -6,7 +6,7 @@ head.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -239,9 +239,15 @@ def pool(model: nn.Module, x: Tensor, sizes: list[int]) -> Tensor:
     return {"avg": mean, "max": largest, "avgmax": (mean + largest) / 2}[model.global_pool]
 
 
-def embed(model: nn.Module, image: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+def embed(model: nn.Module, image: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor | None]]:
     """The tokens [tokens, channels], and each block's table [heads or 1, patches, 2 * channels]."""
     depth = len(model.blocks)
+    if isinstance(image, Mapping):
+        embedded = model._forward_embeds(image["patches"][None], image["patch_coord"][None], None, None)
+        x, rope = embedded["patches"], embedded["rope_embeds"]
+        if rope is None:
+            return x[0], [None] * depth
+        return x[0], [table[0] for table in rope] if model.rope_is_mixed else [rope[0]] * depth
     if isinstance(model, NaFlexVit):
         embedded = model._forward_embeds(image[None], None, None, None)
         x, rope, mixed = embedded["patches"], embedded["rope_embeds"], model.rope_is_mixed
@@ -256,9 +262,10 @@ def embed(model: nn.Module, image: Tensor) -> tuple[Tensor, list[Tensor | None]]
 
 
 @torch.no_grad()
-def forward(model: nn.Module, image: Tensor, per_block: Sequence[int], *, proportional: bool = True) -> ReferenceOutput:
-    """image: [channels, height, width]; model and image in float64."""
-    assert image.dtype == torch.float64
+def forward(
+    model: nn.Module, image: Tensor | Mapping[str, Tensor], per_block: Sequence[int], *, proportional: bool = True
+) -> ReferenceOutput:
+    """image: [channels, height, width], or patches without padding; model and image in float64."""
     assert len(per_block) == len(model.blocks)
     x, tables = embed(model, image)
     prefix = model.num_prefix_tokens
