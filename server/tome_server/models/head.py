@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # Weights of the penalty, from next to none to one that leaves little but the classes' shares.
-PENALTIES = tuple(10.0**exponent for exponent in range(-6, 2))
+PENALTIES = tuple(10.0**exponent for exponent in range(-4, 2))
 FOLDS = 5
-MOST_STEPS = 300
+# Enough to compare penalties by, and to end at the minimum.
+STEPS, LAST_STEPS = 50, 500
 
 
 @dataclass(frozen=True)
@@ -59,24 +60,24 @@ def fit_head(
         start = torch.zeros(classes, dim + 1, dtype=x.dtype)
         # From the strongest penalty down, each starting where the last ended.
         for penalty in sorted(penalties, reverse=True):
-            start = _fit(x[:, kept].flatten(0, 1), labels[kept].repeat(views), penalty, start)
+            start = _fit(x[:, kept].flatten(0, 1), labels[kept].repeat(views), penalty, start, STEPS)
             guesses = (x[:, held] @ start[:, :-1].T + start[:, -1]).argmax(dim=2)
             right[penalty] += int((guesses == labels[held]).sum())
     # Of equals the strongest.
     best = max(sorted(penalties, reverse=True), key=right.__getitem__)
     fitted = torch.zeros(classes, dim + 1, dtype=x.dtype)
     for penalty in sorted((p for p in penalties if p >= best), reverse=True):
-        fitted = _fit(x.flatten(0, 1), labels.repeat(views), penalty, fitted)
+        fitted = _fit(x.flatten(0, 1), labels.repeat(views), penalty, fitted, LAST_STEPS)
     weight = fitted[:, :-1] / std
     bias = fitted[:, -1] - weight @ mean
     accuracy = right[best] / (views * len(labels))
     return Head(weight.float(), bias.float(), best, accuracy)
 
 
-def _fit(x: Tensor, labels: Tensor, penalty: float, start: Tensor) -> Tensor:
+def _fit(x: Tensor, labels: Tensor, penalty: float, start: Tensor, steps: int) -> Tensor:
     """Return weights and, as the last column, bias that minimise mean cross-entropy plus the penalty."""
     parameters = start.clone().requires_grad_(True)
-    optimizer = torch.optim.LBFGS([parameters], max_iter=MOST_STEPS, history_size=20, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([parameters], max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
