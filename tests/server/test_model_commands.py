@@ -114,6 +114,15 @@ def test_a_model_is_added_with_all_that_its_weights_tell(run: Run, models: Path,
     assert all(torch.equal(stored[name], given[name]) for name in given)
 
 
+def test_another_image_size_is_the_weights_own_unless_it_is_set(run: Run, models: Path, backbone: Path) -> None:
+    add(run, models, backbone, "--name", "own")
+    flags = ["--kwargs", KWARGS.replace("{", "{img_size: 48, "), "--weights", backbone, "--to", models, "--no-profile"]
+    run("add", ARCHITECTURE, "--name", "larger", *flags)
+    repository = Repository(models)
+    assert repository.spec("own").kwargs["img_size"] == 32
+    assert repository.spec("larger").data["input_size"] == [3, 48, 48]
+
+
 def test_the_bundled_model_can_be_added_and_measured(run: Run, models: Path) -> None:
     assert (
         run("add", "bundled:fashion", "--to", models, "--no-profile")

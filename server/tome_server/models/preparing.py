@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tome_server.errors import ModelLoadError
+from tome_server.merging.geometry import default_size, patch_grid
+from tome_server.merging.support import check_supported
 from tome_server.models.bundled import BUNDLED
 from tome_server.models.head import Head
 from tome_server.models.importing import Imported, fitted, read_weights
@@ -153,22 +155,23 @@ def _inferred(recipe: Recipe, weights: Imported) -> dict[str, Any]:
     try:
         with torch.device("meta"):
             usual = timm.create_model(recipe.source, **{"num_classes": weights.num_classes, **recipe.kwargs})
+            check_supported(usual)
     except Exception:  # what is wrong shows in building it for real
         return {}
     found: dict[str, Any] = {"num_classes": weights.num_classes}
-    usual_size = tuple(usual.patch_embed.img_size or ())
     size = weights.input_size or _trained_size(usual, weights)
-    if size and usual_size and size != usual_size:
+    if size and size != default_size(usual):
         found["img_size"] = size[0] if size[0] == size[1] else list(size)
     return found
 
 
 def _trained_size(usual: Any, weights: Imported) -> tuple[int, int] | None:
-    """Return the image size that the position embeddings are for, if their patches make a square."""
-    embeddings = weights.tensors.get("pos_embed")
-    if embeddings is None or embeddings.ndim != 3:
+    """Return the image size that the position embeddings are for, if they tell: their patches make a square."""
+    theirs, ours = weights.tensors.get("pos_embed"), getattr(usual, "pos_embed", None)
+    if theirs is None or ours is None or theirs.ndim != 3 or theirs.shape[1] == ours.shape[1]:
         return None
-    patches = embeddings.shape[1] - (0 if usual.no_embed_class else usual.num_prefix_tokens)
+    height, width = default_size(usual)
+    rows, columns = patch_grid(usual, height, width)
+    patches = theirs.shape[1] - (ours.shape[1] - rows * columns)  # as many prefix tokens have a position
     side = math.isqrt(max(patches, 0))
-    height, width = usual.patch_embed.patch_size
-    return (side * height, side * width) if side and side * side == patches else None
+    return (side * height // rows, side * width // columns) if side and side * side == patches else None
