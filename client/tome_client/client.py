@@ -95,7 +95,8 @@ class Client:
                 [height, width, 3] RGB, or float32 [channels, height, width] as the model wants it.
             timeout: Seconds until the call is given up.
             **options: `model`, `budget` (seconds or a timedelta), `r`, `min_r`, `max_r`,
-                `min_quality`, `top_k`, `features` and `token_map`; see PredictOptions.
+                `min_quality`, `top_k`, `features`, `patch_features`, `normalize`, `float16` and `token_map`; see
+                PredictOptions.
 
         Raises:
             TomeError: The server refused or failed, or could not be reached.

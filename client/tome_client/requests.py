@@ -36,6 +36,12 @@ class PredictOptions(TypedDict, total=False):
     """Also return the pooled features."""
     token_map: bool
     """Also return which output token each patch was merged into."""
+    patch_features: bool
+    """Also return the features of each patch; a merged patch has those of its token."""
+    normalize: bool
+    """Divide the features, and those of each patch, by their Euclidean length."""
+    float16: bool
+    """Let features come as float16: half as long, with three digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,9 @@ def predict_request(image: Image, options: PredictOptions) -> PredictRequest:
         top_k=options.get("top_k"),
         return_features=options.get("features", False),
         return_token_map=options.get("token_map", False),
+        return_patch_features=options.get("patch_features", False),
+        normalize_features=options.get("normalize", False),
+        float16_features=options.get("float16", False),
     )
     sendable = image_input(image)
     if isinstance(sendable, bytes):

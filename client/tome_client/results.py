@@ -5,6 +5,7 @@ Durations are in seconds, counts of operations are the server's analytic estimat
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 from google.protobuf.duration_pb2 import Duration
@@ -77,6 +78,17 @@ class TokenMap:
 
 
 @dataclass(frozen=True, slots=True)
+class PatchFeatures:
+    """The features of each patch of the model's input; a merged patch has those of its token."""
+
+    grid_height: int
+    grid_width: int
+    dim: int
+    values: tuple[float, ...]
+    """[grid_height * grid_width * dim], row by row."""
+
+
+@dataclass(frozen=True, slots=True)
 class PredictResult:
     """The answer to one image."""
 
@@ -89,6 +101,8 @@ class PredictResult:
     features: tuple[float, ...] | None
     """[dim] what enters the classifier; None unless asked for."""
     token_map: TokenMap | None
+    """None unless asked for."""
+    patch_features: PatchFeatures | None = None
     """None unless asked for."""
 
 
@@ -191,7 +205,9 @@ def predict_result(response: inference_pb2.PredictResponse) -> PredictResult:
             batch_size=timing.batch_size,
             predicted=_seconds(timing.predicted),
         ),
-        features=tuple(response.features) or None,
+        features=_values(response.features_float16)
+        if response.HasField("features_float16")
+        else tuple(response.features) or None,
         token_map=TokenMap(
             grid_height=response.token_map.grid_height,
             grid_width=response.token_map.grid_width,
@@ -199,6 +215,7 @@ def predict_result(response: inference_pb2.PredictResponse) -> PredictResult:
         )
         if response.HasField("token_map")
         else None,
+        patch_features=_patch_features(response.patch_features) if response.HasField("patch_features") else None,
     )
 
 
@@ -252,6 +269,17 @@ def _summary(message: inference_pb2.ModelSummary) -> ModelSummary:
     return ModelSummary(
         name=message.name, architecture=message.architecture, description=message.description, ready=message.ready
     )
+
+
+def _patch_features(tensor: inference_pb2.Tensor) -> PatchFeatures:
+    height, width, dim = tensor.shape
+    return PatchFeatures(height, width, dim, _values(tensor))
+
+
+def _values(tensor: inference_pb2.Tensor) -> tuple[float, ...]:
+    half = tensor.data_type == inference_pb2.Tensor.DATA_TYPE_FLOAT16
+    size = 2 if half else 4
+    return struct.unpack(f"<{len(tensor.data) // size}{'e' if half else 'f'}", tensor.data)
 
 
 def _seconds(duration: Duration) -> float:

@@ -98,6 +98,8 @@ class Request:
     token_map: bool = False
     logits: bool = False
     """Whether the reply holds the logits of all classes."""
+    patches: bool = False
+    """Whether the reply holds the features of each patch."""
     trace_id: str | None = None
     """Of the recorded trace it belongs to, as 32 hexadecimal digits: metrics name it as their exemplar."""
 
@@ -364,7 +366,7 @@ class Engine:
             scheduler.check(Waiting(None, *limits), _now() + self._decoding, self._free_at)
             async with asyncio.timeout_at(request.deadline - self.reply_margin):
                 slot = await self._decode(served.model, request)
-                work = Work(slot, top_k, request.features, request.token_map, request.logits)
+                work = Work(slot, top_k, request.features, request.token_map, request.logits, request.patches)
                 job = _Job(served, bounds.exact, work, asyncio.get_running_loop().create_future(), _now())
                 answer = await self._wait(Waiting(job, *limits))
         except TimeoutError:

@@ -32,7 +32,7 @@ def test_most_samples_are_recognised(client: Client, samples: dict[Path, str]) -
 
 
 def test_the_answer_accounts_for_itself(client: Client, image_file: Path) -> None:
-    result = client.predict(image_file, r=8, top_k=3, features=True, token_map=True)
+    result = client.predict(image_file, r=8, top_k=3, features=True, token_map=True, patch_features=True, float16=True)
     model = client.model(result.model)
     assert [one.score for one in result.predictions] == sorted((one.score for one in result.predictions), reverse=True)
     assert len(result.predictions) == 3
@@ -43,6 +43,9 @@ def test_the_answer_accounts_for_itself(client: Client, image_file: Path) -> Non
     assert result.timing.slack > 0
     assert result.timing.batch_size >= 1
     assert len(result.features) == model.feature_dim
+    patches = result.patch_features
+    assert (patches.grid_height, patches.grid_width, patches.dim) == (14, 14, model.feature_dim)
+    assert len(patches.values) == 14 * 14 * model.feature_dim
     grid = result.token_map
     assert len(grid.token) == grid.grid_height * grid.grid_width
     # The class token's output token has no patch.

@@ -22,7 +22,18 @@ def test_every_option_reaches_its_field() -> None:
     request = predict_request(
         b"image",
         PredictOptions(
-            model="m", budget=0.05, r=3, min_r=1, max_r=7, min_quality=0.99, top_k=2, features=True, token_map=True
+            model="m",
+            budget=0.05,
+            r=3,
+            min_r=1,
+            max_r=7,
+            min_quality=0.99,
+            top_k=2,
+            features=True,
+            token_map=True,
+            patch_features=True,
+            normalize=True,
+            float16=True,
         ),
     )
     assert request.model == "m"
@@ -31,6 +42,9 @@ def test_every_option_reaches_its_field() -> None:
     assert request.min_quality == 0.99
     assert request.return_features
     assert request.return_token_map
+    assert request.return_patch_features
+    assert request.normalize_features
+    assert request.float16_features
 
 
 def test_zero_is_not_left_out() -> None:

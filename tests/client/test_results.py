@@ -1,4 +1,5 @@
 import json
+import struct
 from dataclasses import FrozenInstanceError, asdict
 
 import grpc
@@ -10,6 +11,7 @@ from tome_client.results import (
     ImageInput,
     MergeLevel,
     Merging,
+    PatchFeatures,
     Prediction,
     Timing,
     TokenMap,
@@ -53,9 +55,21 @@ def test_every_field_of_an_answer_is_read() -> None:
     assert result.token_map == TokenMap(grid_height=1, grid_width=3, token=(1, 1, 2))
 
 
+@pytest.mark.parametrize(("kind", "code"), [("DATA_TYPE_FLOAT16", "e"), ("DATA_TYPE_FLOAT32", "f")])
+def test_features_are_read_whatever_their_type(kind: str, code: str) -> None:
+    values = (0.5, -0.25, 2.0, 0.0, 1.5, -8.0)
+    type_ = inference_pb2.Tensor.DataType.Value(kind)
+    pooled = inference_pb2.Tensor(data_type=type_, shape=[2], data=struct.pack(f"<2{code}", *values[:2]))
+    patches = inference_pb2.Tensor(data_type=type_, shape=[1, 3, 2], data=struct.pack(f"<6{code}", *values))
+    result = predict_result(inference_pb2.PredictResponse(features_float16=pooled, patch_features=patches))
+    assert result.features == values[:2]
+    assert result.patch_features == PatchFeatures(1, 3, 2, values)
+
+
 def test_what_was_not_asked_for_is_none() -> None:
     result = predict_result(inference_pb2.PredictResponse())
     assert result.features is None
+    assert result.patch_features is None
     assert result.token_map is None
     assert result.timing.slack is None
 

@@ -273,7 +273,7 @@ async def _describe(channel: grpc.aio.Channel, plan: LoadPlan, target: str, meta
 def _asked(plan: LoadPlan, budget: float) -> bytes:
     """Returns a request of that budget, but for its image."""
     asked = PredictOptions(**{**plan.options, "budget": None if plan.deadline_only else budget, "top_k": 1})
-    asked["features"] = asked["token_map"] = False
+    asked["features"] = asked["patch_features"] = asked["token_map"] = False
     request = predict_request(b"", asked)
     request.ClearField("image")
     return request.SerializeToString()

@@ -12,7 +12,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PredictRequest(_message.Message):
-    __slots__ = ("model", "image", "tensor", "latency_budget", "r", "min_r", "max_r", "top_k", "return_features", "return_token_map", "min_quality")
+    __slots__ = ("model", "image", "tensor", "latency_budget", "r", "min_r", "max_r", "top_k", "return_features", "return_token_map", "min_quality", "return_patch_features", "normalize_features", "float16_features")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,9 @@ class PredictRequest(_message.Message):
     RETURN_FEATURES_FIELD_NUMBER: _ClassVar[int]
     RETURN_TOKEN_MAP_FIELD_NUMBER: _ClassVar[int]
     MIN_QUALITY_FIELD_NUMBER: _ClassVar[int]
+    RETURN_PATCH_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    NORMALIZE_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    FLOAT16_FEATURES_FIELD_NUMBER: _ClassVar[int]
     model: str
     image: bytes
     tensor: Tensor
@@ -35,7 +38,10 @@ class PredictRequest(_message.Message):
     return_features: bool
     return_token_map: bool
     min_quality: float
-    def __init__(self, model: _Optional[str] = ..., image: _Optional[bytes] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., latency_budget: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., r: _Optional[int] = ..., min_r: _Optional[int] = ..., max_r: _Optional[int] = ..., top_k: _Optional[int] = ..., return_features: bool = ..., return_token_map: bool = ..., min_quality: _Optional[float] = ...) -> None: ...
+    return_patch_features: bool
+    normalize_features: bool
+    float16_features: bool
+    def __init__(self, model: _Optional[str] = ..., image: _Optional[bytes] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., latency_budget: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., r: _Optional[int] = ..., min_r: _Optional[int] = ..., max_r: _Optional[int] = ..., top_k: _Optional[int] = ..., return_features: bool = ..., return_token_map: bool = ..., min_quality: _Optional[float] = ..., return_patch_features: bool = ..., normalize_features: bool = ..., float16_features: bool = ...) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("data_type", "shape", "data")
@@ -44,9 +50,11 @@ class Tensor(_message.Message):
         DATA_TYPE_UNSPECIFIED: _ClassVar[Tensor.DataType]
         DATA_TYPE_UINT8: _ClassVar[Tensor.DataType]
         DATA_TYPE_FLOAT32: _ClassVar[Tensor.DataType]
+        DATA_TYPE_FLOAT16: _ClassVar[Tensor.DataType]
     DATA_TYPE_UNSPECIFIED: Tensor.DataType
     DATA_TYPE_UINT8: Tensor.DataType
     DATA_TYPE_FLOAT32: Tensor.DataType
+    DATA_TYPE_FLOAT16: Tensor.DataType
     DATA_TYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
@@ -56,20 +64,24 @@ class Tensor(_message.Message):
     def __init__(self, data_type: _Optional[_Union[Tensor.DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class PredictResponse(_message.Message):
-    __slots__ = ("model", "predictions", "merging", "timing", "features", "token_map")
+    __slots__ = ("model", "predictions", "merging", "timing", "features", "token_map", "features_float16", "patch_features")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PREDICTIONS_FIELD_NUMBER: _ClassVar[int]
     MERGING_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_MAP_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FLOAT16_FIELD_NUMBER: _ClassVar[int]
+    PATCH_FEATURES_FIELD_NUMBER: _ClassVar[int]
     model: str
     predictions: _containers.RepeatedCompositeFieldContainer[Prediction]
     merging: Merging
     timing: Timing
     features: _containers.RepeatedScalarFieldContainer[float]
     token_map: TokenMap
-    def __init__(self, model: _Optional[str] = ..., predictions: _Optional[_Iterable[_Union[Prediction, _Mapping]]] = ..., merging: _Optional[_Union[Merging, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., features: _Optional[_Iterable[float]] = ..., token_map: _Optional[_Union[TokenMap, _Mapping]] = ...) -> None: ...
+    features_float16: Tensor
+    patch_features: Tensor
+    def __init__(self, model: _Optional[str] = ..., predictions: _Optional[_Iterable[_Union[Prediction, _Mapping]]] = ..., merging: _Optional[_Union[Merging, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., features: _Optional[_Iterable[float]] = ..., token_map: _Optional[_Union[TokenMap, _Mapping]] = ..., features_float16: _Optional[_Union[Tensor, _Mapping]] = ..., patch_features: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class Prediction(_message.Message):
     __slots__ = ("class_id", "label", "score")

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 from google.protobuf.duration_pb2 import Duration
 
 from tome_api.v1 import inference_pb2 as pb
@@ -34,12 +35,13 @@ def request_from(
         top_k=message.top_k if message.HasField("top_k") else None,
         features=message.return_features,
         token_map=message.return_token_map,
+        patches=message.return_patch_features,
         trace_id=trace_id,
     )
 
 
-def response_to(reply: Reply) -> pb.PredictResponse:
-    """Return the message for the engine's reply."""
+def response_to(reply: Reply, asked: pb.PredictRequest) -> pb.PredictResponse:
+    """Return the message for the engine's reply to what was asked."""
     labels, result, timing = reply.model.labels, reply.result, reply.timing
     response = pb.PredictResponse(
         model=reply.model.name,
@@ -63,12 +65,32 @@ def response_to(reply: Reply) -> pb.PredictResponse:
             batch_size=timing.batch_size,
             predicted=_duration(timing.predicted),
         ),
-        features=result.features,
     )
+    if result.features is not None:
+        features = _features(np.array(result.features, np.float32), asked)
+        if asked.float16_features:
+            response.features_float16.CopyFrom(features)
+        else:
+            response.features.extend(np.frombuffer(features.data, np.float32).tolist())
+    if result.patches is not None:
+        grid = np.frombuffer(result.patches, np.float32).reshape(*reply.model.patch_grid, -1)
+        response.patch_features.CopyFrom(_features(grid, asked))
     if result.token_map is not None:
         height, width = reply.model.patch_grid
         response.token_map.CopyFrom(pb.TokenMap(grid_height=height, grid_width=width, token=result.token_map))
     return response
+
+
+def _features(values: np.ndarray, asked: pb.PredictRequest) -> pb.Tensor:
+    """Return features [..., dim] as they were asked for."""
+    if asked.normalize_features:
+        length = np.linalg.norm(values, axis=-1, keepdims=True)
+        values = values / np.maximum(length, np.finfo(np.float32).tiny)
+    if asked.float16_features:
+        with np.errstate(over="ignore"):  # what is too large becomes infinite
+            values = values.astype(np.float16)
+    kind = pb.Tensor.DATA_TYPE_FLOAT16 if asked.float16_features else pb.Tensor.DATA_TYPE_FLOAT32
+    return pb.Tensor(data_type=kind, shape=values.shape, data=values.astype(values.dtype.newbyteorder("<")).tobytes())
 
 
 def summary_of(name: str, model: HostedModel | None) -> pb.ModelSummary:

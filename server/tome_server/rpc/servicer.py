@@ -76,4 +76,4 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         arrival = asyncio.get_running_loop().time()
         with counted(self._engine, message.model):
             request = convert.request_from(message, arrival, context.time_remaining(), trace_id(context))
-            return convert.response_to(await self._engine.predict(request))
+            return convert.response_to(await self._engine.predict(request), message)

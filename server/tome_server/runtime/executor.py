@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tome_server.merging import unmerge
 from tome_server.models.loaded import LoadedModel
 from tome_server.runtime.work import BatchResult, Result, Work
 
@@ -40,7 +41,9 @@ def _run(
     model: LoadedModel, batch: Sequence[Work[Tensor]], r: int | Sequence[int], device: torch.device
 ) -> list[Result]:
     images = torch.stack([work.image for work in batch]).to(device)
-    output = model.merged(images, r, return_token_map=any(work.token_map for work in batch))
+    patches = any(work.patches for work in batch)
+    mapped = patches or any(work.token_map for work in batch)
+    output = model.merged(images, r, return_tokens=patches, return_token_map=mapped)
     logits = output.logits.float()
     scores, class_ids = logits.softmax(dim=-1).topk(max(work.top_k for work in batch))
     # One transfer back for each tensor, which also waits for the device.
@@ -48,6 +51,9 @@ def _run(
     features = output.features.float().tolist() if any(work.features for work in batch) else None
     all_logits = logits.tolist() if any(work.logits for work in batch) else None
     token_map = output.token_map.tolist() if output.token_map is not None else None
+    of_patches = None
+    if output.tokens is not None and output.token_map is not None:
+        of_patches = unmerge(output.tokens, output.token_map).float().cpu().numpy().astype("<f4", copy=False)
     return [
         Result(
             class_ids=tuple(all_ids[i][: work.top_k]),
@@ -55,6 +61,7 @@ def _run(
             features=tuple(features[i]) if features and work.features else None,
             token_map=tuple(token_map[i]) if token_map and work.token_map else None,
             logits=tuple(all_logits[i]) if all_logits and work.logits else None,
+            patches=of_patches[i].tobytes() if of_patches is not None and work.patches else None,
         )
         for i, work in enumerate(batch)
     ]

@@ -17,10 +17,12 @@ class Work(Generic[I]):
     features: bool = False
     token_map: bool = False
     logits: bool = False
+    patches: bool = False
+    """Whether the features of each patch are wanted."""
 
     def on(self, image: J) -> "Work[J]":
         """The same, wanted of `image`."""
-        return Work(image, self.top_k, self.features, self.token_map, self.logits)
+        return Work(image, self.top_k, self.features, self.token_map, self.logits, self.patches)
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Result:
     token_map: tuple[int, ...] | None
     logits: tuple[float, ...] | None = None
     """Of all classes, if asked for."""
+    patches: bytes | None = None
+    """[patches, D] little-endian float32 features of each patch, if asked for: those of the token it went into."""
 
 
 @dataclass(frozen=True)

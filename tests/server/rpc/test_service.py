@@ -131,6 +131,43 @@ def test_features_and_token_map_come_only_on_request(stub: Any, good: pb.Predict
     assert list(asked.token_map.token) == list(range(1, 197))
 
 
+@pytest.mark.parametrize("r", [0, 8])
+def test_features_come_normalised_halved_and_for_each_patch_on_request(
+    stub: Any, good: pb.PredictRequest, model: pb.Model, r: int
+) -> None:
+    def asked(**flags: bool) -> pb.PredictResponse:
+        return stub.Predict(pb.PredictRequest(image=good.image, r=r, return_features=True, **flags))
+
+    plain = np.array(asked().features, np.float32)
+    assert not asked().HasField("features_float16")
+    assert not asked().HasField("patch_features")
+    unit = np.array(asked(normalize_features=True).features)
+    assert np.linalg.norm(unit) == pytest.approx(1, abs=1e-5)
+    assert unit == pytest.approx(plain / np.linalg.norm(plain), abs=1e-4)
+
+    answer = asked(float16_features=True, return_patch_features=True, return_token_map=True)
+    assert not answer.features
+    assert answer.features_float16.data_type == answer.patch_features.data_type == pb.Tensor.DATA_TYPE_FLOAT16
+    assert list(answer.features_float16.shape) == [model.feature_dim]
+    half = np.frombuffer(answer.features_float16.data, "<f2")
+    assert half.astype(np.float32) == pytest.approx(plain, rel=2e-3, abs=1e-3)
+    assert list(answer.patch_features.shape) == [14, 14, model.feature_dim]
+    patches = np.frombuffer(answer.patch_features.data, "<f2").reshape(196, -1)
+    # Patches of one token have its features, and patches of two have not.
+    assert len(np.unique(patches, axis=0)) == len(set(answer.token_map.token)) == answer.merging.tokens_out - 1
+
+    full = asked(return_patch_features=True, normalize_features=True).patch_features
+    assert full.data_type == pb.Tensor.DATA_TYPE_FLOAT32
+    lengths = np.linalg.norm(np.frombuffer(full.data, "<f4").reshape(196, -1), axis=1)
+    assert lengths == pytest.approx(1, abs=1e-5)
+
+
+def test_float16_is_of_answers_alone(stub: Any) -> None:
+    tensor = pb.Tensor(data_type=pb.Tensor.DATA_TYPE_FLOAT16, shape=[3, 28, 28], data=bytes(2 * 3 * 28 * 28))
+    with pytest.raises(grpc.RpcError, match="must be DATA_TYPE_UINT8 or DATA_TYPE_FLOAT32"):
+        stub.Predict(pb.PredictRequest(tensor=tensor))
+
+
 @pytest.mark.parametrize("r", [1, 8, 15, 98])
 def test_the_token_map_names_every_output_token(stub: Any, good: pb.PredictRequest, r: int) -> None:
     answer = stub.Predict(pb.PredictRequest(image=good.image, r=r, return_token_map=True))

@@ -47,6 +47,18 @@ def test_each_image_gets_only_what_was_asked_for_it(model: LoadedModel, images: 
     assert len(set(mapped.token_map)) == 12  # 16 patches, two merged in each of two blocks
 
 
+def test_patches_have_the_features_of_the_token_they_went_into(model: LoadedModel, images: torch.Tensor) -> None:
+    plain, asked = run_batch(model, [Work(images[0], 1), Work(images[1], 1, patches=True)], [0, 2], CPU).results
+    assert (plain.patches, asked.token_map, asked.features) == (None, None, None)
+    assert asked.patches is not None
+    given = torch.frombuffer(bytearray(asked.patches), dtype=torch.float32).reshape(16, -1)
+    output = model.merged(images[1:2], 2, return_tokens=True, return_token_map=True)
+    assert output.tokens is not None
+    assert output.token_map is not None
+    assert torch.allclose(given, output.tokens[0, output.token_map[0]], atol=1e-5)
+    assert len(given.round(decimals=3).unique(dim=0)) == 12  # merged ones are equal
+
+
 def test_logits_are_of_all_classes_and_only_of_who_asked(model: LoadedModel, images: torch.Tensor) -> None:
     plain, raw = run_batch(model, [Work(images[0], 1), Work(images[1], 1, logits=True)], 2, CPU).results
     assert plain.logits is None
