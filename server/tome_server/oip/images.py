@@ -4,11 +4,9 @@ import math
 
 from tome_server.engine import EncodedImage, Normalised, Pixels
 from tome_server.errors import InvalidRequestError, TooLargeError
-from tome_server.oip.messages import BYTES, DTYPES, Tensor, check_datatype, shown
+from tome_server.oip.messages import BYTES, DTYPES, MOST_DIMENSIONS, Tensor, check_count, check_datatype, shown
 
 INPUT = "image"
-# Of the shapes we take, the longest has four; one of many more is not repeated in a refusal.
-_MOST_DIMENSIONS = 8
 
 
 def images_of(tensor: Tensor, most: int) -> list[EncodedImage | Pixels | Normalised]:
@@ -42,8 +40,7 @@ def images_of(tensor: Tensor, most: int) -> list[EncodedImage | Pixels | Normali
 def _count(tensor: Tensor) -> int:
     """Return how many images the shape promises. Raises InvalidRequestError if it is none of the datatype's."""
     shape = tensor.shape
-    if len(shape) > _MOST_DIMENSIONS:
-        raise InvalidRequestError("image.shape", f"has {len(shape):,} dimensions")
+    check_count("image.shape", len(shape), MOST_DIMENSIONS)
     form, fits = {
         "FP32": ("[N, channels, height, width]", len(shape) == 4),
         "UINT8": ("[N, height, width, 3]", len(shape) == 4 and shape[3] == 3),

@@ -7,13 +7,18 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tome_server.errors import InvalidRequestError
+from tome_server.errors import InvalidRequestError, TooLargeError
 
 Parameter: TypeAlias = bool | int | float | str
 
 # NumPy's types of the datatypes we use, in the protocol's byte order; an element of BYTES has no fixed size.
 DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1"), "INT64": np.dtype("<i8")}
 BYTES = "BYTES"
+# More than these are refused before anything is done for each of them, while nobody else is served: the elements of
+# BYTES, the dimensions of a shape, and the parameters or outputs of a request.
+MOST_ELEMENTS = 2**16
+MOST_DIMENSIONS = 8
+MOST_NAMED = 64
 # Characters of a caller's text that a refusal repeats: gRPC drops statuses of more than a few kilobytes.
 _SHOWN = 60
 
@@ -74,13 +79,24 @@ def check_datatype(datatype: str) -> None:
         raise InvalidRequestError("image.datatype", f"must be FP32, UINT8 or BYTES, not {shown(datatype)}")
 
 
+def check_count(field: str, count: int, most: int) -> None:
+    """Raise InvalidRequestError if there are more than `most` of what `field` holds."""
+    if count > most:
+        raise InvalidRequestError(field, f"holds {count:,}; at most {most:,} are taken")
+
+
 def joined(elements: Sequence[bytes]) -> bytes:
     """Write elements of BYTES one after another, each after its length in four bytes."""
     return b"".join(part for element in elements for part in (struct.pack("<I", len(element)), element))
 
 
 def split(data: bytes, count: int) -> list[bytes]:
-    """Read `count` elements of BYTES back. Raises InvalidRequestError if `data` holds another number, or is cut off."""
+    """Read up to `count` elements of BYTES back.
+
+    Raises InvalidRequestError if `data` holds more or is cut off, TooLargeError if that would be too many for anyone.
+    """
+    if count > MOST_ELEMENTS:
+        raise TooLargeError(f"{count:,} elements of BYTES; at most {MOST_ELEMENTS:,} are taken")
     elements: list[bytes] = []
     at = 0
     while at < len(data):

@@ -4,7 +4,7 @@ import base64
 import binascii
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -30,6 +30,9 @@ M = TypeVar("M", bound=BaseModel)
 
 # Bytes of JSON in one request: it is parsed in one go, while nobody else is served.
 MOST_JSON = 8 * 2**20
+# Bytes of tensors that are written as JSON in the event loop, and elements that are written in one go.
+_MUCH = 2**18
+_PART = 4096
 CONTENT_TYPE = "content_type"
 BASE64 = "base64"
 _SIZE = "binary_data_size"
@@ -122,18 +125,32 @@ def response_to(response: InferResponse, binary: Binary) -> tuple[bytes, int | N
         output: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
         if binary.wanted(tensor.name):
             behind.append(tensor.data if isinstance(tensor.data, bytes) else joined(tensor.data))
-            output["parameters"] = {_SIZE: len(behind[-1])}
-        elif isinstance(tensor.data, bytes):
-            output["data"] = np.frombuffer(tensor.data, DTYPES[tensor.datatype]).tolist()
+            described.append(_json({**output, "parameters": {_SIZE: len(behind[-1])}}))
         else:
-            output["data"] = [element.decode() for element in tensor.data]
-        described.append(output)
+            described.append(f'{_json(output)[:-1]},"data":[{",".join(_parts(tensor))}]}}')
     answer: dict[str, Any] = {"model_name": response.model, "model_version": response.version}
     if response.id:
         answer["id"] = response.id
-    answer |= {"parameters": response.parameters, "outputs": described}
-    text = json.dumps(answer, allow_nan=False, separators=(",", ":")).encode()
+    text = f'{_json({**answer, "parameters": response.parameters})[:-1]},"outputs":[{",".join(described)}]}}'.encode()
     return b"".join([text, *behind]), len(text) if behind else None
+
+
+def takes_long(response: InferResponse) -> bool:
+    """Return whether `response_to` has so much to write that the event loop should leave it to a thread."""
+    return sum(len(tensor.data) for tensor in response.outputs) > _MUCH
+
+
+def _parts(tensor: Tensor) -> Iterator[str]:
+    """Write the elements in parts, so that other threads have the interpreter in between."""
+    data = tensor.data
+    elements = np.frombuffer(data, DTYPES[tensor.datatype]) if isinstance(data, bytes) else data
+    for start in range(0, len(elements), _PART):
+        part = elements[start : start + _PART]
+        yield _json(part.tolist() if isinstance(part, np.ndarray) else [element.decode() for element in part])[1:-1]
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
 def ready_only(body: bytes) -> bool:

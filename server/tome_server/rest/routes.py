@@ -13,7 +13,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive
 
-from tome_server.errors import InvalidRequestError, RequestError, TooLargeError, UnsupportedError
+from tome_server.engine import RETRY_AFTER
+from tome_server.errors import (
+    InvalidRequestError,
+    OverloadedError,
+    RequestError,
+    TooLargeError,
+    UnavailableError,
+    UnsupportedError,
+)
 from tome_server.observability.trace_context import sampled_trace_id
 from tome_server.oip.describe import server_metadata
 from tome_server.oip.messages import shown
@@ -138,7 +146,16 @@ class Protocol:
         except TimeoutError:
             pass
 
+    def _check_room(self) -> None:
+        """Refuse a request before its body is held."""
+        engine = self._service.engine
+        if engine.draining.is_set():
+            raise UnavailableError("the server is shutting down")
+        if self._answering > engine.max_pending:
+            raise OverloadedError(engine.max_pending, RETRY_AFTER)
+
     async def _infer(self, request: Request, arrival: float, name: str, version: str) -> Response:
+        self._check_room()
         headers = request.headers
         time_remaining = _time_remaining(headers.get(TIMEOUT))
         json_length = _json_length(headers.get(JSON_LENGTH))
@@ -146,7 +163,10 @@ class Protocol:
         asked, binary = convert.request_from(body, json_length, name, version)
         trace = sampled_trace_id(headers.get("traceparent"))
         response = await _unless_gone(request.receive, self._service.infer(asked, arrival, time_remaining, trace))
-        content, json_length = convert.response_to(response, binary)
+        if convert.takes_long(response):
+            content, json_length = await asyncio.to_thread(convert.response_to, response, binary)
+        else:
+            content, json_length = convert.response_to(response, binary)
         if json_length is None:
             return Response(content, media_type="application/json")
         return Response(content, headers={JSON_LENGTH: str(json_length)}, media_type="application/octet-stream")

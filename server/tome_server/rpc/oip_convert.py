@@ -9,11 +9,15 @@ from tome_server.errors import InvalidRequestError, TooLargeError
 from tome_server.oip.messages import (
     BYTES,
     DTYPES,
+    MOST_DIMENSIONS,
+    MOST_ELEMENTS,
+    MOST_NAMED,
     InferRequest,
     InferResponse,
     Parameter,
     RequestedOutput,
     Tensor,
+    check_count,
     check_datatype,
     joined,
     shown,
@@ -30,6 +34,7 @@ def request_from(message: pb.ModelInferRequest) -> InferRequest:
     """Return what a message asks for. Raises a RequestError if it contradicts itself."""
     if len(message.inputs) != 1:
         raise InvalidRequestError("inputs", f"must be one tensor, image; {len(message.inputs)} are given")
+    check_count("outputs", len(message.outputs), MOST_NAMED)
     return InferRequest(
         model=message.model_name,
         version=message.model_version,
@@ -65,6 +70,7 @@ def response_to(response: InferResponse, *, raw: bool) -> pb.ModelInferResponse:
 
 
 def _parameters(given: Mapping[str, pb.InferParameter], field: str) -> dict[str, Parameter]:
+    check_count(field, len(given), MOST_NAMED)
     parameters: dict[str, Parameter] = {}
     for name, value in given.items():
         kind = value.WhichOneof("parameter_choice")
@@ -77,7 +83,7 @@ def _parameters(given: Mapping[str, pb.InferParameter], field: str) -> dict[str,
 def _input(tensor: pb.ModelInferRequest.InferInputTensor, raw: Sequence[bytes]) -> Tensor:
     check_datatype(tensor.datatype)
     if tensor.parameters:
-        name = shown(min(tensor.parameters))
+        name = shown(next(iter(tensor.parameters)))
         raise InvalidRequestError("inputs.parameters", f"{name} is not supported; an input takes no parameters")
     given = [field.name for field, _ in tensor.contents.ListFields()]
     if raw and given:
@@ -87,6 +93,8 @@ def _input(tensor: pb.ModelInferRequest.InferInputTensor, raw: Sequence[bytes]) 
     expected = _CONTENTS[tensor.datatype]
     if wrong := [name for name in given if name != expected]:
         raise InvalidRequestError("inputs.contents", f"{tensor.datatype} goes into {expected}, not {wrong[0]}")
+    check_count("image.shape", len(tensor.shape), MOST_DIMENSIONS)
+    check_count("inputs.contents", len(tensor.contents.bytes_contents), MOST_ELEMENTS)
     shape = tuple(tensor.shape)
     data: bytes | Sequence[bytes]
     if tensor.datatype == BYTES:
