@@ -13,7 +13,6 @@ QUERIES = {
     trigger["name"]: trigger["metadata"]["query"]
     for trigger in (the("ScaledObject", render({"autoscaling": {"kind": "keda"}}))["spec"]["triggers"])
 }
-PODS = ("p0", "p1")
 
 
 def counter(name: str, per_second: float, pod: str, release: str = RELEASE, **labels: str) -> dict[str, str]:
@@ -36,7 +35,7 @@ def server(
         counter("tome_merge_r_count", met, pod, release, model="a"),
         constant("tome_merge_r_limit", 16, pod, release, model="a"),
         counter("tome_merge_r_sum", 0, pod, release, model="b"),
-        counter("tome_merge_r_count", 1, pod, release, model="b"),
+        counter("tome_merge_r_count", met / 2, pod, release, model="b"),
         constant("tome_merge_r_limit", 8, pod, release, model="b"),
         counter("tome_slo_met_total", met, pod, release, model="a"),
         counter("tome_compute_seconds_total", busy, pod, release, model="a"),
@@ -63,8 +62,12 @@ CASES = {
         {"r-share": 0.5, "refused-share": 0, "busy": 0.5},
     ),
     "nobody asks": (
-        server("p0", r=0, busy=0, met=0)[6:] + server("p1", r=0, busy=0, met=0)[6:],
+        server("p0", r=0, busy=0, met=0) + server("p1", r=0, busy=0, met=0),
         {"r-share": 0, "refused-share": 0, "busy": 0},
+    ),
+    "a third pod still loads": (
+        server("p0", r=8, busy=0.5) + server("p1", r=8, busy=1) + [constant("tome_requests_pending", 0, "p2")],
+        {"r-share": 0.5, "refused-share": 0, "busy": 0.75},
     ),
     # Else pods would be taken away from servers that nobody can see.
     "nothing is scraped": (

@@ -70,6 +70,14 @@ def test_settings_arrive_as_they_were_written(tmp_path: Path) -> None:
     assert config.auth.tokens == Path("/etc/tome-auth/list")
 
 
+def test_a_repository_can_take_the_place_of_the_list_of_models(tmp_path: Path) -> None:
+    volume = {"persistentVolumeClaim": {"claimName": "models", "readOnly": True}}
+    values: Values = {"config": {"repository": "/models", "models": []}, "modelsVolume": volume}
+    config = settings_of(values, tmp_path)
+    assert (config.repository, config.models) == (Path("/models"), ())
+    assert "/models" in [mount["mountPath"] for mount in container(render(values))["volumeMounts"]]
+
+
 def test_schema_and_table_of_settings_are_the_servers() -> None:
     command = [sys.executable, ROOT / "deploy/reference.py", "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -181,6 +189,9 @@ def test_the_startup_probe_allows_what_is_asked_for() -> None:
     for timeout in (10, 299, 300, 3600):
         probe = container(render({"startup": {"timeoutSeconds": timeout}}))["startupProbe"]
         assert timeout <= probe["periodSeconds"] * probe["failureThreshold"] <= timeout + probe["periodSeconds"]
+        # A rollout that waits for it isn't reported as failed.
+        rollout = the("Deployment", render({"startup": {"timeoutSeconds": timeout}}))["spec"]
+        assert rollout["progressDeadlineSeconds"] > timeout
 
 
 def test_routes_let_through_what_is_for_clients() -> None:

@@ -27,11 +27,11 @@ sum(rate(tome_slo_missed_total{reason=~"infeasible|queue_full", {{- $s -}} }[{{ 
 ) or {{ include "tome-serving.zero" . }}
 {{- end }}
 
-{{/* Share of the time that devices are busy; each pod has one. */}}
+{{/* Share of the time that devices are busy; each pod has one. A pod that still loads isn't counted. */}}
 {{- define "tome-serving.busy" -}}
 {{- $s := include "tome-serving.series" . }}{{ $w := .Values.autoscaling.window -}}
 sum(rate(tome_compute_seconds_total{ {{- $s -}} }[{{ $w }}]))
-/ count(tome_requests_pending{ {{- $s -}} })
+/ count(sum by (pod) (tome_merge_r_limit{ {{- $s -}} }))
 {{- end }}
 
 {{/* Up at once and by leaps, for quality is being lost; down one at a time, to see what each costs. */}}
