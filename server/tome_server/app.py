@@ -5,6 +5,7 @@ import json
 import logging
 import signal
 import time
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,8 @@ async def serve(config: ServerConfig) -> None:
             await http.start()
         await rpc.start()
         log.info("listening on %s, loading %s", rpc.address, ", ".join(engine.names))
-        loading = asyncio.create_task(hosting.start(specs))
+        loading = asyncio.create_task(hosting.start())
+        _on_hangup(hosting.refresh)
         dispatching = asyncio.create_task(engine.run())
         ends = [asyncio.create_task(stopping.wait()), asyncio.create_task(device.ended())]
         try:
@@ -135,6 +137,17 @@ def _http_server(config: ServerConfig, service: OpenInference, tokens: Tokens | 
         protocol=config.tls is None if config.rest is None else config.rest,
         tokens=tokens,
     )
+
+
+def _on_hangup(refresh: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Look at what is stored again, whenever told to by SIGHUP."""
+    running: set[asyncio.Task[None]] = set()
+
+    def start() -> None:
+        running.add(task := asyncio.create_task(refresh()))
+        task.add_done_callback(running.discard)
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, start)
 
 
 async def _first(*tasks: "asyncio.Task[Any]") -> None:

@@ -8,9 +8,10 @@ import asyncio
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TypeAlias
 
 import numpy as np
@@ -188,7 +189,7 @@ class Engine:
     names: list[str] = field(default_factory=list)
     """Of all models that are or will be served, the one for requests that name none first."""
     models: dict[str, Served] = field(default_factory=dict)
-    """Those that are loaded; while a model retires, it is here still, and not in `names`."""
+    """Those that are loaded, by name."""
     max_client_requests: int | None = None
     """Requests held at once for one client; one more is refused."""
     observers: Sequence[Observer] = ()
@@ -201,7 +202,9 @@ class Engine:
         self._shares = Shares(self.max_client_requests, RETRY_AFTER)
         self._unanswered: set[_Job] = set()
         self._ended = False
-        # Requests in the engine, by model, and the model on the device.
+        self.leaving: list[Served] = []
+        """Models that have been replaced or retired, and still have requests to answer."""
+        # Requests in the engine by the model's key, and the key of the model on the device.
         self._held: Counter[str] = Counter()
         self._on_device: str | None = None
         self._released = asyncio.Event()
@@ -245,20 +248,27 @@ class Engine:
         """Answer requests for a model that was expected with UnknownModelError again."""
         self.names.remove(name)
 
-    def serve(self, served: Served) -> None:
-        """Answer requests for a model that was expected."""
+    def serve(self, served: Served) -> Served | None:
+        """Answer new requests for a model that was expected, or is served; returns what was, to wait for by `left`."""
+        before = self.models.get(served.model.name)
         self.models[served.model.name] = served
+        if before:
+            self.leaving.append(before)
+        return before
 
-    async def retire(self, name: str) -> None:
-        """Refuse new requests for a model, and return once those that are here are answered.
+    def retire(self, name: str) -> Served:
+        """Refuse new requests for a model, which is returned, to wait for by `left`. Raises what `model` does."""
+        served = self.model(name)
+        self.names.remove(served.model.name)
+        self.leaving.append(self.models.pop(served.model.name))
+        return served
 
-        Raises what `model` does.
-        """
-        self.names.remove(self.model(name).model.name)
-        while self._held[name] or self._on_device == name:
+    async def left(self, served: Served) -> None:
+        """Wait until a model that was replaced or retired has answered the requests that it still had."""
+        while self._held[served.key] or self._on_device == served.key:
             self._released.clear()
             await self._released.wait()
-        del self.models[name]
+        self.leaving.remove(served)
 
     async def predict(self, request: Request) -> Reply:
         """Answer one request. Raises a RequestError that says why it could not be answered.
@@ -354,7 +364,7 @@ class Engine:
             self.metrics.rejected.labels(name, "queue_full").inc()
             raise OverloadedError(self._pending, RETRY_AFTER)
         self._pending += 1
-        self._held[name] += 1
+        self._held[served.key] += 1
         self.metrics.pending.set(self._pending)
         job = slot = None
         try:
@@ -365,7 +375,7 @@ class Engine:
             # Before decoding: what can't be met is refused before it costs anything.
             scheduler.check(Waiting(None, *limits), _now() + self._decoding, self._free_at)
             async with asyncio.timeout_at(request.deadline - self.reply_margin):
-                slot = await self._decode(served.model, request)
+                slot = await self._decode(served, request)
                 work = Work(slot, top_k, request.features, request.token_map, request.logits, request.patches)
                 job = _Job(served, bounds.exact, work, asyncio.get_running_loop().create_future(), _now())
                 answer = await self._wait(Waiting(job, *limits))
@@ -378,17 +388,17 @@ class Engine:
             raise
         finally:
             self._pending -= 1
-            self._held[name] -= 1
+            self._held[served.key] -= 1
             self._released.set()
             self.metrics.pending.set(self._pending)
             if slot is not None and not (job and job.taken):
                 slot.drop()
         return self._reply(job, answer, request)
 
-    async def _decode(self, model: HostedModel, request: Request) -> Slot:
+    async def _decode(self, served: Served, request: Request) -> Slot:
         """Prepare the image where the device finds it."""
         began = _now()
-        decoding = self._decoders.submit(self._prepare, model, request.input)
+        decoding = self._decoders.submit(self._prepare, served, request.input)
         try:
             slot = await asyncio.wrap_future(decoding)
         except asyncio.CancelledError:
@@ -398,8 +408,8 @@ class Engine:
         self._decoding += DECODE_RATE * (_now() - began - self._decoding)
         return slot
 
-    def _prepare(self, model: HostedModel, source: EncodedImage | Pixels | Normalised) -> Slot:
-        return self.device.put(model.name, _prepared(model.preprocess, source))
+    def _prepare(self, served: Served, source: EncodedImage | Pixels | Normalised) -> Slot:
+        return self.device.put(served.key, _prepared(served.model.preprocess, source))
 
     async def _wait(self, waiting: Waiting[_Job]) -> _Answer:
         job = waiting.item
@@ -423,7 +433,7 @@ class Engine:
         """Return the next decision: that of the model whose earliest deadline is the earliest."""
         while True:
             urgent = min(
-                (served for served in self.models.values() if len(served.scheduler)),
+                (served for served in self._all() if len(served.scheduler)),
                 key=lambda served: served.scheduler.deadline,
                 default=None,
             )
@@ -471,9 +481,9 @@ class Engine:
         for job in batch:
             job.taken = True
         started, predicted = _now(), latency.of_batch(levels)
-        self._on_device, self._free_at = model.name, started + latency.of_batch(levels, promised=True)
+        self._on_device, self._free_at = served.key, started + latency.of_batch(levels, promised=True)
         try:
-            done = await self.device.run(model.name, [job.work for job in batch], rs, served.profile.packed)
+            done = await self.device.run(served.key, [job.work for job in batch], rs, served.profile.packed)
         except DeviceDiedError:
             raise
         except Exception:
@@ -554,8 +564,11 @@ class Engine:
             self._free_at = now
             self.metrics.drift.labels(served.model.name).set(served.scheduler.latency.drift)
 
+    def _all(self) -> Iterator[Served]:
+        return chain(self.models.values(), self.leaving)
+
     def _queued(self) -> int:
-        return sum(len(served.scheduler) for served in self.models.values())
+        return sum(len(served.scheduler) for served in self._all())
 
     def _queue_changed(self, served: Served) -> None:
         self.metrics.queue_depth.labels(served.model.name).set(len(served.scheduler))

@@ -1,12 +1,14 @@
-"""Which models are in service: all that are configured at the start, and single ones after that."""
+"""Which models are in service: those configured at the start, and single ones after that."""
 
+import asyncio
+import itertools
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from pathlib import Path
 
 from tome_server.config import ModelConfig, ServerConfig
 from tome_server.engine import Engine, Served
-from tome_server.errors import ConfigError
+from tome_server.errors import ConfigError, ModelLoadError, UnknownModelError
 from tome_server.models.hosted import HostedModel
 from tome_server.models.preprocess import Limits
 from tome_server.models.repository import Repository
@@ -17,64 +19,149 @@ from tome_server.served import ServedModel
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
 class Hosting:
     """Brings models from where they are stored through the device into the engine, and back."""
 
-    device: Device
-    engine: Engine
-    config: ServerConfig
+    def __init__(self, device: Device, engine: Engine, config: ServerConfig) -> None:
+        """The engine expects the models of `model_specs(config)`."""
+        self._device = device
+        self._engine = engine
+        self._config = config
+        self._versions = itertools.count(1)
+        # Of each model in service, what it was loaded from.
+        self._sources: dict[str, _Source] = {}
+        self._changing = asyncio.Lock()
 
-    async def start(self, specs: Sequence[ModelSpec]) -> None:
-        """Load and measure models, and serve them. Raises ModelLoadError, or ConfigError."""
-        await self.device.open(self.config.device)
-        if self.config.threads:
-            await self.device.set_threads(self.config.threads)
-        models = [await self._load(spec) for spec in specs]
-        if not self.config.threads and self.device.name == "cpu":
-            await self.device.choose_threads(self.config.batching.max_batch)
-        served = [await self._measured(spec, model) for spec, model in zip(specs, models, strict=True)]
-        # All at once: requests for the first would disturb what is measured of the second.
-        for model in served:
-            self._serve(model)
+    async def start(self) -> None:
+        """Load and measure the configured models, and serve them. Raises ModelLoadError or ConfigError."""
+        async with self._changing:
+            await self._start()
 
-    async def load(self, spec: ModelSpec) -> None:
-        """Load, measure and serve one more model, while others are served. Raises what `start` does.
+    async def load(self, name: str) -> None:
+        """Take a model into service as it is stored now; if it is in service, in the place of what is.
 
-        Requests for it are refused as UNAVAILABLE until it is ready. One of that name must not be in service.
+        No request is dropped: until the new one is ready the old one answers, or if there is none UnavailableError is
+        given. Raises UnknownModelError if neither the configuration nor the repository has it, ConfigError or
+        ModelLoadError if it can't be loaded; what was in service stays so.
         """
-        self.engine.expect(spec.name)
-        try:
-            self._serve(await self._measured(spec, await self._load(spec)))
-        except BaseException:
-            self.engine.forget(spec.name)
-            raise
+        async with self._changing:
+            await self._replace(_Source(await asyncio.to_thread(self._stored, name)))
 
     async def unload(self, name: str) -> None:
         """Take a model out of service: new requests are refused at once, those already here are answered first.
 
         Raises UnknownModelError if it isn't there, UnavailableError if it is loading.
         """
-        await self.engine.retire(name)
-        self.engine.metrics.retired(name)
-        await self.device.unload(name)
-        log.info("unloaded %s", name)
+        async with self._changing:
+            await self._take_out(name)
 
-    async def _load(self, spec: ModelSpec) -> HostedModel:
+    async def refresh(self) -> None:
+        """Serve what the configuration and the repository hold now: what is new, changed or gone since.
+
+        What can't be loaded is logged, and what was in service in its place stays so.
+        """
+        async with self._changing:
+            try:
+                sources = {spec.name: _Source(spec) for spec in model_specs(self._config)}
+            except ConfigError as error:
+                log.error("models stay as they are: %s", error)  # noqa: TRY400  (in words for the operator)
+                return
+            for name, source in sources.items():
+                if self._sources.get(name) == source:
+                    continue
+                try:
+                    await self._replace(source)
+                except (ConfigError, ModelLoadError) as error:
+                    log.error("%s isn't loaded: %s", name, error)  # noqa: TRY400
+            for name in self._sources.keys() - sources.keys():
+                await self._take_out(name)
+
+    async def _start(self) -> None:
+        await self._device.open(self._config.device)
+        if self._config.threads:
+            await self._device.set_threads(self._config.threads)
+        sources = [_Source(spec) for spec in model_specs(self._config)]
+        loaded = [await self._load(source.spec) for source in sources]
+        if not self._config.threads and self._device.name == "cpu":
+            await self._device.choose_threads(self._config.batching.max_batch)
+        measured = [await self._measured(*each) for each in loaded]
+        # All at once: requests for the first would disturb what is measured of the second.
+        for source, served in zip(sources, measured, strict=True):
+            await self._serve(source, served)
+
+    def _stored(self, name: str) -> ModelSpec:
+        """Return what a model is loaded from. Raises UnknownModelError, or ConfigError for a faulty one."""
+        for model in self._config.models:
+            if (spec := _spec(model)).name == name:
+                return spec
+        repository = Repository(self._config.repository) if self._config.repository else None
+        if repository is None or name not in repository.names():
+            raise UnknownModelError(name[:100], [*self._engine.names, *(repository.names() if repository else ())])
+        return repository.spec(name)
+
+    async def _replace(self, source: "_Source") -> None:
+        name = source.spec.name
+        new = name not in self._engine.names
+        if new:
+            self._engine.expect(name)
+        try:
+            await self._serve(source, await self._measured(*await self._load(source.spec)))
+        except BaseException:
+            if new:
+                self._engine.forget(name)
+            raise
+
+    async def _load(self, spec: ModelSpec) -> tuple[str, ModelSpec, HostedModel]:
         log.info("loading %s", spec.name)
-        limits = self.config.limits
-        return await self.device.load(spec, Limits(limits.max_image_bytes, limits.max_image_pixels))
+        key, limits = f"{spec.name}#{next(self._versions)}", self._config.limits
+        model = await self._device.load(key, spec, Limits(limits.max_image_bytes, limits.max_image_pixels))
+        return key, spec, model
 
-    async def _measured(self, spec: ModelSpec, model: HostedModel) -> Served:
-        max_batch, seconds = self.config.batching.max_batch, self.config.profile_time
-        profile = await self.device.profile(spec, max_batch=max_batch, budget=seconds, folder=self.config.profiles)
-        await self.device.warm(spec.name, max_batch=max_batch, seconds=seconds)
-        return ServedModel(model, profile, self.config.policy)
+    async def _measured(self, key: str, spec: ModelSpec, model: HostedModel) -> Served:
+        max_batch, seconds = self._config.batching.max_batch, self._config.profile_time
+        try:
+            profile = await self._device.profile(
+                key, spec, max_batch=max_batch, budget=seconds, folder=self._config.profiles
+            )
+            await self._device.warm(key, max_batch=max_batch, seconds=seconds)
+            return ServedModel(model, profile, self._config.policy, key)
+        except Exception:
+            await self._device.unload(key)
+            raise
 
-    def _serve(self, served: Served) -> None:
+    async def _serve(self, source: "_Source", served: Served) -> None:
         model = served.model
-        self.engine.serve(served)
-        self.engine.metrics.serving(model.name, model.architecture, self.device.name, served.rs, model.largest_r)
+        before = self._engine.serve(served)
+        self._engine.metrics.serving(model.name, model.architecture, self._device.name, served.rs, model.largest_r)
+        self._sources[model.name] = source
+        if before:
+            await self._engine.left(before)
+            await self._device.unload(before.key)
+
+    async def _take_out(self, name: str) -> None:
+        served = self._engine.retire(name)
+        del self._sources[served.model.name]
+        await self._engine.left(served)
+        self._engine.metrics.retired(served.model.name)
+        await self._device.unload(served.key)
+        log.info("unloaded %s", served.model.name)
+
+
+class _Source:
+    """What a model is loaded from, and when the files of that were written."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self._written = [(path, path.stat().st_mtime_ns) for path in _files(spec)]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Source) and (self.spec, self._written) == (other.spec, other._written)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _files(spec: ModelSpec) -> Iterator[Path]:
+    return (path for path in (spec.checkpoint, spec.labels, spec.quality) if path and path.is_file())
 
 
 def model_specs(config: ServerConfig) -> list[ModelSpec]:

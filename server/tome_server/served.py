@@ -34,9 +34,11 @@ class Bounds:
 class ServedModel(Generic[T]):
     """A hosted model with its profile, scheduler and default budget."""
 
-    def __init__(self, model: HostedModel, profile: Profile, policy: str) -> None:
+    def __init__(self, model: HostedModel, profile: Profile, policy: str, key: str | None = None) -> None:
         """Raises ConfigError if `policy` isn't the name of one, or doesn't fit the model."""
         self.model = model
+        self.key = key or model.name
+        """What the device calls it: what replaces a model under its name has another."""
         self.profile = profile
         self.policy = policy
         self.rs = profile.rs

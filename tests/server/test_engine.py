@@ -1084,10 +1084,14 @@ async def test_every_request_ends_in_exactly_one_answer_within_its_bounds(
 # Models that come and go, and a device that dies
 
 
+async def retire(bench: Bench, name: str) -> None:
+    await bench.engine.left(bench.engine.retire(name))
+
+
 async def test_a_retired_model_answers_what_it_has_and_refuses_the_rest(bench: Bench) -> None:
     holding = await bench.hold_device()
     queued = await bench.in_order(1, 2)
-    retiring = asyncio.create_task(bench.engine.retire("first"))
+    retiring = asyncio.create_task(retire(bench, "first"))
     await asyncio.sleep(0)
     assert isinstance(await refused(bench.predict(3, model="first")), UnknownModelError)
     other = bench.predict(4, model="second")
@@ -1096,14 +1100,32 @@ async def test_a_retired_model_answers_what_it_has_and_refuses_the_rest(bench: B
     assert [image_of(reply) for reply in await asyncio.gather(holding, *queued)] == [0, 1, 2]
     await retiring
     assert "first" not in bench.engine.models
+    assert not bench.engine.leaving
     assert bench.engine.default_name == "second"
+
+
+async def test_a_replaced_model_answers_what_it_has_and_its_successor_the_rest(bench: Bench) -> None:
+    holding = await bench.hold_device()
+    queued = await bench.in_order(1, 2)
+    before = bench.engine.models["first"]
+    after = ServedModel(before.model, before.profile, "max_batch", "first#2")
+    assert bench.engine.serve(after) is before
+    leaving = asyncio.create_task(bench.engine.left(before))
+    later = bench.predict(3)
+    bench.device.gate.set()
+    assert [image_of(reply) for reply in await asyncio.gather(holding, *queued, later)] == [0, 1, 2, 3]
+    await leaving
+    assert {image: key for key, _, images in bench.device.batches for image in images} == {
+        0: "first", 1: "first", 2: "first", 3: "first#2",
+    }  # fmt: skip
+    assert not bench.engine.leaving
 
 
 async def test_a_retired_model_is_let_go_only_after_a_batch_whose_callers_have_gone(bench: Bench) -> None:
     holding = await bench.hold_device()
     holding.cancel()
     await asyncio.sleep(0)
-    retiring = asyncio.create_task(bench.engine.retire("first"))
+    retiring = asyncio.create_task(retire(bench, "first"))
     for _ in range(5):
         await asyncio.sleep(0)
     assert not retiring.done()
@@ -1113,17 +1135,17 @@ async def test_a_retired_model_is_let_go_only_after_a_batch_whose_callers_have_g
 
 async def test_a_model_that_is_expected_is_unavailable_until_it_is_served(bench: Bench) -> None:
     served = bench.engine.models["first"]
-    await bench.engine.retire("first")
+    await retire(bench, "first")
     assert isinstance(await refused(bench.predict(1, model="first")), UnknownModelError)
     bench.engine.expect("first")
     assert isinstance(await refused(bench.predict(1, model="first")), UnavailableError)
-    bench.engine.serve(served)
+    assert bench.engine.serve(served) is None
     assert image_of(await bench.predict(1, model="first")) == 1
 
 
 async def test_without_any_model_requests_are_refused(bench: Bench) -> None:
     for name in list(bench.engine.models):
-        await bench.engine.retire(name)
+        await retire(bench, name)
     bench.engine.forget("third")
     assert isinstance(await refused(bench.predict(1)), UnavailableError)
     assert isinstance(await refused(bench.predict(1, model="first")), UnknownModelError)

@@ -82,7 +82,7 @@ def model_config(served: Served, max_delay: float) -> dict[str, Any]:
 def repository_index(engine: Engine, ready_only: bool) -> list[dict[str, Any]]:
     """Return RepositoryIndexResponse's models."""
     states = {name: "READY" if name in engine.models else "LOADING" for name in engine.names}
-    states |= {name: "UNLOADING" for name in engine.models if name not in engine.names}
+    states = {served.model.name: "UNLOADING" for served in engine.leaving} | states
     return [
         {"name": name, "version": VERSION, "state": state, "reason": ""}
         for name, state in states.items()

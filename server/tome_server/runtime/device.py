@@ -76,43 +76,45 @@ class Device:
         """Use so many CPU threads."""
         await self._call("set_threads", threads)
 
-    async def load(self, spec: ModelSpec, limits: Limits) -> HostedModel:
-        """Load a model and run it once. Raises ModelLoadError."""
-        model: HostedModel = await self._call("load", spec, limits)
+    async def load(self, key: str, spec: ModelSpec, limits: Limits) -> HostedModel:
+        """Load a model, to be called `key` from then on, and run it once. Raises ModelLoadError."""
+        model: HostedModel = await self._call("load", key, spec, limits)
         images = SharedImages(model.preprocess.settings.input_size, self._slots)
-        shared = self._post("share", spec.name, images.shape, images.slots)
+        shared = self._post("share", key, images.shape, images.slots)
         images.send(self._connection, self.pid)
         await shared
-        self._images[spec.name] = images
+        self._images[key] = images
         return model
 
-    async def unload(self, name: str) -> None:
+    async def unload(self, key: str) -> None:
         """Forget a model that no batch is run of any more."""
-        del self._images[name]
-        await self._call("unload", name)
+        del self._images[key]
+        await self._call("unload", key)
 
     async def choose_threads(self, max_batch: int) -> int:
         """Measure which number of CPU threads runs the loaded models fastest, use it, and return it."""
         threads: int = await self._call("choose_threads", max_batch)
         return threads
 
-    async def profile(self, spec: ModelSpec, *, max_batch: int, budget: float, folder: Path | None) -> Profile:
+    async def profile(
+        self, key: str, spec: ModelSpec, *, max_batch: int, budget: float, folder: Path | None
+    ) -> Profile:
         """Do what `obtain_profile` does for the model that was loaded by that `spec`."""
-        profile: Profile = await self._call("profile", spec, max_batch, budget, folder)
+        profile: Profile = await self._call("profile", key, spec, max_batch, budget, folder)
         return profile
 
-    async def warm(self, name: str, *, max_batch: int, seconds: float) -> None:
+    async def warm(self, key: str, *, max_batch: int, seconds: float) -> None:
         """Run batches of every size at every r, as far as that goes in so many seconds: first ones take longer."""
-        await self._call("warm", name, max_batch, seconds)
+        await self._call("warm", key, max_batch, seconds)
 
-    def put(self, name: str, image: NDArray[np.float32]) -> Slot:
+    def put(self, key: str, image: NDArray[np.float32]) -> Slot:
         """Take an image for a loaded model, [C, H, W] float32, that `run` will be called for."""
-        return self._images[name].put(image)
+        return self._images[key].put(image)
 
-    async def run(self, name: str, batch: Sequence[Work[Slot]], rs: Sequence[int], packed: bool) -> BatchResult:
+    async def run(self, key: str, batch: Sequence[Work[Slot]], rs: Sequence[int], packed: bool) -> BatchResult:
         """Do what `run_batch` does. Raises what the model raises."""
         placed = [work.on(work.image.index) for work in batch]
-        result: BatchResult = await self._call("run", name, placed, rs, packed)
+        result: BatchResult = await self._call("run", key, placed, rs, packed)
         return result
 
     async def ended(self) -> NoReturn:

@@ -67,36 +67,36 @@ class DeviceProcess:
             else:
                 self._beside.submit(self._answer, ticket, getattr(self, call), args)
 
-    def run(self, name: str, batch: Sequence[Work[int]], rs: Sequence[int], packed: bool) -> BatchResult:
+    def run(self, key: str, batch: Sequence[Work[int]], rs: Sequence[int], packed: bool) -> BatchResult:
         """Run a batch whose images lie in the model's slots."""
         if torch.get_num_threads() != self._threads:  # it is each thread's own
             torch.set_num_threads(self._threads)
-        images = self._images[name]
+        images = self._images[key]
         r = rs[0] if len(set(rs)) == 1 else rs
         works = [work.on(images[work.image]) for work in batch]
-        return run_batch(self._models[name], works, r, self._device, packed=packed)
+        return run_batch(self._models[key], works, r, self._device, packed=packed)
 
-    def share(self, name: str, shape: Sequence[int], slots: int) -> None:
+    def share(self, key: str, shape: Sequence[int], slots: int) -> None:
         """Take the memory that a model's images will lie in."""
-        self._images[name] = torch.from_numpy(receive(self._connection, shape, slots))
+        self._images[key] = torch.from_numpy(receive(self._connection, shape, slots))
 
     def open(self, name: str) -> str:
         """Use a device, and say which that is."""
         self._device = choose_device(name)
         return str(self._device)
 
-    def load(self, spec: ModelSpec, limits: Limits) -> HostedModel:
+    def load(self, key: str, spec: ModelSpec, limits: Limits) -> HostedModel:
         """Load a model and run it once, so that the first request doesn't pay for what torch sets up lazily."""
         torch.set_num_threads(self._threads)
         model = load(spec, self._device, limits)
         for level in {model.grid[0], model.grid[-1]}:
             self._run_empty(model, 1, level.r)
-        self._models[spec.name] = model
+        self._models[key] = model
         return model.described
 
-    def unload(self, name: str) -> None:
+    def unload(self, key: str) -> None:
         """Forget a model."""
-        del self._models[name], self._images[name]
+        del self._models[key], self._images[key]
 
     def set_threads(self, threads: int) -> None:
         """Use so many CPU threads."""
@@ -108,10 +108,10 @@ class DeviceProcess:
         self._threads = choose_threads(list(self._models.values()), max_batch, self._device)
         return self._threads
 
-    def profile(self, spec: ModelSpec, max_batch: int, budget: float, folder: Path | None) -> Profile:
+    def profile(self, key: str, spec: ModelSpec, max_batch: int, budget: float, folder: Path | None) -> Profile:
         """Return the profile of a loaded model, measured if need be."""
         return obtain_profile(
-            self._models[spec.name],
+            self._models[key],
             spec.checkpoint,
             self._device,
             max_batch=max_batch,
@@ -120,9 +120,9 @@ class DeviceProcess:
             shipped=spec.profiles,
         )
 
-    def warm(self, name: str, max_batch: int, seconds: float) -> None:
+    def warm(self, key: str, max_batch: int, seconds: float) -> None:
         """Run each kind of batch once, the quickest first: kernels are made at first use."""
-        model, end = self._models[name], time.monotonic() + seconds
+        model, end = self._models[key], time.monotonic() + seconds
         kinds = [(size, level) for size in range(1, max_batch + 1) for level in model.grid]
         for size, level in sorted(kinds, key=lambda kind: kind[0] * kind[1].cost.total):
             if time.monotonic() > end:

@@ -1,70 +1,152 @@
-"""Models go in and out of service by Triton's repository calls, while others are served."""
+"""Models that come and go while others are served, by the real server and Triton's own client."""
 
+import shutil
+import signal
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import grpc
 import pytest
-import yaml
+
+from tome_api.v1 import inference_pb2 as pb
+from tome_api.v1 import inference_pb2_grpc
+from tome_server.models.bundled import BUNDLED
 
 from . import triton
 from .wire import until
 
-
-def state(client: Any) -> dict[str, str]:
-    return {model.name: model.state for model in client.get_model_repository_index().models}
+FILES = ("config.yaml", "weights.safetensors", "labels.txt", "quality.json")
 
 
-def test_a_model_goes_and_comes_back_and_the_other_never_fails(
-    own_server: Callable[..., Any], tmp_path: Path, file: Path
-) -> None:
-    config = tmp_path / "config.yaml"
-    models = [{"source": "bundled:fashion", "name": name, "default_budget": "60s"} for name in ("stays", "goes")]
-    config.write_text(yaml.safe_dump({"models": models, "model_control": True}))
-    target = own_server("--config", str(config), "--profile-time", "500ms").target
-    image = triton.client.InferInput("image", [1], "BYTES")
-    image.set_data_from_numpy(np.array([file.read_bytes()], object))
-    codes: dict[str, Counter[str]] = {"stays": Counter(), "goes": Counter()}
-    over = threading.Event()
+def store(repository: Path, name: str) -> Path:
+    """Put a model into the repository."""
+    folder = repository / name
+    folder.mkdir(parents=True)
+    for file in FILES:
+        shutil.copy(BUNDLED / "fashion" / file, folder)
+    return folder
 
-    def ask(name: str) -> None:
-        with triton.client.InferenceServerClient(target) as client:
-            while not over.is_set():
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    for name in ("first", "second"):
+        store(tmp_path / "models", name)
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def controlled(repository: Path, own_server: Callable[..., Any]) -> Any:
+    """A server of both models that lets clients load and unload them."""
+    config = repository.parent / "server.yaml"
+    config.write_text("repository: models\nmodel_control: true\n")
+    return own_server("--config", str(config), "--profile-time", "300ms")
+
+
+@contextmanager
+def load_on(target: str, model: str, image: bytes) -> Iterator["Counter[str]"]:
+    """Have requests for a model sent one after the other meanwhile; yields how often each status came."""
+    statuses: Counter[str] = Counter()
+    stop = threading.Event()
+
+    def send() -> None:
+        with grpc.insecure_channel(target) as channel:
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            while not stop.is_set():
                 try:
-                    client.infer(name, [image], outputs=[triton.client.InferRequestedOutput("class_id")])
-                    codes[name]["OK"] += 1
-                except triton.InferenceServerException as error:
-                    codes[name][str(error.status())] += 1
-                    over.wait(0.01)
+                    stub.Predict(pb.PredictRequest(model=model, image=image), timeout=60)
+                    statuses["OK"] += 1
+                except grpc.RpcError as error:
+                    statuses[error.code().name] += 1
 
-    askers = [threading.Thread(target=ask, args=[name]) for name in ("stays", "goes")]
-    with triton.client.InferenceServerClient(target) as client:
-        for asker in askers:
-            asker.start()
-        try:
-            until(lambda: codes["stays"]["OK"] > 5 and codes["goes"]["OK"] > 5, "both are served")
-            client.unload_model("goes")
-            assert state(client) == {"stays": "READY"}
-            assert not client.is_model_ready("goes")
-            assert client.is_server_ready()
-            until(lambda: codes["goes"]["StatusCode.NOT_FOUND"] > 5, "it is gone")
-            with pytest.raises(triton.InferenceServerException, match="no model is named 'goes'"):
-                client.unload_model("goes")
-            client.load_model("goes")
-            client.load_model("goes")  # it is there, so nothing happens
-            assert state(client) == {"stays": "READY", "goes": "READY"}
-            again = codes["goes"]["OK"]
-            until(lambda: codes["goes"]["OK"] > again + 5, "it is served again")
-            with pytest.raises(triton.InferenceServerException, match="no model is named 'nobody'"):
-                client.load_model("nobody")
-            with pytest.raises(triton.InferenceServerException, match="model_name: is missing"):
-                client.unload_model("")
-        finally:
-            over.set()
-            for asker in askers:
-                asker.join()
-    assert set(codes["stays"]) == {"OK"}
-    assert set(codes["goes"]) <= {"OK", "StatusCode.NOT_FOUND", "StatusCode.UNAVAILABLE"}
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        yield statuses
+    finally:
+        stop.set()
+        sender.join()
+
+
+def test_a_model_can_be_unloaded_and_loaded_again_while_another_is_served(
+    controlled: Any, samples: dict[Path, str]
+) -> None:
+    image = next(iter(samples)).read_bytes()
+    with (
+        triton.client.InferenceServerClient(controlled.target) as client,
+        load_on(controlled.target, "first", image) as others,
+        load_on(controlled.target, "second", image) as own,
+    ):
+        until(lambda: others["OK"] > 3 and own["OK"] > 3, "answers")
+        client.unload_model("second")
+        until(lambda: own["NOT_FOUND"] > 0, "a refusal")
+        assert not client.is_model_ready("second")
+        assert [model.name for model in client.get_model_repository_index().models] == ["first"]
+        with pytest.raises(triton.InferenceServerException, match="no model is named 'second'"):
+            client.unload_model("second")
+        client.load_model("second")
+        assert client.is_model_ready("second")
+        before = own["OK"]
+        until(lambda: own["OK"] > before, "an answer")
+    assert set(others) == {"OK"}
+    assert set(own) <= {"OK", "NOT_FOUND", "UNAVAILABLE"}
+
+
+def test_a_model_is_replaced_without_a_request_lost(
+    controlled: Any, repository: Path, samples: dict[Path, str]
+) -> None:
+    image = next(iter(samples)).read_bytes()
+    labels = (repository / "second" / "labels.txt").read_text()
+    with (
+        triton.client.InferenceServerClient(controlled.target) as client,
+        load_on(controlled.target, "second", image) as own,
+    ):
+        until(lambda: own["OK"] > 3, "answers")
+        (repository / "second" / "labels.txt").write_text(labels.upper())
+        client.load_model("second")
+    assert set(own) == {"OK"}
+    with grpc.insecure_channel(controlled.target) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        described = stub.GetModel(pb.GetModelRequest(model="second")).model
+        assert "".join(f"{label}\n" for label in described.labels) == labels.upper()
+
+
+def test_what_cannot_be_loaded_is_refused_in_words_and_what_was_served_stays(
+    controlled: Any, repository: Path, samples: dict[Path, str]
+) -> None:
+    (repository / "second" / "weights.safetensors").write_bytes(b"nonsense")
+    with triton.client.InferenceServerClient(controlled.target) as client:
+        with pytest.raises(triton.InferenceServerException, match=r"INTERNAL.*weights"):
+            client.load_model("second")
+        with pytest.raises(triton.InferenceServerException, match="NOT_FOUND"):
+            client.load_model("../second")
+        with pytest.raises(triton.InferenceServerException, match="NOT_FOUND"):
+            client.unload_model("third")
+        with pytest.raises(triton.InferenceServerException, match="model_name: is missing"):
+            client.unload_model("")
+        assert client.is_model_ready("second")
+
+
+def test_hanging_up_serves_what_the_repository_holds_now(controlled: Any, repository: Path) -> None:
+    store(repository, "third")
+    shutil.rmtree(repository / "first")
+    labels = (repository / "second" / "labels.txt").read_text()
+    (repository / "second" / "labels.txt").write_text(labels.upper())
+    controlled.process.send_signal(signal.SIGHUP)
+    with triton.client.InferenceServerClient(controlled.target) as client:
+        until(lambda: client.is_model_ready("third"), "a third model")
+        until(lambda: not client.is_model_ready("first"), "the end of the first")
+    with grpc.insecure_channel(controlled.target) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        assert stub.GetModel(pb.GetModelRequest(model="second")).model.labels[0] == labels.splitlines()[0].upper()
+        assert [model.name for model in stub.ListModels(pb.ListModelsRequest()).models] == ["second", "third"]
+
+
+def test_clients_of_a_server_that_was_not_told_so_cannot_load_models(server: Any) -> None:
+    with triton.client.InferenceServerClient(server.target) as client:
+        for call in (client.load_model, client.unload_model):
+            with pytest.raises(triton.InferenceServerException, match=r"UNIMPLEMENTED.*model_control"):
+                call("fashion")

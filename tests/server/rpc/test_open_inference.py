@@ -408,8 +408,6 @@ def test_the_status_has_the_details_of_our_own_api(raw: Any) -> None:
 
 def test_what_the_server_does_not_have_is_unimplemented(client: Any) -> None:
     calls: dict[str, Callable[[], object]] = {
-        "clients may not load": lambda: client.load_model("fashion"),
-        "clients may not load and unload": lambda: client.unload_model("fashion"),
         "SystemSharedMemoryStatus": client.get_system_shared_memory_status,
         "SystemSharedMemoryRegister": lambda: client.register_system_shared_memory("a", "b", 1),
         "SystemSharedMemoryUnregister": client.unregister_system_shared_memory,

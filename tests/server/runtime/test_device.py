@@ -37,7 +37,7 @@ async def device() -> AsyncIterator[Device]:
     """A device on which the bundled model is loaded."""
     device = Device(SLOTS)
     await device.set_threads(1)
-    await device.load(SPEC, Limits())
+    await device.load("fashion", SPEC, Limits())
     yield device
     await device.close()
 
@@ -76,7 +76,7 @@ async def test_a_batch_gives_there_what_it_gives_here(
 
 
 async def test_what_is_known_of_a_model_is_what_is_known_here(device: Device) -> None:
-    there = await device.load(replace(SPEC, name="again"), Limits())
+    there = await device.load("again", replace(SPEC, name="again"), Limits())
     here = load(replace(SPEC, name="again"), CPU).described
     assert type(there) is HostedModel
     assert there.preprocess.settings == here.preprocess.settings
@@ -88,7 +88,7 @@ async def test_what_is_known_of_a_model_is_what_is_known_here(device: Device) ->
 
 async def test_a_model_that_cannot_be_loaded_is_refused_in_words(device: Device) -> None:
     with pytest.raises(ModelLoadError, match="did you mean"):
-        await device.load(replace(SPEC, architecture="vit_tiny_patch16_225"), Limits())
+        await device.load("other", replace(SPEC, architecture="vit_tiny_patch16_225"), Limits())
 
 
 async def test_a_batch_that_fails_says_why_and_where_and_the_next_one_runs(
@@ -113,8 +113,8 @@ async def test_a_caller_that_leaves_does_not_disturb_the_next(device: Device, im
 
 
 async def test_a_profile_is_measured_there_and_kept(device: Device, tmp_path: Path) -> None:
-    measured = await device.profile(SPEC, max_batch=1, budget=0.1, folder=tmp_path)
-    read = await device.profile(SPEC, max_batch=1, budget=0.1, folder=tmp_path)
+    measured = await device.profile("fashion", SPEC, max_batch=1, budget=0.1, folder=tmp_path)
+    read = await device.profile("fashion", SPEC, max_batch=1, budget=0.1, folder=tmp_path)
     assert measured.max_batch == 1
     assert read.p50[0][0] == pytest.approx(measured.p50[0][0], rel=1e-4)
     await device.warm("fashion", max_batch=1, seconds=0.1)
@@ -123,8 +123,8 @@ async def test_a_profile_is_measured_there_and_kept(device: Device, tmp_path: Pa
 async def test_its_log_is_the_servers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     device = Device(SLOTS)
-    await device.load(SPEC, Limits())
-    await device.profile(SPEC, max_batch=1, budget=0.1, folder=tmp_path)
+    await device.load("fashion", SPEC, Limits())
+    await device.profile("fashion", SPEC, max_batch=1, budget=0.1, folder=tmp_path)
     assert "measuring how fast fashion is" in caplog.messages[-2]
     await device.kill()
 
@@ -132,7 +132,7 @@ async def test_its_log_is_the_servers(tmp_path: Path, caplog: pytest.LogCaptureF
 async def test_when_it_dies_everybody_who_waits_is_told(images: torch.Tensor) -> None:
     device = Device(SLOTS)
     ended = asyncio.create_task(device.ended())
-    waiting = asyncio.create_task(device.load(SPEC, Limits()))
+    waiting = asyncio.create_task(device.load("fashion", SPEC, Limits()))
     await asyncio.sleep(0)
     os.kill(device.pid, signal.SIGKILL)
     for task in (ended, waiting):
