@@ -149,8 +149,8 @@ def encode(
         if i == last and prefix_only:
             x = _attend(block, x, groups, rope, prefix, queries=prefix)[0]
         else:
-            x, keys = _attend(block, x, groups, rope, prefix)
-            x = _merge(x, keys, groups, [group.per_block[i] for group in groups], prefix, proportional)
+            rs = [group.per_block[i] for group in groups]
+            x = _attend_and_merge(block, x, groups, rs, rope, prefix, proportional)
         x = block.add_mlp(x)
     x = norm(x)
     shapes = [(group.shape[0], prefix) if prefix_only else group.shape for group in groups]
@@ -194,6 +194,21 @@ def _start(batch: Alike, x: Tensor, prefix: int, has_positions: bool, track: boo
     own = torch.arange(tokens, device=x.device).expand(count, -1) if has_positions or track else None
     token_map = own[:, prefix:] if track and own is not None else None
     return _Group(batch.images, batch.per_block, sizes, token_map, origin=own if has_positions else None)
+
+
+def _attend_and_merge(
+    block: Layers,
+    x: Tensor,
+    groups: Sequence[_Group],
+    rs: Sequence[int],
+    rope: Tensor | None,
+    prefix: int,
+    proportional: bool,
+) -> Tensor:
+    """Return the tokens of all groups as they enter the MLP."""
+    # Apart from `encode`, so that keys, which hold all that was projected, are gone where the MLP needs most memory.
+    x, keys = _attend(block, x, groups, rope, prefix)
+    return _merge(x, keys, groups, rs, prefix, proportional)
 
 
 def _attend(

@@ -6,6 +6,8 @@ between them to merge, so tokens are merged after the block; where several atten
 are merged between, as ever.
 """
 
+from typing import Any
+
 import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock
@@ -24,12 +26,15 @@ class ParallelScalingLayers:
         self.before, self.after = (block,), ()
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return queries, keys and values [..., 3 * heads * dim], and the MLP's hidden channels."""
+        """Return queries, keys and values [..., 3 * heads * dim], and the MLP's hidden channels, activated."""
         block = self.block
         projected: Tensor = block.in_proj(block.in_norm(x))
         qkv_width = 3 * self.heads * self.head_dim
         hidden, qkv = torch.split(projected, [projected.shape[-1] - qkv_width, qkv_width], dim=-1)
-        return qkv, hidden if block.mlp_bias is None else hidden + block.mlp_bias
+        if block.mlp_bias is not None:
+            hidden = hidden + block.mlp_bias
+        # Here and not where they are read: what they are before would be held through attention.
+        return qkv, block.mlp_drop(block.mlp_act(hidden))
 
     def attend(
         self,
@@ -50,11 +55,11 @@ class ParallelScalingLayers:
     def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:
         """Return `x` with all that the block found added to it; `beside` is the MLP's hidden channels."""
         block = self.block
-        hidden = block.mlp_drop(block.mlp_act(beside))
+        assert beside is not None
         if block.out_proj is not None:
-            found = block.out_proj(torch.cat([attended, hidden], dim=-1))
+            found = block.out_proj(torch.cat([attended, beside], dim=-1))
         else:
-            found = block.attn_out_proj(attended) + block.mlp_out_proj(hidden)
+            found = block.attn_out_proj(attended) + block.mlp_out_proj(beside)
         added: Tensor = block.drop_path(block.ls(found))
         return x + added
 
@@ -64,24 +69,18 @@ class ParallelScalingLayers:
 
 
 class ParallelThingsLayers:
-    """timm's ParallelThingsBlock (arXiv 2203.09795): several attentions, then several MLPs, each kind summed.
-
-    The attentions are computed as one that has the heads of all.
-    """
+    """timm's ParallelThingsBlock (arXiv 2203.09795): several attentions, then several MLPs, each kind summed."""
 
     def __init__(self, block: ParallelThingsBlock) -> None:
         self.block = block
-        self.attns = [branch.attn for branch in block.attns]
-        self.each: int = self.attns[0].num_heads
-        self.heads = self.each * len(self.attns)
+        self.heads: int = sum(branch.attn.num_heads for branch in block.attns)
         self.key_heads = self.heads
-        self.head_dim: int = self.attns[0].head_dim
+        self.head_dim: int = block.attns[0].attn.head_dim
         self.before, self.after = tuple(block.attns), tuple(block.ffns)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return queries of all attentions, then keys, then values: [..., 3 * heads * dim]."""
-        each = [branch.attn.qkv(branch.norm(x)).unflatten(-1, (3, -1)) for branch in self.block.attns]
-        return torch.cat(each, dim=-1).flatten(-2), None
+        """Return `x`: one attention at a time projects it, for the memory that all at once would take."""
+        return x, None
 
     def attend(
         self,
@@ -90,27 +89,27 @@ class ParallelThingsLayers:
         bias: Tensor | None,
         queries: int | None,
     ) -> tuple[Tensor, Tensor]:
-        """As encoder.Layers says."""
-        first = self.attns[0]
-        batch, tokens, _ = qkv.shape
-        q, k, v = qkv.view(batch, tokens, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        q = torch.cat([attn.q_norm(part) for attn, part in self._by_attention(q[:, :, :queries], 1)], dim=1)
-        k = torch.cat([attn.k_norm(part) for attn, part in self._by_attention(k, 1)], dim=1)
-        dropout = first.attn_drop.p if first.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=first.scale)
-        return out.transpose(1, 2).reshape(batch, -1, self.heads * self.head_dim), k
+        """As encoder.Layers says, but of tokens not projected yet; keys [B, 1, N, dim] come summed over all heads."""
+        found, keys = zip(*(self._attend(branch, qkv, bias, queries) for branch in self.block.attns), strict=True)
+        return torch.stack(found).sum(dim=0), torch.stack(keys).sum(dim=0)
+
+    @staticmethod
+    def _attend(branch: Any, x: Tensor, bias: Tensor | None, queries: int | None) -> tuple[Tensor, Tensor]:
+        attn: Attention = branch.attn
+        batch, tokens, _ = x.shape
+        qkv = attn.qkv(branch.norm(x)).view(batch, tokens, 3, attn.num_heads, attn.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = attn.q_norm(q[:, :, :queries]), attn.k_norm(k)
+        dropout = attn.attn_drop.p if attn.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=attn.scale)
+        out = attn.norm(out.transpose(1, 2).reshape(batch, -1, attn.num_heads * attn.head_dim))
+        found: Tensor = branch.drop_path(branch.ls(attn.proj_drop(attn.proj(out))))
+        return found, k.sum(dim=1, keepdim=True)
 
     def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:  # noqa: ARG002  there is none
         """Return `x` with the sum of what the attentions found added to it."""
-        found = [
-            branch.drop_path(branch.ls(branch.attn.proj_drop(branch.attn.proj(branch.attn.norm(part)))))
-            for branch, (_, part) in zip(self.block.attns, self._by_attention(attended, -1), strict=True)
-        ]
-        return x + torch.stack(found).sum(dim=0)
+        return x + attended
 
     def add_mlp(self, x: Tensor) -> Tensor:
         """Return `x` with the sum of what the MLPs make of it added to it."""
         return x + torch.stack([branch(x) for branch in self.block.ffns]).sum(dim=0)
-
-    def _by_attention(self, x: Tensor, dim: int) -> list[tuple[Attention, Tensor]]:
-        return list(zip(self.attns, x.chunk(len(self.attns), dim=dim), strict=True))
