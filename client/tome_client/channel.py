@@ -13,7 +13,8 @@ from tome_client.version import __version__
 # What a server with default limits takes: anything longer would be refused there, and tried again in vain.
 DEFAULT_MAX_MESSAGE_BYTES: Final = 32 * 1024 * 1024
 
-# UNAVAILABLE: loading, draining or gone; another address may answer. RESOURCE_EXHAUSTED: the
+# UNAVAILABLE: loading, draining or gone; another address may answer. CANCELLED: so does gRPC end
+# what has just arrived at a server that stops. RESOURCE_EXHAUSTED: the
 # queue is full; the server's grpc-retry-pushback-ms trailer, if it sends one, says when to come
 # back or, being negative, not to. Nothing else can go differently the second time.
 _RETRY_POLICY: Final = {
@@ -21,7 +22,7 @@ _RETRY_POLICY: Final = {
     "initialBackoff": "0.05s",
     "maxBackoff": "1s",
     "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED", "RESOURCE_EXHAUSTED"],
 }
 
 # Stops retrying while more than about one call in ten fails, lest retries feed an overload.

@@ -34,8 +34,9 @@ _END: Final = None
 class Client:
     """A connection to a tome-serving server. Any number of threads may share one.
 
-    A call that fails with UNAVAILABLE or RESOURCE_EXHAUSTED is tried up to four times, waiting as
-    long as the server asks for or else longer each time; its timeout bounds all tries together.
+    A call that fails with UNAVAILABLE or RESOURCE_EXHAUSTED, or that the server cancels, is tried
+    up to four times, waiting as long as the server asks for or else longer each time; its timeout
+    bounds all tries together.
 
     Args:
         target: "host:port", or any gRPC target. Calls go round the addresses it resolves to.

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Coroutine
@@ -32,22 +33,21 @@ log = logging.getLogger(__name__)
 
 
 async def serve(config: ServerConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then answer what is in flight and return.
+    """Serve until SIGTERM or SIGINT, then answer what is in flight and return; a second of them ends it at once.
 
     Prints one line of JSON to standard output once ready: the addresses and what start-up took. Raises ConfigError,
     ModelLoadError or PortInUseError, in words for the operator, if it can't start.
     """
     began = time.monotonic()
-    stopping = asyncio.Event()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signum, stopping.set)
-
     specs = model_specs(config)
     batching, decode_threads = config.batching, available_cpus()
     async with AsyncExitStack() as stack:
         # Room for images that wait, and for those whose callers have gone while they are decoded or run.
         slots = batching.max_pending + decode_threads + batching.max_batch
         device = Device(slots)
+        stopping = asyncio.Event()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(signum, _stop, stopping, device, signum)
         stack.push_async_callback(device.kill)
         metrics = Metrics()
         engine = Engine(
@@ -99,6 +99,15 @@ async def serve(config: ServerConfig) -> None:
             await asyncio.gather(loading, dispatching, *ends, return_exceptions=True)
         await device.close()
     log.info("stopped")
+
+
+def _stop(stopping: asyncio.Event, device: Device, signum: int) -> None:
+    """Order the server to stop. Who orders it twice doesn't want to wait."""
+    if stopping.is_set():
+        log.warning("told again to stop: stopping at once, whatever is in flight")
+        os.kill(device.pid, signal.SIGKILL)
+        os._exit(128 + signum)
+    stopping.set()
 
 
 def _rpc_settings(config: ServerConfig) -> RpcSettings:

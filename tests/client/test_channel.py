@@ -21,7 +21,7 @@ def pushback(milliseconds: int) -> tuple[tuple[str, str], ...]:
     return (("grpc-retry-pushback-ms", str(milliseconds)),)
 
 
-@pytest.mark.parametrize("failure", [UNAVAILABLE, Failure(FULL)])
+@pytest.mark.parametrize("failure", [UNAVAILABLE, Failure(FULL), Failure(grpc.StatusCode.CANCELLED)])
 def test_a_busy_or_absent_server_is_tried_four_times(peer: Peer, failure: Failure) -> None:
     peer.failures.extend([failure] * 3)
     with Client(peer.target) as client:

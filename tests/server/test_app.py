@@ -356,6 +356,23 @@ def test_calls_that_outlast_the_drain_timeout_are_cut(own_server: Callable[..., 
             assert refusal(call.result).code in (UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
+def test_a_server_told_twice_to_stop_stops_at_once(own_server: Callable[..., Any], slow: pb.PredictRequest) -> None:
+    server = own_server("--drain-timeout", "600s", "--default-budget", "600s")
+    (device,) = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    with connected(server.target) as stub, grpc.insecure_channel(server.target) as channel:
+        watcher, unending = watch(server.target, channel), OpenStream(stub, [])
+        calls = [stub.Predict.future(slow) for _ in range(32)]
+        until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 32, "all requests are in flight")
+        server.process.send_signal(signal.SIGTERM)
+        assert [state.status for state in watcher] == [NOT_SERVING]
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 128 + signal.SIGTERM
+        ends = [call.exception() for call in calls]
+        assert {end.code() for end in ends if end} == {UNAVAILABLE}
+        assert unending.read()[1].code is UNAVAILABLE
+    until(lambda: not Path(f"/proc/{device}").exists(), "the device's process ended too")
+
+
 # TLS
 
 

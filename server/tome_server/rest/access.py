@@ -41,8 +41,6 @@ class Access:
         caller.client.set(holder or _address(scope))
         traces = [value for name, value in scope.get("headers", ()) if name == b"traceparent"]
         caller.traceparent.set(traces[0].decode("latin-1") if len(traces) == 1 else None)
-        traces = [value for name, value in scope.get("headers", ()) if name == b"traceparent"]
-        caller.traceparent.set(traces[0].decode("latin-1") if len(traces) == 1 else None)
         await self._app(scope, receive, send)
 
 

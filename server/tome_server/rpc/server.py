@@ -1,5 +1,6 @@
 """The gRPC server: services, health, reflection, limits."""
 
+import asyncio
 from dataclasses import dataclass
 
 import grpc
@@ -20,6 +21,8 @@ from tome_server.rpc.tokens import Tokens
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 # Room for what goes with an image of the largest size, so that one somewhat above it gets our own, clearer refusal.
 MESSAGE_SLACK = 2
+# Seconds in which calls that have arrived are taken from gRPC's hands before the server stops.
+SETTLE = 0.2
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,9 @@ class RpcServer:
         """Report NOT_SERVING, refuse new calls, and end once calls in flight are answered, or after `grace` seconds."""
         self._health.stop()
         self._engine.drain()
+        # gRPC cancels what it has received and not yet handed over when it is told to stop, and clients don't retry
+        # what was cancelled. What came by now is answered, what comes from now on refused, before it is told.
+        await asyncio.sleep(min(SETTLE, grace))
         await self._server.stop(grace)
 
     def _listen(self, settings: RpcSettings) -> int:
@@ -94,6 +100,8 @@ def _options(settings: RpcSettings) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", -1),
         # Else a second server on the same port would silently take half of the connections.
         ("grpc.so_reuseport", 0),
+        # Who connects and says nothing is not waited for any longer; by default two minutes.
+        ("grpc.server_handshake_timeout_ms", 10_000),
         # Clients may ping every 20 s, also between calls, to keep a path through a NAT or proxy open.
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
         ("grpc.keepalive_permit_without_calls", 1),
