@@ -21,6 +21,7 @@ from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
 from tome_server.observability import buckets
 
+from .chart import NAMESPACE, RELEASE, render, the
 from .prometheus import Prometheus, until, watching
 from .test_dashboard import BOARD, NAMES, PANELS, QUERIES
 from .test_rules import ALERTS, RECORDED
@@ -178,6 +179,22 @@ def test_the_rules_record_what_the_server_measured(watched: Watched) -> None:
     assert answered <= 300 * value('tome:requests:rate5m{code="OK"}') <= EXTRAPOLATED * answered
     assert computed <= 300 * value("instance:device_busy:rate5m") * (1 + EXACTLY) <= EXTRAPOLATED * computed
     assert value("instance:requests_pending:limit_ratio") == 0
+
+
+def test_the_charts_autoscalers_read_what_the_client_saw(watched: Watched) -> None:
+    chart = render({"autoscaling": {"kind": "keda", "window": "5m"}})
+    # Outside of Kubernetes series lack the labels that PodMonitors set.
+    ours = f'namespace="{NAMESPACE}",app_kubernetes_io_instance="{RELEASE}"'
+    asked = {
+        trigger["name"]: watched.prometheus.value(trigger["metadata"]["query"].replace(ours, 'job="tome-serving"'))
+        for trigger in the("ScaledObject", chart)["spec"]["triggers"]
+    }
+    answered = watched.answered("r")
+    assert asked["r-share"] == pytest.approx(sum(answered) / len(answered) / 14, rel=EXACTLY)
+    refused = sum(row["reason"] == "INFEASIBLE" for row in watched.rows)
+    assert asked["refused-share"] == pytest.approx(refused / len(watched.rows), rel=EXACTLY)
+    computed = watched.total("tome_compute_seconds_total")
+    assert computed <= 300 * asked["busy"] * (1 + EXACTLY) <= EXTRAPOLATED * computed
 
 
 def test_every_rule_is_evaluated_without_an_error(watched: Watched) -> None:
