@@ -99,6 +99,10 @@ def _listen(host: str, port: int, address: str) -> socket.socket:
     try:
         family, *_ = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         dual = family == socket.AF_INET6 and host in ("", "::") and socket.has_dualstack_ipv6()
-        return socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=dual)
+        listening = socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=dual)
     except OSError as error:
         raise PortInUseError(f"can't serve metrics on {address}: {error.strerror}") from error
+    # Else the body of an answer waits for the acknowledgement of its head, 40 ms: asyncio asks for this only where a
+    # socket was made with TCP named as its protocol. Connections inherit it.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
