@@ -144,7 +144,11 @@ def test_what_cannot_be_served_is_said_in_a_sentence(taken: str, tmp_path: Path)
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["demo"], ["evaluate"], ["profile"]], ids=str)
+@pytest.mark.parametrize(
+    "command",
+    [[], ["serve"], ["demo"], ["evaluate"], ["profile"], ["models"], ["models", "add"], ["models", "fit-head"]],
+    ids=str,
+)
 def test_help_is_to_be_had_of_every_command(command: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tome_server", *command, "--help"], capture_output=True, text=True, check=True

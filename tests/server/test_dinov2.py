@@ -76,8 +76,8 @@ def served(folder: Path, commands: Path) -> Iterator[str]:
     fit = documented("tome-server models fit-head textile")
     said = run([server, *fit, "--limit", str(LIMIT), "--no-profile"], folder)
     assert re.match(r"models/textile: 3 classes, fitted to \d+ images at r = 0\n", said)
-    run([server, "models", "profile", "textile", "--repository", "models", "--seconds", "20"], folder)
-    command = [server, *documented("tome-server serve --repository models$"), "--log-level", "info"]
+    run([server, "models", "profile", "textile", "--repository", "models", "--seconds", "20", "--threads", "1"], folder)
+    command = [server, *documented("tome-server serve --repository models$"), "--log-level", "info", "--threads", "1"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [*command, "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"],

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tome_client import Client
 from tome_server import cli
 from tome_server.models.loading import load
 from tome_server.models.repository import Repository
@@ -265,3 +266,25 @@ def test_supported_says_of_each_entry_point_whether_it_can_be_merged_and_why_not
     assert (report["supported"], report["of"]) == (1, 1)
     assert report["models"] == [{"name": "vit_pwee_patch16_reg1_gap_256", "supported": True, "reason": None}]
     assert "no entry point that fits" in failure("supported", "no_such_model")
+
+
+def test_what_was_added_is_served(
+    run: Run, models: Path, backbone: Path, own_server: Callable[..., Any], samples: dict[Path, str]
+) -> None:
+    add(run, models, backbone, "--name", "embedder", "--description", "random")
+    run("add", "bundled:fashion", "--to", models, "--no-profile")
+    run("profile", "fashion", "--repository", models, "--seconds", "0.2", "--threads", "1", "--max-batch", "2")
+    flags = ["--threads", "1", "--max-batch", "2", "--profile-time", "300ms"]
+    server = own_server("--repository", str(models), *flags)
+    assert f"profile of fashion read from {models}/fashion/profiles/" in server.log.read_text()
+    with Client(server.target, timeout=60) as client:
+        assert [model.name for model in client.models()] == ["embedder", "fashion"]
+        assert client.model("embedder").summary.description == "random"
+        assert client.model("embedder").num_classes == 0
+        assert client.model("fashion").r_grid[0].top1 == 0.9049
+        file, label = next(iter(samples.items()))
+        assert client.predict(file, model="fashion", budget=60, r=0).predictions[0].label == label
+        embedded = client.predict(file, budget=60, features=True, normalize=True)  # by the first, which it is
+        assert embedded.predictions == ()
+        assert embedded.features is not None
+        assert len(embedded.features) == 48
