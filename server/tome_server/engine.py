@@ -481,7 +481,8 @@ class Engine:
         for job in batch:
             job.taken = True
         started, predicted = _now(), latency.of_batch(levels)
-        self._on_device, self._free_at = served.key, started + latency.of_batch(levels, promised=True)
+        promised = latency.of_batch(levels, promised=True)
+        self._on_device, self._free_at = served.key, started + promised
         try:
             done = await self.device.run(served.key, [job.work for job in batch], rs, served.profile.packed)
         except DeviceDiedError:
@@ -509,6 +510,7 @@ class Engine:
         metrics = self.metrics
         metrics.batch_size.labels(model.name).observe(len(batch))
         metrics.prediction_ratio.labels(model.name).observe(ratio)
+        metrics.promises.labels(model.name, "kept" if done.seconds <= promised else "broken").inc()
         metrics.drift.labels(model.name).set(latency.drift)
         metrics.compute_seconds.labels(model.name).inc(done.seconds)
         metrics.speedup_ratio.labels(model.name).observe(unmerged / done.seconds)

@@ -1081,6 +1081,15 @@ async def test_every_request_ends_in_exactly_one_answer_within_its_bounds(
     assert counted == replies, generate_latest(registry).decode()
 
 
+async def test_a_batch_within_what_was_promised_is_counted_apart_from_one_that_was_not(bench: Bench) -> None:
+    await bench.predict(1)
+    assert bench.metric("tome_latency_promises_total", promise="kept") == 1
+    bench.device.slowness = 2.0  # promised is a tenth more than expected
+    await bench.predict(2)
+    assert bench.metric("tome_latency_promises_total", promise="kept") == 1
+    assert bench.metric("tome_latency_promises_total", promise="broken") == 1
+
+
 # Models that come and go, and a device that dies
 
 

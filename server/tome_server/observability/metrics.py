@@ -14,6 +14,7 @@ NAMESPACE = "tome"
 # Why a request was not answered inside its deadline, and which of these were refused before they cost anything.
 MISSED = ("infeasible", "expired", "queue_full", "failed", "late")
 REJECTED = ("infeasible", "queue_full", "client_limit")
+PROMISES = ("kept", "broken")
 STAGES = ("decode", "queue", "compute", "reply")
 # What a series is called besides its family's own name.
 _SUFFIXES = {
@@ -124,6 +125,11 @@ class Metrics:
         self.prediction_ratio = self._histogram(
             "latency_prediction_ratio", "Time a batch took over the time it was expected to", buckets.RATIO
         )
+        self.promises = self._counter(
+            "latency_promises",
+            "Batches by promise: kept, if it took no longer than what 95 of 100 should, or broken",
+            "promise",
+        )
         self.drift = self._gauge(
             "latency_drift_ratio", "Time that batches take now over the time they were profiled at", "model"
         )
@@ -164,6 +170,8 @@ class Metrics:
             self.slo_missed.labels(model, reason)
         for reason in REJECTED:
             self.rejected.labels(model, reason)
+        for promise in PROMISES:
+            self.promises.labels(model, promise)
         for stage in STAGES:
             self.stage_duration.labels(model, stage)
         for counter in (self.slo_met, self.compute_seconds, self.wasted_seconds):
