@@ -121,6 +121,7 @@ def _rpc_settings(config: ServerConfig) -> RpcSettings:
         tls=TlsFiles(tls.certificate, tls.key, tls.client_ca) if tls else None,
         tokens=Tokens(auth.tokens) if auth else None,
         max_concurrent_streams=connections.max_concurrent_streams,
+        max_connections=connections.max_connections,
         max_age=connections.max_age,
         max_age_grace=connections.max_age_grace,
         reflection=config.reflection,

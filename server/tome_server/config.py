@@ -108,6 +108,8 @@ class ConnectionsConfig(Strict):
 
     max_concurrent_streams: Count = 1024
     """Calls at once on one connection; clients keep back more."""
+    max_connections: Count | None = None
+    """gRPC connections at once; more are closed as they come. By default as many as there may be open files."""
     max_age: Annotated[Duration, Field(gt=0)] | None = None
     """When to have a client connect anew, give or take a tenth, so that balancers can move it; by default never."""
     max_age_grace: Duration = 30.0

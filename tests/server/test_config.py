@@ -47,7 +47,9 @@ def test_an_empty_file_gives_the_defaults(file: Path, text: str) -> None:
     assert config.tls is None
     assert config.auth is None
     assert config.limits.max_client_requests is None
-    assert config.connections == ConnectionsConfig(max_concurrent_streams=1024, max_age=None, max_age_grace=30.0)
+    assert config.connections == ConnectionsConfig(
+        max_concurrent_streams=1024, max_connections=None, max_age=None, max_age_grace=30.0
+    )
     assert config.reflection
 
 

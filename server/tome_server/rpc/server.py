@@ -38,6 +38,8 @@ class RpcSettings:
     """Of whom calls are taken, health checks apart; without, of anybody."""
     max_concurrent_streams: int | None = None
     """Calls at once on one connection; clients keep back more."""
+    max_connections: int | None = None
+    """At once; more are closed as they come."""
     max_age: float | None = None
     """Seconds after which a connection is closed, give or take a tenth, so that its client connects anew."""
     max_age_grace: float | None = None
@@ -51,7 +53,7 @@ class RpcServer:
     def __init__(self, engine: Engine, oip: OpenInference, settings: RpcSettings) -> None:
         self._engine = engine
         self._server = grpc.aio.server(
-            interceptors=[AccessInterceptor(settings.tokens, engine.metrics)], options=_options(settings)
+            interceptors=[AccessInterceptor(settings.tokens, engine.metrics)], options=server_options(settings)
         )
         self._health = health.HealthServicer(("", SERVICE, oip_servicer.SERVICE))
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(engine), self._server)
@@ -94,7 +96,8 @@ class RpcServer:
         return self._server.add_secure_port(settings.address, credentials(settings.tls))
 
 
-def _options(settings: RpcSettings) -> list[tuple[str, int]]:
+def server_options(settings: RpcSettings) -> list[tuple[str, int]]:
+    """Return what gRPC is to keep to."""
     options = [
         ("grpc.max_receive_message_length", MESSAGE_SLACK * settings.max_image_bytes),
         ("grpc.max_send_message_length", -1),
@@ -108,6 +111,8 @@ def _options(settings: RpcSettings) -> list[tuple[str, int]]:
     ]
     if settings.max_concurrent_streams is not None:
         options.append(("grpc.max_concurrent_streams", settings.max_concurrent_streams))
+    if settings.max_connections is not None:
+        options.append(("grpc.max_allowed_incoming_connections", settings.max_connections))
     if settings.max_age is not None:
         options.append(("grpc.max_connection_age_ms", round(settings.max_age * 1e3)))
     if settings.max_age_grace is not None:

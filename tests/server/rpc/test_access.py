@@ -1,5 +1,6 @@
 """Who may call, through a real channel to a server that asks for tokens."""
 
+import asyncio
 import gc
 import hashlib
 import json
@@ -23,6 +24,7 @@ from tome_api.v1 import inference_pb2_grpc
 from tome_client import Client, TomeError
 from tome_server.observability.metrics import Metrics as ServerMetrics
 from tome_server.rpc.access import AccessInterceptor
+from tome_server.rpc.server import RpcSettings, server_options
 from tome_server.rpc.tokens import Tokens
 
 from .collector import Collector, collecting
@@ -282,6 +284,40 @@ def test_logs_hold_neither_tokens_nor_images(
     }
     for secret in (ALICE, BOB, EVE, "sh0rt", "not-an-image", repr(good.image[:16])[2:-1], good.image[:16].hex()):
         assert secret not in log
+
+
+async def test_connections_beyond_the_limit_are_closed_until_others_end() -> None:
+    server = grpc.aio.server(options=server_options(RpcSettings("", 2**20, max_connections=2)))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Test", METHODS),))
+    port = server.add_insecure_port("localhost:0")
+    await server.start()
+
+    async def end_of(channel: grpc.aio.Channel) -> grpc.StatusCode:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary("/test.Test/Unary")(b"", timeout=PATIENCE)
+        return caught.value.code()
+
+    def connection() -> grpc.aio.Channel:
+        return grpc.aio.insecure_channel(f"127.0.0.1:{port}", [("grpc.use_local_subchannel_pool", 1)])
+
+    first, second, third = connection(), connection(), connection()
+    # The method's own refusal: the connection is there.
+    assert await end_of(first) is NOT_FOUND
+    assert await end_of(second) is NOT_FOUND
+    assert await end_of(third) is grpc.StatusCode.UNAVAILABLE
+    assert await end_of(first) is NOT_FOUND
+    await first.close()
+    for _ in range(600):
+        another = connection()
+        end = await end_of(another)
+        await another.close()
+        if end is NOT_FOUND:
+            break
+        await asyncio.sleep(0.1)
+    assert end is NOT_FOUND
+    for channel in (second, third):
+        await channel.close()
+    await server.stop(None)
 
 
 # Refusals
