@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import trustme
 from PIL import Image
 
 from tome_client import __version__
@@ -215,3 +216,20 @@ def test_a_token_comes_from_a_file_or_the_environment(
         "Bearer of-the-file",
         "Bearer of-the-file",
     ]
+
+
+def test_certificates_come_from_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ca = trustme.CA()
+    server, mine = ca.issue_cert("localhost"), ca.issue_cert("client")
+    files = {name: tmp_path / name for name in ("ca", "certificate", "key")}
+    files["ca"].write_bytes(ca.cert_pem.bytes())
+    files["certificate"].write_bytes(mine.cert_chain_pems[0].bytes())
+    files["key"].write_bytes(mine.private_key_pem.bytes())
+    pair = (server.private_key_pem.bytes(), server.cert_chain_pems[0].bytes())
+    with Peer(grpc.ssl_server_credentials([pair], ca.cert_pem.bytes(), require_client_auth=True)) as peer:
+        monkeypatch.setenv("TOME_TARGET", peer.target)
+        shown = [argument for name in ("certificate", "key") for argument in (f"--{name}", str(files[name]))]
+        assert main(["models", "--ca", str(files["ca"]), *shown]) == 0
+        assert main(["models", "--ca", str(files["ca"])]) == 1
+        assert main(["models", "--ca", str(files["ca"]), *shown[:2]]) == 1
+    assert len(peer.calls) == 1

@@ -86,6 +86,12 @@ def test_options_reach_the_requests(short: list[str], peer: Peer) -> None:
     assert len({call.peer for call in peer.calls}) == 2
 
 
+def test_a_token_goes_with_every_request(short: list[str], peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOME_TOKEN", "a-secret-token")
+    assert main([*short, "--budget", "5s"]) == 0
+    assert {call.metadata.get("authorization") for call in peer.calls} == {"Bearer a-secret-token"}
+
+
 def test_a_trace_is_sent_as_it_is(images: Path, peer: Peer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "trace").write_text("0.0 2s\n0.1 3s\n0.1 3s\n")
     argv = f"--target {peer.target} load --images {images} --arrivals trace:{tmp_path}/trace --warmup 0 --json".split()
