@@ -8,7 +8,7 @@ destination; tokens are merged between attention and MLP; and attention weighs e
 import torch
 from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tome_server.merging.encoder import Embedded
@@ -43,7 +43,10 @@ class EvaLayers:
         self.attn: EvaAttention | AttentionRope = block.attn
         self.heads: int = block.attn.num_heads
         self.key_heads: int = getattr(block.attn, "num_kv_heads", self.heads)
-        self.head_dim: int = block.attn.head_dim
+        self.head_dim: int = block.attn.proj.in_features // self.heads
+        # Not in all versions of timm:
+        self.gate: nn.Linear | None = getattr(block.attn, "gate", None)
+        self.rotate_half: bool = getattr(block.attn, "rotate_half", False)
         self.before, self.after = (block.attn,), (block.mlp,)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -52,7 +55,7 @@ class EvaLayers:
 
     def project_normed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """As project, of tokens that are normed already or never are."""
-        return self._qkv(x), None if self.attn.gate is None else self.attn.gate(x).sigmoid()
+        return self._qkv(x), None if self.gate is None else self.gate(x).sigmoid()
 
     def _qkv(self, x: Tensor) -> Tensor:
         attn = self.attn
@@ -90,7 +93,7 @@ class EvaLayers:
     def _rotated(self, x: Tensor, rope: Tensor) -> Tensor:
         """Turn all of `x` [B, heads, N, dim] but its prefix tokens, which have no position."""
         prefix = self.attn.num_prefix_tokens
-        turned = apply_rot_embed_cat(x[:, :, prefix:], rope, half=self.attn.rotate_half)
+        turned = apply_rot_embed_cat(x[:, :, prefix:], rope, half=self.rotate_half)
         return torch.cat([x[:, :, :prefix], turned], dim=2)
 
     def attention_output(self, attended: Tensor, gate: Tensor | None) -> Tensor:

@@ -97,7 +97,7 @@ class PackedLayers(BlockLayers):
         attn, mlp = block.attn, block.mlp
         return (
             type(mlp) is Mlp
-            and attn.gate is None
+            and getattr(attn, "gate", None) is None
             and all(type(norm) in (nn.LayerNorm, LayerNorm) for norm in (block.norm1, block.norm2))
             and all(type(layer) is PackedLinear for layer in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))
             and all(type(part) is nn.Identity for part in (attn.q_norm, attn.k_norm, attn.norm, mlp.act, mlp.norm))

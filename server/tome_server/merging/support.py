@@ -6,6 +6,7 @@ Classes are compared exactly: a subclass may compute something else in its own f
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
+import timm.layers
 from timm.layers import (
     Attention,
     AttentionPoolLatent,
@@ -15,7 +16,6 @@ from timm.layers import (
     RotaryEmbeddingCat,
     RotaryEmbeddingDinoV3,
     RotaryEmbeddingMixed,
-    RotaryEmbeddingMRope,
 )
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
@@ -49,7 +49,9 @@ LAYERS: Mapping[type[nn.Module], Callable[[Any], Layers]] = {
 }
 _VIT_BLOCKS = (Block, ResPostBlock, ParallelScalingBlock, ParallelThingsBlock)
 _EVA_BLOCKS = (EvaBlock, EvaBlockPostNorm)
-_ROPES = (RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed, RotaryEmbeddingMRope)
+_ROPES: list[type[nn.Module]] = [RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed]
+if hasattr(timm.layers, "RotaryEmbeddingMRope"):  # not in all versions of timm
+    _ROPES.append(timm.layers.RotaryEmbeddingMRope)
 POOLS = ("token", "avg", "max", "avgmax", "map")
 
 
@@ -76,7 +78,9 @@ def check_supported(model: VisionModel) -> None:
         _require(f"blocks.{i}", block, *blocks)
         for name, attention, allowed in _attentions(block):
             _require(f"blocks.{i}.{name}", attention, *allowed)
-        if type(block) is ParallelThingsBlock and any(branch.attn.gate is not None for branch in block.attns):
+        if type(block) is ParallelThingsBlock and any(
+            getattr(branch.attn, "gate", None) is not None for branch in block.attns
+        ):
             raise UnsupportedModelError(f"blocks.{i} has gated attention, which a ParallelThingsBlock has never here")
     if model.attn_pool is not None:
         _require("attn_pool", model.attn_pool, AttentionPoolLatent)

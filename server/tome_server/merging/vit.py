@@ -6,7 +6,7 @@ and attention weighs each token by the patches it stands for.
 
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tome_server.merging.encoder import Embedded
@@ -27,6 +27,7 @@ class BlockLayers:
         self.heads: int = block.attn.num_heads
         self.key_heads = self.heads
         self.head_dim: int = block.attn.head_dim
+        self.gate: nn.Linear | None = getattr(block.attn, "gate", None)  # not in all versions of timm
         self.before, self.after = (block.attn,), (block.mlp,)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -35,7 +36,7 @@ class BlockLayers:
 
     def project_normed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """As project, of tokens that are normed already or never are."""
-        return self.attn.qkv(x), None if self.attn.gate is None else self.attn.gate(x).sigmoid()
+        return self.attn.qkv(x), None if self.gate is None else self.gate(x).sigmoid()
 
     def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and keys [B, heads, N, dim] after their norms, if they have any."""

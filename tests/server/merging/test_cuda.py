@@ -11,6 +11,8 @@ from tome_server.models.spec import bundled_spec
 from tome_server.runtime.executor import run_batch
 from tome_server.runtime.work import Work
 
+from .small_models import OTHER_KINDS
+
 pytestmark = pytest.mark.cuda
 
 CUDA = torch.device("cuda")
@@ -35,6 +37,29 @@ def test_images_that_differ_in_r_get_what_the_cpu_gives(map_pool: bool) -> None:
     options = {"global_pool": "map", "class_token": False} if map_pool else {}
     model = timm.create_model("vit_tiny_patch16_224", depth=4, **options).eval().double()
     images, rs = torch.randn(5, 3, 224, 224, dtype=torch.float64), [8, 0, 13, 8, 3]
+    with torch.inference_mode():
+        expected = merge(model)(images, rs, return_tokens=True, return_token_map=True)
+        given = merge(model.to(CUDA))(images.to(CUDA), rs, return_tokens=True, return_token_map=True)
+    for field in ("logits", "features", "tokens", "sizes", "token_map"):
+        torch.testing.assert_close(getattr(given, field).cpu(), getattr(expected, field), rtol=1e-8, atol=1e-8)
+
+
+OF_EACH_FAMILY = (
+    "parallel scaling",
+    "parallel things",
+    "norms after",
+    "DINOv3",
+    "EVA-02, norms inside",
+    "RoPE, mixed",
+    "Sapiens2, shared keys",
+    "NaFlex, axial",
+)
+
+
+@pytest.mark.parametrize("name", OF_EACH_FAMILY)
+def test_every_family_gives_what_the_cpu_gives(name: str) -> None:
+    kind = OTHER_KINDS[name]
+    model, images, rs = kind.build(), kind.images(4), [9, 0, 5, 9]
     with torch.inference_mode():
         expected = merge(model)(images, rs, return_tokens=True, return_token_map=True)
         given = merge(model.to(CUDA))(images.to(CUDA), rs, return_tokens=True, return_token_map=True)
