@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Seconds that answers may take on their way to slow readers, once a part has died and no new ones come.
+FAILED_TIMEOUT = 5.0
+
 
 async def serve(config: ServerConfig) -> None:
     """Serve until SIGTERM or SIGINT, then answer what is in flight and return; a second of them ends it at once.
@@ -91,7 +94,8 @@ async def serve(config: ServerConfig) -> None:
             log.info("stopping; answering what is in flight, for at most %.0f s", config.drain_timeout)
         finally:
             loading.cancel()
-            answered = [rpc.stop(config.drain_timeout)] + ([http.drain(config.drain_timeout)] if http else [])
+            grace = config.drain_timeout if stopping.is_set() else min(config.drain_timeout, FAILED_TIMEOUT)
+            answered = [rpc.stop(grace)] + ([http.drain(grace)] if http else [])
             await asyncio.gather(*answered)
             dispatching.cancel()
             for end in ends:

@@ -5,8 +5,10 @@ event loop it would wait for it: 10 to 15 % of a small model's throughput (docs/
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 
 # Seconds that the process has to end by itself, once nobody calls it any more: for the batch that it runs.
 PATIENCE = 10.0
+# Seconds that the event loop waits to hear how the process ended: its connection closes just before.
+STATUS_WAIT = 1.0
 
 
 class Device:
@@ -48,6 +52,7 @@ class Device:
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._images: dict[str, SharedImages] = {}
         self._lost = asyncio.Event()
+        self._death = "the process that runs the models has ended"
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -120,7 +125,7 @@ class Device:
     async def ended(self) -> NoReturn:
         """Wait for the process to end without being told to. Raises DeviceDiedError when it has."""
         await self._lost.wait()
-        raise _died()
+        raise DeviceDiedError(self._death)
 
     async def close(self) -> None:
         """End the process, after the batch that it runs."""
@@ -143,7 +148,7 @@ class Device:
         """Send a call; its answer is what the future will have."""
         future = self._loop.create_future()
         if self._connection.closed:
-            future.set_exception(_died())
+            future.set_exception(DeviceDiedError(self._death))
             return future
         ticket = next(self._tickets)
         self._calls[ticket] = future
@@ -171,7 +176,10 @@ class Device:
             self._lose()
 
     def _lose(self) -> None:
-        log.error("the device's process, %d, has ended", self.pid)
+        # Nothing can be served any more, so that nobody is kept waiting by this.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._death = f"the process that runs the models {_ending(self._process.wait(STATUS_WAIT))}"
+        log.error("%s (process %d)", self._death, self.pid)
         self._hang_up()
         self._lost.set()
 
@@ -182,9 +190,13 @@ class Device:
         self._connection.close()
         for future in self._calls.values():
             if not future.done():
-                future.set_exception(_died())
+                future.set_exception(DeviceDiedError(self._death))
         self._calls.clear()
 
 
-def _died() -> DeviceDiedError:
-    return DeviceDiedError("the process that runs the models has ended")
+def _ending(status: int) -> str:
+    """Say how a process ended, as Popen gives its status."""
+    if status >= 0:
+        return f"has ended with status {status}"
+    cause = " (the kernel does that where memory runs out)" if status == -signal.SIGKILL else ""
+    return f"was ended by {signal.Signals(-status).name}{cause}"
