@@ -129,6 +129,8 @@ class ServerConfig(Strict):
     """Folder of models, each in a folder of its own, which are served beside `models`."""
     models: tuple[ModelConfig, ...] = (ModelConfig(),)
     """The first answers requests that name no model. Where there is a repository, none by default."""
+    memory_budget: Size | None = None
+    """What the weights of all models may take together; one that goes beyond isn't loaded. By default no limit."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
     threads: Count | None = None

@@ -28,6 +28,8 @@ class Hosting:
         self._engine = engine
         self._config = config
         self._versions = itertools.count(1)
+        # Bytes of weights of each model on the device, by its key there.
+        self._loaded: dict[str, int] = {}
         # Of each model in service, what it was loaded from.
         self._sources: dict[str, _Source] = {}
         self._changing = asyncio.Lock()
@@ -115,6 +117,14 @@ class Hosting:
         log.info("loading %s", spec.name)
         key, limits = f"{spec.name}#{next(self._versions)}", self._config.limits
         model = await self._device.load(key, spec, Limits(limits.max_image_bytes, limits.max_image_pixels))
+        self._loaded[key] = model.weights_bytes
+        budget, used = self._config.memory_budget, sum(self._loaded.values())
+        if budget is not None and used > budget:
+            await self._forget(key)
+            raise ModelLoadError(
+                f"{spec.name} takes {_mib(model.weights_bytes)} of weights; of the memory_budget of {_mib(budget)}, "
+                f"{_mib(max(0, budget - used + model.weights_bytes))} are left"
+            )
         return key, spec, model
 
     async def _measured(self, key: str, spec: ModelSpec, model: HostedModel) -> Served:
@@ -126,7 +136,7 @@ class Hosting:
             await self._device.warm(key, max_batch=max_batch, seconds=seconds)
             return ServedModel(model, profile, self._config.policy, key)
         except Exception:
-            await self._device.unload(key)
+            await self._forget(key)
             raise
 
     async def _serve(self, source: "_Source", served: Served) -> None:
@@ -136,15 +146,23 @@ class Hosting:
         self._sources[model.name] = source
         if before:
             await self._engine.left(before)
-            await self._device.unload(before.key)
+            await self._forget(before.key)
+
+    async def _forget(self, key: str) -> None:
+        del self._loaded[key]
+        await self._device.unload(key)
 
     async def _take_out(self, name: str) -> None:
         served = self._engine.retire(name)
         del self._sources[served.model.name]
         await self._engine.left(served)
         self._engine.metrics.retired(served.model.name)
-        await self._device.unload(served.key)
+        await self._forget(served.key)
         log.info("unloaded %s", served.model.name)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
 
 
 class _Source:

@@ -50,6 +50,8 @@ def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) ->
         Preprocess(settings, limits or Limits()),
         name=spec.name,
         architecture=spec.architecture,
+        # Packing holds them in another layout, of the same size.
+        weights_bytes=sum(part.nbytes for part in (*plain.parameters(), *plain.buffers())),
         description=spec.description,
         labels=_labels(spec, model),
         default_budget=spec.default_budget,

@@ -130,6 +130,23 @@ def test_what_cannot_be_loaded_is_refused_in_words_and_what_was_served_stays(
         assert client.is_model_ready("second")
 
 
+def test_a_model_beyond_the_memory_budget_is_refused_and_the_others_stay(
+    repository: Path, own_server: Callable[..., Any]
+) -> None:
+    config = repository.parent / "server.yaml"
+    # Each takes about 9.1 MiB.
+    config.write_text("repository: models\nmodel_control: true\nmemory_budget: 20MiB\n")
+    server = own_server("--config", str(config), "--profile-time", "300ms")
+    store(repository, "third")
+    with triton.client.InferenceServerClient(server.target) as client:
+        with pytest.raises(triton.InferenceServerException, match=r"third takes 9 MiB of weights; .* 2 MiB are left"):
+            client.load_model("third")
+        assert client.is_model_ready("first")
+        client.unload_model("first")
+        client.load_model("third")
+        assert client.is_model_ready("third")
+
+
 def test_hanging_up_serves_what_the_repository_holds_now(controlled: Any, repository: Path) -> None:
     store(repository, "third")
     shutil.rmtree(repository / "first")
