@@ -73,8 +73,9 @@ def add_models_commands(parser: argparse.ArgumentParser) -> None:
     fit.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of those (default: 0)")
     fit.add_argument("--limit", type=positive, metavar="N", help="only N images, chosen at random")
     fit.add_argument(
-        "--r", type=r_values, default=[0], metavar="R,R,…", help="fit to what each of these r gives (default: 0)"
-    )
+        "--r", type=r_values, metavar="R,R,…",
+        help="fit to what each of these r gives (default: 0 and the middle of the model's grid)",
+    )  # fmt: skip
     _add_measuring(fit)
     fit.add_argument("--no-profile", action="store_true", help="don't measure latencies")
     fit.set_defaults(run=_command("fit_head"))
