@@ -25,6 +25,8 @@ from tome_server.errors import (
     InfeasibleError,
     InvalidRequestError,
     ModelFailedError,
+    NoMemoryError,
+    OutOfMemoryError,
     OverloadedError,
     RequestError,
     UnavailableError,
@@ -475,11 +477,12 @@ class Engine:
             answer.set_exception(InfeasibleError(earliest - now + self._margin()))
 
     async def _run_batch(self, served: Served, batch: Sequence[_Job], levels: Sequence[int]) -> None:
-        """Run a batch; if it fails, run its members alone, so that only the culprit fails."""
+        """Run a batch, or if it fails its parts, and answer its members."""
         model, latency = served.model, served.scheduler.latency
         rs = [served.rs[level] if job.exact is None else job.exact for job, level in zip(batch, levels, strict=True)]
         for job in batch:
             job.taken = True
+        failure: Exception | None = None
         started, predicted = _now(), latency.of_batch(levels)
         promised = latency.of_batch(levels, promised=True)
         self._on_device, self._free_at = served.key, started + promised
@@ -487,23 +490,14 @@ class Engine:
             done = await self.device.run(served.key, [job.work for job in batch], rs, served.profile.packed)
         except DeviceDiedError:
             raise
-        except Exception:
-            if len(batch) > 1:
-                log.exception("model %s failed on a batch of %d; running its images alone", model.name, len(batch))
-                for job, level in zip(batch, levels, strict=True):
-                    if job.answer.done():  # its caller has gone
-                        job.work.image.drop()
-                    else:
-                        await self._run_batch(served, [job], [level])
-                return
-            log.exception("model %s failed", model.name)
-            batch[0].work.image.drop()
-            if not batch[0].answer.done():
-                batch[0].answer.set_exception(ModelFailedError(f"model {model.name} failed on this input"))
-            return
+        except Exception as error:
+            failure = error
         finally:
             self._on_device, self._free_at = None, _now()
             self._released.set()
+        if failure is not None:
+            await self._run_parts(served, batch, levels, failure)
+            return
         # What the same batch would have taken unmerged, had it run when this one did.
         unmerged = latency.expected(len(batch), 0)
         ratio = latency.observe(levels, done.seconds)
@@ -520,6 +514,40 @@ class Engine:
                 metrics.wasted_seconds.labels(model.name).inc(done.seconds / len(batch))
             else:
                 job.answer.set_result(_Answer(result, r, started, done.seconds, predicted, len(batch)))
+
+    async def _run_parts(
+        self, served: Served, batch: Sequence[_Job], levels: Sequence[int], failure: Exception
+    ) -> None:
+        """Run a batch that failed in halves if memory ran out, else one by one; who fails alone is told so."""
+        name, no_memory = served.model.name, isinstance(failure, OutOfMemoryError)
+        if len(batch) == 1:
+            [job] = batch
+            job.work.image.drop()
+            if no_memory:
+                log.error("model %s lacks memory for one image: %s", name, failure)
+            else:
+                log.error("model %s failed", name, exc_info=failure)
+            if not job.answer.done():
+                job.answer.set_exception(
+                    NoMemoryError(f"model {name} has no memory left on the device for this image")
+                    if no_memory
+                    else ModelFailedError(f"model {name} failed on this input")
+                )
+            return
+        if no_memory:
+            log.warning("model %s lacks memory for a batch of %d; running its halves: %s", name, len(batch), failure)
+        else:
+            log.error("model %s failed on a batch of %d; running its images alone", name, len(batch), exc_info=failure)
+        part = math.ceil(len(batch) / 2) if no_memory else 1
+        for first in range(0, len(batch), part):
+            rest: list[tuple[_Job, int]] = []
+            for job, level in zip(batch[first : first + part], levels[first : first + part], strict=True):
+                if job.answer.done():  # its caller has gone
+                    job.work.image.drop()
+                else:
+                    rest.append((job, level))
+            if rest:
+                await self._run_batch(served, [job for job, _ in rest], [level for _, level in rest])
 
     def _reply(self, job: _Job, answer: _Answer, request: Request) -> Reply:
         now = _now()
@@ -582,6 +610,7 @@ _MISSED: dict[type[RequestError], str] = {
     ExpiredError: "expired",
     OverloadedError: "queue_full",
     ModelFailedError: "failed",
+    NoMemoryError: "failed",
 }
 
 

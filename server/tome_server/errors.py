@@ -77,6 +77,10 @@ class ModelFailedError(RequestError):
     """The model raised on this very input."""
 
 
+class NoMemoryError(RequestError):
+    """The device lacks the memory to run even this one image alone; it may have it later, or elsewhere."""
+
+
 class ConfigError(Exception):
     """The configuration can't be used; the message is for the person who wrote it."""
 
@@ -87,6 +91,10 @@ class ModelLoadError(Exception):
 
 class DeviceDiedError(Exception):
     """The process that owns the device has ended by itself; the server ends with it, to be started anew."""
+
+
+class OutOfMemoryError(Exception):
+    """The device has not the memory for what it was told to do; what was there before is unharmed."""
 
 
 class DatasetError(ValueError):

@@ -4,11 +4,12 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tome_server.config import ModelConfig, ServerConfig
 from tome_server.engine import Engine, Served
-from tome_server.errors import ConfigError, ModelLoadError, UnknownModelError
+from tome_server.errors import ConfigError, ModelLoadError, OutOfMemoryError, UnknownModelError
 from tome_server.models.hosted import HostedModel
 from tome_server.models.preprocess import Limits
 from tome_server.models.repository import Repository
@@ -116,7 +117,8 @@ class Hosting:
     async def _load(self, spec: ModelSpec) -> tuple[str, ModelSpec, HostedModel]:
         log.info("loading %s", spec.name)
         key, limits = f"{spec.name}#{next(self._versions)}", self._config.limits
-        model = await self._device.load(key, spec, Limits(limits.max_image_bytes, limits.max_image_pixels))
+        with _fits(spec.name):
+            model = await self._device.load(key, spec, Limits(limits.max_image_bytes, limits.max_image_pixels))
         self._loaded[key] = model.weights_bytes
         budget, used = self._config.memory_budget, sum(self._loaded.values())
         if budget is not None and used > budget:
@@ -130,10 +132,11 @@ class Hosting:
     async def _measured(self, key: str, spec: ModelSpec, model: HostedModel) -> Served:
         max_batch, seconds = self._config.batching.max_batch, self._config.profile_time
         try:
-            profile = await self._device.profile(
-                key, spec, max_batch=max_batch, budget=seconds, folder=self._config.profiles
-            )
-            await self._device.warm(key, max_batch=max_batch, seconds=seconds)
+            with _fits(f"{spec.name}, in batches of up to {max_batch} images"):
+                profile = await self._device.profile(
+                    key, spec, max_batch=max_batch, budget=seconds, folder=self._config.profiles
+                )
+                await self._device.warm(key, max_batch=max_batch, seconds=seconds)
             return ServedModel(model, profile, self._config.policy, key)
         except Exception:
             await self._forget(key)
@@ -163,6 +166,15 @@ class Hosting:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.0f} MiB"
+
+
+@contextmanager
+def _fits(what: str) -> Iterator[None]:
+    """Raises ModelLoadError where the device runs out of memory."""
+    try:
+        yield
+    except OutOfMemoryError as error:
+        raise ModelLoadError(f"the device has not the memory for {what}: {error}") from error
 
 
 class _Source:

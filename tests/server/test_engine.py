@@ -23,6 +23,8 @@ from tome_server.errors import (
     InfeasibleError,
     InvalidRequestError,
     ModelFailedError,
+    NoMemoryError,
+    OutOfMemoryError,
     OverloadedError,
     RequestError,
     UnavailableError,
@@ -75,6 +77,8 @@ class ScriptedDevice:
     """of images; none may be run for the first time after its own"""
     poison: set[int] = field(default_factory=set)
     """images that the model raises on"""
+    room: int = 1000
+    """images that its memory is enough for; a batch of more runs out of it"""
     started: asyncio.Queue[tuple[int, ...]] = field(default_factory=asyncio.Queue)
     running: int = 0
     slots: set["ScriptedSlot"] = field(default_factory=set)
@@ -106,6 +110,8 @@ class ScriptedDevice:
         if self.dead:
             raise DeviceDiedError("gone")
         assert {work.image for work in batch} <= self.slots
+        if len(batch) > self.room:
+            raise OutOfMemoryError("tried to allocate too much")
         if bad := self.poison & set(images):
             raise ValueError(f"no kernel for {bad}")
         seconds = self.slowness * Latency(self.profile).of_batch([self.profile.level_of(r) for r in rs])
@@ -567,6 +573,80 @@ async def test_what_was_cancelled_is_not_run_again_after_a_failure(bench: Bench)
     assert bench.device.seen == {0: 1, 1: 2, 2: 1, 3: 2}
 
 
+async def test_a_batch_that_memory_is_too_small_for_is_halved_until_it_fits(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    await bench.hold_device()
+    bench.device.room = 2
+    tasks = await bench.in_order(*range(1, 8))
+    bench.device.gate.set()
+    replies = await asyncio.gather(*tasks)
+    assert [image_of(reply) for reply in replies] == list(range(1, 8))
+    assert [images for *_, images in bench.device.batches[1:]] == [
+        (1, 2, 3, 4, 5, 6, 7),
+        (1, 2, 3, 4),
+        (1, 2),
+        (3, 4),
+        (5, 6, 7),
+        (5, 6),
+        (7,),
+    ]
+    assert [reply.timing.batch_size for reply in replies] == [2, 2, 2, 2, 2, 2, 1]
+    assert (
+        "model first lacks memory for a batch of 7; running its halves: tried to allocate too much" in caplog.messages
+    )
+    # Once there is memory again, the next batch is whole.
+    bench.device.room = 1000
+    holding = await bench.hold_device()
+    tasks = await bench.in_order(*range(10, 18))
+    bench.device.gate.set()
+    assert [reply.timing.batch_size for reply in await asyncio.gather(holding, *tasks)] == [1] + 8 * [8]
+
+
+async def test_halves_keep_the_r_of_each_image_and_leave_out_who_has_gone(bench: Bench) -> None:
+    holding = await bench.hold_device()
+    bench.device.room = 2
+    tasks = [task for image in range(1, 6) for task in await bench.in_order(image, r=2 * image)]
+    bench.device.step()
+    await holding
+    assert await bench.device.started.get() == (1, 2, 3, 4, 5)
+    for gone in (tasks[1], tasks[3], tasks[4]):
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+    bench.device.gate.set()
+    assert [(await task).r for task in (tasks[0], tasks[2])] == [2, 6]
+    assert [(rs, images) for _, rs, images in bench.device.batches[2:]] == [((2, 6), (1, 3))]
+
+
+async def test_one_image_that_there_is_no_memory_for_is_refused_and_the_server_goes_on(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    await bench.hold_device()
+    bench.device.room = 0
+    tasks = await bench.in_order(1, 2, 3)
+    bench.device.gate.set()
+    for task in tasks:
+        error = await refused(task)
+        assert isinstance(error, NoMemoryError)
+        assert str(error) == "model first has no memory left on the device for this image"
+    assert bench.device.seen[1] == 3
+    assert "model first lacks memory for one image: tried to allocate too much" in caplog.messages
+    bench.device.room = 1
+    assert image_of(await bench.predict(4)) == 4
+    # Those, and what held the device.
+    assert bench.metric("tome_slo_missed_total", reason="failed") == 4
+
+
+async def test_a_model_that_fails_on_an_image_of_half_a_batch_fails_on_that_alone(bench: Bench) -> None:
+    await bench.hold_device()
+    bench.device.room, bench.device.poison = 2, {3}
+    tasks = await bench.in_order(1, 2, 3, 4)
+    bench.device.gate.set()
+    assert isinstance(await refused(tasks[2]), ModelFailedError)
+    assert [image_of(await tasks[i]) for i in (0, 1, 3)] == [1, 2, 4]
+
+
 async def test_an_image_that_cannot_be_decoded_fails_alone(bench: Bench) -> None:
     good, bad = bench.predict(1), bench.predict("x")
     assert isinstance(await refused(bad), InvalidRequestError)
@@ -1011,12 +1091,14 @@ async def test_every_request_ends_in_exactly_one_answer_within_its_bounds(
     bounds: dict[int, dict[str, int | float]] = {}
     cancelled: set[int] = set()
     ended_unseen: set[int] = set()
+    short_of_memory = chance.random() < 0.5
 
     async def disturb() -> None:
-        """Stop the device and the decoders now and then."""
+        """Stop the device and the decoders now and then, and take the device's memory away."""
         while True:
             for gate in (bench.device.gate, bench.decoder.gate):
                 gate.clear() if chance.random() < 0.3 else gate.set()
+            bench.device.room = chance.choice([0, 1, 3]) if short_of_memory and chance.random() < 0.2 else 1000
             await asyncio.sleep(chance.random() * 0.004)
 
     disturbing = asyncio.create_task(disturb())
@@ -1054,6 +1136,8 @@ async def test_every_request_ends_in_exactly_one_answer_within_its_bounds(
             assert image in damaged
         elif isinstance(end, ModelFailedError):
             assert image in bench.device.poison
+        elif isinstance(end, NoMemoryError):
+            assert short_of_memory
         elif isinstance(end, OverloadedError):
             assert bench.engine.max_pending == 20
         elif isinstance(end, InfeasibleError):
@@ -1063,8 +1147,8 @@ async def test_every_request_ends_in_exactly_one_answer_within_its_bounds(
             assert isinstance(end, ExpiredError)
         if isinstance(end, InvalidRequestError | OverloadedError) or getattr(end, "stage", "") in ("decode", "queue"):
             assert bench.device.seen[image] == 0
-    # Once, and again alone if a batch-mate failed.
-    assert max(bench.device.seen.values()) <= 2
+    # Once, and again alone if a batch-mate failed; up to three more times if memory ran out.
+    assert max(bench.device.seen.values()) <= (4 if short_of_memory else 2)
     # Nobody who has been answered, or has gone, is run for it any more.
     assert not any(bench.device.seen[image] for image in ended_unseen)
     for name, rs, batch in bench.device.batches:

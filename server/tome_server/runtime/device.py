@@ -40,7 +40,8 @@ class Device:
     """A device and the process that owns it.
 
     Calls are made on the event loop that was running when it was made; `put` from any thread. Those that wait raise
-    DeviceDiedError if the process ends, and else whatever went wrong there.
+    DeviceDiedError if the process ends, OutOfMemoryError if the device lacks the memory, and else whatever went wrong
+    there.
     """
 
     def __init__(self, slots: int) -> None:

@@ -20,6 +20,7 @@ import tome_server.timm_import  # noqa: F401  isort: skip
 import torch
 from torch import Tensor
 
+from tome_server.errors import OutOfMemoryError
 from tome_server.models.hosted import HostedModel
 from tome_server.models.loaded import LoadedModel
 from tome_server.models.loading import load
@@ -138,6 +139,9 @@ class DeviceProcess:
             answer: _Answer = (ticket, call(*args), None)
         except Exception as error:
             answer = (ticket, None, _sendable(error))
+        # Now that the error is gone, whose traceback held what had been allocated until then.
+        if isinstance(answer[2], OutOfMemoryError) and self._device.type == "cuda":
+            torch.cuda.empty_cache()
         self._send(answer)
 
     def _send(self, answer: _Answer) -> None:
@@ -157,8 +161,23 @@ class _ServerLog(QueueHandler):
         self._send((None, record, None))
 
 
+# How torch says that it lacks memory, where it has no type of error for that.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
 def _sendable(error: Exception) -> Exception:
-    """Return `error`, or what says the same if it can't be sent, with a note of where it was raised."""
+    """Return `error`, or what says the same if it can't be sent, with a note of where it was raised.
+
+    Returns an OutOfMemoryError for whatever says that memory ran out.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
+    ):
+        return OutOfMemoryError(str(error).partition("\n")[0] or type(error).__name__)
     error.add_note("".join(traceback.format_exception(error)))
     try:
         pickle.loads(pickle.dumps(error))

@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import os
+import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -16,12 +18,13 @@ import pytest_asyncio
 import tome_server.timm_import  # noqa: F401  isort: skip
 import torch
 
-from tome_server.errors import DeviceDiedError, ModelLoadError
+from tome_server.errors import DeviceDiedError, ModelLoadError, OutOfMemoryError
 from tome_server.models.hosted import HostedModel
 from tome_server.models.loading import load
 from tome_server.models.preprocess import Limits
 from tome_server.models.spec import bundled_spec
 from tome_server.runtime.device import Device
+from tome_server.runtime.device_process import _sendable
 from tome_server.runtime.executor import run_batch
 from tome_server.runtime.shared_images import Slot
 from tome_server.runtime.work import Work
@@ -56,6 +59,11 @@ def running(pid: int) -> bool:
         return " Z " not in Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
         return False
+
+
+def address_space(pid: int) -> int:
+    """Bytes that a process has reserved, used or not."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 @pytest.mark.parametrize(("rs", "packed"), [([4, 4, 4], True), ([0, 4, 4], True), ([0, 4, 4], False)])
@@ -100,6 +108,35 @@ async def test_a_batch_that_fails_says_why_and_where_and_the_next_one_runs(
     assert "in run_batch" in "".join(caught.value.__notes__)
     assert len((await device.run("fashion", [work], [0], True)).results) == 1
     work.image.drop()
+
+
+async def test_a_batch_that_there_is_no_memory_for_says_so_and_the_next_one_runs(
+    device: Device, images: torch.Tensor
+) -> None:
+    [work] = put(device, images[:1])
+    room = address_space(device.pid) + 16 * 2**20
+    unlimited = resource.prlimit(device.pid, resource.RLIMIT_AS)
+    resource.prlimit(device.pid, resource.RLIMIT_AS, (room, unlimited[1]))
+    try:
+        # Its tokens alone take several times the room.
+        with pytest.raises(OutOfMemoryError, match="DefaultCPUAllocator: can't allocate memory"):
+            await device.run("fashion", [work] * 1500, [0] * 1500, True)
+        assert len((await device.run("fashion", [work], [0], True)).results) == 1
+    finally:
+        resource.prlimit(device.pid, resource.RLIMIT_AS, unlimited)
+    assert len((await device.run("fashion", [work] * 2, [0] * 2, True)).results) == 2
+    work.image.drop()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"), MemoryError()],
+    ids=["cuda", "python"],
+)
+async def test_out_of_memory_is_one_error_whoever_says_it(error: Exception) -> None:
+    sent = pickle.loads(pickle.dumps(_sendable(error)))
+    assert type(sent) is OutOfMemoryError
+    assert str(sent) in ("CUDA out of memory. Tried to allocate 2.00 GiB.", "MemoryError")
 
 
 async def test_a_caller_that_leaves_does_not_disturb_the_next(device: Device, images: torch.Tensor) -> None:
