@@ -242,4 +242,5 @@ def test_nothing_is_lost_when_one_server_is_killed_and_one_drains(fleet: Fleet, 
             one.result()
     for name, load in loads.items():
         assert load.ended.keys() == {"answered"}, name
-    assert left.terminate(60) == 0
+    status = left.terminate(60)
+    assert status == 0, left.log.read_text()
