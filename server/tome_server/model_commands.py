@@ -73,7 +73,7 @@ def fit_head(args: argparse.Namespace) -> int:
     from tome_server.models.datasets import load_labelled
     from tome_server.models.head import fit_head
     from tome_server.models.loading import load
-    from tome_server.models.preparing import prepare_with_head
+    from tome_server.models.preparing import headless_weights, prepare_with_head
     from tome_server.runtime.choose_device import choose_device
     from tome_server.runtime.evaluation import evaluate as measure_quality
     from tome_server.runtime.evaluation import quality_report
@@ -85,6 +85,7 @@ def fit_head(args: argparse.Namespace) -> int:
     kept, held = images.split(args.holdout, args.seed)
     device = choose_device(args.device)
     torch.set_num_threads(args.threads or 1)
+    weights = headless_weights(spec)
     backbone = load(replace(spec, quality=None), device)
     # A head that has seen merged tokens keeps more of its accuracy when they are, and loses none at r = 0.
     usual = (0, backbone.grid[len(backbone.grid) // 2].r)
@@ -97,7 +98,7 @@ def fit_head(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.data}: {error}") from error
 
     def fill(folder: Path) -> None:
-        made = prepare_with_head(spec, head, images.classes, folder)
+        made = prepare_with_head(spec, weights, head, images.classes, folder)
         model = made.model if device.type == "cpu" else load(made.spec, device)
         grid = [level.r for level in model.grid]
         levels = measure_quality(model, images.subset(held), grid, device, progress=sys.stderr.isatty())

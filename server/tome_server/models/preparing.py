@@ -103,15 +103,26 @@ def prepare(recipe: Recipe, name: str, folder: Path) -> Prepared:
     return replace(prepared, spec=read_folder(folder, name), left_out=left_out)
 
 
-def prepare_with_head(spec: ModelSpec, head: Head, labels: Sequence[str], folder: Path) -> Prepared:
-    """Fill the empty `folder` with a stored model and another classifier.
+def headless_weights(spec: ModelSpec) -> dict[str, Tensor]:
+    """Return a stored model's weights but for its classifier.
 
-    Raises ModelLoadError if the stored one can't be read or has no place for a single linear classifier.
+    Raises ModelLoadError if they can't be read, or the classifier is more than one linear layer.
     """
     assert spec.checkpoint is not None
     weights = {key: value for key, value in read_checkpoint(spec.checkpoint).items() if not key.startswith("head.")}
     if other := sorted({key.split(".")[0] for key in weights if key.startswith("head")}):
         raise ModelLoadError(f"{spec.name} has a classifier of several parts ({', '.join(other)}): none can be fitted")
+    return weights
+
+
+def prepare_with_head(
+    spec: ModelSpec, weights: Mapping[str, Tensor], head: Head, labels: Sequence[str], folder: Path
+) -> Prepared:
+    """Fill the empty `folder` with a stored model of other `weights`, its own without a head, and a classifier.
+
+    Raises ModelLoadError if that can't be served.
+    """
+    assert spec.checkpoint is not None
     config = yaml.safe_load((spec.checkpoint.parent / CONFIG).read_text(encoding="utf-8"))
     config["kwargs"] = {**config.get("kwargs", {}), "num_classes": len(labels)}
     _write_weights(folder, {**weights, "head.weight": head.weight, "head.bias": head.bias})
