@@ -15,7 +15,7 @@ PROTOC = $(BIN)/python -m grpc_tools.protoc -I $(PROTO_DIR) \
 TYPES := $(VENV)/grafana
 
 # Debian packages that tests use.
-DEBIAN := prometheus nginx
+DEBIAN := prometheus nginx faketime
 
 .PHONY: demo test stack tools lint proto reference sbom audit bench nightly gpu clean help
 

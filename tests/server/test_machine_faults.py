@@ -6,7 +6,10 @@ import os
 import queue
 import signal
 import socket
+import urllib.request
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +93,64 @@ def test_when_the_device_is_killed_under_load_everybody_is_told_and_the_server_e
     # Whatever starts it again finds its port free.
     host, port = server.target.rsplit(":", 1)
     socket.create_server((host, int(port))).close()
+
+
+@pytest.fixture
+def wall_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], object]:
+    """A function that sets the wall clock of processes started from now on, whose other clocks go on as they were."""
+    try:
+        [library] = Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")
+    except ValueError:
+        pytest.skip("needs libfaketime: apt-get install faketime")
+    file = tmp_path / "clock"
+    file.write_text("+0")
+    for name, value in {
+        "LD_PRELOAD": library,
+        "FAKETIME_TIMESTAMP_FILE": file,
+        "FAKETIME_NO_CACHE": 1,
+        "FAKETIME_DONT_FAKE_MONOTONIC": 1,
+        "DONT_FAKE_MONOTONIC": 1,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    return file.write_text
+
+
+def test_a_wall_clock_that_is_set_neither_ends_requests_nor_keeps_them(
+    wall_clock: Callable[[str], object], own_server: Callable[..., Any], image: bytes
+) -> None:
+    server = own_server()
+    [device] = children(server.process.pid)
+
+    def date() -> datetime:
+        with urllib.request.urlopen(server.metrics_url) as response:
+            return parsedate_to_datetime(response.headers["date"])
+
+    begun = date()
+
+    def held(count: int, **fields: Any) -> list[Any]:
+        """Requests that are in the server."""
+        calls = [stub.Predict.future(pb.PredictRequest(image=image, **fields)) for _ in range(count)]
+        until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == count, "they have arrived")
+        return calls
+
+    with connected(server.target) as stub:
+        assert stub.Predict(patient(image)).predictions
+        for step in ("+30d", "-30d", "+0"):
+            os.kill(device, signal.SIGSTOP)
+            waiting = held(12, latency_budget=Duration(seconds=200))
+            wall_clock(step)
+            os.kill(device, signal.SIGCONT)
+            for call in waiting:
+                assert 0 < call.result().timing.slack.ToSeconds() <= 200
+            os.kill(device, signal.SIGSTOP)
+            expiring = held(12, latency_budget=Duration(seconds=2))
+            wall_clock({"+30d": "-30d"}.get(step, "+30d"))
+            for call in expiring:
+                assert refusal(call.result).details["ErrorInfo"].reason == "EXPIRED"
+            os.kill(device, signal.SIGCONT)
+            until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 0, "nothing waits")
+            assert stub.Predict(patient(image)).predictions
+        assert abs(date() - begun) > timedelta(days=29), "the server never saw it"
 
 
 def read(stream: Iterator[Any]) -> tuple[list[Any], Any]:

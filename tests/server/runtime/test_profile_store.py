@@ -369,6 +369,27 @@ def test_a_folder_that_cannot_be_written_is_warned_of_and_the_profile_used(
     assert "can't be written: " in record.getMessage()
 
 
+def test_a_full_disk_is_warned_of_the_profile_used_and_nothing_left_behind(
+    model: LoadedModel,
+    tmp_path: Path,
+    measured: list[dict[str, Any]],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is written goes to the kernel's own full device."""
+    path = profile_path(tmp_path, "tiny", profile_key(model, None, CPU, 2))
+    monkeypatch.setattr(profile_store.secrets, "token_hex", lambda _: "full")
+    (tmp_path / f".{path.stem}-full.tmp").symlink_to("/dev/full")
+    assert obtain(model, tmp_path).max_batch == 2
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == (
+        "the profile of tiny isn't kept, and will be measured again at the next start: "
+        f"{path} can't be written: No space left on device"
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_cannot_be_read_does_not_stop_a_server(
     model: LoadedModel,
     tmp_path: Path,
