@@ -173,7 +173,9 @@ def _config(args: argparse.Namespace) -> "ServerConfig":
     top += ["log_format", "drain_timeout"]
     changes: dict[str, Any] = {name: given[name] for name in top if name in given}
     batching = {name: given[name] for name in ("max_batch", "max_delay", "max_pending") if name in given}
-    model = {name: given[name] for name in ("checkpoint", "labels", "quality", "default_budget") if name in given}
+    model = {
+        name: given[name] for name in ("checkpoint", "labels", "quality", "default_budget", "dtype") if name in given
+    }
     settings = config.model_dump()
     settings["batching"] |= batching
     # A repository takes the place of the default.
@@ -322,5 +324,6 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", type=Path, metavar="FILE", help="class names, one a line")
     parser.add_argument("--quality", type=Path, metavar="FILE", help="what `tome-server evaluate` wrote")
     parser.add_argument("--default-budget", metavar="TIME", help="budget of requests that set none (default: 1s)")
+    parser.add_argument("--dtype", help="of weights and activations: float32 (default), bfloat16 or float16")
     parser.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads for the model (default: measured)")

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
+from tome_server.models.spec import Dtype
 from tome_server.scheduling.policy import NAMES
 from tome_server.settings import Count, Duration, Size, Strict, read_settings
 
@@ -59,6 +60,8 @@ class ModelConfig(Strict):
     """Latency budget of requests that set none; by default 1s, or ten images' time if that is more."""
     proportional_attention: bool | None = None
     """Weigh tokens by the patches they stand for; by default on, except for MAE weights."""
+    dtype: Dtype = "float32"
+    """Of weights and activations: float32, bfloat16 or float16."""
     description: str = ""
     """Told to clients."""
 

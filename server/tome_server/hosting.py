@@ -215,9 +215,9 @@ def model_specs(config: ServerConfig) -> list[ModelSpec]:
 def _spec(model: ModelConfig) -> ModelSpec:
     given = model.model_dump(exclude_unset=True, exclude={"source"})
     if model.source.startswith(BUNDLED_PREFIX):
-        allowed = {"name", "default_budget", "description"}
+        allowed = {"name", "default_budget", "description", "dtype"}
         if extra := sorted(given.keys() - allowed):
             raise ConfigError(f"model {model.source} is complete as it is; {', '.join(extra)} can't be set")
-        spec = bundled_spec(model.source.removeprefix(BUNDLED_PREFIX))
+        spec = bundled_spec(model.source.removeprefix(BUNDLED_PREFIX), model.dtype)
         return ModelSpec(**{**spec.__dict__, **given})
     return ModelSpec(architecture=model.source, **{"name": model.source.split(".")[0], **given})

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tome_server.errors import ConfigError
 from tome_server.models.repository import Repository, read_folder
-from tome_server.models.spec import BUNDLED_PREFIX, QUALITY, weights_digest
+from tome_server.models.spec import BUNDLED_PREFIX, quality_file, weights_digest
 
 # torch and timm take seconds to import, so each command imports what it needs when it runs.
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def fit_head(args: argparse.Namespace) -> int:
     from tome_server.models.head import fit_head
     from tome_server.models.loading import load
     from tome_server.models.preparing import headless_weights, prepare_with_head
+    from tome_server.offline import float32_of
     from tome_server.runtime.choose_device import choose_device
     from tome_server.runtime.evaluation import evaluate as measure_quality
     from tome_server.runtime.evaluation import quality_report
@@ -101,10 +102,13 @@ def fit_head(args: argparse.Namespace) -> int:
         made = prepare_with_head(spec, weights, head, images.classes, folder)
         model = made.model if device.type == "cpu" else load(made.spec, device)
         grid = [level.r for level in model.grid]
-        levels = measure_quality(model, images.subset(held), grid, device, progress=sys.stderr.isatty())
+        reference = float32_of(made.spec, device)
+        levels = measure_quality(
+            model, images.subset(held), grid, device, reference=reference, progress=sys.stderr.isatty()
+        )
         report = quality_report(made.spec, model, levels, args.data.name, len(held), device)
         fitted = {"images": len(kept), "r": rs, "penalty": head.penalty, "seed": args.seed}
-        _write_json(folder / QUALITY, report | {"fitted_to": fitted})
+        _write_json(quality_file(folder, made.spec.dtype), report | {"fitted_to": fitted})
         if not args.no_profile:
             _measure_latencies(made.spec, args)
 
@@ -267,7 +271,8 @@ def _measure_quality(spec: "ModelSpec", args: argparse.Namespace) -> None:
     from tome_server.offline import evaluate_model
 
     assert spec.checkpoint is not None
-    _write_json(spec.checkpoint.parent / QUALITY, evaluate_model(_settings(spec, args), args.data, limit=args.limit))
+    file = quality_file(spec.checkpoint.parent, spec.dtype)
+    _write_json(file, evaluate_model(_settings(spec, args), args.data, limit=args.limit))
 
 
 def _measure_latencies(spec: "ModelSpec", args: argparse.Namespace) -> "Profile":
@@ -292,6 +297,7 @@ def _settings(spec: "ModelSpec", args: argparse.Namespace) -> "ServerConfig":
         labels=spec.labels,
         data=dict(spec.data),
         proportional_attention=spec.proportional_attention,
+        dtype=spec.dtype,
     )
     return ServerConfig(
         models=(model,),
@@ -304,7 +310,7 @@ def _settings(spec: "ModelSpec", args: argparse.Namespace) -> "ServerConfig":
 
 def _print_levels(spec: "ModelSpec") -> None:
     assert spec.checkpoint is not None
-    _print_table(json.loads((spec.checkpoint.parent / QUALITY).read_text())["levels"])
+    _print_table(json.loads(quality_file(spec.checkpoint.parent, spec.dtype).read_text())["levels"])
 
 
 def _print_table(levels: "Sequence[Mapping[str, Any]]") -> None:

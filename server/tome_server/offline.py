@@ -12,7 +12,9 @@ import torch
 from tome_server.config import ServerConfig
 from tome_server.hosting import model_specs
 from tome_server.models.datasets import load_labelled
+from tome_server.models.loaded import LoadedModel
 from tome_server.models.loading import load
+from tome_server.models.spec import ModelSpec
 from tome_server.runtime.choose_device import choose_device
 from tome_server.runtime.cpus import available_cpus
 from tome_server.runtime.evaluation import evaluate, quality_report
@@ -35,10 +37,15 @@ def evaluate_model(
     device = choose_device(config.device)
     torch.set_num_threads(config.threads or available_cpus())
     model = load(spec, device)
-    levels = evaluate(
-        model, images, grid or [level.r for level in model.grid], device, limit=limit, progress=sys.stderr.isatty()
-    )
+    reference = float32_of(spec, device)
+    rs = grid or [level.r for level in model.grid]
+    levels = evaluate(model, images, rs, device, reference=reference, limit=limit, progress=sys.stderr.isatty())
     return quality_report(spec, model, levels, data.name, min(limit or len(images), len(images)), device)
+
+
+def float32_of(spec: ModelSpec, device: torch.device) -> LoadedModel | None:
+    """Return what a model of a lesser type is compared with: the same in float32; None if it is of that."""
+    return None if spec.dtype == "float32" else load(replace(spec, dtype="float32", quality=None), device)
 
 
 def profile_model(

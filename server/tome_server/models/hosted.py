@@ -55,6 +55,8 @@ class HostedModel:
     """Patches from top to bottom and from left to right."""
     costs: tuple[MacCount, ...] = field(repr=False)
     """Multiply-accumulates of one image at each r, from 0 to the most tokens that a block can merge."""
+    dtype: str = "float32"
+    """Of weights and activations."""
     weights_bytes: int = 0
     """What its weights take, as they were loaded."""
     default_budget: float | None = None

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+import torch
+from torch import Tensor
+
 from tome_server.merging import MergedModel, macs
 from tome_server.merging.schedule import mergeable
 from tome_server.models.hosted import HostedModel, Quality
@@ -14,6 +17,10 @@ class LoadedModel(HostedModel):
     """A hosted model that can run."""
 
     merged: MergedModel
+
+    def input(self, images: Tensor, device: torch.device) -> Tensor:
+        """Return images, [B, C, H, W], on the device and in the dtype of the network."""
+        return images.to(device, getattr(torch, self.dtype))
 
     @property
     def described(self) -> HostedModel:
@@ -27,6 +34,7 @@ def loaded_model(
     *,
     name: str,
     architecture: str,
+    dtype: str = "float32",
     weights_bytes: int = 0,
     description: str = "",
     labels: tuple[str, ...] = (),
@@ -47,6 +55,7 @@ def loaded_model(
         feature_dim=int(merged.model.num_features),
         patch_grid=(rows, columns),
         costs=tuple(macs(merged.model, r, (height, width)) for r in range(largest_r + 1)),
+        dtype=dtype,
         weights_bytes=weights_bytes,
         default_budget=default_budget,
         quality=dict(quality or {}),

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from tome_server.errors import ConfigError
-from tome_server.models.spec import CONFIG, LABELS, PROFILES, QUALITY, WEIGHTS, ModelSpec
+from tome_server.models.spec import CONFIG, LABELS, PROFILES, WEIGHTS, Dtype, ModelSpec, quality_file
 from tome_server.settings import Count, Duration, Strict, read_settings
 
 # What torch wrote. Read with weights_only, so that no code in it is run.
@@ -59,6 +59,8 @@ class VersionConfig(Strict):
     """Latency budget of requests that set none; by default 1s, or ten images' time if that is more."""
     proportional_attention: bool | None = None
     """Weigh tokens by the patches they stand for; by default on, except for MAE weights."""
+    dtype: Dtype = "float32"
+    """Of weights and activations: float32, bfloat16 or float16."""
     license: str = ""
     description: str = ""
 
@@ -209,7 +211,8 @@ def read_folder(folder: Path, name: str, version: int | None = None) -> ModelSpe
         kwargs=config.kwargs,
         checkpoint=weights[0],
         labels=_if_there(folder / LABELS),
-        quality=_if_there(folder / QUALITY),
+        quality=_if_there(quality_file(folder, config.dtype)),
+        dtype=config.dtype,
         profiles=folder / PROFILES,
         data=config.data,
         default_budget=config.default_budget,

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -17,6 +17,9 @@ LABELS = "labels.txt"
 PROFILES = "profiles"
 QUALITY = "quality.json"
 WEIGHTS = "weights.safetensors"
+
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class ModelSpec:
     """Latency budget, in seconds, of requests that set none."""
     proportional_attention: bool | None = None
     """None: on, but for MAE weights."""
+    dtype: Dtype = "float32"
+    """Of weights and activations."""
     description: str = ""
     version: int | None = None
     """Of a model that has versions."""
@@ -48,13 +53,19 @@ class ModelSpec:
     """Folder of latencies that came with the model; more may be kept elsewhere."""
 
 
-def bundled_spec(name: str) -> ModelSpec:
+def quality_file(folder: Path, dtype: Dtype) -> Path:
+    """Return where a model's folder keeps what `tome-server evaluate` measured of it in `dtype`."""
+    return folder / (QUALITY if dtype == "float32" else f"{Path(QUALITY).stem}-{dtype}.json")
+
+
+def bundled_spec(name: str, dtype: Dtype = "float32") -> ModelSpec:
     """Return the spec of the bundled model `name` ("fashion"). Raises ConfigError if there is none."""
     known = sorted(path.parent.name for path in BUNDLED.glob(f"*/{CONFIG}"))
     if name not in known:
         raise ConfigError(f"no bundled model is named {name!r}; there is {', '.join(known)}")
     folder = BUNDLED / name
     # A repository's folder, read without its checks: those take pydantic, which not all who want this model have.
+    quality = quality_file(folder, dtype)
     config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     return ModelSpec(
         name=name,
@@ -62,7 +73,8 @@ def bundled_spec(name: str) -> ModelSpec:
         kwargs=config["kwargs"],
         checkpoint=folder / WEIGHTS,
         labels=folder / LABELS,
-        quality=folder / QUALITY,
+        quality=quality if quality.is_file() else None,
+        dtype=dtype,
         profiles=folder / PROFILES,
         data=config["data"],
         description=config["description"],

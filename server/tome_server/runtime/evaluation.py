@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from tome_server.errors import ConfigError, DatasetError
@@ -23,12 +24,14 @@ def evaluate(
     grid: Sequence[int],
     device: torch.device,
     *,
+    reference: LoadedModel | None = None,
     batch: int = 64,
     limit: int | None = None,
     progress: bool = False,
 ) -> dict[int, Quality]:
     """Classify the first `limit` of `images` at 0 and at every r of `grid`, in ascending order.
 
+    Agreement is with r = 0 of `reference`, by default of the model itself: the same in float32, if the model isn't.
     An r beyond the model's largest is brought down to it, as merging itself does.
     A folder's classes are matched to the model's labels by name, other labels are class numbers. Raises DatasetError if
     they don't fit the model or an image can't be decoded, and ConfigError if the model gives no classes.
@@ -45,15 +48,20 @@ def evaluate(
         for start in range(0, count, batch):
             chosen = [images[i] for i in range(start, min(start + batch, count))]
             prepared = decoders.map(model.preprocess.image, [image for image, _ in chosen])
-            inputs = torch.from_numpy(np.stack(list(prepared))).to(device)
+            inputs = torch.from_numpy(np.stack(list(prepared)))
             wanted = torch.tensor([-1 if label is None else class_ids[label] for _, label in chosen])
-            plain = model.merged(inputs).logits.argmax(dim=1).cpu()
+            plain = _classes(reference or model, inputs, 0, device)
             for r in levels:
-                given = model.merged(inputs, r).logits.argmax(dim=1).cpu() if r else plain
+                given = plain if r == 0 and reference is None else _classes(model, inputs, r, device)
                 agreeing[r] += int((given == plain).sum())
                 right[r] += int((given == wanted).sum())
             bar.update(len(chosen))
     return {r: Quality(agreement=agreeing[r] / count, top1=right[r] / count if labelled else None) for r in levels}
+
+
+def _classes(model: LoadedModel, images: Tensor, r: int, device: torch.device) -> Tensor:
+    classes: Tensor = model.merged(model.input(images, device), r).logits.argmax(dim=1)
+    return classes.cpu()
 
 
 def quality_report(
@@ -66,6 +74,7 @@ def quality_report(
         "data": data,
         "images": images,
         "device": str(device),
+        "dtype": spec.dtype,
         "torch": torch.__version__,
         "timm": importlib.metadata.version("timm"),
         "levels": [

@@ -40,7 +40,7 @@ def run_batch(
 def _run(
     model: LoadedModel, batch: Sequence[Work[Tensor]], r: int | Sequence[int], device: torch.device
 ) -> list[Result]:
-    images = torch.stack([work.image for work in batch]).to(device)
+    images = model.input(torch.stack([work.image for work in batch]), device)
     patches = any(work.patches for work in batch)
     mapped = patches or any(work.token_map for work in batch)
     output = model.merged(images, r, return_tokens=patches, return_token_map=mapped)

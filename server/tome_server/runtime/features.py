@@ -31,7 +31,7 @@ def pooled_features(
         for start in range(0, len(images), batch):
             chosen = [images[i][0] for i in range(start, min(start + batch, len(images)))]
             prepared = np.stack(list(decoders.map(model.preprocess.image, chosen)))
-            inputs = torch.from_numpy(prepared).to(device)
+            inputs = model.input(torch.from_numpy(prepared), device)
             parts.append(torch.stack([model.merged(inputs, r).features.float().cpu() for r in rs]))
             bar.update(len(chosen))
     return torch.cat(parts, dim=1)

@@ -379,3 +379,44 @@ def test_a_model_that_cannot_be_tried_without_memory_is_built_anyway(
     monkeypatch.setattr(loading.timm, "create_model", no_meta)
     load(replace(spec, checkpoint=None), CPU)
     assert no_hub == [spec.architecture]
+
+
+# Other types than float32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_model_runs_in_the_type_it_is_told_to(spec: ModelSpec, dtype: Any) -> None:
+    plain, lesser = load(spec, CPU), load(replace(spec, dtype=dtype), CPU)
+    assert lesser.dtype == dtype
+    assert {parameter.dtype for parameter in lesser.merged.parameters()} == {getattr(torch, dtype)}
+    assert 2 * lesser.weights_bytes == plain.weights_bytes
+    images = torch.rand(3, *plain.preprocess.settings.input_size)
+    with torch.inference_mode():
+        for r in (0, 2):
+            exact = plain.merged(plain.input(images, CPU), r).logits
+            near = lesser.merged(lesser.input(images, CPU), r).logits
+            assert near.dtype == getattr(torch, dtype)
+            assert torch.allclose(near.float(), exact, atol=0.05 * float(exact.abs().max()))
+
+
+def test_a_quality_report_of_another_type_is_refused(spec: ModelSpec, tmp_path: Path) -> None:
+    report = tmp_path / "quality.json"
+    levels = [{"r": 0, "agreement": 0.99, "top1": 0.8}]
+    digest = weights_digest(spec.checkpoint)
+    report.write_text(json.dumps({"weights_sha256": digest, "levels": levels}))
+    assert "was measured in float32, not bfloat16" in refusal(replace(spec, dtype="bfloat16", quality=report))
+    report.write_text(json.dumps({"weights_sha256": digest, "dtype": "bfloat16", "levels": levels}))
+    assert "was measured in bfloat16, not float32" in refusal(replace(spec, quality=report))
+
+
+def test_little_agreement_with_float32_is_said(
+    spec: ModelSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = tmp_path / "quality.json"
+    for agreement, said in ((0.996, False), (0.99, True)):
+        levels = [{"r": 0, "agreement": agreement, "top1": None}]
+        content = {"weights_sha256": weights_digest(spec.checkpoint), "dtype": "bfloat16", "levels": levels}
+        report.write_text(json.dumps(content))
+        caplog.clear()
+        load(replace(spec, dtype="bfloat16", quality=report), CPU)
+        assert ("agrees with float32 on only 99.00 %" in caplog.text) == said

@@ -1,3 +1,5 @@
+import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +114,14 @@ def test_an_image_that_cannot_be_decoded_is_named(model: LoadedModel, tmp_path: 
     (tmp_path / "2.png").write_bytes(b"no image")
     with pytest.raises(DatasetError, match=r"2\.png"):
         evaluate(model, load_labelled(tmp_path), [0], CPU)
+
+
+def test_agreement_is_with_the_reference_where_there_is_one(model: LoadedModel, labelled: Dataset) -> None:
+    network = copy.deepcopy(model.merged)
+    torch.nn.init.normal_(network.model.head.weight, generator=torch.Generator().manual_seed(1))
+    other = replace(model, merged=network)
+    theirs, own = predictions(model, labelled, 0), {r: predictions(other, labelled, r) for r in (0, 4)}
+    measured = evaluate(other, labelled, [4], CPU, reference=model)
+    for r, classes in own.items():
+        assert measured[r].agreement == sum(a == b for a, b in zip(classes, theirs, strict=True)) / len(labelled)
+    assert measured[0].agreement < 1
