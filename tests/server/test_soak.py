@@ -11,6 +11,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,12 +19,14 @@ from typing import Any
 import pytest
 from rpc.wire import scrape, until
 
-from tome_client.load import BudgetClass, LoadPlan, Renewal, event_loop, read_samples, run_load
+from tome_client.load import BudgetClass, LoadPlan, Outcome, Renewal, event_loop, read_samples, run_load
 
 SECONDS = float(os.environ.get("TOME_SOAK_SECONDS", "600"))
 LOAD = 1.2
 # The load comes in parts, between which memory is looked at; outcomes of the whole would fill the generator's own.
 PARTS = 20
+# Looks at memory in each.
+SAMPLES = 10
 # In the first quarter allocators settle, buffers reach their size, and every slot for images is used once.
 QUARTER = PARTS // 4
 GROWTH = 0.01
@@ -37,6 +40,16 @@ def resident(pids: list[int]) -> int:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
     return total
+
+
+async def load_and_watch(target: str, plan: LoadPlan, pids: list[int]) -> tuple[tuple[Outcome, ...], list[int]]:
+    """Return what became of a plan's requests, and what the processes held meanwhile: it goes up and down."""
+    held = []
+    running = asyncio.create_task(run_load(target, plan))
+    while not running.done():
+        await asyncio.wait([running], timeout=plan.duration / SAMPLES)
+        held.append(await asyncio.to_thread(resident, pids))
+    return running.result().outcomes, held
 
 
 def capacity(folder: Path) -> float:
@@ -59,27 +72,27 @@ def test_a_server_that_is_overloaded_for_long_answers_everybody_once_and_does_no
     budget = max(0.1, 32 / able)
     images = read_samples(next(iter(samples)).parent)
     codes: Counter[str] = Counter()
-    held, sent, in_time, rs = [], 0, 0, 0.0
+    held: list[list[int]] = []
+    sent, in_time, rs = 0, 0, 0.0
     began = time.monotonic()
     for part in range(PARTS):
         plan = LoadPlan(
             images, Renewal(LOAD * able), (BudgetClass(budget),), duration=SECONDS / PARTS, seed=part, grace=30
         )
         with asyncio.Runner(loop_factory=event_loop) as runner:
-            outcomes = runner.run(run_load(server.target, plan)).outcomes
+            outcomes, seen = runner.run(load_and_watch(server.target, plan, pids))
         assert len(outcomes) == len(plan.schedule())
         sent += len(outcomes)
         codes.update(one.code if one.reason is None else f"{one.code} {one.reason}" for one in outcomes)
         in_time += sum(one.attained for one in outcomes)
         rs += sum(one.merging.r for one in outcomes if one.merging)
         until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 0, "nothing waits")
-        held.append(resident(pids))
-    # Medians, for what a process holds goes up and down with what it did last.
-    growth = median(held[-QUARTER:]) / median(held[QUARTER : 2 * QUARTER]) - 1
+        held.append(seen)
+    growth = median(chain(*held[-QUARTER:])) / median(chain(*held[QUARTER : 2 * QUARTER])) - 1
     print(
         f"\n{sent} requests in {time.monotonic() - began:.0f} s, {LOAD} times the {able:.0f}/s possible at r = 0: "
         f"{in_time / sent:.2%} within {budget * 1e3:.0f} ms, mean r {rs / max(1, codes['OK']):.1f}\n"
-        f"{dict(codes)}\nresident MiB: {', '.join(f'{size / 2**20:.1f}' for size in held)}; "
+        f"{dict(codes)}\nresident MiB: {', '.join(f'{median(seen) / 2**20:.1f}' for seen in held)}; "
         f"from the second quarter to the last {growth:+.2%}"
     )
     # A status of the client's own making, for want of any answer, would have no reason.
