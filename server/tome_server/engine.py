@@ -302,6 +302,7 @@ class Engine:
             for job in self._unanswered:
                 if not job.answer.done():
                     job.answer.set_exception(_stopped())
+                    job.answer.exception()  # who waited may have been cancelled with this
 
     def drain(self) -> None:
         """Refuse new requests from now on; those already here are answered."""
