@@ -6,6 +6,7 @@ quartiles over the rounds. Weights are random: they don't change the time.
 """
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -46,19 +47,21 @@ class Row:
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments().parse_args(argv)
     device = torch.device(args.device)
-    dtype = getattr(torch, args.dtype)
-    model = timm.create_model(args.model).to(device, dtype).eval().requires_grad_(False)
+    plain: torch.nn.Module = timm.create_model(args.model).to(device).eval().requires_grad_(False)
+    ours = copy.deepcopy(plain).to(getattr(torch, args.dtype))
+    plain = plain.to(getattr(torch, args.timm_dtype or args.dtype))
     rows: list[Row] = []
     settings = [(threads, batch) for threads in args.threads for batch in args.batch]
     progress = tqdm(total=len(settings) * args.rounds, unit="round", disable=not sys.stderr.isatty())
     with torch.inference_mode(), progress:
         for threads, batch in settings:
             torch.set_num_threads(threads)
-            rows += _measure(model, threads, batch, args.r, args.rounds, progress)
+            rows += _measure(plain, ours, threads, batch, args.r, args.rounds, progress)
     setting = {
         "model": args.model,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "dtype": args.dtype,
+        "timm dtype": args.timm_dtype or args.dtype,
         "torch": torch.__version__,
         "timm": timm.__version__,
         "rounds": args.rounds,
@@ -71,29 +74,35 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _measure(
-    model: torch.nn.Module, threads: int, batch: int, grid: Sequence[int], rounds: int, progress: "tqdm[None]"
+    model: torch.nn.Module,
+    ours: torch.nn.Module,
+    threads: int,
+    batch: int,
+    grid: Sequence[int],
+    rounds: int,
+    progress: "tqdm[None]",
 ) -> list[Row]:
-    parameter = next(model.parameters())
-    images = torch.randn(batch, *model.default_cfg["input_size"], device=parameter.device, dtype=parameter.dtype)
-    merged = merge(model)
+    images = torch.randn(batch, *model.default_cfg["input_size"]).to(next(model.parameters()))
+    our_images = images.to(next(ours.parameters()))
+    merged = merge(ours)
     if packable(merged):
         merged = pack(merged)
     # timm's own model is timed beside each r, so that both sides of a ratio saw the same machine.
     pairs: dict[int, tuple[list[float], list[float]]] = {r: ([], []) for r in grid}
     for r in grid:
         seconds(lambda: model(images), 2)
-        seconds(lambda r=r: merged(images, r=r), 2)
+        seconds(lambda r=r: merged(our_images, r=r), 2)
     calls = repeats(lambda: model(images))
     for _ in range(rounds):
-        for r, (plain, ours) in pairs.items():
-            plain.append(seconds(lambda: model(images), calls))
-            ours.append(seconds(lambda r=r: merged(images, r=r), calls))
+        for r, (theirs_took, ours_took) in pairs.items():
+            theirs_took.append(seconds(lambda: model(images), calls))
+            ours_took.append(seconds(lambda r=r: merged(our_images, r=r), calls))
         progress.update()
 
     rows = []
-    for r, (plain, ours) in pairs.items():
+    for r, (theirs_took, ours_took) in pairs.items():
         ratio = macs(model, r).ratio
-        speedups = [p / o for p, o in zip(plain, ours, strict=True)]
+        speedups = [theirs / own for theirs, own in zip(theirs_took, ours_took, strict=True)]
         low, _, high = statistics.quantiles([s / ratio for s in speedups], n=4)
         speedup = statistics.median(speedups)
         rows.append(
@@ -102,8 +111,8 @@ def _measure(
                 batch=batch,
                 r=r,
                 mac_ratio=ratio,
-                timm_ms=statistics.median(plain) * 1e3,
-                merged_ms=statistics.median(ours) * 1e3,
+                timm_ms=statistics.median(theirs_took) * 1e3,
+                merged_ms=statistics.median(ours_took) * 1e3,
                 speedup=speedup,
                 efficiency=speedup / ratio,
                 efficiency_quartiles=(low, high),
@@ -149,6 +158,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=15, help="timings of each pair (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--timm-dtype", choices=["float32", "bfloat16", "float16"], help="of timm's side, if another")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
