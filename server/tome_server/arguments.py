@@ -2,6 +2,8 @@
 
 import argparse
 
+from tome_server.durations import seconds_in
+
 
 def r_values(text: str) -> list[int]:
     """A list such as 0,4,8."""
@@ -53,10 +55,8 @@ def budgets(text: str) -> tuple[float, ...]:
 
 
 def time(text: str) -> float:
-    """A duration with its unit, or 0, in seconds."""
-    from tome_server.scheduling.workload import parse_seconds
-
+    """A duration, in seconds."""
     try:
-        return 0.0 if text.strip() in ("0", "0s", "0ms") else parse_seconds(text)
+        return seconds_in(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error

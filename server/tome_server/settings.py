@@ -9,9 +9,9 @@ from typing import Annotated, Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from tome_server.durations import PATTERN, seconds_in
 from tome_server.errors import ConfigError
 
-_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
 _SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 # Where pydantic's words are about Python.
@@ -27,10 +27,7 @@ def parse_duration(value: object) -> object:
     """Turn "50ms", "1.5s", "2m" or a number of seconds into seconds. Raises ValueError for other text."""
     if not isinstance(value, str | bool):
         return value
-    found = re.fullmatch(r"([0-9]+|[0-9]*\.[0-9]+)\s*(us|ms|s|m)", str(value).strip())
-    if not found:
-        raise ValueError(f"{value!r} is no duration; write for example 50ms, 1.5s or 2m")
-    return float(found[1]) * _UNITS[found[2]]
+    return seconds_in(str(value))
 
 
 def parse_size(value: object) -> object:
@@ -45,7 +42,7 @@ def parse_size(value: object) -> object:
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 # What may be written, for the JSON Schema; the functions decide.
-_DurationText = Annotated[str, Field(pattern=r"^\s*([0-9]+|[0-9]*\.[0-9]+)\s*(us|ms|s|m)\s*$")]
+_DurationText = Annotated[str, Field(pattern=rf"^\s*({PATTERN})\s*$")]
 _SizeText = Annotated[str, Field(pattern=r"^\s*[0-9]+\s*(KiB|MiB|GiB)\s*$")]
 Duration = Annotated[
     float,

@@ -95,6 +95,7 @@ def test_settings_are_read_at_every_level(file: Path) -> None:
         ("0ms", 0),
         ("0.25", 0.25),
         ("3", 3),
+        ('"3"', 3),
     ],
 )
 def test_durations_have_units_or_are_seconds(file: Path, text: str, seconds: float) -> None:
@@ -107,12 +108,10 @@ def test_durations_have_units_or_are_seconds(file: Path, text: str, seconds: flo
         "5 parsecs",
         "abc",
         "1.2.3s",
-        "1.s",
         ".s",
         "s",
         "-1s",
         "-1",
-        "50",
         ".inf",
         ".nan",
         "true",
@@ -123,8 +122,7 @@ def test_durations_have_units_or_are_seconds(file: Path, text: str, seconds: flo
     ],
 )
 def test_what_is_no_duration_names_line_and_key(file: Path, text: str) -> None:
-    quoted = f'"{text}"' if text == "50" else text
-    assert refusal(file, f"listen: a:1\nbatching:\n  max_delay: {quoted}").startswith("FILE:3: batching.max_delay: ")
+    assert refusal(file, f"listen: a:1\nbatching:\n  max_delay: {text}").startswith("FILE:3: batching.max_delay: ")
 
 
 @pytest.mark.parametrize(("text", "size"), [("16MiB", 2**24), ("512KiB", 2**19), ("1 GiB", 2**30), ("1000", 1000)])

@@ -7,14 +7,13 @@ come in bursts like any other traffic.
 
 import math
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-_WRITTEN = re.compile(r"(\d+\.?\d*|\.\d+)\s*(ms|s)?")
+from tome_server.durations import seconds_in
 
 
 class Arrival(NamedTuple):
@@ -152,22 +151,19 @@ def parse_budgets(text: str) -> tuple[float, ...]:
     """
     kind, colon, choices = text.partition(":")
     if not colon:
-        return (parse_seconds(text),)
+        return (_budget(text),)
     found: list[float] = []
     for choice in choices.split(","):
         written, _, weight = choice.partition("=")
         if kind != "mix" or not (weight or "1").isdecimal() or not 0 < int(weight or "1") <= 1000:
             raise ValueError(f"{text!r} is no budget; write for example 50ms, mix:50ms,200ms or mix:50ms=3,200ms=1")
-        found += [parse_seconds(written)] * int(weight or "1")
+        found += [_budget(written)] * int(weight or "1")
     return tuple(found)
 
 
-def parse_seconds(text: str) -> float:
-    """Return the seconds that a text such as `50ms`, `0.2s` or `1.5` stands for. Raises ValueError for other text."""
-    written = _WRITTEN.fullmatch(text.strip())
-    seconds = float(written[1]) / (1000 if written[2] == "ms" else 1) if written else 0.0
-    if not 0 < seconds < math.inf:
-        raise ValueError(f"{text!r} is no duration above 0; write for example 50ms, 0.2s or 1.5")
+def _budget(text: str) -> float:
+    if not (seconds := seconds_in(text)):
+        raise ValueError(f"{text!r} is no budget; it must be above 0")
     return seconds
 
 
@@ -179,7 +175,7 @@ def _recorded(words: Sequence[str], earliest: float, budget: float | None) -> Ar
     if not earliest <= at < math.inf:
         raise ValueError(f"times must not be negative nor go back; got {words[0]} after {earliest:g}")
     if len(words) == 2:
-        return Arrival(at, parse_seconds(words[1]))
+        return Arrival(at, _budget(words[1]))
     if budget is None:
         raise ValueError("it has no budget, and no other was given")
     return Arrival(at, budget)
