@@ -32,7 +32,11 @@ def server_metadata() -> dict[str, Any]:
 
 
 def model_metadata(served: Served) -> dict[str, Any]:
-    """Return ModelMetadataResponse. Of the input's datatypes it names FP32, which clients can fill by themselves."""
+    """Return ModelMetadataResponse.
+
+    Of the input's datatypes it names FP32, which clients can fill by themselves; of the outputs those that come without
+    a wish, for some clients ask for all that are named here.
+    """
     model = served.model
     return {
         "name": model.name,
@@ -42,6 +46,7 @@ def model_metadata(served: Served) -> dict[str, Any]:
         "outputs": [
             {"name": output.name, "datatype": output.datatype, "shape": [-1, *output.dims]}
             for output in outputs_of(model).values()
+            if not output.by_name
         ],
     }
 
@@ -53,6 +58,12 @@ def model_config(served: Served, max_delay: float) -> dict[str, Any]:
         "architecture": model.architecture,
         "default_budget_ms": f"{served.default_budget * 1e3:g}",
         "image_datatypes": "FP32 [N, C, H, W], UINT8 [N, H, W, 3], BYTES [N]",
+        "outputs_by_name": ", ".join(
+            f"{output.name} {output.datatype} [{', '.join(map(str, ('N', *output.dims)))}]"
+            for output in outputs_of(model).values()
+            if output.by_name
+        ),
+        "patch_grid": "{}, {}".format(*model.patch_grid),
         "policy": served.policy,
         "r_grid": ", ".join(map(str, served.rs)),
     }
@@ -72,6 +83,7 @@ def model_config(served: Served, max_delay: float) -> dict[str, Any]:
         "output": [
             {"name": output.name, "data_type": _CONFIG_TYPES[output.datatype], "dims": list(output.dims)}
             for output in outputs_of(model).values()
+            if not output.by_name
         ],
         "dynamic_batching": {"max_queue_delay_microseconds": round(max_delay * 1e6)},
         "parameters": {name: {"string_value": value} for name, value in about.items()},

@@ -12,13 +12,21 @@ from tome_server.errors import InvalidRequestError, TooLargeError
 Parameter: TypeAlias = bool | int | float | str
 
 # NumPy's types of the datatypes we use, in the protocol's byte order; an element of BYTES has no fixed size.
-DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1"), "INT64": np.dtype("<i8")}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "FP16": np.dtype("<f2"),
+    "FP32": np.dtype("<f4"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "UINT8": np.dtype("u1"),
+}
 BYTES = "BYTES"
 # More than these are refused before anything is done for each of them, while nobody else is served: the elements of
 # BYTES, the dimensions of a shape, and the parameters or outputs of a request.
 MOST_ELEMENTS = 2**16
 MOST_DIMENSIONS = 8
 MOST_NAMED = 64
+# Elements of a request or an answer that don't travel as bytes: they are converted one by one.
+MOST_TYPED = 4 * 2**20
 # Characters of a caller's text that a refusal repeats: gRPC drops statuses of more than a few kilobytes.
 _SHOWN = 60
 
@@ -43,6 +51,19 @@ class RequestedOutput:
 
 
 @dataclass(frozen=True)
+class AsBytes:
+    """Which outputs are to be returned as bytes, and not element by element."""
+
+    every: bool
+    """Of those that aren't named."""
+    named: Mapping[str, bool] = field(default_factory=dict)
+
+    def wanted(self, name: str) -> bool:
+        """Return whether an output is."""
+        return self.named.get(name, self.every)
+
+
+@dataclass(frozen=True)
 class InferRequest:
     """Images for one model, to be answered together."""
 
@@ -54,7 +75,8 @@ class InferRequest:
     id: str = ""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     outputs: Sequence[RequestedOutput] = ()
-    """None for all."""
+    """None for those that come without a wish."""
+    as_bytes: AsBytes = AsBytes(every=False)
 
 
 @dataclass(frozen=True)

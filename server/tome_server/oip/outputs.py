@@ -1,16 +1,23 @@
 """From the engine's replies to output tensors, and to the parameters that say what was done for them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tome_server.embeddings import embeddings
 from tome_server.engine import Reply
-from tome_server.errors import InvalidRequestError
+from tome_server.errors import InvalidRequestError, TooLargeError
 from tome_server.models.hosted import HostedModel
-from tome_server.oip.messages import BYTES, DTYPES, Parameter, RequestedOutput, Tensor, shown
+from tome_server.oip.messages import BYTES, DTYPES, MOST_TYPED, AsBytes, Parameter, RequestedOutput, Tensor, shown
+from tome_server.oip.parameters import Terms
 
 CLASSIFICATION = "classification"
+FEATURES = ("features", "patch_features")
+# Bytes of an answer's tensors: protobuf ends at 2 GiB, and there are some copies of each on the way.
+MOST_BYTES = 2**28
+_AS_BYTES = "come over gRPC if the image is in raw_input_contents, over HTTP if the output is asked for by binary_data"
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,8 @@ class Output:
     datatype: str
     dims: tuple[int, ...]
     """Of one image."""
+    by_name: bool = False
+    """Whether it comes only to those who name it: it costs the device more, and takes long to carry."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,8 @@ class Wanted:
     output: Output
     classes: int | None = None
     """Of a classification: as the best so many classes, in text; None for the tensor itself."""
+    normalize: bool = False
+    """Whether features are to be divided by their length."""
 
 
 def outputs_of(model: HostedModel) -> dict[str, Output]:
@@ -43,19 +54,49 @@ def outputs_of(model: HostedModel) -> dict[str, Output]:
         ]
     if model.labels:
         found.append(Output("label", BYTES, (1,)))
-    found.append(Output("features", "FP32", (model.feature_dim,)))
+    patches = model.patch_grid[0] * model.patch_grid[1]
+    found += [
+        Output("features", "FP32", (model.feature_dim,)),
+        Output("patch_features", "FP32", (patches, model.feature_dim), by_name=True),
+        Output("token_map", "INT32", (patches,), by_name=True),
+    ]
     return {output.name: output for output in found}
 
 
-def wanted_of(model: HostedModel, requested: Sequence[RequestedOutput]) -> list[Wanted]:
-    """Return what a request wants; all of the model's outputs if it names none.
+def wanted_of(
+    model: HostedModel, requested: Sequence[RequestedOutput], terms: Terms, as_bytes: AsBytes
+) -> list[Wanted]:
+    """Return what a request wants; if it names nothing, what comes without a wish.
 
-    Raises InvalidRequestError for an output that the model doesn't have, or is asked for twice, and for a parameter
-    that it doesn't take.
+    Raises InvalidRequestError for an output that the model doesn't have, is asked for twice, or can't be written down
+    in the way that the answer is, and for a parameter that it doesn't take.
     """
-    known = outputs_of(model)
+    wanted = [_as_asked(one, terms) for one in _named(outputs_of(model), requested)]
+    for one in wanted:
+        if one.output.datatype == "FP16" and not as_bytes.wanted(one.output.name):
+            raise InvalidRequestError(
+                "parameters.float16_features",
+                f"{one.output.name} can't come as FP16 here, which travels as bytes alone: those {_AS_BYTES}",
+            )
+    return wanted
+
+
+def check_size(wanted: Sequence[Wanted], images: int, as_bytes: AsBytes) -> None:
+    """Raise TooLargeError if the tensors of so many images would be more than an answer carries."""
+    numbers = [one.output for one in wanted if one.classes is None and one.output.datatype != BYTES]
+    size = images * sum(math.prod(output.dims) * DTYPES[output.datatype].itemsize for output in numbers)
+    typed = images * sum(math.prod(output.dims) for output in numbers if not as_bytes.wanted(output.name))
+    if size > MOST_BYTES:
+        text = f"an answer holds at most {MOST_BYTES:,}; send fewer images, or ask for less of them"
+        raise TooLargeError(f"the outputs of {images:,} images would take {size:,} bytes; {text}")
+    if typed > MOST_TYPED:
+        text = f"at most {MOST_TYPED:,} are given other than as bytes, which {_AS_BYTES}"
+        raise TooLargeError(f"the outputs of {images:,} images have {typed:,} elements; {text}")
+
+
+def _named(known: Mapping[str, Output], requested: Sequence[RequestedOutput]) -> list[Wanted]:
     if not requested:
-        return [Wanted(output) for output in known.values()]
+        return [Wanted(output) for output in known.values() if not output.by_name]
     wanted: dict[str, Wanted] = {}
     for request in requested:
         name = request.name
@@ -67,14 +108,18 @@ def wanted_of(model: HostedModel, requested: Sequence[RequestedOutput]) -> list[
     return list(wanted.values())
 
 
-def needs_logits(wanted: Sequence[Wanted]) -> bool:
-    """Return whether the engine must be asked for the logits of all classes."""
-    return any(one.output.name in ("logits", "probabilities") for one in wanted)
+def _as_asked(wanted: Wanted, terms: Terms) -> Wanted:
+    output = wanted.output
+    if output.name not in FEATURES:
+        return wanted
+    if terms.float16_features:
+        output = replace(output, datatype="FP16")
+    return replace(wanted, output=output, normalize=terms.normalize_features)
 
 
-def needs_features(wanted: Sequence[Wanted]) -> bool:
-    """Return whether the engine must be asked for the features."""
-    return any(one.output.name == "features" for one in wanted)
+def is_wanted(wanted: Sequence[Wanted], *names: str) -> bool:
+    """Return whether any output of these names is."""
+    return any(one.output.name in names for one in wanted)
 
 
 def tensors_of(replies: Sequence[Reply], wanted: Sequence[Wanted]) -> list[Tensor]:
@@ -124,7 +169,9 @@ def _tensor(replies: Sequence[Reply], wanted: Wanted) -> Tensor:
     if wanted.classes is not None:
         ranked = [_ranked(row, wanted.classes, reply.model.labels) for row, reply in zip(values, replies, strict=True)]
         return Tensor(output.name, BYTES, (count, wanted.classes), [text for row in ranked for text in row])
-    data = values.astype(DTYPES[output.datatype]).tobytes()
+    if output.name in FEATURES:
+        values = embeddings(values, normalize=wanted.normalize, float16=output.datatype == "FP16")
+    data = values.astype(DTYPES[output.datatype], copy=False).tobytes()
     return Tensor(output.name, output.datatype, (count, *output.dims), data)
 
 
@@ -147,11 +194,22 @@ def _features(replies: Sequence[Reply]) -> np.ndarray:
     return np.array([reply.result.features for reply in replies], np.float32)
 
 
+def _patch_features(replies: Sequence[Reply]) -> np.ndarray:
+    dim = replies[0].model.feature_dim
+    return np.stack([np.frombuffer(reply.result.patches or b"", "<f4").reshape(-1, dim) for reply in replies])
+
+
+def _token_map(replies: Sequence[Reply]) -> np.ndarray:
+    return np.array([reply.result.token_map for reply in replies])
+
+
 _VALUES: dict[str, Callable[[Sequence[Reply]], np.ndarray]] = {
     "logits": _logits,
     "probabilities": _probabilities,
     "class_id": _class_ids,
     "features": _features,
+    "patch_features": _patch_features,
+    "token_map": _token_map,
 }
 
 

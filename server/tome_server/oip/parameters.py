@@ -10,7 +10,10 @@ from tome_server.oip.messages import Parameter, shown
 # About 10,000 years, as our own API bounds a budget.
 _LONGEST = 315_576_000_000.0
 _FINAL = "triton_enable_empty_final_response"
-_KNOWN = ("latency_budget_ms", "timeout", "priority", "r", "min_r", "max_r", "min_quality", _FINAL)
+_KNOWN = (
+    "latency_budget_ms", "timeout", "priority", "r", "min_r", "max_r", "min_quality", "normalize_features",
+    "float16_features", _FINAL,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,10 @@ class Terms:
     min_r: int | None = None
     max_r: int | None = None
     min_quality: float | None = None
+    normalize_features: bool = False
+    """Whether features come divided by their Euclidean length."""
+    float16_features: bool = False
+    """Whether features come as FP16."""
     mark_final: bool = False
     """Whether a response shall say that it is the request's last, as every one of ours is."""
 
@@ -39,16 +46,15 @@ def terms_of(parameters: Mapping[str, Parameter]) -> Terms:
             raise InvalidRequestError("parameters", f"{shown(name)} is none of {', '.join(_KNOWN)}")
     if (_integer(parameters, "priority") or 0) < 0:
         raise InvalidRequestError("parameters.priority", "must be 0 or more")
-    final = parameters.get(_FINAL, False)
-    if not isinstance(final, bool):
-        raise _wrong_type(_FINAL, "true or false", final)
     return Terms(
         budget=min(_budget(parameters), _timeout(parameters)),
         r=_integer(parameters, "r"),
         min_r=_integer(parameters, "min_r"),
         max_r=_integer(parameters, "max_r"),
         min_quality=_number(parameters, "min_quality"),
-        mark_final=final,
+        normalize_features=_boolean(parameters, "normalize_features"),
+        float16_features=_boolean(parameters, "float16_features"),
+        mark_final=_boolean(parameters, _FINAL),
     )
 
 
@@ -69,6 +75,13 @@ def _timeout(parameters: Mapping[str, Parameter]) -> float:
     if not 0 <= microseconds <= _LONGEST * 1e6:
         raise InvalidRequestError("parameters.timeout", f"must lie in 0..{_LONGEST * 1e6:.0f} µs")
     return microseconds / 1e6 or math.inf
+
+
+def _boolean(parameters: Mapping[str, Parameter], name: str) -> bool:
+    value = parameters.get(name, False)
+    if isinstance(value, bool):
+        return value
+    raise _wrong_type(name, "true or false", value)
 
 
 def _integer(parameters: Mapping[str, Parameter], name: str) -> int | None:

@@ -12,7 +12,7 @@ from tome_server.errors import InvalidRequestError, UnknownModelError, Unsupport
 from tome_server.oip import describe
 from tome_server.oip.images import images_of
 from tome_server.oip.messages import InferRequest, InferResponse, Parameter
-from tome_server.oip.outputs import needs_features, needs_logits, parameters_of, tensors_of, wanted_of
+from tome_server.oip.outputs import check_size, is_wanted, parameters_of, tensors_of, wanted_of
 from tome_server.oip.parameters import terms_of
 
 
@@ -71,7 +71,9 @@ class OpenInference:
         """
         served = self._served(request.model, request.version)
         terms = terms_of(request.parameters)
-        wanted = wanted_of(served.model, request.outputs)
+        wanted = wanted_of(served.model, request.outputs, terms, request.as_bytes)
+        images = images_of(request.input, self.engine.max_pending)
+        check_size(wanted, len(images), request.as_bytes)
         deadline = arrival + min(terms.budget, math.inf if time_remaining is None else time_remaining)
         replies = await self._predict(
             [
@@ -85,18 +87,22 @@ class OpenInference:
                     max_r=terms.max_r,
                     min_quality=terms.min_quality,
                     top_k=1,
-                    logits=needs_logits(wanted),
-                    features=needs_features(wanted),
+                    logits=is_wanted(wanted, "logits", "probabilities"),
+                    features=is_wanted(wanted, "features"),
+                    token_map=is_wanted(wanted, "token_map"),
+                    patches=is_wanted(wanted, "patch_features"),
                     trace_id=trace_id,
                 )
-                for image in images_of(request.input, self.engine.max_pending)
+                for image in images
             ]
         )
         self._last_inference[served.model.name] = time.time_ns() // 1_000_000
         parameters: dict[str, Parameter] = parameters_of(replies)
         if terms.mark_final:
             parameters["triton_final_response"] = True
-        outputs = tensors_of(replies, wanted)
+        # Megabytes, where they are wanted.
+        patches = is_wanted(wanted, "patch_features")
+        outputs = await asyncio.to_thread(tensors_of, replies, wanted) if patches else tensors_of(replies, wanted)
         return InferResponse(served.model.name, describe.VERSION, request.id, parameters, outputs)
 
     def _controlled(self) -> ModelControl:

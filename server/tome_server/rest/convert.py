@@ -15,6 +15,7 @@ from tome_server.oip.images import INPUT
 from tome_server.oip.messages import (
     BYTES,
     DTYPES,
+    AsBytes,
     InferRequest,
     InferResponse,
     Parameter,
@@ -71,27 +72,15 @@ class _Index(_Strict):
     ready: bool = False
 
 
-class Binary:
-    """Which outputs are to be returned as bytes behind the JSON."""
-
-    def __init__(self, every: bool, named: dict[str, bool]) -> None:
-        self._every = every
-        self._named = named
-
-    def wanted(self, name: str) -> bool:
-        """Return whether an output is."""
-        return self._named.get(name, self._every)
-
-
-def request_from(body: bytes, json_length: int | None, model: str, version: str) -> tuple[InferRequest, Binary]:
-    """Return what a body asks for, and how to answer.
+def request_from(body: bytes, json_length: int | None, model: str, version: str) -> InferRequest:
+    """Return what a body asks for.
 
     `json_length` is how much of it is JSON, the rest being the elements of the input; None for all, and 0 for an
     encoded image alone. Raises a RequestError if the body contradicts itself.
     """
     if json_length == 0:
         image = Tensor(INPUT, BYTES, (1,), [body])
-        return InferRequest(model, image, version), Binary(False, {})
+        return InferRequest(model, image, version)
     if json_length is not None and not 0 < json_length <= len(body):
         raise InvalidRequestError("Inference-Header-Content-Length", f"must lie in 0..{len(body)}, the body's length")
     text, behind = (body, b"") if json_length is None else (body[:json_length], body[json_length:])
@@ -99,7 +88,7 @@ def request_from(body: bytes, json_length: int | None, model: str, version: str)
     if len(request.inputs) != 1:
         raise InvalidRequestError("inputs", f"must be one tensor, image; {len(request.inputs):,} are given")
     every = request.parameters.pop(_ALL_BINARY, False)
-    binary = Binary(
+    as_bytes = AsBytes(
         _flag("parameters", _ALL_BINARY, every),
         {
             output.name: _flag(f"outputs.{shown(output.name)}", _BINARY, output.parameters.pop(_BINARY))
@@ -107,23 +96,23 @@ def request_from(body: bytes, json_length: int | None, model: str, version: str)
             if _BINARY in output.parameters
         },
     )
-    converted = InferRequest(
+    return InferRequest(
         model=model,
         version=version,
         id=request.id,
         parameters=request.parameters,
         input=_tensor(request.inputs[0], behind),
         outputs=[RequestedOutput(output.name, output.parameters) for output in request.outputs],
+        as_bytes=as_bytes,
     )
-    return converted, binary
 
 
-def response_to(response: InferResponse, binary: Binary) -> tuple[bytes, int | None]:
+def response_to(response: InferResponse, as_bytes: AsBytes) -> tuple[bytes, int | None]:
     """Return the body, and how much of it is JSON if that isn't all."""
     described, behind = [], []
     for tensor in response.outputs:
         output: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
-        if binary.wanted(tensor.name):
+        if as_bytes.wanted(tensor.name):
             behind.append(tensor.data if isinstance(tensor.data, bytes) else joined(tensor.data))
             described.append(_json({**output, "parameters": {_SIZE: len(behind[-1])}}))
         else:

@@ -160,13 +160,13 @@ class Protocol:
         time_remaining = _time_remaining(headers.get(TIMEOUT))
         json_length = _json_length(headers.get(JSON_LENGTH))
         body = await _body(request, self._max_bytes)
-        asked, binary = convert.request_from(body, json_length, name, version)
+        asked = convert.request_from(body, json_length, name, version)
         trace = sampled_trace_id(headers.get("traceparent"))
         response = await _unless_gone(request.receive, self._service.infer(asked, arrival, time_remaining, trace))
         if convert.takes_long(response):
-            content, json_length = await asyncio.to_thread(convert.response_to, response, binary)
+            content, json_length = await asyncio.to_thread(convert.response_to, response, asked.as_bytes)
         else:
-            content, json_length = convert.response_to(response, binary)
+            content, json_length = convert.response_to(response, asked.as_bytes)
         if json_length is None:
             return Response(content, media_type="application/json")
         return Response(content, headers={JSON_LENGTH: str(json_length)}, media_type="application/octet-stream")

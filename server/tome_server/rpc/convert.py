@@ -6,6 +6,7 @@ import numpy as np
 from google.protobuf.duration_pb2 import Duration
 
 from tome_api.v1 import inference_pb2 as pb
+from tome_server.embeddings import embeddings
 from tome_server.engine import EncodedImage, Normalised, Pixels, Reply, Request, Served
 from tome_server.errors import InvalidRequestError
 from tome_server.models.hosted import HostedModel, MergeLevel
@@ -83,14 +84,9 @@ def response_to(reply: Reply, asked: pb.PredictRequest) -> pb.PredictResponse:
 
 def _features(values: np.ndarray, asked: pb.PredictRequest) -> pb.Tensor:
     """Return features [..., dim] as they were asked for."""
-    if asked.normalize_features:
-        length = np.linalg.norm(values, axis=-1, keepdims=True)
-        values = values / np.maximum(length, np.finfo(np.float32).tiny)
-    if asked.float16_features:
-        with np.errstate(over="ignore"):  # what is too large becomes infinite
-            values = values.astype(np.float16)
+    values = embeddings(values, normalize=asked.normalize_features, float16=asked.float16_features)
     kind = pb.Tensor.DATA_TYPE_FLOAT16 if asked.float16_features else pb.Tensor.DATA_TYPE_FLOAT32
-    return pb.Tensor(data_type=kind, shape=values.shape, data=values.astype(values.dtype.newbyteorder("<")).tobytes())
+    return pb.Tensor(data_type=kind, shape=values.shape, data=values.tobytes())
 
 
 def summary_of(name: str, model: HostedModel | None) -> pb.ModelSummary:

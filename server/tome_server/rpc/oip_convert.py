@@ -12,6 +12,8 @@ from tome_server.oip.messages import (
     MOST_DIMENSIONS,
     MOST_ELEMENTS,
     MOST_NAMED,
+    MOST_TYPED,
+    AsBytes,
     InferRequest,
     InferResponse,
     Parameter,
@@ -25,9 +27,16 @@ from tome_server.oip.messages import (
 )
 
 # Where elements of a datatype are, unless raw.
-_CONTENTS = {"FP32": "fp32_contents", "UINT8": "uint_contents", "INT64": "int64_contents", BYTES: "bytes_contents"}
-# Elements that a request may hold other than raw: they are converted one by one, while nobody else is served.
-_MOST_TYPED = 4 * 2**20
+_CONTENTS = {
+    "FP32": "fp32_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    BYTES: "bytes_contents",
+}
+# Elements that are written other than raw in one go, and bytes of tensors that are so written in the event loop.
+_PART = 4096
+_MUCH = 2**18
 
 
 def request_from(message: pb.ModelInferRequest) -> InferRequest:
@@ -45,7 +54,13 @@ def request_from(message: pb.ModelInferRequest) -> InferRequest:
             RequestedOutput(output.name, _parameters(output.parameters, "outputs.parameters"))
             for output in message.outputs
         ],
+        as_bytes=AsBytes(every=bool(message.raw_input_contents)),
     )
+
+
+def takes_long(response: InferResponse, *, raw: bool) -> bool:
+    """Return whether `response_to` has so much to write that the event loop should leave it to a thread."""
+    return not raw and sum(len(tensor.data) for tensor in response.outputs) > _MUCH
 
 
 def response_to(response: InferResponse, *, raw: bool) -> pb.ModelInferResponse:
@@ -64,8 +79,11 @@ def response_to(response: InferResponse, *, raw: bool) -> pb.ModelInferResponse:
         if raw:
             message.raw_output_contents.append(data if isinstance(data, bytes) else joined(data))
         else:
-            values = np.frombuffer(data, DTYPES[tensor.datatype]).tolist() if isinstance(data, bytes) else data
-            getattr(output.contents, _CONTENTS[tensor.datatype]).extend(values)
+            elements = np.frombuffer(data, DTYPES[tensor.datatype]) if isinstance(data, bytes) else data
+            contents = getattr(output.contents, _CONTENTS[tensor.datatype])
+            for start in range(0, len(elements), _PART):  # so that other threads have the interpreter in between
+                part = elements[start : start + _PART]
+                contents.extend(part.tolist() if isinstance(part, np.ndarray) else part)
     return message
 
 
@@ -109,8 +127,8 @@ def _input(tensor: pb.ModelInferRequest.InferInputTensor, raw: Sequence[bytes]) 
 def _typed(tensor: pb.ModelInferRequest.InferInputTensor) -> bytes:
     """Return elements that aren't raw as if they were."""
     values = getattr(tensor.contents, _CONTENTS[tensor.datatype])
-    if len(values) > _MOST_TYPED:
-        text = f"at most {_MOST_TYPED:,} are taken in contents, more in raw_input_contents"
+    if len(values) > MOST_TYPED:
+        text = f"at most {MOST_TYPED:,} are taken in contents, more in raw_input_contents"
         raise TooLargeError(f"{len(values):,} elements in {_CONTENTS[tensor.datatype]}; {text}")
     if tensor.datatype == "FP32":
         return np.array(values, DTYPES["FP32"]).tobytes()

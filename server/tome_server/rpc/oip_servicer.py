@@ -139,7 +139,10 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
         with counted(self._service.engine, message.model_name):
             request = oip_convert.request_from(message)
             response = await self._service.infer(request, arrival, context.time_remaining(), trace_id(context))
-            return oip_convert.response_to(response, raw=bool(message.raw_input_contents))
+            raw = request.as_bytes.every
+            if oip_convert.takes_long(response, raw=raw):
+                return await asyncio.to_thread(oip_convert.response_to, response, raw=raw)
+            return oip_convert.response_to(response, raw=raw)
 
 
 class UnsupportedMethods(grpc.GenericRpcHandler):

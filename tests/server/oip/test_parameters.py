@@ -19,6 +19,8 @@ def test_each_parameter_arrives() -> None:
     given = {"r": 1, "min_r": 2, "max_r": 3, "min_quality": 1, "priority": 5, "latency_budget_ms": 1500}
     assert terms_of(given) == Terms(budget=1.5, r=1, min_r=2, max_r=3, min_quality=1.0)
     assert terms_of({"triton_enable_empty_final_response": True}).mark_final
+    assert terms_of({"normalize_features": True}) == Terms(normalize_features=True)
+    assert terms_of({"float16_features": True}) == Terms(float16_features=True)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +37,8 @@ def test_the_least_time_counts(given: dict[str, Any], budget: float) -> None:
     assert terms_of(given).budget == budget
 
 
-NAMES = ("latency_budget_ms", "timeout", "priority", "r", "min_r", "max_r", "min_quality")
+FLAGS = ("normalize_features", "float16_features")
+NAMES = ("latency_budget_ms", "timeout", "priority", "r", "min_r", "max_r", "min_quality", *FLAGS)
 VALUES = st.one_of(st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(), st.text(max_size=20))
 
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oip.attempts import attempt
 
-from tome_server.oip.messages import InferResponse, Tensor, split
-from tome_server.rest.convert import Binary, request_from, response_to
+from tome_server.oip.messages import AsBytes, InferResponse, Tensor, split
+from tome_server.rest.convert import request_from, response_to
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=10))
 ANYTHING = st.recursive(
@@ -54,7 +54,7 @@ def test_a_response_of_any_size_is_the_json_it_should_be(count: int) -> None:
         "m", "1", "me", {"r": 3},
         [Tensor("logits", "FP32", (1, count), values.tobytes()), Tensor("label", "BYTES", (count, 1), labels)],
     )  # fmt: skip
-    text, length = response_to(response, Binary(False, {}))
+    text, length = response_to(response, AsBytes(every=False))
     assert length is None
     answer = json.loads(text)
     assert (answer["model_name"], answer["model_version"], answer["id"]) == ("m", "1", "me")
@@ -63,7 +63,7 @@ def test_a_response_of_any_size_is_the_json_it_should_be(count: int) -> None:
     assert (logits["name"], logits["datatype"], logits["shape"]) == ("logits", "FP32", [1, count])
     assert logits["data"] == values.tolist()
     assert [one.encode() for one in label["data"]] == labels
-    text, length = response_to(response, Binary(True, {"logits": False}))
+    text, length = response_to(response, AsBytes(every=True, named={"logits": False}))
     assert length is not None
     logits, label = json.loads(text[:length])["outputs"]
     assert logits["data"] == values.tolist()

@@ -103,6 +103,45 @@ def test_tritons_client_infers_with_binary_and_json_outputs(client: Any, encoded
     assert everything.as_numpy("features").shape == (3, 128)
 
 
+def test_tritons_client_gets_features_halved_and_those_of_patches(client: Any, encoded: Any) -> None:
+    names = ("features", "patch_features", "token_map")
+    wanted = [tritonclient.http.InferRequestedOutput(name) for name in names]
+    settings = {"r": 0, "normalize_features": True}
+    full = client.infer("fashion", [encoded], outputs=wanted, parameters=settings)
+    half = client.infer("fashion", [encoded], outputs=wanted, parameters={**settings, "float16_features": True})
+    for name, shape in (("features", (3, 128)), ("patch_features", (3, 196, 128))):
+        assert (half.as_numpy(name).dtype, half.as_numpy(name).shape) == (np.float16, shape)
+        assert half.as_numpy(name).astype(np.float32) == pytest.approx(full.as_numpy(name), abs=2e-3)
+        assert np.linalg.norm(full.as_numpy(name), axis=-1) == pytest.approx(1, abs=1e-5)
+    assert half.as_numpy("token_map").dtype == np.int32
+    assert half.as_numpy("token_map").tolist() == [list(range(1, 197))] * 3
+
+
+def test_float16_in_json_is_refused_with_the_way_to_it(base: str, files: list[Path]) -> None:
+    image = base64.b64encode(files[0].read_bytes()).decode()
+    message = images([image], "BYTES", [1], content_type="base64")
+    message |= {"parameters": {"float16_features": True}, "outputs": [{"name": "patch_features"}]}
+    answer = infer(base, message)
+    assert answer.status == 400
+    assert answer.error.startswith("parameters.float16_features: patch_features can't come as FP16 here")
+    assert "over HTTP if the output is asked for by binary_data" in answer.error
+    message["outputs"] = [{"name": "patch_features", "parameters": {"binary_data": True}}]
+    answer = infer(base, message)
+    assert answer.status == 200
+    described = json.loads(answer.body[: int(answer.headers[JSON_LENGTH.lower()])])["outputs"][0]
+    assert (described["datatype"], described["shape"]) == ("FP16", [1, 196, 128])
+    assert described["parameters"]["binary_data_size"] == 2 * 196 * 128
+
+
+def test_patches_in_json_are_numbers(base: str, files: list[Path]) -> None:
+    image = base64.b64encode(files[0].read_bytes()).decode()
+    message = images([image], "BYTES", [1], content_type="base64")
+    message |= {"parameters": {"r": 0}, "outputs": [{"name": "token_map"}, {"name": "patch_features"}]}
+    found = outputs(infer(base, message))
+    assert found["token_map"] == list(range(1, 197))
+    assert len(found["patch_features"]) == 196 * 128
+
+
 def test_tritons_client_sees_statistics_move(client: Any, encoded: Any) -> None:
     before = client.get_inference_statistics("fashion")["model_stats"][0]
     client.infer("fashion", [encoded])

@@ -184,6 +184,10 @@ def test_metadata_and_config_describe_the_same_model(client: Any) -> None:
     ]
     assert {one.name: [-1, *one.dims] for one in config.output} == {name: dims for name, (_, dims) in OUTPUTS.items()}
     assert config.parameters["r_grid"].string_value == "0, 2, 4, 6, 8, 10, 12, 14"
+    assert config.parameters["outputs_by_name"].string_value == (
+        "patch_features FP32 [N, 196, 128], token_map INT32 [N, 196]"
+    )
+    assert config.parameters["patch_grid"].string_value == "14, 14"
     assert not config.model_transaction_policy.decoupled
 
 
@@ -291,6 +295,105 @@ def test_typed_contents_are_answered_with_typed_contents(
     assert answers == [answers[0]] * 3
 
 
+# Features, of images and of patches
+
+
+def floats(message: pb.Tensor) -> np.ndarray:
+    """A tensor of our own API's answer."""
+    dtype = {pb.Tensor.DATA_TYPE_FLOAT16: "<f2", pb.Tensor.DATA_TYPE_FLOAT32: "<f4"}[message.data_type]
+    return np.frombuffer(message.data, dtype).reshape(message.shape)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("r", [0, 8])
+def test_features_come_normalised_and_halved_on_request_as_on_our_own_api(
+    client: Any, stub: Any, files: list[Path], encoded: Any, r: int, normalize: bool
+) -> None:
+    own = [
+        stub.Predict(
+            pb.PredictRequest(
+                image=file.read_bytes(), r=r, return_features=True, normalize_features=normalize, float16_features=True
+            )
+        ).features_float16
+        for file in files
+    ]
+    settings = {"r": r, "normalize_features": normalize}
+    full = client.infer("fashion", [encoded], outputs=wanted("features"), parameters=settings).as_numpy("features")
+    half = client.infer(
+        "fashion", [encoded], outputs=wanted("features"), parameters={**settings, "float16_features": True}
+    ).as_numpy("features")
+    assert (full.dtype, full.shape) == (np.float32, (3, 128))
+    assert (half.dtype, half.shape) == (np.float16, (3, 128))
+    # As close as batch-mates leave it, and as float16 can say.
+    assert full == pytest.approx(np.stack([floats(one) for one in own]).astype(np.float32), rel=2e-3, abs=2e-3)
+    assert half.astype(np.float32) == pytest.approx(full, rel=2e-3, abs=2e-3)
+    if normalize:
+        assert np.linalg.norm(full, axis=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_features_of_patches_are_those_of_our_own_api(client: Any, stub: Any, files: list[Path], encoded: Any) -> None:
+    asked = {"return_patch_features": True, "return_token_map": True, "normalize_features": True}
+    own = [stub.Predict(pb.PredictRequest(image=file.read_bytes(), r=0, **asked)) for file in files]
+    names = ("patch_features", "token_map", "label")
+    settings = {"r": 0, "normalize_features": True}
+    result = client.infer("fashion", [encoded], outputs=wanted(*names), parameters=settings)
+    assert [output.name for output in result.get_response().outputs] == [*names]
+    patches, token_map = result.as_numpy("patch_features"), result.as_numpy("token_map")
+    assert (patches.dtype, patches.shape) == (np.float32, (3, 196, 128))
+    assert patches == pytest.approx(np.stack([floats(one.patch_features).reshape(196, 128) for one in own]), abs=1e-3)
+    assert (token_map.dtype, token_map.shape) == (np.int32, (3, 196))
+    # Nothing is merged: each patch is its own token, after the class token.
+    assert token_map.tolist() == [list(one.token_map.token) for one in own] == [list(range(1, 197))] * 3
+
+
+def test_patches_of_one_token_have_its_features_and_no_others(client: Any, one: Any) -> None:
+    settings = {"r": 8, "float16_features": True}
+    result = client.infer("fashion", [one], outputs=wanted("token_map", "patch_features"), parameters=settings)
+    [patches], [token_map] = result.as_numpy("patch_features"), result.as_numpy("token_map")
+    assert patches.dtype == np.float16
+    tokens = parameters(result)["tokens_out"]
+    assert set(token_map.tolist()) == set(range(1, tokens))
+    features = {token: patches[token_map == token] for token in range(1, tokens)}
+    assert all((rows == rows[0]).all() for rows in features.values())
+    assert len(np.unique(patches, axis=0)) == tokens - 1
+
+
+def test_patches_typed_come_in_the_fields_of_their_datatypes(raw: Any, rgb: np.ndarray) -> None:
+    request = oip.ModelInferRequest(model_name="fashion")
+    contents = oip.InferTensorContents(uint_contents=rgb.ravel().tolist())
+    request.inputs.add(name="image", datatype="UINT8", shape=rgb.shape, contents=contents)
+    request.outputs.add(name="patch_features")
+    request.outputs.add(name="token_map")
+    request.parameters["r"].int64_param = 0
+    patches, token_map = raw.ModelInfer(request).outputs
+    assert len(patches.contents.fp32_contents) == 3 * 196 * 128
+    assert token_map.contents.int_contents == [*range(1, 197)] * 3
+
+
+def test_float16_where_the_answer_is_typed_is_refused_with_the_way_to_it(raw: Any, files: list[Path]) -> None:
+    request = oip.ModelInferRequest(model_name="fashion")
+    contents = oip.InferTensorContents(bytes_contents=[files[0].read_bytes()])
+    request.inputs.add(name="image", datatype="BYTES", shape=[1], contents=contents)
+    request.parameters["float16_features"].bool_param = True
+    said = refusal(lambda: raw.ModelInfer(request))
+    assert said.field == "parameters.float16_features"
+    assert "features can't come as FP16 here" in said.message
+    assert "over gRPC if the image is in raw_input_contents" in said.message
+    # What has no features asks for nothing that can't be.
+    request.outputs.add(name="label")
+    assert raw.ModelInfer(request).outputs[0].contents.bytes_contents == [b"Ankle boot"]
+
+
+def test_more_elements_than_are_given_one_by_one_are_refused_before_any_is_computed(raw: Any) -> None:
+    request = oip.ModelInferRequest(model_name="fashion")
+    pixel = oip.InferTensorContents(uint_contents=[0] * (200 * 3))
+    request.inputs.add(name="image", datatype="UINT8", shape=[200, 1, 1, 3], contents=pixel)
+    request.outputs.add(name="patch_features")
+    said = refusal(lambda: raw.ModelInfer(request))
+    assert said.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert said.message.startswith("the outputs of 200 images have 5,017,600 elements; at most 4,194,304 are given")
+
+
 # Deadlines and bounds
 
 
@@ -339,6 +442,8 @@ def test_r_stays_within_its_bounds(client: Any, one: Any) -> None:
         ({"max_r": True}, "parameters.max_r: must be an integer, and is a boolean"),
         ({"r": 99}, "parameters.r: must lie in 0.."),
         ({"min_r": 8, "max_r": 2}, "parameters.min_r: is 8, more than max_r"),
+        ({"float16_features": 1}, "parameters.float16_features: must be true or false, and is an integer"),
+        ({"normalize_features": "yes"}, "parameters.normalize_features: must be true or false, and is a string"),
         ({"min_quality": "high"}, "parameters.min_quality: must be a number, and is a string"),
         ({"min_quality": 2.0}, "parameters.min_quality: must lie above 0"),
         ({"latency_budget_ms": -1}, "parameters.latency_budget_ms: must be above 0"),

@@ -33,7 +33,9 @@ OTHERS = {
 DIMENSION = st.one_of(st.integers(-3, 300), st.sampled_from([2**31, 2**32, 2**40, 2**62, 2**63 - 1, -(2**63)]))
 # Anything but nothing, which is no name.
 NAMES = st.text(min_size=1, max_size=300)
-PARAMETERS = ("latency_budget_ms", "timeout", "priority", "r", "min_r", "max_r", "min_quality")
+OUTPUTS = ("logits", "probabilities", "class_id", "label", "features", "patch_features", "token_map")
+FLAGS = ("normalize_features", "float16_features")
+PARAMETERS = ("latency_budget_ms", "timeout", "priority", "r", "min_r", "max_r", "min_quality", *FLAGS)
 INTEGERS = ("timeout", "priority", "r", "min_r", "max_r")
 
 
@@ -193,7 +195,7 @@ def too_many_images(request: pb.ModelInferRequest, draw: Draw) -> None:
 
 
 def impossible_outputs(request: pb.ModelInferRequest, draw: Draw) -> None:
-    known = st.sampled_from(["logits", "probabilities", "class_id", "label", "features"])
+    known = st.sampled_from(OUTPUTS)
     kind = draw(st.sampled_from(["unknown", "twice", "parameter", "classes"]))
     if kind == "unknown":
         request.outputs.add(name=draw(NAMES.filter(lambda name: name not in CONTENTS)) + "?")
@@ -209,7 +211,7 @@ def impossible_outputs(request: pb.ModelInferRequest, draw: Draw) -> None:
 
 
 def impossible_parameters(request: pb.ModelInferRequest, draw: Draw) -> None:
-    kind = draw(st.sampled_from(["unknown", "nothing", "text", "number", "range", "input"]))
+    kind = draw(st.sampled_from(["unknown", "nothing", "text", "number", "flag", "range", "input"]))
     if kind == "unknown":
         request.parameters[draw(NAMES) + "?"].int64_param = draw(st.integers(-(2**63), 2**63 - 1))
     elif kind == "nothing":
@@ -218,11 +220,21 @@ def impossible_parameters(request: pb.ModelInferRequest, draw: Draw) -> None:
         request.parameters[draw(st.sampled_from(PARAMETERS))].string_param = draw(st.text(max_size=300))
     elif kind == "number":
         request.parameters[draw(st.sampled_from(INTEGERS))].double_param = draw(st.floats())
+    elif kind == "flag":
+        request.parameters[draw(st.sampled_from(FLAGS))].int64_param = draw(st.integers(-1, 2))
     elif kind == "range":
         name = draw(st.sampled_from(PARAMETERS).filter(lambda name: name != "timeout"))
         request.parameters[name].int64_param = draw(st.integers(-(2**63), -1))
     else:
         request.inputs[0].parameters[draw(NAMES)].int64_param = 1
+
+
+def halves_that_cannot_be_written(request: pb.ModelInferRequest, draw: Draw) -> None:
+    """FP16 has no field of its own, and what came typed is answered typed."""
+    request.CopyFrom(good(request.inputs[0].datatype, draw(st.integers(1, 2)), True, b"not looked at"))
+    request.parameters["float16_features"].bool_param = True
+    for name in draw(st.sampled_from([(), ("features",), ("patch_features",), ("label", "patch_features")])):
+        request.outputs.add(name=name)
 
 
 FAULTS = (
@@ -239,6 +251,7 @@ FAULTS = (
     too_many_images,
     impossible_outputs,
     impossible_parameters,
+    halves_that_cannot_be_written,
 )
 
 
