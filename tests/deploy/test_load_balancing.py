@@ -23,6 +23,7 @@ import pytest
 import yaml
 from conftest import ServerProcess, start_server, stop_server
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import HealthServicer
 
 from tome_client import Client
 
@@ -42,6 +43,8 @@ class Fleet:
 
     servers: list[ServerProcess]
     targets: dict[str, str]
+    # The folder of the proxies' logs.
+    logs: Path
 
     def answered(self) -> list[float]:
         """What each server that is there has answered."""
@@ -104,7 +107,7 @@ def nginx(folder: Path, addresses: list[str]) -> Iterator[str]:
     text = text.replace("listen 8600 ", f"listen 127.0.0.1:{port} ")
     paths = ("client_body_temp_path", "proxy_temp_path", "fastcgi_temp_path", "uwsgi_temp_path", "scgi_temp_path")
     text = text.replace("http {", "\n".join(["http {", *(f"{path} {folder / path};" for path in paths)]))
-    assert text.count("127.0.0.1") == SERVERS + 1
+    assert text.count("127.0.0.1") == 2 * SERVERS + 1
     file = folder / "nginx.conf"
     file.write_text(text)
     alone = f"daemon off; pid {folder / 'nginx.pid'};"
@@ -142,7 +145,7 @@ def fleet(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fle
         targets = {name: stack.enter_context(PATHS[name](folder, addresses)) for name in PATHS}
         for name, target in targets.items():
             until(lambda target=target: healthy(target), f"{name} has healthy servers")
-        yield Fleet(servers, targets)
+        yield Fleet(servers, targets, folder)
 
 
 def healthy(target: str) -> bool:
@@ -218,6 +221,22 @@ def test_a_connection_is_ended_at_its_age(fleet: Fleet) -> None:
         until(lambda: grpc.ChannelConnectivity.IDLE in states[ready:], "the server ended it")
 
 
+@pytest.mark.skipif(not program("nginx"), reason=f"needs nginx: {INSTALL['nginx']}")
+def test_nginx_asks_a_server_that_has_just_failed_when_no_other_is_left(tmp_path: Path) -> None:
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(SERVERS)]
+    with nginx(tmp_path, addresses) as target:
+        # Every one of them fails.
+        until(lambda: not healthy(target) and "Connection refused" in (tmp_path / "nginx.log").read_text(), "a failure")
+        back = grpc.server(ThreadPoolExecutor(1))
+        health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(), back)
+        back.add_insecure_port(addresses[0])
+        back.start()
+        try:
+            assert healthy(target), (tmp_path / "nginx.log").read_text()
+        finally:
+            back.stop(None).wait()
+
+
 def test_nothing_is_lost_when_one_server_is_killed_and_one_drains(fleet: Fleet, image: bytes) -> None:
     loads = {name: Load(target, image) for name, target in fleet.targets.items()}
     killed, drained, left = fleet.servers
@@ -241,6 +260,6 @@ def test_nothing_is_lost_when_one_server_is_killed_and_one_drains(fleet: Fleet, 
         for one in running_all:
             one.result()
     for name, load in loads.items():
-        assert load.ended.keys() == {"answered"}, name
+        assert load.ended.keys() == {"answered"}, (name, *(log.read_text() for log in fleet.logs.glob(f"{name}.log")))
     status = left.terminate(60)
     assert status == 0, left.log.read_text()
