@@ -139,7 +139,7 @@ def encode(
     x, ropes = embedded.tokens, embedded.ropes
     groups = [_start(batch, x, prefix, ropes is not None, track) for batch in batches]
     if len(groups) > 1:
-        x = _join([x[group.images, : group.shape[1]] for group in groups])
+        x = _join([select(x, group.images)[:, : group.shape[1]] for group in groups])
     elif groups[0].shape[1] < x.shape[1]:
         x = x[:, : groups[0].shape[1]]
 
@@ -182,7 +182,7 @@ class _Group:
             return None
         patches = self.origin[:, prefix:] - prefix
         if table.shape[0] > 1:  # images have positions of their own
-            return torch.take_along_dim(table[self.images], patches[:, None, :, None], dim=2)
+            return torch.take_along_dim(select(table, self.images), patches[:, None, :, None], dim=2)
         whole = patches.shape[1] == table.shape[2]
         return table if whole else table[0, :, patches].transpose(0, 1)
 
@@ -261,6 +261,14 @@ def _split(x: Tensor, shapes: Sequence[tuple[int, int]]) -> Sequence[Tensor]:
         return [x]
     rows = torch.split(x, [batch * tokens for batch, tokens in shapes])
     return [part.view(*shape, -1) for part, shape in zip(rows, shapes, strict=True)]
+
+
+def select(x: Tensor, images: Sequence[int]) -> Tensor:
+    """Return the chosen ones of `x` [B, ...], in that order.
+
+    By views: an index made of a list would be copied to the device first, and the host would wait for it.
+    """
+    return torch.stack([x[image] for image in images])
 
 
 def _first(x: Tensor, shapes: Sequence[tuple[int, int]], tokens: int) -> Tensor:

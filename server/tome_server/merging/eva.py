@@ -5,8 +5,11 @@ compared by what they show and not by where; rotary positions follow the tokens,
 destination; tokens are merged between attention and MLP; and attention weighs each token by the patches it stands for.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
-from timm.layers import AttentionRope, apply_rot_embed_cat
+from timm.layers import AttentionRope, RotaryEmbeddingDinoV3, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,6 +36,39 @@ def rope_tables(rope: Tensor | None, depth: int, mixed: bool) -> list[Tensor] | 
     if rope is None:
         return None
     return list(rope.unsqueeze(1)) if mixed else [rope[None, None]] * depth
+
+
+class FixedPositions(nn.Module):
+    """timm's rotary embedding of DINOv3 with its table for one grid of patches at hand.
+
+    timm makes that table in every call, on the host, and copies it to the device.
+    """
+
+    def __init__(self, rope: RotaryEmbeddingDinoV3, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.rope: Any = rope
+        self._grid = grid
+        self._table: Tensor = rope.get_embed(shape=grid)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FixedPositions":
+        # It goes where the model goes, but keeps its type: timm makes it float32 whatever the weights are.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._table = self._table.to(fn(self._table).device)
+        return self
+
+    def get_embed(self, shape: Sequence[int]) -> Tensor:
+        """Return the table for a grid of `shape`: [patches, 2 * dim]."""
+        table: Tensor = self._table if tuple(shape) == self._grid else self.rope.get_embed(shape=shape)
+        return table
+
+
+def fix_positions(model: Any, grid: tuple[int, int]) -> None:
+    """Have an Eva's table of rotary positions for images of `grid` patches made once, if it is made in every call.
+
+    For inference only, and after `merge`: it changes `model`, though not what that computes.
+    """
+    if type(model) is Eva and type(model.rope) is RotaryEmbeddingDinoV3 and model.dynamic_img_size:
+        model.rope = FixedPositions(model.rope, grid)
 
 
 class EvaLayers:

@@ -73,7 +73,20 @@ def combine(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor
     out = rows.index_select(0, order)
     # A weighted mean as a step from the destination towards each source: only rows that change are computed.
     step = (rows.index_select(0, merged) - out.index_select(0, into)) * share
+    if x.is_cuda:
+        added_up = add_by_product(out.view(batch, left, -1), step.view(batch, -1, step.shape[-1]), matching.into)
+        return added_up, after.view(batch, left)
     return out.index_add_(0, into, step).view(batch, left, -1), after.view(batch, left)
+
+
+def add_by_product(x: Tensor, step: Tensor, into: Tensor) -> Tensor:
+    """Add `step` [B, r, C] to the rows `into` [B, r], counted over the batch, of `x` [B, T, C], in place.
+
+    As index_add_, but as a product with ones where a row goes and zeros elsewhere: index_add on CUDA adds in whatever
+    order its threads come, so that equal batches would give unequal results.
+    """
+    rows = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(x.shape[0], -1, 1)
+    return x.baddbmm_((rows == into.unsqueeze(1)).to(x.dtype), step)
 
 
 def moves(matching: Matching) -> Tensor:

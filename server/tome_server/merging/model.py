@@ -7,7 +7,7 @@ from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from tome_server.merging.encoder import Alike, Layers, alike, encode
+from tome_server.merging.encoder import Alike, Layers, alike, encode, select
 from tome_server.merging.geometry import check_image_size, patch_grid
 from tome_server.merging.naflex import patch_counts
 from tome_server.merging.pooling import classify, reads_prefix_only
@@ -100,7 +100,7 @@ class MergedModel(nn.Module):
         order = [image for batch in batches for image in batch.images]
         back = sorted(range(len(order)), key=order.__getitem__)
         if len(groups) > 1:
-            logits, features = logits[back], features[back]
+            logits, features = select(logits, back), select(features, back)
         maps = [group.token_map for group in groups if group.token_map is not None]
         return MergedOutput(
             logits=logits,

@@ -19,6 +19,7 @@ from torch import nn
 
 from tome_server.errors import ModelLoadError
 from tome_server.merging import MergedModel, UnsupportedModelError, merge, pack, packable
+from tome_server.merging.eva import fix_positions
 from tome_server.merging.geometry import default_size
 from tome_server.merging.support import check_supported
 from tome_server.models.hosted import Quality
@@ -52,7 +53,7 @@ def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) ->
     _check_equal(plain, merged, settings, device)
     # Only now, for the rounding of lesser types would hide what the check looks for.
     merged = merged.to(getattr(torch, spec.dtype))
-    return loaded_model(
+    loaded = loaded_model(
         merged,
         Preprocess(settings, limits or Limits()),
         name=spec.name,
@@ -65,6 +66,9 @@ def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) ->
         default_budget=spec.default_budget,
         quality=_quality(spec),
     )
+    # Last, for the model is now no longer one that `merge` takes.
+    fix_positions(merged.model, loaded.patch_grid)
+    return loaded
 
 
 def create(spec: ModelSpec) -> VisionTransformer:

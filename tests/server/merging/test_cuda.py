@@ -1,10 +1,13 @@
 """The merged model on a CUDA device. `make gpu` runs these; elsewhere they are deselected."""
 
+from collections.abc import Callable
+
 import pytest
 import timm
 import torch
 
 from tome_server.merging import merge
+from tome_server.merging.eva import fix_positions
 from tome_server.models.bundled import BUNDLED
 from tome_server.models.loading import load
 from tome_server.models.spec import bundled_spec
@@ -79,6 +82,44 @@ def test_half_precision_agrees_with_float32_where_no_token_is_merged(dtype: torc
         given, merged = half(images.to(dtype)).logits, half(images.to(dtype), 8).logits
     assert (given.float() - expected).norm() / expected.norm() < 3e-2
     assert merged.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_same_batch_gives_the_same_bits(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = merge(timm.create_model("vit_tiny_patch16_224").eval().to(CUDA, dtype))
+    images = torch.randn(8, 3, 224, 224).to(CUDA, dtype)
+    for r in (13, [0, 13, 8, 13, 0, 4, 4, 8]):
+        with torch.inference_mode():
+            first = model(images, r, return_tokens=True, return_token_map=True)
+            for _ in range(5):
+                again = model(images, r, return_tokens=True, return_token_map=True)
+                for field in ("logits", "features", "tokens", "sizes", "token_map"):
+                    assert torch.equal(getattr(again, field), getattr(first, field))
+
+
+@pytest.mark.parametrize("name", [name for name in OF_EACH_FAMILY if name != "DINOv3"])
+def test_a_forward_pass_has_the_host_wait_for_nothing(name: str) -> None:
+    kind = OTHER_KINDS[name]
+    model, images = merge(kind.build(dtype=torch.float32).to(CUDA)), kind.images(4, dtype=torch.float32).to(CUDA)
+    check_no_waiting(lambda: model(images, [9, 0, 5, 9], return_tokens=True, return_token_map=True))
+
+
+def test_with_fixed_positions_a_dinov3_has_the_host_wait_for_nothing() -> None:
+    kind = OTHER_KINDS["DINOv3"]
+    model, images = merge(kind.build(dtype=torch.float32).to(CUDA)), kind.images(4, dtype=torch.float32).to(CUDA)
+    fix_positions(model.model, (8, 8))
+    check_no_waiting(lambda: model(images, 9))
+
+
+def check_no_waiting(call: Callable[[], object]) -> None:
+    with torch.inference_mode():
+        call()  # what is made at first use may wait
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_bundled_model_classifies_its_samples_as_on_the_cpu() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tome_server.merging.matching import combine, match
+from tome_server.merging.matching import add_by_product, combine, match
 
 from . import reference
 
@@ -277,6 +277,16 @@ def test_bf16_metrics_find_edges_nearly_as_strong_as_the_best(tokens: int, prefi
     exact = metric[0].double().numpy()
     best = strength(reference.match(exact, r, prefix))
     assert strength(contents(metric, r, prefix)[0]) == pytest.approx(best, abs=0.004)
+
+
+@pytest.mark.parametrize(("tokens", "prefix"), REAL_COUNTS)
+@pytest.mark.parametrize("kind", ["random", "copies"])
+def test_the_product_that_cuda_adds_tokens_by_adds_what_index_add_adds(kind: str, tokens: int, prefix: int) -> None:
+    matching = match(metric_of(kind, 3, tokens, 0), tokens // 4, prefix)
+    left, r = matching.order.shape[1], matching.into.shape[1]
+    x, step = torch.randn(3, left, 8, dtype=torch.float64), torch.randn(3, r, 8, dtype=torch.float64)
+    expected = x.flatten(0, 1).index_add(0, matching.into.flatten(), step.flatten(0, 1)).view_as(x)
+    torch.testing.assert_close(add_by_product(x, step, matching.into), expected)
 
 
 def test_gradients_reach_every_token() -> None:
