@@ -74,12 +74,14 @@ sbom: $(STAMP)  ## what a server's installation holds, as CycloneDX, in build/sb
 audit: $(STAMP)  ## known vulnerabilities of the pinned dependencies; needs a network that reaches the index's own reports
 	$(BIN)/python deploy/audit.py
 
-bench: $(STAMP)  ## every benchmark, each printing all sides from one run (about 20 minutes)
+bench: $(STAMP)  ## every benchmark, each printing all sides from one run (about 25 minutes)
 	$(BIN)/python -m benchmarks.merging
 	$(BIN)/python -m benchmarks.mixed
 	$(BIN)/python -m benchmarks.policies
 	$(BIN)/python -m benchmarks.autoscaling
 	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.server
+	$(BIN)/python -m benchmarks.threads
 
 nightly: DEBIAN += buildah debootstrap
 nightly: $(STAMP) $(BIN)/helm tools  ## the slow tests as well

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments().parse_args(argv)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    merged, size = _model(args.model, device)
+    merged, size = merged_model(args.model, device)
     images = torch.randn(args.batch, *size, device=device)
     with torch.inference_mode():
         rows = _measure(merged, images, sorted(args.r), args.rounds)
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _print_table(rows)
 
 
-def _model(name: str, device: torch.device) -> tuple[MergedModel, tuple[int, int, int]]:
+def merged_model(name: str, device: torch.device) -> tuple[MergedModel, tuple[int, int, int]]:
     """Return the model, of random weights unless it is a bundled one, and its input's [C, H, W]."""
     if name.startswith(BUNDLED_PREFIX):
         hosted = load(bundled_spec(name.removeprefix(BUNDLED_PREFIX)), device)

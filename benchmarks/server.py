@@ -1,0 +1,203 @@
+"""The server itself: how long it takes to start, what memory it holds, and how it stops with calls in flight.
+
+Each run starts a server twice with one new folder of profiles: `cold`, it measures its model; `warm`, it finds that.
+The time counts from the command to the line that says ready. Resident memory of the process that answers requests
+(`front`) and of the one that runs the models (`device`) is read then, from /proc. Into the warm one go calls that
+don't merge and have all the time in the world; once all have arrived it is told to stop (SIGTERM), and timed until it
+has exited. A call that wasn't answered, or an exit status other than 0, fails the benchmark.
+
+Needs Linux. Flags of `tome-server serve` may follow `--`. On a machine whose cores are busy otherwise times say little.
+"""
+
+import argparse
+import asyncio
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+from tqdm import tqdm
+
+from tome_client import AsyncClient
+from tome_client.load import read_samples
+
+SAMPLES = Path(__file__).parents[1] / "server/tome_server/models/bundled/fashion/samples"
+# Seconds: of calls, and for a server to start and to stop.
+BUDGET = 600.0
+PATIENCE = 600.0
+
+
+@dataclass(frozen=True)
+class Started:
+    """A server that is ready."""
+
+    process: "subprocess.Popen[str]"
+    grpc: str
+    metrics: str
+    seconds: float
+    """from the command to the line that says ready"""
+
+    def memory(self) -> dict[str, float]:
+        """Resident MiB of its two processes."""
+        pid = self.process.pid
+        [device] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return {"front": _resident(pid), "device": _resident(int(device))}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run. Seconds and MiB."""
+
+    cold_start: float
+    warm_start: float
+    front_cold: float
+    front_warm: float
+    device_cold: float
+    device_warm: float
+    in_flight: int
+    """calls in the server when it was told to stop"""
+    answered: int
+    """of those sent"""
+    stop: float
+    exit_status: int
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _arguments().parse_args(argv)
+    runs = [_run(args) for _ in tqdm(range(args.runs), unit="run", disable=not sys.stderr.isatty())]
+    setting = {"runs": args.runs, "calls": args.calls, "flags": args.flags}
+    if args.json:
+        print(json.dumps({**setting, "each": [asdict(run) for run in runs]}, indent=2))
+    else:
+        _print_table(setting, runs)
+    if any(run.answered < args.calls or run.exit_status for run in runs):
+        sys.exit("a server lost calls, or failed")
+
+
+def _run(args: argparse.Namespace) -> Run:
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--profiles", folder, "--max-pending", str(max(256, args.calls)), *args.flags]
+        with _server(flags) as cold:
+            cold_memory = cold.memory()
+        with _server(flags) as warm:
+            warm_memory = warm.memory()
+            in_flight, answered, stop = asyncio.run(_stop_under_load(warm, args.calls))
+            status = warm.process.returncode
+    return Run(
+        cold_start=cold.seconds,
+        warm_start=warm.seconds,
+        front_cold=cold_memory["front"],
+        front_warm=warm_memory["front"],
+        device_cold=cold_memory["device"],
+        device_warm=warm_memory["device"],
+        in_flight=in_flight,
+        answered=answered,
+        stop=stop,
+        exit_status=status,
+    )
+
+
+@contextmanager
+def _server(flags: Sequence[str]) -> Iterator[Started]:
+    command = [sys.executable, "-m", "tome_server", "serve", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
+    command += ["--log-level", "warning", *flags]
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        seconds = time.perf_counter() - began
+        if not line:
+            sys.exit("the server did not start")
+        ready = json.loads(line)["ready"]
+        yield Started(process, ready["grpc"], ready["metrics"], seconds)
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+
+
+async def _stop_under_load(server: Started, calls: int) -> tuple[int, int, float]:
+    """Return how many calls were in the server when told to stop, how many were answered, and how long it took."""
+    images = [sample.data for sample in read_samples(SAMPLES)]
+    async with AsyncClient(server.grpc, timeout=PATIENCE, retries=False) as client:
+        asked = [
+            asyncio.create_task(client.predict(images[turn % len(images)], r=0, top_k=1, budget=BUDGET))
+            for turn in range(calls)
+        ]
+        in_flight, arrived = 0, 0
+        async with asyncio.timeout(PATIENCE):
+            while arrived < calls:
+                in_flight, ended = await asyncio.to_thread(_counts, server.metrics)
+                arrived = in_flight + ended
+        began = time.perf_counter()
+        server.process.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(server.process.wait, PATIENCE)
+        seconds = time.perf_counter() - began
+        ends = await asyncio.gather(*asked, return_exceptions=True)
+    return in_flight, sum(not isinstance(end, BaseException) for end in ends), seconds
+
+
+def _counts(url: str) -> tuple[int, int]:
+    """Return how many requests the server holds, and how many it has ended."""
+    with urllib.request.urlopen(url, timeout=PATIENCE) as response:
+        families = text_string_to_metric_families(response.read().decode())
+    samples = [sample for family in families for sample in family.samples]
+    held, ended = (
+        sum(int(sample.value) for sample in samples if sample.name == name)
+        for name in ("tome_requests_pending", "tome_requests_total")
+    )
+    return held, ended
+
+
+def _resident(pid: int) -> float:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    raise ProcessLookupError(pid)
+
+
+_ROWS = {
+    "cold_start": ("start, measuring the model", "s", 2),
+    "warm_start": ("start, with a profile", "s", 2),
+    "front_cold": ("resident, front, cold start", "MiB", 0),
+    "front_warm": ("resident, front, warm start", "MiB", 0),
+    "device_cold": ("resident, device, cold start", "MiB", 0),
+    "device_warm": ("resident, device, warm start", "MiB", 0),
+    "in_flight": ("calls in flight at SIGTERM", "", 0),
+    "answered": ("calls answered", "", 0),
+    "stop": ("SIGTERM to exit", "s", 2),
+}
+
+
+def _print_table(setting: dict[str, object], runs: Sequence[Run]) -> None:
+    print("  ".join(f"{name} {value}" for name, value in setting.items()))
+    print(f"{'':<32}{'median':>9}{'least':>9}{'most':>9}")
+    for name, (text, unit, digits) in _ROWS.items():
+        values = [getattr(run, name) for run in runs]
+        cells = (statistics.median(values), min(values), max(values))
+        print(f"{text:<32}" + "".join(f"{value:>9.{digits}f}" for value in cells) + f" {unit}".rstrip())
+    print(f"exit status: {', '.join(str(run.exit_status) for run in runs)}")
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.server", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=4, help="(default: %(default)s)")
+    parser.add_argument("--calls", type=int, default=200, help="to have in flight at the stop (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="of tome-server serve")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

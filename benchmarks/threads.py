@@ -1,0 +1,172 @@
+"""What more threads gain, and what it costs how they wait for work: a model's forward pass, beside other work or none.
+
+Each way is a process of its own, because how OpenMP's threads wait is read from the environment when torch is imported:
+`asleep` (OMP_WAIT_POLICY=PASSIVE, what `tome-server` sets), `briefly` (they spin for 10,000 rounds before they sleep:
+GOMP_SPINCOUNT=10000) or `spinning` (OMP_WAIT_POLICY=ACTIVE). One thread waits for nobody. `busy` is how many processes
+that do nothing but run share the CPUs. The ways take turns, as often as --rounds says; a time is the median over the
+rounds of each one's median call, beside it the least and the most of these.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.merging import integers, seconds
+from benchmarks.mixed import merged_model
+
+WAITING = {
+    "asleep": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "briefly": {"GOMP_SPINCOUNT": "10000"},
+    "spinning": {"OMP_WAIT_POLICY": "ACTIVE"},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run one batch size at one r. Milliseconds, over the rounds."""
+
+    threads: int
+    waiting: str
+    busy: int
+    batch: int
+    r: int
+    median: float
+    least: float
+    most: float
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _arguments().parse_args(argv)
+    if args.timed is not None:
+        print(json.dumps(_time(args.timed, args)))
+        return
+    rows = _measure(args)
+    setting = {"model": args.model, "cpus": len(os.sched_getaffinity(0)), "machine": platform.machine()}
+    setting |= {"rounds": args.rounds}
+    if args.json:
+        print(json.dumps({**setting, "rows": [asdict(row) for row in rows]}, indent=2))
+    else:
+        print("  ".join(f"{name} {value}" for name, value in setting.items()))
+        _print_table(rows, args)
+
+
+def _ways(args: argparse.Namespace) -> list[tuple[int, str, int]]:
+    """Threads, how they wait, and how many busy processes are beside them."""
+    # With one thread there is nothing to wait for.
+    return [
+        (threads, waiting, busy)
+        for threads, waiting, busy in itertools.product(args.threads, args.waiting, args.busy)
+        if threads > 1 or waiting == args.waiting[0]
+    ]
+
+
+def _measure(args: argparse.Namespace) -> list[Row]:
+    ways = _ways(args)
+    taken: dict[tuple[int, str, int], list[dict[str, float]]] = {way: [] for way in ways}
+    for _ in tqdm(range(args.rounds), unit="round", disable=not sys.stderr.isatty()):
+        for way in ways:
+            taken[way].append(_turn(*way, args))
+    rows = []
+    for way, (batch, r) in itertools.product(ways, itertools.product(args.batch, args.r)):
+        times = [turn[f"{batch} {r}"] * 1e3 for turn in taken[way]]
+        rows.append(Row(*way, batch, r, statistics.median(times), min(times), max(times)))
+    return rows
+
+
+def _turn(threads: int, waiting: str, busy: int, args: argparse.Namespace) -> dict[str, float]:
+    """Run `_time` in a process that waits in the given way."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    environment |= WAITING[waiting] | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192"}
+    command = [sys.executable, "-m", "benchmarks.threads", "--timed", str(threads), "--model", args.model]
+    command += ["--batch", _commas(args.batch), "--r", _commas(args.r), "--calls", str(args.calls)]
+    with _busy(busy):
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    times: dict[str, float] = json.loads(done.stdout)
+    return times
+
+
+@contextmanager
+def _busy(count: int) -> Iterator[None]:
+    """Have so many processes run for nothing meanwhile."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def _time(threads: int, args: argparse.Namespace) -> dict[str, float]:
+    """Return the median seconds of a call for each batch size and r."""
+    torch.set_num_threads(threads)
+    merged, size = merged_model(args.model, torch.device("cpu"))
+    times = {}
+    with torch.inference_mode():
+        for batch, r in itertools.product(args.batch, args.r):
+            images = torch.randn(batch, *size)
+
+            def call(images: torch.Tensor = images, r: int = r) -> object:
+                return merged(images, r)
+
+            for _ in range(3):
+                call()
+            calls = max(args.calls // batch, min(args.calls, 10))
+            times[f"{batch} {r}"] = statistics.median(seconds(call, 1) for _ in range(calls))
+    return times
+
+
+def _commas(values: Sequence[int]) -> str:
+    return ",".join(map(str, values))
+
+
+def _print_table(rows: Sequence[Row], args: argparse.Namespace) -> None:
+    print(f"{'threads':<9}{'waiting':<10}{'busy':<6}{'batch':<7}" + "".join(f"{f'r = {r}':>24}" for r in args.r))
+    for (threads, waiting, busy, batch), group in itertools.groupby(
+        rows, lambda row: (row.threads, row.waiting, row.busy, row.batch)
+    ):
+        cells = "".join(f"{f'{row.median:.1f} ms ({row.least:.1f}-{row.most:.1f})':>24}" for row in group)
+        print(f"{threads:<9}{waiting if threads > 1 else '':<10}{busy:<6}{batch:<7}{cells}")
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.threads", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="bundled:fashion", help="bundled or timm name (default: %(default)s)")
+    parser.add_argument("--threads", type=integers, default=[1, 2], help="default: 1,2")
+    parser.add_argument(
+        "--waiting", type=_waiting, default=["asleep", "briefly"], help="default: asleep,briefly; or spinning"
+    )
+    parser.add_argument("--busy", type=integers, default=[0, 1], help="processes beside (default: 0,1)")
+    parser.add_argument("--batch", type=integers, default=[1, 8], help="default: 1,8")
+    parser.add_argument("--r", type=integers, default=[0, 8, 14], help="default: 0,8,14")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each way (default: %(default)s)")
+    parser.add_argument(
+        "--calls", type=int, default=40, help="of one image in a turn, of a batch fewer (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--timed", type=int, metavar="THREADS", help=argparse.SUPPRESS)
+    return parser
+
+
+def _waiting(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := set(names) - set(WAITING):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: none of {', '.join(WAITING)}")
+    return names
+
+
+if __name__ == "__main__":
+    main()
