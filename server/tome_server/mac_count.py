@@ -17,6 +17,8 @@ class MacCount:
     """tokens that enter the first block, prefix tokens included"""
     tokens: tuple[int, ...]
     """tokens that leave each block"""
+    unread: int = 0
+    """of `total`, what the last block needn't compute because the head reads prefix tokens alone, or a part of that"""
 
     @property
     def total(self) -> int:

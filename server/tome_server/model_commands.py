@@ -295,6 +295,7 @@ def _settings(spec: "ModelSpec", args: argparse.Namespace) -> "ServerConfig":
         kwargs=dict(spec.kwargs),
         checkpoint=spec.checkpoint,
         labels=spec.labels,
+        quality=spec.quality,
         data=dict(spec.data),
         proportional_attention=spec.proportional_attention,
         dtype=spec.dtype,

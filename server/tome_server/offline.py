@@ -13,7 +13,7 @@ from tome_server.config import ServerConfig
 from tome_server.hosting import model_specs
 from tome_server.models.datasets import load_labelled
 from tome_server.models.loaded import LoadedModel
-from tome_server.models.loading import load
+from tome_server.models.loading import load, stored_schedules
 from tome_server.models.spec import ModelSpec
 from tome_server.runtime.choose_device import choose_device
 from tome_server.runtime.cpus import available_cpus
@@ -32,8 +32,9 @@ def evaluate_model(
     Raises ConfigError, ModelLoadError or DatasetError, in words for the operator.
     """
     images = load_labelled(data)
-    # An old report must not keep the model from being measured anew.
-    spec = replace(model_specs(config)[0], quality=None)
+    spec = model_specs(config)[0]
+    # An old report must not keep the model from being measured anew; how it merges is no measurement.
+    spec = replace(spec, quality=None, schedules=stored_schedules(spec))
     device = choose_device(config.device)
     torch.set_num_threads(config.threads or available_cpus())
     model = load(spec, device)

@@ -13,7 +13,7 @@ from tome_server.mac_count import MacCount
 from tome_server.merging.encoder import Layers
 from tome_server.merging.geometry import default_size, patch_grid
 from tome_server.merging.packing import PackedLinear
-from tome_server.merging.pooling import pooled_from
+from tome_server.merging.pooling import pooled_from, reads_prefix_only
 from tome_server.merging.schedule import Schedule, as_schedule, mergeable
 from tome_server.merging.support import VisionModel, check_supported, embedding_of, layers_of
 
@@ -34,15 +34,21 @@ def macs(model: VisionModel, r: int | Schedule, image_size: tuple[int, int] | No
     embed = _embedding(embedding_of(model), patches, size)
     dense = embed + _head(model, patches + prefix)
     merged, overhead, tokens, counts = embed, 0, patches + prefix, []
+    unread = 0
     for block, wanted in zip(layers_of(model), per_block, strict=True):
         left = tokens - min(wanted, mergeable(tokens, prefix))
         dense += _block(block, patches + prefix, patches + prefix)
         merged += _block(block, tokens, left)
-        overhead += _merge(block, tokens, prefix, int(model.embed_dim)) if left < tokens else 0
+        matching = _merge(block, tokens, prefix, int(model.embed_dim)) if left < tokens else 0
+        overhead += matching
+        # What the last round leaves here is of the last block.
+        unread = matching + sum(_linear(part) for part in block.after) * (left - prefix)
         tokens = left
         counts.append(left)
     merged += _head(model, tokens)
-    return MacCount(dense, merged, overhead, patches + prefix, tuple(counts))
+    if not reads_prefix_only(model):
+        unread = 0
+    return MacCount(dense, merged, overhead, patches + prefix, tuple(counts), unread)
 
 
 def _block(block: Layers, tokens_in: int, tokens_out: int) -> int:

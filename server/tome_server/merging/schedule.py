@@ -11,16 +11,18 @@ class Schedule:
     """Tokens to merge in each block of a model. Made by `constant`, `linear` or `explicit`."""
 
     r: int
-    """Mean tokens merged a block; of an explicit schedule, its largest value."""
+    """Mean tokens merged a block that merges; of an explicit schedule, its largest value."""
     inflect: float = 0.0
     """Slope over depth, in [-1, 1]."""
+    start: int = 0
+    """Blocks, from the first, that merge nothing."""
     values: tuple[int, ...] | None = None
     """One r a block, where they were given one by one."""
 
     @classmethod
-    def constant(cls, r: int) -> "Schedule":
-        """Merge `r` tokens in every block. Raises ValueError if `r` is negative."""
-        return cls(_checked(r))
+    def constant(cls, r: int, start: int = 0) -> "Schedule":
+        """Merge `r` tokens in every block but the first `start`. Raises ValueError if one of them is negative."""
+        return cls(_checked(r), start=_checked(start, "start"))
 
     @classmethod
     def linear(cls, r: int, inflect: float = -1.0) -> "Schedule":
@@ -47,6 +49,8 @@ class Schedule:
             if len(self.values) != depth:
                 raise ValueError(f"the schedule has {len(self.values)} values, the model {depth} blocks")
             return self.values
+        if self.start:
+            return tuple(self.r if block >= self.start else 0 for block in range(depth))
         # Rounding the running total, not each value, keeps the total at r * depth.
         totals = [_half_up(self.r * (i + self.inflect * i * (i - depth) / max(depth - 1, 1))) for i in range(depth + 1)]
         return tuple(after - before for before, after in itertools.pairwise(totals))
@@ -72,11 +76,11 @@ def tokens_per_block(patches: int, prefix: int, per_block: Sequence[int]) -> tup
     return tuple(counts)
 
 
-def _checked(r: int) -> int:
+def _checked(r: int, name: str = "r") -> int:
     if isinstance(r, bool) or not isinstance(r, int):
-        raise TypeError(f"r must be an int, not {type(r).__name__}")
+        raise TypeError(f"{name} must be an int, not {type(r).__name__}")
     if r < 0:
-        raise ValueError(f"r must not be negative, and is {r}")
+        raise ValueError(f"{name} must not be negative, and is {r}")
     return r
 
 

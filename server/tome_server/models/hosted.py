@@ -1,6 +1,7 @@
 """A model as it is served, the network apart: input, labels, and what each r costs and is worth."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -55,6 +56,10 @@ class HostedModel:
     """Patches from top to bottom and from left to right."""
     costs: tuple[MacCount, ...] = field(repr=False)
     """Multiply-accumulates of one image at each r, from 0 to the most tokens that a block can merge."""
+    rs: tuple[int, ...]
+    """The r grid: the values of r that the model is served at."""
+    schedules: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """By r, the tokens that each block merges there, where that isn't r in every block. It takes no more work."""
     dtype: str = "float32"
     """Of weights and activations."""
     weights_bytes: int = 0
@@ -75,10 +80,8 @@ class HostedModel:
 
     @cached_property
     def grid(self) -> tuple[MergeLevel, ...]:
-        """The r values that the model is served at, evenly from 0 to where about half of the work is left."""
-        last = max(r for r in range(self.largest_r + 1) if self.cost(r).merged >= LEAST_WORK * self.cost(0).dense)
-        step = max(1, math.ceil(last / GRID_STEPS))
-        return tuple(MergeLevel(r, self.cost(r), self.quality.get(r)) for r in range(0, last + 1, step))
+        """The r values that the model is served at, with what each costs and is worth."""
+        return tuple(MergeLevel(r, self.cost(r), self.quality.get(r)) for r in self.rs)
 
     @cached_property
     def relative_quality(self) -> tuple[float, ...] | None:
@@ -101,3 +104,12 @@ class HostedModel:
         work = [level.cost.total / self.cost(0).total for level in self.grid]
         falling = [-share for share in _PUBLISHED_WORK]
         return tuple(float(np.interp(-share, falling, _PUBLISHED_TOP1)) / _PUBLISHED_TOP1[0] for share in work)
+
+
+def r_grid(costs: Sequence[MacCount]) -> tuple[int, ...]:
+    """Return the r values to serve a model at, evenly from 0 to where about half of the work is left.
+
+    `costs` are of one image with r tokens merged in every block, from r = 0.
+    """
+    last = max(r for r, cost in enumerate(costs) if cost.merged >= LEAST_WORK * cost.dense)
+    return tuple(range(0, last + 1, max(1, math.ceil(last / GRID_STEPS))))

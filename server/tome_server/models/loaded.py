@@ -1,14 +1,14 @@
 """A model together with its network, as the process that has the device holds it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from tome_server.merging import MergedModel, macs
+from tome_server.merging import MergedModel, MergedOutput, Schedule, macs, tokens_per_block
 from tome_server.merging.schedule import mergeable
-from tome_server.models.hosted import HostedModel, Quality
+from tome_server.models.hosted import HostedModel, Quality, r_grid
 from tome_server.models.preprocess import Preprocess
 
 
@@ -21,6 +21,19 @@ class LoadedModel(HostedModel):
     def input(self, images: Tensor, device: torch.device) -> Tensor:
         """Return images, [B, C, H, W], on the device and in the dtype of the network."""
         return images.to(device, getattr(torch, self.dtype))
+
+    def run(
+        self, images: Tensor, r: int | Sequence[int] = 0, *, return_tokens: bool = False, return_token_map: bool = False
+    ) -> MergedOutput:
+        """As MergedModel's forward: `images` at one r or each at its own, merged in the blocks as `schedules` say."""
+        how = self.schedule(r) if isinstance(r, int) else [self.schedule(own) for own in r]
+        output: MergedOutput = self.merged(images, how, return_tokens=return_tokens, return_token_map=return_token_map)
+        return output
+
+    def schedule(self, r: int) -> Schedule:
+        """Return how many tokens each block merges at `r`."""
+        tuned = self.schedules.get(r)
+        return Schedule.constant(r) if tuned is None else Schedule.explicit(tuned)
 
     @property
     def described(self) -> HostedModel:
@@ -45,6 +58,7 @@ def loaded_model(
     _, height, width = preprocess.settings.input_size
     rows, columns = merged.grid(height, width)
     largest_r = mergeable(rows * columns + merged.prefix, merged.prefix)
+    costs = tuple(macs(merged.model, r, (height, width)) for r in range(largest_r + 1))
     return LoadedModel(
         name=name,
         architecture=architecture,
@@ -54,10 +68,45 @@ def loaded_model(
         num_classes=int(merged.model.num_classes),
         feature_dim=int(merged.model.num_features),
         patch_grid=(rows, columns),
-        costs=tuple(macs(merged.model, r, (height, width)) for r in range(largest_r + 1)),
+        costs=costs,
+        rs=r_grid(costs),
         dtype=dtype,
         weights_bytes=weights_bytes,
         default_budget=default_budget,
         quality=dict(quality or {}),
         merged=merged,
     )
+
+
+def with_schedules(model: LoadedModel, schedules: Mapping[int, Sequence[int]]) -> LoadedModel:
+    """Return a model whose blocks merge at some r what `schedules` say of them, by r, and not r each.
+
+    Raises ValueError, or TypeError, if one isn't for this model, or takes more work than r tokens merged in every
+    block, or less than r + 1.
+    """
+    tuned = {r: tuple(per_block) for r, per_block in schedules.items()}
+    size = model.preprocess.settings.input_size[1:]
+    costs = list(model.costs)
+    for r, per_block in tuned.items():
+        if not 0 < r <= model.largest_r:
+            raise ValueError(f"a schedule is for an r of 1 to {model.largest_r}, not {r}")
+        schedule = Schedule.explicit(per_block)
+        _check_mergeable(r, schedule.per_block(model.merged.depth), model)
+        costs[r] = macs(model.merged.model, schedule, size)
+        least = macs(model.merged.model, r + 1, size).total if r < model.largest_r else 0
+        most = macs(model.merged.model, r, size).total
+        if not least <= costs[r].total <= most:
+            raise ValueError(
+                f"the schedule of r = {r} takes {costs[r].total:,} multiply-accumulates, not {least:,} to {most:,}: "
+                f"what {r + 1} and {r} tokens merged in every block take"
+            )
+    return replace(model, costs=tuple(costs), schedules=tuned)
+
+
+def _check_mergeable(r: int, per_block: Sequence[int], model: LoadedModel) -> None:
+    rows, columns = model.patch_grid
+    prefix = model.merged.prefix
+    counts = (rows * columns + prefix, *tokens_per_block(rows * columns, prefix, per_block))
+    for block, wanted in enumerate(per_block):
+        if counts[block] - counts[block + 1] < wanted:
+            raise ValueError(f"the schedule of r = {r} can't merge {wanted} of {counts[block]} tokens in block {block}")

@@ -23,7 +23,7 @@ from tome_server.merging.eva import fix_positions
 from tome_server.merging.geometry import default_size
 from tome_server.merging.support import check_supported
 from tome_server.models.hosted import Quality
-from tome_server.models.loaded import LoadedModel, loaded_model
+from tome_server.models.loaded import LoadedModel, loaded_model, with_schedules
 from tome_server.models.preprocess import Limits, Preprocess
 from tome_server.models.spec import ModelSpec, weights_digest
 from tome_server.models.transform import ImageSettings
@@ -53,6 +53,7 @@ def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) ->
     _check_equal(plain, merged, settings, device)
     # Only now, for the rounding of lesser types would hide what the check looks for.
     merged = merged.to(getattr(torch, spec.dtype))
+    quality, schedules = _quality(spec)
     loaded = loaded_model(
         merged,
         Preprocess(settings, limits or Limits()),
@@ -64,8 +65,12 @@ def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) ->
         description=spec.description,
         labels=_labels(spec, model),
         default_budget=spec.default_budget,
-        quality=_quality(spec),
+        quality=quality,
     )
+    try:
+        loaded = with_schedules(loaded, {**schedules, **spec.schedules})
+    except (TypeError, ValueError) as error:
+        raise ModelLoadError(f"{spec.quality or spec.name}: {error}") from error
     # Last, for the model is now no longer one that `merge` takes.
     fix_positions(merged.model, loaded.patch_grid)
     return loaded
@@ -161,19 +166,39 @@ def _labels(spec: ModelSpec, model: VisionTransformer) -> tuple[str, ...]:
     return tuple(names.index_to_description(i) for i in range(model.num_classes))
 
 
-def _quality(spec: ModelSpec) -> dict[int, Quality]:
+def stored_schedules(spec: ModelSpec) -> dict[int, tuple[int, ...]]:
+    """Return the schedules in the model's quality report, none if it can't be read or is of other weights."""
     if spec.quality is None:
         return {}
     try:
-        report = json.loads(spec.quality.read_text())
+        report, _, schedules = _read_report(spec.quality)
+    except ModelLoadError:
+        return {}
+    return schedules if _of_its_weights(report, spec) else {}
+
+
+def _read_report(path: Path) -> tuple[dict[str, Any], dict[int, Quality], dict[int, tuple[int, ...]]]:
+    """Return a quality report, and by r what was measured and the schedules, where there are any."""
+    try:
+        report = json.loads(path.read_text())
         levels = {int(level["r"]): _level_quality(level) for level in report["levels"]}
+        schedules = {int(level["r"]): tuple(level["schedule"]) for level in report["levels"] if "schedule" in level}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelLoadError(f"quality report {spec.quality} can't be read: {error!r}") from error
+        raise ModelLoadError(f"quality report {path} can't be read: {error!r}") from error
+    return report, levels, schedules
+
+
+def _of_its_weights(report: Mapping[str, Any], spec: ModelSpec) -> bool:
     if spec.checkpoint is not None:
-        same = report.get("weights_sha256") == weights_digest(spec.checkpoint)
-    else:
-        same = report.get("weights_sha256") is None and report.get("model") == spec.architecture
-    if not same:
+        return report.get("weights_sha256") == weights_digest(spec.checkpoint)
+    return report.get("weights_sha256") is None and report.get("model") == spec.architecture
+
+
+def _quality(spec: ModelSpec) -> tuple[dict[int, Quality], dict[int, tuple[int, ...]]]:
+    if spec.quality is None:
+        return {}, {}
+    report, levels, schedules = _read_report(spec.quality)
+    if not _of_its_weights(report, spec):
         raise ModelLoadError(
             f"quality report {spec.quality} was measured on other weights than "
             f"{spec.checkpoint or spec.architecture}; run tome-server evaluate again"
@@ -186,7 +211,7 @@ def _quality(spec: ModelSpec) -> dict[int, Quality]:
     if spec.dtype != "float32" and 0 in levels and levels[0].agreement < LEAST_AGREEMENT:
         log.warning("%s in %s agrees with float32 on only %.2f %% of the images it was evaluated on",
                     spec.name, spec.dtype, 100 * levels[0].agreement)  # fmt: skip
-    return levels
+    return levels, schedules
 
 
 def _level_quality(level: Mapping[str, Any]) -> Quality:

@@ -1,7 +1,7 @@
 """What to load: where a model's parts are. Knows nothing of torch."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +37,9 @@ class ModelSpec:
     labels: Path | None = None
     """One class name a line; None takes ImageNet's where the classes are ImageNet's."""
     quality: Path | None = None
-    """What `tome-server evaluate` wrote."""
+    """What `tome-server evaluate` or `tome-server tune` wrote."""
+    schedules: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    """By r, the tokens that each block merges there, beside those that `quality` holds."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Overrides of timm's data config: input_size, mean, std, interpolation, crop_pct, crop_mode."""
     default_budget: float | None = None

@@ -60,7 +60,7 @@ def evaluate(
 
 
 def _classes(model: LoadedModel, images: Tensor, r: int, device: torch.device) -> Tensor:
-    classes: Tensor = model.merged(model.input(images, device), r).logits.argmax(dim=1)
+    classes: Tensor = model.run(model.input(images, device), r).logits.argmax(dim=1)
     return classes.cpu()
 
 
@@ -79,6 +79,7 @@ def quality_report(
         "timm": importlib.metadata.version("timm"),
         "levels": [
             {"r": r, "macs": model.cost(r).total, "top1": quality.top1, "agreement": quality.agreement}
+            | ({"schedule": list(model.schedules[r])} if r in model.schedules else {})
             for r, quality in levels.items()
         ],
     }

@@ -43,7 +43,7 @@ def _run(
     images = model.input(torch.stack([work.image for work in batch]), device)
     patches = any(work.patches for work in batch)
     mapped = patches or any(work.token_map for work in batch)
-    output = model.merged(images, r, return_tokens=patches, return_token_map=mapped)
+    output = model.run(images, r, return_tokens=patches, return_token_map=mapped)
     logits = output.logits.float()
     scores, class_ids = logits.softmax(dim=-1).topk(max(work.top_k for work in batch))
     # One transfer back for each tensor, which also waits for the device.

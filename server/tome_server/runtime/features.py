@@ -32,6 +32,6 @@ def pooled_features(
             chosen = [images[i][0] for i in range(start, min(start + batch, len(images)))]
             prepared = np.stack(list(decoders.map(model.preprocess.image, chosen)))
             inputs = model.input(torch.from_numpy(prepared), device)
-            parts.append(torch.stack([model.merged(inputs, r).features.float().cpu() for r in rs]))
+            parts.append(torch.stack([model.run(inputs, r).features.float().cpu() for r in rs]))
             bar.update(len(chosen))
     return torch.cat(parts, dim=1)

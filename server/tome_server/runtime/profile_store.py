@@ -57,6 +57,8 @@ class ProfileKey:
     max_batch: int
     rs: tuple[int, ...]
     """the r grid"""
+    schedules: str = ""
+    """tokens merged in each block, at those r of the grid where it isn't r in every block"""
 
     @property
     def digest(self) -> str:
@@ -84,6 +86,7 @@ def profile_key(model: LoadedModel, checkpoint: Path | None, device: torch.devic
         tome_serving=importlib.metadata.version("tome-serving"),
         max_batch=max_batch,
         rs=grid,
+        schedules="; ".join(f"{r}: {' '.join(map(str, model.schedules[r]))}" for r in grid if r in model.schedules),
     )
 
 

@@ -105,6 +105,16 @@ def test_a_block_that_merges_nothing_costs_no_overhead() -> None:
     assert 0 < one < two < 2 * one
 
 
+def test_what_a_head_of_the_class_token_leaves_unread_is_the_last_blocks() -> None:
+    """MLP of all but the class token, 8 C² each, and there what merging takes."""
+    assert macs(on_meta(VIT_B), 0).unread == 8 * 768**2 * 196
+    at_16 = macs(on_meta(VIT_B), 16)
+    assert at_16.unread > 8 * 768**2 * (at_16.tokens[-1] - 1)
+    last_alone = macs(on_meta(VIT_B), Schedule.explicit([0] * 11 + [16]))
+    assert last_alone.unread == 8 * 768**2 * 180 + last_alone.overhead
+    assert macs(on_meta("vit_base_patch16_siglip_224"), 8).unread == 0
+
+
 def test_macs_fall_with_r_until_it_is_clamped() -> None:
     counts = [macs(on_meta(VIT_B), r) for r in range(0, 99, 7)]
     merged = [count.merged for count in counts]

@@ -19,6 +19,12 @@ def test_constant_gives_the_same_r_to_every_block(r: int, depth: int) -> None:
     assert Schedule.constant(r).per_block(depth) == (r,) * depth
 
 
+@given(rs, st.integers(0, 60), depths)
+def test_constant_may_start_later(r: int, start: int, depth: int) -> None:
+    values = Schedule.constant(r, start).per_block(depth)
+    assert values == (0,) * min(start, depth) + (r,) * max(0, depth - start)
+
+
 @given(rs, inflects, depths)
 def test_linear_merges_as_many_in_all_as_constant(r: int, inflect: float, depth: int) -> None:
     values = Schedule.linear(r, inflect).per_block(depth)
@@ -83,6 +89,8 @@ def test_explicit_of_another_length_than_the_model_is_refused(depth: int) -> Non
 def test_negative_r_is_refused(wrong: int) -> None:
     with pytest.raises(ValueError, match=str(wrong)):
         Schedule.constant(wrong)
+    with pytest.raises(ValueError, match=f"start.*{wrong}"):
+        Schedule.constant(3, wrong)
     with pytest.raises(ValueError, match=str(wrong)):
         Schedule.linear(wrong)
     with pytest.raises(ValueError, match=str(wrong)):
@@ -119,7 +127,13 @@ def test_tokens_per_block_in_figures() -> None:
     assert tokens_per_block(7, 5, (99,) * 4) == (9, 7, 6, 6)
 
 
-SCHEDULES = [Schedule.constant(7), Schedule.linear(7), Schedule.linear(7, 1.0), Schedule.explicit([0, 20, 3])]
+SCHEDULES = [
+    Schedule.constant(7),
+    Schedule.constant(7, start=1),
+    Schedule.linear(7),
+    Schedule.linear(7, 1.0),
+    Schedule.explicit([0, 20, 3]),
+]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -133,6 +147,7 @@ def test_an_int_is_a_constant_schedule() -> None:
     kind = KINDS["class token"]
     merged, images = merge(kind.build()), kind.images(1)
     assert torch.equal(merged(images, r=6).logits, merged(images, r=Schedule.constant(6)).logits)
+    assert torch.equal(merged(images, r=6).logits, merged(images, r=Schedule.explicit([6] * merged.depth)).logits)
 
 
 def test_a_model_refuses_a_schedule_of_another_depth_and_a_negative_r() -> None:

@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from tome_server.merging import MergedModel
 from tome_server.models import loading
 from tome_server.models.hosted import Quality
 from tome_server.models.loaded import LoadedModel
-from tome_server.models.loading import load
+from tome_server.models.loading import load, stored_schedules
 from tome_server.models.spec import ModelSpec, bundled_spec, weights_digest
 
 CPU = torch.device("cpu")
@@ -256,6 +257,43 @@ def test_a_quality_report_says_what_each_r_is_worth(spec: ModelSpec, tmp_path: P
     hosted = load(with_report(spec, tmp_path, report(spec)), CPU)
     assert hosted.quality == {0: Quality(1.0, 0.8), 4: Quality(0.9, None)}
     assert {level.r: level.quality for level in hosted.grid if level.quality} == hosted.quality
+
+
+def with_schedule(spec: ModelSpec, folder: Path, schedule: object, **changes: object) -> ModelSpec:
+    levels = [{"r": 0, "agreement": 1.0}, {"r": 4, "agreement": 0.9, "schedule": schedule}]
+    return with_report(spec, folder, report(spec, levels=levels, **changes))
+
+
+def test_a_quality_report_may_say_how_much_each_block_merges(spec: ModelSpec, tmp_path: Path) -> None:
+    plain, hosted = load(spec, CPU), load(with_schedule(spec, tmp_path, [5, 2]), CPU)
+    assert hosted.schedules == {4: (5, 2)}
+    assert hosted.cost(4).tokens == (12, 10)
+    assert hosted.cost(4).total <= plain.cost(4).total
+    assert hosted.rs == plain.rs
+
+
+@pytest.mark.parametrize(
+    ("schedule", "error"),
+    [
+        ([4, 4, 4], r"quality\.json: the schedule has 3 values, the model 2 blocks"),
+        ([3, 4], r"quality\.json: the schedule of r = 4 takes .* multiply-accumulates, not"),
+        ([9, 0], r"quality\.json: .* can't merge 9 of 17 tokens in block 0"),
+        ([4.5, 4], r"quality\.json: r must be an int, not float"),
+        ("44", r"quality\.json: r must be an int, not str"),
+        (None, r"quality\.json can't be read"),
+        (4, r"quality\.json can't be read"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_refused(spec: ModelSpec, tmp_path: Path, schedule: object, error: str) -> None:
+    assert re.search(error, refusal(with_schedule(spec, tmp_path, schedule)))
+
+
+def test_schedules_outlive_what_was_measured_but_not_the_weights(spec: ModelSpec, tmp_path: Path) -> None:
+    assert stored_schedules(spec) == {}
+    assert stored_schedules(with_schedule(spec, tmp_path, [5, 2])) == {4: (5, 2)}
+    assert stored_schedules(with_schedule(spec, tmp_path, [5, 2], weights_sha256="0" * 64)) == {}
+    assert stored_schedules(with_report(spec, tmp_path, [])) == {}
+    assert load(replace(spec, schedules={4: (5, 2)}), CPU).schedules == {4: (5, 2)}
 
 
 def test_a_quality_report_of_other_weights_is_refused(spec: ModelSpec, tmp_path: Path) -> None:

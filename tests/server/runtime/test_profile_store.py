@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tome_server.models.loaded import LoadedModel
+from tome_server.models.loaded import LoadedModel, with_schedules
 from tome_server.runtime import profile_store
 from tome_server.runtime.profile_store import (
     ProfileError,
@@ -250,6 +250,14 @@ def test_the_key_holds_what_latency_depends_on(model: LoadedModel, tmp_path: Pat
     assert key.torch == torch.__version__
     assert key.device == device_name(CPU) != ""
     assert profile_key(model, None, CPU, 4).weights == "hub:vit_tiny_patch16_224"
+
+
+def test_the_key_holds_schedules_for_equal_work_may_take_another_time(model: LoadedModel) -> None:
+    constant, written = (profile_key(m, None, CPU, 4) for m in (model, with_schedules(model, {2: (2, 2)})))
+    assert constant.schedules == ""
+    assert written.schedules == "2: 2 2"
+    assert written.macs == constant.macs
+    assert written.digest != constant.digest
 
 
 def test_the_key_holds_the_threads_that_were_set_last(model: LoadedModel) -> None:
