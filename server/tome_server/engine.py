@@ -10,6 +10,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TypeAlias
@@ -272,13 +273,23 @@ class Engine:
             await self._released.wait()
         self.leaving.remove(served)
 
-    async def predict(self, request: Request) -> Reply:
-        """Answer one request. Raises a RequestError that says why it could not be answered.
+    @contextmanager
+    def holding(self, served: Served) -> Iterator[None]:
+        """Keep a model, replaced or retired meanwhile, until requests that name it to `predict` are answered."""
+        self._held[served.key] += 1
+        try:
+            yield
+        finally:
+            self._held[served.key] -= 1
+            self._released.set()
+
+    async def predict(self, request: Request, served: Served | None = None) -> Reply:
+        """Answer one request, by `served` if that is held. Raises a RequestError that says why it can't be answered.
 
         When the caller is cancelled, the request leaves the queue; a batch already on the device runs to its end.
         """
         try:
-            reply = await self._predict(request)
+            reply = await self._predict(request, served)
         except BaseException as error:
             self._tell(request, None, error)
             raise
@@ -332,16 +343,16 @@ class Engine:
         for observer in self.observers:
             observer(ended)
 
-    async def _predict(self, request: Request) -> Reply:
+    async def _predict(self, request: Request, served: Served | None) -> Reply:
         if self.draining.is_set():
             raise UnavailableError("the server is shutting down")
-        served = self.model(request.model)
+        served = served or self.model(request.model)
         bounds = served.bounds(request.r, request.min_r, request.max_r, request.min_quality)
         top_k = _top_k(served.model, request)
         if math.isinf(request.deadline):
             request = replace(request, deadline=request.arrival + served.default_budget)
         try:
-            with self._shares.hold():
+            with self.holding(served), self._shares.hold():
                 reply = await self._answer(served, bounds, top_k, request)
         except ClientLimitError:
             self.metrics.rejected.labels(served.model.name, "client_limit").inc()
@@ -367,7 +378,6 @@ class Engine:
             self.metrics.rejected.labels(name, "queue_full").inc()
             raise OverloadedError(self._pending, RETRY_AFTER)
         self._pending += 1
-        self._held[served.key] += 1
         self.metrics.pending.set(self._pending)
         job = slot = None
         try:
@@ -391,8 +401,6 @@ class Engine:
             raise
         finally:
             self._pending -= 1
-            self._held[served.key] -= 1
-            self._released.set()
             self.metrics.pending.set(self._pending)
             if slot is not None and not (job and job.taken):
                 slot.drop()

@@ -25,6 +25,14 @@ class UnknownModelError(RequestError):
         self.name = name
 
 
+class UnknownVersionError(RequestError):
+    """A model is hosted in another version than the one asked for."""
+
+    def __init__(self, name: str, version: str, served: int) -> None:
+        super().__init__(f"{name} has no version {version!r} in service; version {served} is")
+        self.name = f"{name}/{version}"
+
+
 class InfeasibleError(RequestError):
     """The deadline can't be met, as far as the server can tell."""
 

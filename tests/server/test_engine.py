@@ -1214,6 +1214,24 @@ async def test_a_replaced_model_answers_what_it_has_and_its_successor_the_rest(b
     assert not bench.engine.leaving
 
 
+@pytest.mark.parametrize("change", ["replaced", "retired"])
+async def test_requests_of_a_model_that_is_held_are_answered_by_it_whatever_becomes_of_it(
+    bench: Bench, change: str
+) -> None:
+    before = bench.engine.models["first"]
+    with bench.engine.holding(before):
+        if change == "replaced":
+            bench.engine.serve(ServedModel(before.model, before.profile, "max_batch", "first#2"))
+        else:
+            bench.engine.retire("first")
+        leaving = asyncio.create_task(bench.engine.left(before))
+        assert image_of(await bench.engine.predict(bench.request(7), before)) == 7
+        assert bench.device.batches[-1][0] == before.key
+        assert not leaving.done()
+    await leaving
+    assert not bench.engine.leaving
+
+
 async def test_a_retired_model_is_let_go_only_after_a_batch_whose_callers_have_gone(bench: Bench) -> None:
     holding = await bench.hold_device()
     holding.cancel()

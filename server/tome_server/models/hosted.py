@@ -44,6 +44,8 @@ class HostedModel:
 
     name: str
     architecture: str
+    version: int = 1
+    """Which of its versions; 1 of a model that has none."""
     description: str = ""
     preprocess: Preprocess
     labels: tuple[str, ...] = ()

@@ -49,6 +49,7 @@ def loaded_model(
     architecture: str,
     dtype: str = "float32",
     weights_bytes: int = 0,
+    version: int = 1,
     description: str = "",
     labels: tuple[str, ...] = (),
     default_budget: float | None = None,
@@ -62,6 +63,7 @@ def loaded_model(
     return LoadedModel(
         name=name,
         architecture=architecture,
+        version=version,
         description=description,
         preprocess=preprocess,
         labels=labels,

@@ -62,6 +62,7 @@ def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) ->
         dtype=spec.dtype,
         # Packing holds them in another layout, of the same size.
         weights_bytes=sum(part.nbytes for part in (*plain.parameters(), *plain.buffers())),
+        version=spec.version or 1,
         description=spec.description,
         labels=_labels(spec, model),
         default_budget=spec.default_budget,

@@ -11,8 +11,6 @@ from tome_server.oip.outputs import outputs_of
 
 NAME = "tome-serving"
 PLATFORM = "timm_pytorch"
-# One of each model, so far.
-VERSION = "1"
 # As Triton names them.
 EXTENSIONS = (
     "binary_tensor_data",
@@ -31,6 +29,11 @@ def server_metadata() -> dict[str, Any]:
     return {"name": NAME, "version": importlib.metadata.version(NAME), "extensions": list(EXTENSIONS)}
 
 
+def version_of(served: Served) -> str:
+    """Return the version of a model that is in service, which is one at a time."""
+    return str(served.model.version)
+
+
 def model_metadata(served: Served) -> dict[str, Any]:
     """Return ModelMetadataResponse.
 
@@ -40,7 +43,7 @@ def model_metadata(served: Served) -> dict[str, Any]:
     model = served.model
     return {
         "name": model.name,
-        "versions": [VERSION],
+        "versions": [version_of(served)],
         "platform": PLATFORM,
         "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, *model.preprocess.settings.input_size]}],
         "outputs": [
@@ -92,21 +95,25 @@ def model_config(served: Served, max_delay: float) -> dict[str, Any]:
 
 
 def repository_index(engine: Engine, ready_only: bool) -> list[dict[str, Any]]:
-    """Return RepositoryIndexResponse's models."""
-    states = {name: "READY" if name in engine.models else "LOADING" for name in engine.names}
-    states = {served.model.name: "UNLOADING" for served in engine.leaving} | states
+    """Return RepositoryIndexResponse's models; which version loads isn't known yet."""
+    states = {(served.model.name, version_of(served)): "UNLOADING" for served in engine.leaving}
+    for name in engine.names:
+        served = engine.models.get(name)
+        states[name, version_of(served) if served else ""] = "READY" if served else "LOADING"
     return [
-        {"name": name, "version": VERSION, "state": state, "reason": ""}
-        for name, state in states.items()
+        {"name": name, "version": version, "state": state, "reason": ""}
+        for (name, version), state in states.items()
         if state == "READY" or not ready_only
     ]
 
 
-def model_statistics(metrics: Metrics, name: str, last_inference: int) -> dict[str, Any]:
+def model_statistics(metrics: Metrics, served: Served, last_inference: int) -> dict[str, Any]:
     """Return ModelStatistics, of what the model answered by whatever protocol; `last_inference` in ms of the epoch.
 
-    Each image of a request counts as one success, a request that failed as one failure.
+    Each image of a request counts as one success, a request that failed as one failure. What other versions of the
+    model answered before it counts too.
     """
+    name = served.model.name
 
     def total(metric: Any, suffix: str, **labels: str) -> float:
         labels["model"] = name
@@ -127,7 +134,7 @@ def model_statistics(metrics: Metrics, name: str, last_inference: int) -> dict[s
     stage = metrics.stage_duration
     return {
         "name": name,
-        "version": VERSION,
+        "version": version_of(served),
         "last_inference": last_inference,
         "inference_count": images["count"],
         "execution_count": round(total(metrics.batch_size, "_count")),

@@ -8,7 +8,7 @@ from typing import Any
 
 from tome_server.control import ModelControl
 from tome_server.engine import Engine, Reply, Request, Served
-from tome_server.errors import InvalidRequestError, UnknownModelError, UnsupportedError
+from tome_server.errors import InvalidRequestError, UnknownVersionError, UnsupportedError
 from tome_server.oip import describe
 from tome_server.oip.images import images_of
 from tome_server.oip.messages import InferRequest, InferResponse, Parameter
@@ -33,8 +33,8 @@ class OpenInference:
     def model_ready(self, name: str, version: str = "") -> bool:
         """Return whether a model answers now; not if there is none of that name."""
         engine, name = self.engine, name or self.engine.default_name
-        in_service = name in engine.names and name in engine.models and version in ("", describe.VERSION)
-        return in_service and not engine.draining.is_set()
+        served = engine.models.get(name)
+        return served is not None and version in ("", describe.version_of(served)) and not engine.draining.is_set()
 
     def metadata(self, name: str, version: str = "") -> dict[str, Any]:
         """Describe a model's inputs and outputs."""
@@ -46,8 +46,11 @@ class OpenInference:
 
     def statistics(self, name: str = "", version: str = "") -> list[dict[str, Any]]:
         """Say what a model has answered; every model in service if unnamed."""
-        names = [self._served(name, version).model.name] if name else filter(self.model_ready, self.engine.names)
-        return [describe.model_statistics(self.engine.metrics, one, self._last_inference.get(one, 0)) for one in names]
+        chosen = [self._served(name, version)] if name else self.engine.models.values()
+        return [
+            describe.model_statistics(self.engine.metrics, served, self._last_inference.get(served.model.name, 0))
+            for served in chosen
+        ]
 
     def index(self, ready_only: bool = False) -> list[dict[str, Any]]:
         """List the models."""
@@ -67,7 +70,8 @@ class OpenInference:
         """Answer a request's images, all or none.
 
         Its deadline is `arrival`, on the event loop's clock, plus the least of `time_remaining` (seconds) and what its
-        parameters say. When one image can't be answered, or the caller is cancelled, the others are given up.
+        parameters say. When one image can't be answered, or the caller is cancelled, the others are given up. If the
+        model is replaced meanwhile, the one that was there answers all.
         """
         served = self._served(request.model, request.version)
         terms = terms_of(request.parameters)
@@ -75,27 +79,27 @@ class OpenInference:
         images = images_of(request.input, self.engine.max_pending)
         check_size(wanted, len(images), request.as_bytes)
         deadline = arrival + min(terms.budget, math.inf if time_remaining is None else time_remaining)
-        replies = await self._predict(
-            [
-                Request(
-                    model=served.model.name,
-                    input=image,
-                    arrival=arrival,
-                    deadline=deadline,
-                    r=terms.r,
-                    min_r=terms.min_r,
-                    max_r=terms.max_r,
-                    min_quality=terms.min_quality,
-                    top_k=1,
-                    logits=is_wanted(wanted, "logits", "probabilities"),
-                    features=is_wanted(wanted, "features"),
-                    token_map=is_wanted(wanted, "token_map"),
-                    patches=is_wanted(wanted, "patch_features"),
-                    trace_id=trace_id,
-                )
-                for image in images
-            ]
-        )
+        requests = [
+            Request(
+                model=served.model.name,
+                input=image,
+                arrival=arrival,
+                deadline=deadline,
+                r=terms.r,
+                min_r=terms.min_r,
+                max_r=terms.max_r,
+                min_quality=terms.min_quality,
+                top_k=1,
+                logits=is_wanted(wanted, "logits", "probabilities"),
+                features=is_wanted(wanted, "features"),
+                token_map=is_wanted(wanted, "token_map"),
+                patches=is_wanted(wanted, "patch_features"),
+                trace_id=trace_id,
+            )
+            for image in images
+        ]
+        with self.engine.holding(served):
+            replies = await self._predict(requests, served)
         self._last_inference[served.model.name] = time.time_ns() // 1_000_000
         parameters: dict[str, Parameter] = parameters_of(replies)
         if terms.mark_final:
@@ -103,7 +107,7 @@ class OpenInference:
         # Megabytes, where they are wanted.
         patches = is_wanted(wanted, "patch_features")
         outputs = await asyncio.to_thread(tensors_of, replies, wanted) if patches else tensors_of(replies, wanted)
-        return InferResponse(served.model.name, describe.VERSION, request.id, parameters, outputs)
+        return InferResponse(served.model.name, describe.version_of(served), request.id, parameters, outputs)
 
     def _controlled(self) -> ModelControl:
         if self._control is None:
@@ -111,26 +115,28 @@ class OpenInference:
         return self._control
 
     def _served(self, name: str, version: str) -> Served:
-        if version not in ("", describe.VERSION):
-            raise UnknownModelError(f"{name[:100]}, version {version[:20]}", self.engine.names)
-        return self.engine.model(name)
+        served = self.engine.model(name)
+        if version not in ("", describe.version_of(served)):
+            raise UnknownVersionError(served.model.name, version[:20], served.model.version)
+        return served
 
-    async def _predict(self, requests: Sequence[Request]) -> list[Reply]:
+    async def _predict(self, requests: Sequence[Request], served: Served) -> list[Reply]:
         """Answer all, or raise what the first to fail failed with."""
         if len(requests) == 1:
-            return [await self._predict_one(requests[0], "image")]
+            return [await self._predict_one(requests[0], served, "image")]
         try:
             async with asyncio.TaskGroup() as tasks:
                 running = [
-                    tasks.create_task(self._predict_one(request, f"image[{i}]")) for i, request in enumerate(requests)
+                    tasks.create_task(self._predict_one(request, served, f"image[{i}]"))
+                    for i, request in enumerate(requests)
                 ]
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [task.result() for task in running]
 
-    async def _predict_one(self, request: Request, image: str) -> Reply:
+    async def _predict_one(self, request: Request, served: Served, image: str) -> Reply:
         try:
-            return await self.engine.predict(request)
+            return await self.engine.predict(request, served)
         except InvalidRequestError as error:
             raise InvalidRequestError(_field(error.field, image), error.description) from error
 

@@ -22,6 +22,7 @@ from tome_server.errors import (
     TooLargeError,
     UnavailableError,
     UnknownModelError,
+    UnknownVersionError,
     UnsupportedError,
 )
 
@@ -29,6 +30,7 @@ DOMAIN = "tome-serving"
 _CODES = {
     InvalidRequestError: code_pb2.INVALID_ARGUMENT,
     UnknownModelError: code_pb2.NOT_FOUND,
+    UnknownVersionError: code_pb2.NOT_FOUND,
     InfeasibleError: code_pb2.DEADLINE_EXCEEDED,
     ExpiredError: code_pb2.DEADLINE_EXCEEDED,
     OverloadedError: code_pb2.RESOURCE_EXHAUSTED,
@@ -70,7 +72,7 @@ def _details(error: RequestError) -> list[Any]:
         case InvalidRequestError():
             violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.description)
             return _packed(error_details_pb2.BadRequest(field_violations=[violation]))
-        case UnknownModelError():
+        case UnknownModelError() | UnknownVersionError():
             return _packed(
                 error_details_pb2.ResourceInfo(resource_type="model", resource_name=error.name, description=str(error))
             )

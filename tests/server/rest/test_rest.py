@@ -330,6 +330,10 @@ def test_paths_and_methods_that_are_not_there(base: str) -> None:
         assert answer.status == 404
         assert answer.error
     assert ask(base, "/v2/models/nobody/infer", json.dumps(GOOD).encode()).status == 404
+    refused = infer(base, GOOD, path="/v2/models/fashion/versions/2/infer")
+    assert (refused.status, refused.json["code"]) == (404, "NOT_FOUND")
+    assert refused.error == "fashion has no version '2' in service; version 1 is"
+    assert infer(base, GOOD, path="/v2/models/fashion/versions/1/infer").json["model_version"] == "1"
     assert ask(base, INFER).status == 405
     assert ask(base, "/v2/repository/models/fashion/load", b"").status == 501
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
 from tome_api.v1 import inference_pb2 as pb
@@ -112,6 +113,44 @@ def test_a_model_is_replaced_without_a_request_lost(
         stub = inference_pb2_grpc.InferenceStub(channel)
         described = stub.GetModel(pb.GetModelRequest(model="second")).model
         assert "".join(f"{label}\n" for label in described.labels) == labels.upper()
+
+
+def test_the_version_that_is_served_is_told_and_honoured(
+    tmp_path: Path, own_server: Callable[..., Any], samples: dict[Path, str]
+) -> None:
+    models, image = tmp_path / "models", np.array([next(iter(samples)).read_bytes()], object)
+    for version in ("1", "3"):
+        store(models / "ours", version)
+    (models / "ours" / "config.yaml").write_text("version: 1\n")
+    config = tmp_path / "server.yaml"
+    config.write_text("repository: models\nmodel_control: true\n")
+    server = own_server("--config", str(config), "--profile-time", "300ms")
+    tensor = triton.client.InferInput("image", [1], "BYTES")
+    tensor.set_data_from_numpy(image)
+
+    def check(client: Any, served: str, other: str) -> None:
+        for asked in (served, ""):
+            assert client.infer("ours", [tensor], model_version=asked).get_response().model_version == served
+            assert [*client.get_model_metadata("ours", asked).versions] == [served]
+            assert client.get_model_config("ours", asked).config.name == "ours"
+            assert client.is_model_ready("ours", asked)
+        assert [(one.name, one.version) for one in client.get_model_repository_index().models] == [("ours", served)]
+        assert [one.version for one in client.get_inference_statistics("ours").model_stats] == [served]
+        assert not client.is_model_ready("ours", other)
+        for call in (
+            lambda: client.infer("ours", [tensor], model_version=other),
+            lambda: client.get_model_metadata("ours", other),
+            lambda: client.get_model_config("ours", other),
+        ):
+            text = f"NOT_FOUND.*ours has no version '{other}' in service; version {served} is"
+            with pytest.raises(triton.InferenceServerException, match=text):
+                call()
+
+    with triton.client.InferenceServerClient(server.target) as client:
+        check(client, "1", "3")
+        (models / "ours" / "config.yaml").write_text("version: 3\n")
+        client.load_model("ours")
+        check(client, "3", "1")
 
 
 def test_what_cannot_be_loaded_is_refused_in_words_and_what_was_served_stays(

@@ -468,8 +468,12 @@ def test_an_unknown_model_or_version_is_not_found(client: Any, one: Any) -> None
         "nobody": lambda: client.infer("nobody", [one]),
         "nobody ": lambda: client.get_model_metadata("nobody"),
         "nobody  ": lambda: client.get_inference_statistics("nobody"),
-        "version 7": lambda: client.infer("fashion", [one], model_version="7"),
-        "version 7 ": lambda: client.get_model_config("fashion", "7"),
+        "fashion has no version '7' in service; version 1 is": lambda: client.infer(
+            "fashion", [one], model_version="7"
+        ),
+        "fashion has no version '7' in service; version 1 is ": lambda: client.get_model_config("fashion", "7"),
+        "no version '01' in service": lambda: client.get_model_metadata("fashion", "01"),
+        "no version '2' in service": lambda: client.get_inference_statistics("fashion", "2"),
     }
     for text, call in calls.items():
         code, message = refused(call)
