@@ -5,14 +5,19 @@ import csv
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from tome_client import Client
 from tome_client.cli import main
 
 from .wire import scrape
@@ -21,6 +26,8 @@ pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1200)]
 
 VERSION = "2.60.0"
 RATES = (4, 8)
+# Of our own client's, in turn with perf_analyzer's: seconds, and how many of each at least and at most.
+WINDOW, LEAST, MOST = 3.0, 5, 15
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +53,9 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def analyze(command: list[str], server: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Return a function that runs perf_analyzer, and returns the rows of its table."""
 
-    def run(*flags: str, http: bool = False) -> list[dict[str, str]]:
+    def run(*flags: str, http: bool = False, of: Any = server) -> list[dict[str, str]]:
         table = tmp_path_factory.mktemp("table") / "table.csv"
-        address = server.metrics_url.removesuffix("/metrics").removeprefix("http://") if http else server.target
+        address = of.metrics_url.removesuffix("/metrics").removeprefix("http://") if http else of.target
         # Zeros, for its random floats are random bytes: NaN, and refused. What is stable here is not asked.
         common = ["-m", "fashion", "-u", address, "-i", "http" if http else "grpc", "--input-data", "zero"]
         common += ["--stability-percentage", "999", "--max-trials", "3", "-f", str(table)]
@@ -97,3 +104,43 @@ def test_at_fixed_rates_it_finds_what_our_own_client_finds(
         assert main(["load", *arguments]) in (None, 0)
         ours = json.loads(capsys.readouterr().out)
         assert theirs[rate] == pytest.approx(ours["summary"]["total"]["goodput"], rel=0.1)
+
+
+def median_latency(target: str, concurrency: int) -> float:
+    """In µs, of so many clients of ours that each ask anew once they are answered: what perf_analyzer asks."""
+    image = np.zeros((3, 28, 28), np.float32)
+    latencies: list[float] = []
+    end = time.perf_counter() + WINDOW
+
+    def ask() -> None:
+        with Client(target) as client:
+            client.predict(image)
+            while (sent := time.perf_counter()) < end:
+                client.predict(image, features=True, top_k=10)
+                latencies.append(time.perf_counter() - sent)
+
+    clients = [threading.Thread(target=ask) for _ in range(concurrency)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    return 1e6 * statistics.median(latencies)
+
+
+@pytest.fixture(scope="module")
+def one_thread(module_server: Callable[..., Any]) -> Any:
+    """A server that leaves a core to its clients, of which ours needs more of it."""
+    return module_server("--threads", "1", "--default-budget", "60s")
+
+
+@pytest.mark.parametrize("concurrency", [1, 2, 4])
+def test_its_latencies_are_those_that_our_own_client_finds(
+    analyze: Callable[..., Any], one_thread: Any, concurrency: int
+) -> None:
+    ratios: list[float] = []
+    while len(ratios) < LEAST or (len(ratios) < MOST and statistics.median(ratios) != pytest.approx(1, abs=0.1)):
+        flags = ["--concurrency-range", str(concurrency), "--measurement-interval", "1000"]
+        [row] = analyze(*flags, of=one_thread)
+        ratios.append(float(row["p50 latency"]) / median_latency(one_thread.target, concurrency))
+    print(f"concurrency {concurrency}: perf_analyzer's median latency is {statistics.median(ratios):.3f} of ours")
+    assert statistics.median(ratios) == pytest.approx(1, abs=0.1)
