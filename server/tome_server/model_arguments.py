@@ -91,6 +91,16 @@ def add_models_commands(parser: argparse.ArgumentParser) -> None:
     _add_device(evaluate)
     evaluate.set_defaults(run=_command("evaluate"))
 
+    tune = commands.add_parser(
+        "tune",
+        help="find how much each block of a stored model should merge at each r",
+        description="Do what `tome-server tune` does with a stored model, and keep the result with it.",
+    )
+    _add_name(tune)
+    add_tuning(tune)
+    _add_device(tune)
+    tune.set_defaults(run=_command("tune"))
+
     profile = commands.add_parser(
         "profile",
         help="measure how long a stored model's batches take here",
@@ -126,6 +136,34 @@ def add_models_commands(parser: argparse.ArgumentParser) -> None:
     )
     supported.add_argument("--json", action="store_true", help="print JSON instead of a table")
     supported.set_defaults(run=_command("supported"))
+
+
+def add_tuning(parser: argparse.ArgumentParser) -> None:
+    """Add what `tome-server tune` and `tome-server models tune` take beside a model."""
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="images as of evaluate, labelled or not: none to test on",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--r", type=r_values, metavar="R,R,…", help="the r values to tune (default: the model's grid)")
+    which.add_argument(
+        "--target-macs", type=share, metavar="SHARE",
+        help="tune the first r of the grid that leaves no more than this share of the work",
+    )  # fmt: skip
+    parser.add_argument(
+        "--images", type=positive, default=512, metavar="N", help="images to use, chosen at random (default: 512)"
+    )
+    parser.add_argument(
+        "--trials", type=positive, default=48, metavar="N",
+        help="schedules to run for the largest r; half as many for each other (default: 48)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--blocks", type=positive, metavar="N", help="blocks that may merge at all (default: a third of the model's)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of images and of the search")
 
 
 def _add_repository(parser: argparse.ArgumentParser) -> None:

@@ -130,6 +130,22 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def tune(args: argparse.Namespace) -> int:
+    """Find how much each block of a stored model should merge, and keep that with it."""
+    from tome_server.offline import Tuning, tune_model
+    from tome_server.runtime.tuning_table import table
+
+    _log()
+    _, spec = _stored(args)
+    assert spec.checkpoint is not None
+    tuning = Tuning(args.r, args.target_macs, args.images, args.trials, args.blocks, args.seed)
+    report, found = tune_model(_settings(spec, args), args.data, tuning)
+    _write_json(quality_file(spec.checkpoint.parent, spec.dtype), report)
+    sys.stdout.write(table(found))
+    _print_levels(spec)
+    return 0
+
+
 def profile(args: argparse.Namespace) -> int:
     """Measure a stored model's latencies."""
     from tome_server.runtime.profile_table import table

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tome_server.timm_import  # noqa: F401  isort: skip
@@ -10,9 +10,10 @@ import tome_server.timm_import  # noqa: F401  isort: skip
 import torch
 
 from tome_server.config import ServerConfig
+from tome_server.errors import ConfigError
 from tome_server.hosting import model_specs
 from tome_server.models.datasets import load_labelled
-from tome_server.models.loaded import LoadedModel
+from tome_server.models.loaded import LoadedModel, with_schedules
 from tome_server.models.loading import load, stored_schedules
 from tome_server.models.spec import ModelSpec
 from tome_server.runtime.choose_device import choose_device
@@ -21,6 +22,7 @@ from tome_server.runtime.evaluation import evaluate, quality_report
 from tome_server.runtime.profile_store import ProfileKey, keep_profile, profile_key
 from tome_server.runtime.profiling import measure
 from tome_server.runtime.threads import choose_threads
+from tome_server.runtime.tuning import Tuned, halves, tune
 from tome_server.scheduling.profile import Profile
 
 
@@ -42,6 +44,67 @@ def evaluate_model(
     rs = grid or [level.r for level in model.grid]
     levels = evaluate(model, images, rs, device, reference=reference, limit=limit, progress=sys.stderr.isatty())
     return quality_report(spec, model, levels, data.name, min(limit or len(images), len(images)), device)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What `tune_model` is to do, beside the model and its images."""
+
+    rs: Sequence[int] | None = None
+    """The r values to find schedules for; None: all of the model's grid."""
+    target_macs: float | None = None
+    """In place of them, the first r of the grid that leaves no more than this share of the work."""
+    images: int | None = 512
+    """How many images to use, half of them to search on; None: all."""
+    trials: int = 48
+    blocks: int | None = None
+    seed: int = 0
+
+
+def tune_model(config: ServerConfig, data: Path, tuning: Tuning) -> tuple[dict[str, object], list[Tuned]]:
+    """Find schedules for the first configured model on the images at `data`, and evaluate it with the better ones.
+
+    Returns the report that quality.json holds, measured on the half of the images that wasn't searched on, and how
+    each schedule that was found compares with r in every block, in descending order of r. Raises ConfigError,
+    ModelLoadError or DatasetError, in words for the operator.
+    """
+    searched, held_out = halves(load_labelled(data), tuning.images, tuning.seed)
+    spec = model_specs(config)[0]
+    spec = replace(spec, quality=None, schedules=stored_schedules(spec))
+    device = choose_device(config.device)
+    torch.set_num_threads(config.threads or available_cpus())
+    model, shown = load(spec, device), sys.stderr.isatty()
+    found = tune(
+        model,
+        searched,
+        held_out,
+        _rs_to_tune(model, tuning),
+        device,
+        blocks=tuning.blocks,
+        trials=tuning.trials,
+        seed=tuning.seed,
+        progress=shown,
+    )
+    better = {each.r: each.schedule for each in found if each.better}
+    model = with_schedules(model, {**model.schedules, **better})
+    levels = evaluate(model, held_out, model.rs, device, reference=float32_of(spec, device), progress=shown)
+    report = quality_report(spec, model, levels, data.name, len(held_out), device)
+    how = {"images": len(searched), "trials": tuning.trials, "seed": tuning.seed}
+    return report | {"tuned": how | {"levels": [each.fields() for each in found]}}, found
+
+
+def _rs_to_tune(model: LoadedModel, tuning: Tuning) -> Sequence[int]:
+    if tuning.target_macs is None:
+        return tuning.rs or [r for r in model.rs if r > 0]
+    most = tuning.target_macs * model.cost(0).total
+    for r in model.rs:
+        if r > 0 and model.count(r).total <= most:
+            return [r]
+    least = model.count(model.rs[-1]).total / model.cost(0).total
+    raise ConfigError(
+        f"target MACs of {tuning.target_macs:g}: {model.name} is served with no less than {least:.3f} of its work, "
+        f"at r = {model.rs[-1]}"
+    )
 
 
 def float32_of(spec: ModelSpec, device: torch.device) -> LoadedModel | None:

@@ -13,6 +13,7 @@ from tome_server.config import ServerConfig
 from tome_server.errors import ModelLoadError, PortInUseError
 from tome_server.models.datasets import DatasetError
 from tome_server.runtime.profile_store import ProfileKey, profile_text
+from tome_server.runtime.tuning import Kept, Tuned
 from tome_server.scheduling.profile import Profile
 from tome_server.served import LEAST_DEFAULT_BUDGET
 
@@ -312,6 +313,63 @@ def test_evaluate_does_not_begin_what_it_could_not_write(evaluated: list[tuple[A
     message = failure("evaluate", "--data", "images", "--output", str(tmp_path / "gone" / "quality.json"))
     assert message == f"tome-server: --output: there is no folder {tmp_path / 'gone'}"
     assert evaluated == []
+
+
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Calls of the tuning, which finds one schedule."""
+    calls: list[tuple[Any, ...]] = []
+    kept = Kept(shifted=0.01, agreement=0.9, top1=None)
+
+    def tune(*args: Any) -> tuple[dict[str, object], list[Tuned]]:
+        calls.append(args)
+        return {"levels": []}, [Tuned(8, (9, 7), 80, 90, kept, kept, -0.01, 0.002)]
+
+    monkeypatch.setattr(offline, "tune_model", tune)
+    return calls
+
+
+def test_tune_prints_a_report_or_writes_it_and_prints_what_was_found(
+    capsys: pytest.CaptureFixture[str], tuned: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["tune", "--data", "images", "--model", "vit", "--r", "8,14", "--blocks", "2", "--seed", "3"])
+    assert caught.value.code == 0
+    assert json.loads(capsys.readouterr().out) == {"levels": []}
+    with pytest.raises(SystemExit):
+        cli.main(["tune", "--data", "x", "--target-macs", "0.6", "--output", str(tmp_path / "q"), "--images", "9"])
+    assert json.loads((tmp_path / "q").read_text()) == {"levels": []}
+    assert "  9 7\n" in capsys.readouterr().out
+    (settings, data, first), (_, _, second) = tuned
+    assert (settings.models[0].source, data) == ("vit", Path("images"))
+    assert first == offline.Tuning(rs=[8, 14], blocks=2, seed=3)
+    assert second == offline.Tuning(target_macs=0.6, images=9)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--target-macs", "1.2"],
+        ["--target-macs", "0"],
+        ["--target-macs", "half"],
+        ["--target-macs", "0.6", "--r", "8"],
+        ["--r", "-8"],
+        ["--trials", "0"],
+        ["--images", "none"],
+        ["--blocks", "0"],
+    ],
+)
+def test_tune_refuses_what_makes_no_sense(tuned: list[tuple[Any, ...]], flags: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["tune", "--data", "images", *flags])
+    assert caught.value.code == 2
+    assert tuned == []
+
+
+def test_tune_does_not_begin_what_it_could_not_write(tuned: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    message = failure("tune", "--data", "images", "--output", str(tmp_path / "gone" / "quality.json"))
+    assert message == f"tome-server: --output: there is no folder {tmp_path / 'gone'}"
+    assert tuned == []
 
 
 def test_images_that_cannot_be_read_are_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tome_client import Client
 from tome_server import cli
+from tome_server.models.loaded import LoadedModel
 from tome_server.models.loading import load
 from tome_server.models.repository import Repository
 
@@ -194,6 +195,37 @@ def test_quality_is_measured_when_images_are_given(run: Run, models: Path, backb
     listed = run("list", "--repository", models)
     assert [line.split()[0] for line in listed.splitlines()[1:]] == ["again", "tiny"]
     assert listed.count("yes") == 2
+
+
+def test_a_tuned_model_keeps_its_schedules_when_it_is_measured_again(
+    run: Run, models: Path, backbone: Path, photos: Path
+) -> None:
+    add(run, models, backbone, "--name", "tiny")
+    stored = ["tiny", "--repository", models, "--data", photos, "--threads", "1"]
+    run("fit-head", *stored, "--no-profile")
+    printed = run("tune", *stored, "--r", "2,3", "--images", "40", "--trials", "3")
+    assert printed.count("r in every block") == 2
+    report = json.loads((models / "tiny/quality.json").read_text())
+    assert report["images"] == report["tuned"]["images"] == 20
+    found = {level["r"]: level["schedule"] for level in report["tuned"]["levels"] if level["kept"]}
+    assert {level["r"]: level["schedule"] for level in report["levels"] if "schedule" in level} == found
+    model = load(Repository(models).spec("tiny"), torch.device("cpu"))
+    assert {r: list(own) for r, own in model.schedules.items()} == found
+    assert model.relative_quality is not None
+    run("evaluate", *stored)
+    again = json.loads((models / "tiny/quality.json").read_text())
+    assert again["images"] == 60
+    assert {level["r"]: level["schedule"] for level in again["levels"] if "schedule" in level} == found
+    assert failure("tune", *stored, "--target-macs", "0.01") == (
+        f"tome-server: target MACs of 0.01: tiny is served with no less than {_least(model):.3f} of its work, "
+        f"at r = {model.rs[-1]}"
+    )
+    assert "r must lie in 1..8 for tiny, and is 9" in failure("tune", *stored, "--r", "9")
+    assert "one half is searched on" in failure("tune", *stored, "--images", "1")
+
+
+def _least(model: LoadedModel) -> float:
+    return model.count(model.rs[-1]).total / model.cost(0).total
 
 
 def test_what_cannot_be_added_leaves_nothing(

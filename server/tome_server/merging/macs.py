@@ -18,14 +18,17 @@ from tome_server.merging.schedule import Schedule, as_schedule, mergeable
 from tome_server.merging.support import VisionModel, check_supported, embedding_of, layers_of
 
 
-def macs(model: VisionModel, r: int | Schedule, image_size: tuple[int, int] | None = None) -> MacCount:
+def macs(
+    model: VisionModel, r: int | Schedule, image_size: tuple[int, int] | None = None, *, checked: bool = False
+) -> MacCount:
     """Count for one image of `image_size` (height, width) pixels, by default the model's own.
 
     Softmax, norms, activations, rotations and biases are left out, as papers do. That the last block may compute prefix
     tokens alone is not counted as saved. Raises UnsupportedModelError like `merge`, ValueError for a negative r or a
-    schedule of another depth.
+    schedule of another depth. `checked` says that `merge` took the model, which may have been fixed to one size since.
     """
-    check_supported(model)
+    if not checked:
+        check_supported(model)
     per_block = as_schedule(r).per_block(len(model.blocks))
     size = image_size or default_size(model)
     rows, columns = patch_grid(model, *size)

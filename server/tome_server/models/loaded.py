@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from tome_server.mac_count import MacCount
 from tome_server.merging import MergedModel, MergedOutput, Schedule, macs, tokens_per_block
 from tome_server.merging.schedule import mergeable
 from tome_server.models.hosted import HostedModel, Quality, r_grid
@@ -34,6 +35,11 @@ class LoadedModel(HostedModel):
         """Return how many tokens each block merges at `r`."""
         tuned = self.schedules.get(r)
         return Schedule.constant(r) if tuned is None else Schedule.explicit(tuned)
+
+    def count(self, schedule: int | Schedule) -> MacCount:
+        """Return the multiply-accumulates of one image merged by a schedule, be it the model's own or not."""
+        _, height, width = self.preprocess.settings.input_size
+        return macs(self.merged.model, schedule, (height, width), checked=True)
 
     @property
     def described(self) -> HostedModel:
@@ -87,16 +93,15 @@ def with_schedules(model: LoadedModel, schedules: Mapping[int, Sequence[int]]) -
     block, or less than r + 1.
     """
     tuned = {r: tuple(per_block) for r, per_block in schedules.items()}
-    size = model.preprocess.settings.input_size[1:]
     costs = list(model.costs)
     for r, per_block in tuned.items():
         if not 0 < r <= model.largest_r:
             raise ValueError(f"a schedule is for an r of 1 to {model.largest_r}, not {r}")
         schedule = Schedule.explicit(per_block)
         _check_mergeable(r, schedule.per_block(model.merged.depth), model)
-        costs[r] = macs(model.merged.model, schedule, size)
-        least = macs(model.merged.model, r + 1, size).total if r < model.largest_r else 0
-        most = macs(model.merged.model, r, size).total
+        costs[r] = model.count(schedule)
+        least = model.count(r + 1).total if r < model.largest_r else 0
+        most = model.count(r).total
         if not least <= costs[r].total <= most:
             raise ValueError(
                 f"the schedule of r = {r} takes {costs[r].total:,} multiply-accumulates, not {least:,} to {most:,}: "

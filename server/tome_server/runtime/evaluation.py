@@ -40,7 +40,7 @@ def evaluate(
         raise ConfigError(f"{model.name} has no classifier to measure; tome-server models fit-head gives it one")
     levels = sorted({0, *(min(r, model.largest_r) for r in grid)})
     count = len(images) if limit is None else min(limit, len(images))
-    class_ids = _class_ids(model, images)
+    class_ids = class_ids_of(model, images)
     agreeing: Counter[int] = Counter()
     right: Counter[int] = Counter()
     labelled = images[0][1] is not None
@@ -85,8 +85,8 @@ def quality_report(
     }
 
 
-def _class_ids(model: HostedModel, images: Dataset) -> list[int]:
-    """Return the model's class for each label of the images."""
+def class_ids_of(model: HostedModel, images: Dataset) -> list[int]:
+    """Return the model's class for each label of the images. Raises DatasetError if they don't fit."""
     numbers = [str(i) for i in range(len(images.classes))]
     if list(images.classes) == numbers:
         if len(numbers) > model.num_classes:

@@ -1,0 +1,168 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from tome_server.errors import ConfigError, DatasetError
+from tome_server.merging import Schedule, merge
+from tome_server.models.datasets import Dataset
+from tome_server.models.loaded import LoadedModel, loaded_model, with_schedules
+from tome_server.models.preprocess import Limits, Preprocess
+from tome_server.models.transform import ImageSettings
+from tome_server.runtime.evaluation import evaluate
+from tome_server.runtime.tuning import Kept, Tuned, halves, tune
+from tome_server.runtime.tuning_table import table
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def deep() -> LoadedModel:
+    """16 patches, 6 blocks, 4 classes, random weights."""
+    torch.manual_seed(0)
+    network = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=48, depth=6, num_heads=3, num_classes=4
+    )
+    for name, parameter in network.named_parameters():
+        if parameter.ndim > 1 and name not in ("cls_token", "pos_embed"):
+            torch.nn.init.normal_(parameter, std=2 * parameter[0].numel() ** -0.5)
+    image = ImageSettings((3, 16, 16), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
+    return loaded_model(
+        merge(network.eval().requires_grad_(False)), Preprocess(image, Limits()), name="deep", architecture="vit"
+    )
+
+
+def noise(count: int, labels: bool = True) -> Dataset:
+    def image(index: int) -> Image.Image:
+        return Image.fromarray(np.random.default_rng(index).integers(0, 256, (16, 16, 3), np.uint8))
+
+    return Dataset(image, count, [i % 4 for i in range(count)] if labels else None, tuple("0123") if labels else ())
+
+
+@pytest.fixture(scope="module")
+def found(deep: LoadedModel) -> list[Tuned]:
+    searched, held_out = halves(noise(160), None, 0)
+    return tune(deep, searched, held_out, [1, 2], CPU, trials=16, blocks=2)
+
+
+def test_each_r_gets_a_schedule_of_few_blocks_for_no_more_work(deep: LoadedModel, found: list[Tuned]) -> None:
+    assert [each.r for each in found] == [2, 1]
+    for each in found:
+        *free, last = each.schedule
+        assert sum(own > 0 for own in free) <= 2
+        # The head reads the class token alone, so that merging in the last block changes nothing but what is counted.
+        assert last == each.r
+        assert each.macs == deep.count(Schedule.explicit(each.schedule)).total <= each.constant_macs
+        assert each.constant_macs == deep.cost(each.r).total
+        tuned, constant = deep.count(Schedule.explicit(each.schedule)), deep.cost(each.r)
+        assert tuned.total - tuned.unread <= constant.total - constant.unread
+        assert with_schedules(deep, {each.r: each.schedule}).schedules == {each.r: each.schedule}
+
+
+def test_what_is_reported_is_of_the_images_held_out(deep: LoadedModel, found: list[Tuned]) -> None:
+    _, held_out = halves(noise(160), None, 0)
+    images = torch.stack([torch.from_numpy(deep.preprocess.image(image)) for image, _ in held_out])
+    for each in found:
+        with torch.inference_mode():
+            plain, constant, tuned = (
+                deep.merged(images, how).logits.softmax(dim=1) for how in (0, each.r, Schedule.explicit(each.schedule))
+            )
+        shifts = [(given - plain).abs().sum(dim=1) / 2 for given in (constant, tuned)]
+        assert each.constant.shifted == pytest.approx(float(shifts[0].mean()), rel=1e-3)
+        assert each.tuned.shifted == pytest.approx(float(shifts[1].mean()), rel=1e-3)
+        assert each.difference == pytest.approx(each.tuned.shifted - each.constant.shifted, abs=1e-6)
+        assert each.standard_error == pytest.approx(float((shifts[1] - shifts[0]).std()) / 80**0.5, rel=1e-3)
+        levels = evaluate(with_schedules(deep, {each.r: each.schedule}), held_out, [each.r], CPU)
+        assert (levels[each.r].agreement, levels[each.r].top1) == (each.tuned.agreement, each.tuned.top1)
+        levels = evaluate(deep, held_out, [each.r], CPU)
+        assert (levels[each.r].agreement, levels[each.r].top1) == (each.constant.agreement, each.constant.top1)
+
+
+def test_more_trials_never_find_worse_on_what_is_searched_on(deep: LoadedModel) -> None:
+    images = noise(64)
+    few, many = (tune(deep, images, images, [2], CPU, trials=trials, blocks=3)[0] for trials in (1, 24))
+    assert many.tuned.shifted < few.tuned.shifted
+
+
+def test_the_same_images_and_seed_give_the_same(deep: LoadedModel) -> None:
+    searched, held_out = halves(noise(40), None, 1)
+    first, again = (tune(deep, searched, held_out, [2], CPU, trials=6, seed=5) for _ in range(2))
+    assert first == again
+
+
+def test_images_need_no_labels(deep: LoadedModel) -> None:
+    searched, held_out = halves(noise(20, labels=False), None, 0)
+    [each] = tune(deep, searched, held_out, [2], CPU, trials=3)
+    assert each.tuned.top1 is None
+    assert 0 <= each.tuned.agreement <= 1
+    assert "top-1" not in table([each])
+
+
+def test_an_average_pooled_model_may_change_its_last_block_too() -> None:
+    torch.manual_seed(0)
+    network = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=48, depth=2, num_heads=3, num_classes=4,
+        global_pool="avg", class_token=False, fc_norm=False,
+    )  # fmt: skip
+    image = ImageSettings((3, 16, 16), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
+    pooled = loaded_model(merge(network.eval()), Preprocess(image, Limits()), name="avg", architecture="vit")
+    [each] = tune(pooled, noise(8), noise(8), [2], CPU, trials=8, blocks=1)
+    assert sum(own > 0 for own in each.schedule) == 1
+
+
+def test_only_what_shifts_no_more_than_r_in_every_block_is_better() -> None:
+    kept = Kept(0.1, 0.9, 0.8)
+    each = Tuned(2, (4, 0), 90, 100, kept, kept, difference=-0.01, standard_error=0.004)
+    assert each.better
+    assert replace(each, difference=0.0).better
+    worse = replace(each, difference=1e-9)
+    assert not worse.better
+    assert not worse.fields()["kept"]
+    assert "left out: it shifts more" in table([worse])
+    assert "left out" not in table([each])
+    assert "two standard errors" in table([replace(each, difference=-0.001)])
+    assert "two standard errors" not in table([each])
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_images_are_refused(count: int) -> None:
+    with pytest.raises(DatasetError, match="at least two images"):
+        halves(noise(count), None, 0)
+    with pytest.raises(DatasetError, match="at least two images"):
+        halves(noise(9), 1, 0)
+
+
+@pytest.mark.parametrize("limit", [None, 11, 500])
+def test_halves_have_no_image_in_common(limit: int | None) -> None:
+    images = Dataset(lambda i: Image.new("L", (1, 1), i), 30, list(range(30)), tuple(map(str, range(30))))
+    first, second = halves(images, limit, 3)
+    seen = [label for half in (first, second) for label in half.labels or ()]
+    assert len(seen) == len(set(seen)) == min(limit or 30, 30)
+    assert abs(len(first) - len(second)) <= 1
+    assert [label for half in halves(images, limit, 3) for label in half.labels or ()] == seen
+    assert [label for half in halves(images, limit, 4) for label in half.labels or ()] != seen
+
+
+@pytest.mark.parametrize(
+    ("rs", "blocks", "error"),
+    [([0], None, r"1\.\.8 for deep, and is 0"), ([9], None, r"1\.\.8 .* 9"), ([2], 7, "6 blocks, of which 7 can't"),
+     ([2], 0, "of which 0 can't")],
+)  # fmt: skip
+def test_what_is_out_of_range_is_refused(deep: LoadedModel, rs: list[int], blocks: int | None, error: str) -> None:
+    with pytest.raises(ConfigError, match=error):
+        tune(deep, noise(4), noise(4), rs, CPU, blocks=blocks)
+
+
+def test_labels_that_do_not_fit_are_refused_before_anything_is_searched(deep: LoadedModel, tmp_path: Path) -> None:
+    named = Dataset(lambda _: Image.new("L", (16, 16)), 4, [0, 1, 0, 1], ("hat", "scarf"))
+    with pytest.raises(DatasetError, match="no class named 'hat', 'scarf'"):
+        tune(deep, named, named, [2], CPU)
+
+
+def test_a_model_without_classes_is_refused(deep: LoadedModel) -> None:
+    with pytest.raises(ConfigError, match="no classifier to tune by"):
+        tune(replace(deep, num_classes=0), noise(4), noise(4), [2], CPU)
