@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_va
 
 from tome_server.models.spec import Dtype
 from tome_server.scheduling.policy import NAMES
-from tome_server.settings import Count, Duration, Size, Strict, read_settings
+from tome_server.settings import Count, Duration, Size, SizeOrNone, Strict, read_settings
 
 
 def parse_address(value: object) -> object:
@@ -136,6 +136,8 @@ class ServerConfig(Strict):
     """What the weights of all models may take together; one that goes beyond isn't loaded. By default no limit."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
+    cuda_graph_memory: SizeOrNone = 2**30
+    """What the CUDA graphs of one model may take of a GPU's memory; 0 for no graphs."""
     threads: Count | None = None
     """CPU threads for the model; by default one, or as many as the process may use CPUs, as measured at start."""
     policy: Policy = "price"

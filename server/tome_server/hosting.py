@@ -133,6 +133,7 @@ class Hosting:
         max_batch, seconds = self._config.batching.max_batch, self._config.profile_time
         try:
             with _fits(f"{spec.name}, in batches of up to {max_batch} images"):
+                await self._device.record(key, max_batch=max_batch, memory=self._config.cuda_graph_memory)
                 profile = await self._device.profile(
                     key, spec, max_batch=max_batch, budget=seconds, folder=self._config.profiles
                 )

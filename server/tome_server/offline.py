@@ -19,6 +19,7 @@ from tome_server.models.spec import ModelSpec
 from tome_server.runtime.choose_device import choose_device
 from tome_server.runtime.cpus import available_cpus
 from tome_server.runtime.evaluation import evaluate, quality_report
+from tome_server.runtime.graphs import with_graphs
 from tome_server.runtime.profile_store import ProfileKey, keep_profile, profile_key
 from tome_server.runtime.profiling import measure
 from tome_server.runtime.threads import choose_threads
@@ -127,6 +128,7 @@ def profile_model(
     max_batch = config.batching.max_batch
     if config.threads is None and device.type == "cpu":
         choose_threads([model], max_batch, device)
+    model = with_graphs(model, device, max_batch=max_batch, memory=config.cuda_graph_memory)
     key = profile_key(model, spec.checkpoint, device, max_batch)
     profile = measure(model, device, max_batch=max_batch, budget=budget, progress=progress)
     return model.name, key, profile, keep_profile(config.profiles, model.name, key, profile)

@@ -52,6 +52,9 @@ Duration = Annotated[
 Size = Annotated[
     int, BeforeValidator(parse_size, json_schema_input_type=Annotated[int, Field(gt=0)] | _SizeText), Field(gt=0)
 ]
+SizeOrNone = Annotated[
+    int, BeforeValidator(parse_size, json_schema_input_type=Annotated[int, Field(ge=0)] | _SizeText), Field(ge=0)
+]
 
 
 class Strict(BaseModel):

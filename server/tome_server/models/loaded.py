@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,11 +14,22 @@ from tome_server.models.hosted import HostedModel, Quality, r_grid
 from tome_server.models.preprocess import Preprocess
 
 
+class Forward(Protocol):
+    """Runs images [B, C, H, W], on the device and in the dtype of the network, at one r or each at its own."""
+
+    def __call__(
+        self, images: Tensor, r: int | Sequence[int] = 0, *, return_tokens: bool = False, return_token_map: bool = False
+    ) -> MergedOutput:
+        """As MergedModel's forward."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel(HostedModel):
     """A hosted model that can run."""
 
     merged: MergedModel
+    graphs: Forward | None = None
+    """What was recorded of it, to be run in its place: see runtime/graphs.py."""
 
     def input(self, images: Tensor, device: torch.device) -> Tensor:
         """Return images, [B, C, H, W], on the device and in the dtype of the network."""
@@ -27,6 +39,8 @@ class LoadedModel(HostedModel):
         self, images: Tensor, r: int | Sequence[int] = 0, *, return_tokens: bool = False, return_token_map: bool = False
     ) -> MergedOutput:
         """As MergedModel's forward: `images` at one r or each at its own, merged in the blocks as `schedules` say."""
+        if self.graphs is not None:
+            return self.graphs(images, r, return_tokens=return_tokens, return_token_map=return_token_map)
         how = self.schedule(r) if isinstance(r, int) else [self.schedule(own) for own in r]
         output: MergedOutput = self.merged(images, how, return_tokens=return_tokens, return_token_map=return_token_map)
         return output

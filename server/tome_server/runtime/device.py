@@ -102,6 +102,10 @@ class Device:
         threads: int = await self._call("choose_threads", max_batch)
         return threads
 
+    async def record(self, key: str, *, max_batch: int, memory: int) -> None:
+        """On CUDA, record graphs of a loaded model's batches in at most so many bytes; else do nothing."""
+        await self._call("record", key, max_batch, memory)
+
     async def profile(
         self, key: str, spec: ModelSpec, *, max_batch: int, budget: float, folder: Path | None
     ) -> Profile:

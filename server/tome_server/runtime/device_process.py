@@ -29,6 +29,7 @@ from tome_server.models.spec import ModelSpec
 from tome_server.runtime.choose_device import choose_device
 from tome_server.runtime.cpus import available_cpus
 from tome_server.runtime.executor import run_batch
+from tome_server.runtime.graphs import with_graphs
 from tome_server.runtime.profile_store import obtain_profile
 from tome_server.runtime.shared_images import receive
 from tome_server.runtime.threads import choose_threads
@@ -49,6 +50,8 @@ class DeviceProcess:
         self._images: dict[str, Tensor] = {}
         self._device = torch.device("cpu")
         self._threads = available_cpus()
+        # Held by a batch, and while CUDA graphs are recorded, so that neither comes into the other.
+        self._running = threading.Lock()
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
         logging.getLogger("tome_server").setLevel(connection.recv())
         logging.getLogger().addHandler(_ServerLog(self._send))
@@ -75,7 +78,8 @@ class DeviceProcess:
         images = self._images[key]
         r = rs[0] if len(set(rs)) == 1 else rs
         works = [work.on(images[work.image]) for work in batch]
-        return run_batch(self._models[key], works, r, self._device, packed=packed)
+        with self._running:
+            return run_batch(self._models[key], works, r, self._device, packed=packed)
 
     def share(self, key: str, shape: Sequence[int], slots: int) -> None:
         """Take the memory that a model's images will lie in."""
@@ -108,6 +112,12 @@ class DeviceProcess:
         """Measure which number of CPU threads is best, and use it."""
         self._threads = choose_threads(list(self._models.values()), max_batch, self._device)
         return self._threads
+
+    def record(self, key: str, max_batch: int, memory: int) -> None:
+        """Record CUDA graphs of a model that no batch is run of yet, in so many bytes of the device's memory."""
+        self._models[key] = with_graphs(
+            self._models[key], self._device, max_batch=max_batch, memory=memory, alone=self._running
+        )
 
     def profile(self, key: str, spec: ModelSpec, max_batch: int, budget: float, folder: Path | None) -> Profile:
         """Return the profile of a loaded model, measured if need be."""

@@ -47,7 +47,7 @@ class ProfileKey:
     """Multiply-accumulates of one image at each r: arguments of the architecture show here."""
     proportional_attention: bool
     device: str
-    """the processor's or GPU's name"""
+    """the processor's or GPU's name, and whether CUDA graphs are used"""
     dtype: str
     threads: int
     """torch's, which a GPU doesn't care about: 0 there"""
@@ -78,7 +78,7 @@ def profile_key(model: LoadedModel, checkpoint: Path | None, device: torch.devic
         input_size=tuple(model.preprocess.settings.input_size),
         macs=tuple(model.cost(r).total for r in grid),
         proportional_attention=model.merged.proportional_attention,
-        device=device_name(device),
+        device=device_name(device) + (" with CUDA graphs" if model.graphs else ""),
         dtype=str(next(model.merged.parameters()).dtype).removeprefix("torch."),
         threads=_threads() if device.type == "cpu" else 0,
         torch=torch.__version__,

@@ -9,9 +9,13 @@ import torch
 from tome_server.merging import merge
 from tome_server.merging.eva import fix_positions
 from tome_server.models.bundled import BUNDLED
+from tome_server.models.loaded import loaded_model
 from tome_server.models.loading import load
-from tome_server.models.spec import bundled_spec
+from tome_server.models.preprocess import Limits, Preprocess
+from tome_server.models.spec import Dtype, bundled_spec
+from tome_server.models.transform import ImageSettings
 from tome_server.runtime.executor import run_batch
+from tome_server.runtime.graphs import CudaRecorder, GraphedModel, recorded_sizes, with_graphs
 from tome_server.runtime.work import Work
 
 from .small_models import OTHER_KINDS
@@ -120,6 +124,49 @@ def check_no_waiting(call: Callable[[], object]) -> None:
             call()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_graphs_give_what_the_model_gives_to_the_last_bit(dtype: Dtype) -> None:
+    plain = load(bundled_spec("fashion", dtype), CUDA)
+    graphed = with_graphs(plain, CUDA, max_batch=10, memory=2**30)
+    assert isinstance(graphed.graphs, GraphedModel)
+    assert graphed.graphs.kinds == tuple((size, r) for size in recorded_sizes(10) for r in plain.rs)
+    generator = torch.Generator(CUDA).manual_seed(0)
+    shape = plain.preprocess.settings.input_size
+    with torch.inference_mode():
+        for size, r in graphed.graphs.kinds:
+            images = torch.randn(size, *shape, generator=generator, device=CUDA).to(getattr(torch, dtype))
+            given, expected = graphed.run(images, r), plain.run(images, r)
+            assert torch.equal(given.logits, expected.logits)
+            assert torch.equal(given.features, expected.features)
+        # Nine images run in the place of ten.
+        filled, alone = graphed.run(images[:9], 0), plain.run(images[:9], 0)
+    assert filled.logits.shape == alone.logits.shape
+    torch.testing.assert_close(filled.logits, alone.logits, rtol=5e-2, atol=5e-2)
+
+
+def test_graphs_keep_to_their_memory() -> None:
+    plain = load(bundled_spec("fashion"), CUDA)
+    recorder = CudaRecorder(CUDA)
+    before, most = recorder.taken(), 64 * 2**20
+    graphed = with_graphs(plain, CUDA, max_batch=64, memory=most)
+    assert recorder.taken() - before <= 1.25 * most
+    assert graphed is plain or graphed.graphs is not None
+
+
+def test_a_dinov3_runs_by_graphs() -> None:
+    torch.manual_seed(0)
+    name = "vit_small_patch16_dinov3"
+    model = timm.create_model(name, num_classes=10, depth=2).eval().requires_grad_(False).to(CUDA)
+    settings = ImageSettings((3, 64, 64), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
+    loaded = loaded_model(merge(model), Preprocess(settings, Limits()), name="dino", architecture=name)
+    fix_positions(model, loaded.patch_grid)
+    graphed = with_graphs(loaded, CUDA, max_batch=2, memory=2**30)
+    assert isinstance(graphed.graphs, GraphedModel)
+    images = torch.randn(2, 3, 64, 64, device=CUDA)
+    with torch.inference_mode():
+        assert torch.equal(graphed.run(images, 0).logits, loaded.run(images, 0).logits)
 
 
 def test_the_bundled_model_classifies_its_samples_as_on_the_cpu() -> None:
