@@ -1,0 +1,222 @@
+"""What merging costs in quality, against the work and the time that it leaves: ways of spreading it over the blocks.
+
+For each r: r in every block (`constant`), falling to nothing with depth (`falling`), rising from nothing (`rising`),
+in all blocks but the first (`late`), and as the model's quality report has it from `tome-server tune` (`tuned`).
+`macs` are those of r = 0 taken as 1; so are `time 1` and `time 8`, the seconds that batches of one and of eight take,
+medians of timings in turn in one run. `shifted` is the mean probability that goes to other classes than at r = 0, with
+its standard error; `agreement` the share of images given the class of r = 0.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+# Before torch is imported: spinning threads cost more than they gain on a shared machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
+
+import tome_server.timm_import  # noqa: F401  isort: skip
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from tome_server.merging import Schedule
+from tome_server.models.datasets import Dataset, load_labelled
+from tome_server.models.loaded import LoadedModel
+from tome_server.models.loading import load
+from tome_server.models.repository import Repository
+from tome_server.models.spec import bundled_spec
+from tome_server.runtime.evaluation import class_ids_of
+
+CPU = torch.device("cpu")
+BATCH = 16
+BATCHES = (1, 8)
+COLOURS = {"constant": "#777777", "falling": "#d08a2e", "rising": "#b3589a", "late": "#4a8fc2", "tuned": "#1a7f37"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of merging at one r."""
+
+    way: str
+    r: int
+    macs: float
+    times: Mapping[int, float]
+    """By batch size, as shares of the time at r = 0."""
+    shifted: float
+    shifted_error: float
+    agreement: float
+    top1: float | None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _arguments().parse_args(argv)
+    torch.set_num_threads(args.threads)
+    spec = Repository(args.repository).spec(args.model) if args.repository else bundled_spec(args.model)
+    model = load(spec, CPU)
+    images = load_labelled(args.data)
+    if args.images and args.images < len(images):
+        chosen = np.random.default_rng(args.seed).permutation(len(images))[: args.images]
+        images = images.subset(sorted(chosen.tolist()))
+    ways = ways_of(model, args.r or [r for r in model.rs if r])
+    shown = sys.stderr.isatty()
+    times = _times(model, ways, args.rounds, shown)
+    rows = measured(model, images, ways, times, progress=shown)
+    setting = {"model": args.model, "data": args.data.name, "images": len(images), "threads": args.threads,
+               "rounds": args.rounds, "torch": torch.__version__}  # fmt: skip
+    if args.picture:
+        draw(rows, f"{args.model}, {len(images):,} images", args.picture)
+    if args.json:
+        print(json.dumps({**setting, "rows": [asdict(row) for row in rows]}, indent=2))
+    else:
+        print("  ".join(f"{name} {value}" for name, value in setting.items()))
+        print(table(rows))
+
+
+def ways_of(model: LoadedModel, rs: Sequence[int]) -> dict[tuple[str, int], Schedule]:
+    """Return the schedules to compare, by name and r; the first is r = 0."""
+    ways = {("none", 0): Schedule.constant(0)}
+    for r in rs:
+        ways["constant", r] = Schedule.constant(r)
+        ways["falling", r] = Schedule.linear(r)
+        ways["rising", r] = Schedule.linear(r, 1.0)
+        ways["late", r] = late(model, r)
+        if r in model.schedules:
+            ways["tuned", r] = model.schedule(r)
+    return ways
+
+
+def late(model: LoadedModel, r: int) -> Schedule:
+    """Return the constant r that starts at the second block and takes no more work than `r` in every block."""
+    return next(
+        schedule
+        for more in range(r, 2 * r + 2)
+        if model.count(schedule := Schedule.constant(more, start=1)).total <= model.count(r).total
+    )
+
+
+@torch.inference_mode()
+def _times(
+    model: LoadedModel, ways: Mapping[tuple[str, int], Schedule], rounds: int, progress: bool
+) -> dict[tuple[str, int], dict[int, float]]:
+    taken: dict[tuple[str, int], dict[int, list[float]]] = {way: {size: [] for size in BATCHES} for way in ways}
+    inputs = {size: torch.randn(size, *model.preprocess.settings.input_size) for size in BATCHES}
+    for run in tqdm(range(rounds + 1), desc="timing", unit="round", disable=not progress):
+        for size, batch in inputs.items():
+            for way, schedule in ways.items():
+                images = model.input(batch, CPU)
+                start = time.perf_counter()
+                model.merged(images, schedule)
+                if run:  # the first warms up
+                    taken[way][size].append(time.perf_counter() - start)
+    medians = {way: {size: statistics.median(own) for size, own in sizes.items()} for way, sizes in taken.items()}
+    whole = medians["none", 0]
+    return {way: {size: own / whole[size] for size, own in sizes.items()} for way, sizes in medians.items()}
+
+
+@torch.inference_mode()
+def measured(
+    model: LoadedModel,
+    images: Dataset,
+    ways: Mapping[tuple[str, int], Schedule],
+    times: Mapping[tuple[str, int], Mapping[int, float]],
+    *,
+    progress: bool = False,
+) -> list[Row]:
+    """Run all images in all ways, and return one row for each."""
+    class_ids = class_ids_of(model, images)
+    given: dict[tuple[str, int], list[torch.Tensor]] = {way: [] for way in ways}
+    with tqdm(total=len(images), unit="image", disable=not progress) as bar:
+        for start in range(0, len(images), BATCH):
+            part = images.subset(range(start, min(start + BATCH, len(images))))
+            prepared = np.stack([model.preprocess.image(image) for image, _ in part])
+            inputs = model.input(torch.from_numpy(prepared), CPU)
+            for way, schedule in ways.items():
+                given[way].append(model.merged(inputs, schedule).logits.float().softmax(dim=1))
+            bar.update(len(part))
+    plain = torch.cat(given["none", 0])
+    labels = None if images.labels is None else torch.tensor([class_ids[label] for label in images.labels])
+    rows = []
+    for (name, r), schedule in ways.items():
+        probabilities = torch.cat(given[name, r])
+        shifted = (probabilities - plain).abs().sum(dim=1) / 2
+        classes = probabilities.argmax(dim=1)
+        rows.append(
+            Row(
+                way=name,
+                r=r,
+                macs=model.count(schedule).total / model.count(0).total,
+                times=times[name, r],
+                shifted=float(shifted.mean()),
+                shifted_error=float(shifted.std()) / len(images) ** 0.5,
+                agreement=float((classes == plain.argmax(dim=1)).float().mean()),
+                top1=None if labels is None else float((classes == labels).float().mean()),
+            )
+        )
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the rows as text."""
+    lines = [f"{'r':>4}  {'way':<9}{'macs':>7}{'time 1':>8}{'time 8':>8}{'shifted':>19}{'agreement':>11}{'top-1':>8}"]
+    lines += [
+        f"{row.r:>4}  {row.way:<9}{row.macs:>7.3f}{row.times[1]:>8.3f}{row.times[8]:>8.3f}"
+        f"{f'{row.shifted:.5f} ± {row.shifted_error:.5f}':>19}{row.agreement:>11.4f}"
+        f"{'-' if row.top1 is None else f'{row.top1:.4f}':>8}"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Draw what is shifted against work and against time, to a file of the format that its name ends in."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.9), layout="constrained")
+    FigureCanvasSVG(figure)
+    figure.suptitle(title)
+    panels = figure.subplots(1, 3, sharey=True)
+    across = [("multiply-accumulates left", lambda row: row.macs)]
+    across += [(f"time of a batch of {size}", lambda row, size=size: row.times[size]) for size in BATCHES]
+    for axes, (label, value) in zip(panels, across, strict=True):
+        for way, colour in COLOURS.items():
+            own = sorted((row for row in rows if row.way == way), key=lambda row: row.r)
+            if own:
+                axes.plot(
+                    [100 * value(row) for row in own], [100 * row.shifted for row in own], marker="o", markersize=4,
+                    color=colour, label=way,
+                )  # fmt: skip
+        axes.set_xlabel(f"{label}, % of r = 0")
+        axes.grid(color="#dddddd")
+    panels[0].set_ylabel("probability shifted, points")
+    panels[0].legend(frameon=False)
+    figure.savefig(path)
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.pareto", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="fashion", help="a bundled model, or one of --repository (default: fashion)")
+    parser.add_argument("--repository", type=Path, help="folder of models, as `tome-server serve` takes it")
+    parser.add_argument("--data", type=Path, required=True, help="images, as of tome-server evaluate")
+    parser.add_argument("--images", type=int, help="only so many of them, chosen at random")
+    parser.add_argument("--seed", type=int, default=0, help="of that choice (default: 0)")
+    parser.add_argument("--r", type=lambda text: [int(r) for r in text.split(",")], help="default: the model's grid")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--rounds", type=int, default=11, help="timings of each way (default: 11)")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="where to draw it: .svg")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The comparison of schedules: equal work is equal work, and what is reported is what was measured."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks import pareto
+
+from tome_server.models.datasets import Dataset, load_labelled
+from tome_server.models.loaded import LoadedModel, with_schedules
+from tome_server.models.loading import load
+from tome_server.models.spec import bundled_spec
+
+SAMPLES = Path(__file__).parents[2] / "server/tome_server/models/bundled/fashion/samples"
+TUNED = (0, 7, 57, 0, 38, 0, 0, 21, 0, 0, 0, 14)
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    plain = load(replace(bundled_spec("fashion"), quality=None), torch.device("cpu"))
+    return with_schedules(plain, {14: TUNED})
+
+
+@pytest.fixture(scope="module")
+def images() -> Dataset:
+    return load_labelled(SAMPLES).subset(range(6))
+
+
+@pytest.mark.parametrize("r", [2, 8, 14])
+def test_starting_late_takes_no_more_work(model: LoadedModel, r: int) -> None:
+    schedule = pareto.late(model, r)
+    first, second, *_ = schedule.per_block(12)
+    assert first == 0 < r <= second
+    assert model.count(r + 1).total < model.count(schedule).total <= model.count(r).total
+
+
+def test_every_way_is_run_at_every_r_and_tuned_where_there_is_a_schedule(model: LoadedModel) -> None:
+    ways = pareto.ways_of(model, [8, 14])
+    assert next(iter(ways)) == ("none", 0)
+    assert [name for name, r in ways if r == 8] == ["constant", "falling", "rising", "late"]
+    assert [name for name, r in ways if r == 14] == ["constant", "falling", "rising", "late", "tuned"]
+    assert ways["tuned", 14].per_block(12) == TUNED
+
+
+def test_what_is_measured_is_told_in_rows_table_and_picture(
+    model: LoadedModel, images: Dataset, tmp_path: Path
+) -> None:
+    ways = pareto.ways_of(model, [14])
+    times = {way: {1: 0.9, 8: 0.8} for way in ways}
+    rows = pareto.measured(model, images, ways, times)
+    none, constant, *_, tuned = rows
+    assert (none.macs, none.shifted, none.agreement, none.top1) == (1.0, 0.0, 1.0, None)
+    assert tuned.macs <= constant.macs < 0.6
+    inputs = torch.stack([torch.from_numpy(model.preprocess.image(image)) for image, _ in images])
+    with torch.inference_mode():
+        plain, merged = (model.run(inputs, r).logits.softmax(dim=1) for r in (0, 14))
+    assert tuned.shifted == pytest.approx(float((plain - merged).abs().sum() / 2 / len(images)), rel=1e-3)
+    printed = pareto.table(rows).splitlines()
+    assert len(printed) == 1 + len(rows)
+    assert printed[-1].split()[:2] == ["14", "tuned"]
+    pareto.draw(rows, "fashion", tmp_path / "pareto.svg")
+    assert "<svg" in (tmp_path / "pareto.svg").read_text()
