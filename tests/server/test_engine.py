@@ -35,6 +35,8 @@ from tome_server.models.loading import load
 from tome_server.models.spec import bundled_spec
 from tome_server.models.transform import ImageSettings
 from tome_server.observability.metrics import Metrics
+from tome_server.oip.messages import InferRequest, RequestedOutput, Tensor
+from tome_server.oip.service import OpenInference
 from tome_server.runtime.work import BatchResult, Result, Work
 from tome_server.scheduling.policy.view import Decision, Policy, View, uniform
 from tome_server.scheduling.profile import Latency, Profile
@@ -1230,6 +1232,27 @@ async def test_requests_of_a_model_that_is_held_are_answered_by_it_whatever_beco
         assert not leaving.done()
     await leaving
     assert not bench.engine.leaving
+
+
+async def test_all_images_of_a_request_are_answered_by_one_model_though_it_is_replaced_before_they_start(
+    bench: Bench,
+) -> None:
+    before = bench.engine.models["first"]
+    images = InferRequest("first", Tensor("image", "BYTES", (2,), [b"1", b"2"]), outputs=[RequestedOutput("class_id")])
+    arrival = asyncio.get_running_loop().time()
+    answering = asyncio.create_task(OpenInference(bench.engine).infer(images, arrival, None))
+    # It has gone as far as to have a task for each image, none of which has begun.
+    await asyncio.sleep(0)
+    assert bench.gauge("tome_requests_pending") == 0
+    successor = replace(before.model, version=2)
+    bench.engine.serve(ServedModel(successor, before.profile, "max_batch", "first#2"))
+    leaving = asyncio.create_task(bench.engine.left(before))
+    response = await answering
+    assert response.version == "1"
+    assert {key for key, *_ in bench.device.batches} == {before.key}
+    await leaving
+    images = replace(images, version="2")
+    assert (await OpenInference(bench.engine).infer(images, arrival, None)).version == "2"
 
 
 async def test_a_retired_model_is_let_go_only_after_a_batch_whose_callers_have_gone(bench: Bench) -> None:
