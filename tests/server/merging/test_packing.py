@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tome_server.merging import MergedModel, macs, merge, pack, packable
-from tome_server.merging.packing import PackedLinear, PackedPatches
+from tome_server.merging.packing import PackedLinear, PackedPatches, _Mkl, _OneDnn
 
 from .small_models import OTHER_KINDS, PLAIN_KINDS, Kind
 
@@ -85,3 +85,31 @@ def test_a_layer_without_bias_can_be_packed() -> None:
     linear = nn.Linear(16, 8, bias=False).requires_grad_(False)
     x = torch.randn(5, 16)
     torch.testing.assert_close(PackedLinear(linear.weight, None)(x), linear(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("product", [_OneDnn, _Mkl])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize(("inner", "outer"), [(100, 37), (192, 576), (768, 192)])
+def test_either_librarys_product_is_the_layers_for_any_number_of_rows(
+    product: type[_OneDnn] | type[_Mkl], activation: str, inner: int, outer: int
+) -> None:
+    if product is _Mkl and not _Mkl.is_available():
+        pytest.skip("torch comes without MKL here")
+    linear = nn.Linear(inner, outer).requires_grad_(False)
+    packed = product(linear.weight, linear.bias, activation)
+    for rows in (1, 2, 15, 64, 197, 1000, 1025, 2500):
+        x = torch.randn(rows, inner)
+        expected = nn.functional.gelu(linear(x)) if activation == "gelu" else linear(x)
+        torch.testing.assert_close(packed(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_copy_of_a_packed_model_gives_the_same_results(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval().requires_grad_(False)
+        packed, images = pack(merge(model)), torch.randn(2, 3, 32, 32)
+        assert torch.equal(copy.deepcopy(packed)(images, 1).logits, packed(images, 1).logits)
+    finally:
+        torch.set_num_threads(before)
