@@ -45,9 +45,7 @@ async def serve(config: ServerConfig) -> None:
     specs = model_specs(config)
     batching, decode_threads = config.batching, available_cpus()
     async with AsyncExitStack() as stack:
-        # Room for images that wait, and for those whose callers have gone while they are decoded or run.
-        slots = batching.max_pending + decode_threads + batching.max_batch
-        device = Device(slots)
+        device = Device()
         stopping = asyncio.Event()
         for signum in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(signum, _stop, stopping, device, signum)

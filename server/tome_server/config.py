@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
+from tome_server.models.own import OwnBatching, OwnLimits
 from tome_server.models.spec import Dtype
-from tome_server.scheduling.policy import NAMES
-from tome_server.settings import Count, Duration, Size, SizeOrNone, Strict, read_settings
+from tome_server.settings import Count, Duration, Policy, Size, SizeOrNone, Strict, read_settings
 
 
 def parse_address(value: object) -> object:
@@ -22,21 +22,12 @@ def parse_address(value: object) -> object:
     return value
 
 
-def parse_policy(value: object) -> object:
-    """Return the name of a policy as it is. Raises ValueError for text that is none."""
-    if isinstance(value, str) and not re.fullmatch("|".join(NAMES).replace(":R", ":[0-9]+"), value):
-        raise ValueError(f"{value!r} is no policy; there are {', '.join(NAMES)}")
-    return value
-
-
 # What may be written, for the JSON Schema; the functions decide.
 _AddressText = Annotated[str, Field(pattern=r"^\S+:[0-9]{1,5}$")]
-_PolicyText = Annotated[str, Field(pattern=f"^({'|'.join(NAMES).replace(':R', ':[0-9]+')})$")]
 Address = Annotated[str, BeforeValidator(parse_address, json_schema_input_type=_AddressText)]
 AddressOrOff = Annotated[
     str | None, BeforeValidator(parse_address, json_schema_input_type=_AddressText | Literal["off", False] | None)
 ]
-Policy = Annotated[str, BeforeValidator(parse_policy, json_schema_input_type=_PolicyText)]
 
 
 class ModelConfig(Strict):
@@ -58,6 +49,16 @@ class ModelConfig(Strict):
     """Overrides of timm's data config."""
     default_budget: Annotated[Duration, Field(gt=0)] | None = None
     """Latency budget of requests that set none; by default 1s, or ten images' time if that is more."""
+    default_min_r: Annotated[int, Field(ge=0, strict=True)] | None = None
+    """The min_r of requests that set none of r, min_r, max_r and min_quality."""
+    default_max_r: Annotated[int, Field(ge=0, strict=True)] | None = None
+    """The max_r of those."""
+    default_min_quality: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+    """The min_quality of those."""
+    policy: Policy | None = None
+    """What chooses r for it; by default the server's `policy`."""
+    batching: OwnBatching = OwnBatching()
+    limits: OwnLimits = OwnLimits()
     proportional_attention: bool | None = None
     """Weigh tokens by the patches they stand for; by default on, except for MAE weights."""
     dtype: Dtype = "float32"

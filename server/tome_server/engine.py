@@ -183,9 +183,9 @@ class Engine:
     device: Device
     metrics: Metrics
     max_delay: float
-    """Seconds that requests may wait for batch-mates while the device is idle."""
+    """Seconds that requests may wait for batch-mates while the device is idle, unless their model says otherwise."""
     max_pending: int
-    """Requests held at once; one more is refused."""
+    """Requests held at once; one more is refused. A model may allow itself less."""
     reply_margin: float
     """The least that is kept back from each deadline for the way back, in seconds; more where measured."""
     decode_threads: int
@@ -216,8 +216,6 @@ class Engine:
         self._decoders = ThreadPoolExecutor(self.decode_threads, thread_name_prefix="decode")
         # When the batch on the device should end; without one, when the last did.
         self._free_at = -math.inf
-        # When the first of those who wait came.
-        self._waiting_since = -math.inf
         # About what decoding takes, in seconds.
         self._decoding = 0.0
         # From the device's last operation to the finished reply, of the latest replies.
@@ -265,6 +263,14 @@ class Engine:
         self.names.remove(served.model.name)
         self.leaving.append(self.models.pop(served.model.name))
         return served
+
+    def most_pending(self, served: Served) -> int:
+        """Return how many requests for a model are held at once; one more is refused."""
+        return self.max_pending if served.own.max_pending is None else min(served.own.max_pending, self.max_pending)
+
+    def longest_delay(self, served: Served) -> float:
+        """Return how many seconds a model's requests may wait for batch-mates while the device is idle."""
+        return self.max_delay if served.own.max_delay is None else served.own.max_delay
 
     async def left(self, served: Served) -> None:
         """Wait until a model that was replaced or retired has answered the requests that it still had."""
@@ -374,10 +380,12 @@ class Engine:
 
     async def _answer(self, served: Served, bounds: Bounds, top_k: int, request: Request) -> Reply:
         name, scheduler = served.model.name, served.scheduler
-        if self._pending >= self.max_pending:
-            self.metrics.rejected.labels(name, "queue_full").inc()
-            raise OverloadedError(self._pending, RETRY_AFTER)
+        for held, most in ((self._pending, self.max_pending), (served.pending, self.most_pending(served))):
+            if held >= most:
+                self.metrics.rejected.labels(name, "queue_full").inc()
+                raise OverloadedError(held, RETRY_AFTER)
         self._pending += 1
+        served.pending += 1
         self.metrics.pending.set(self._pending)
         job = slot = None
         try:
@@ -401,6 +409,7 @@ class Engine:
             raise
         finally:
             self._pending -= 1
+            served.pending -= 1
             self.metrics.pending.set(self._pending)
             if slot is not None and not (job and job.taken):
                 slot.drop()
@@ -428,8 +437,8 @@ class Engine:
         if self._ended:
             raise _stopped()
         self._unanswered.add(job)
-        if not self._queued():
-            self._waiting_since = job.queued
+        if not len(scheduler):
+            job.served.waiting_since = job.queued
         scheduler.submit(waiting, job.queued, self._free_at)
         self._queue_changed(job.served)
         self._arrived.set()
@@ -443,14 +452,11 @@ class Engine:
     async def _next(self) -> tuple[Served, Decision]:
         """Return the next decision: that of the model whose earliest deadline is the earliest."""
         while True:
-            urgent = min(
-                (served for served in self._all() if len(served.scheduler)),
-                key=lambda served: served.scheduler.deadline,
-                default=None,
-            )
-            start = None if urgent is None else self._start(urgent)
+            waiting = [served for served in self._all() if len(served.scheduler)]
+            start = min(map(self._start, waiting), default=None)
             now = _now()
-            if urgent is not None and start is not None and start <= now:
+            if start is not None and start <= now:
+                urgent = min(waiting, key=lambda served: served.scheduler.deadline)
                 decision = self._decide(urgent, now)
                 if decision is not None:
                     return urgent, decision
@@ -463,13 +469,13 @@ class Engine:
                 pass  # those who wait have waited long enough for mates
 
     def _start(self, served: Served) -> float:
-        """Return when the next batch may start: after `max_delay`, but at once when it is full or time is short."""
+        """Return when the device need idle no longer: after `max_delay`, at once if a batch is full or time short."""
         scheduler, latency = served.scheduler, served.scheduler.latency
         if len(scheduler) >= latency.max_batch:
             return -math.inf
         # The time that those who wait would take if the most were merged, and they had the mates they wait for.
         needed = latency.promised(latency.max_batch, latency.levels - 1)
-        return min(self._waiting_since + self.max_delay, scheduler.deadline - needed)
+        return min(served.waiting_since + self.longest_delay(served), scheduler.deadline - needed)
 
     def _decide(self, served: Served, now: float) -> Decision | None:
         scheduler = served.scheduler

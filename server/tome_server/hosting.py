@@ -13,7 +13,7 @@ from tome_server.errors import ConfigError, ModelLoadError, OutOfMemoryError, Un
 from tome_server.models.hosted import HostedModel
 from tome_server.models.preprocess import Limits
 from tome_server.models.repository import Repository
-from tome_server.models.spec import BUNDLED_PREFIX, ModelSpec, bundled_spec
+from tome_server.models.spec import BUNDLED_PREFIX, ModelSpec, Own, bundled_spec
 from tome_server.runtime.device import Device
 from tome_server.served import ServedModel
 
@@ -86,7 +86,7 @@ class Hosting:
         sources = [_Source(spec) for spec in model_specs(self._config)]
         loaded = [await self._load(source.spec) for source in sources]
         if not self._config.threads and self._device.name == "cpu":
-            await self._device.choose_threads(self._config.batching.max_batch)
+            await self._device.choose_threads(max(self._max_batch(source.spec) for source in sources))
         measured = [await self._measured(*each) for each in loaded]
         # All at once: requests for the first would disturb what is measured of the second.
         for source, served in zip(sources, measured, strict=True):
@@ -96,11 +96,11 @@ class Hosting:
         """Return what a model is loaded from. Raises UnknownModelError, or ConfigError for a faulty one."""
         for model in self._config.models:
             if (spec := _spec(model)).name == name:
-                return spec
+                return _checked(spec, self._config)
         repository = Repository(self._config.repository) if self._config.repository else None
         if repository is None or name not in repository.names():
             raise UnknownModelError(name[:100], [*self._engine.names, *(repository.names() if repository else ())])
-        return repository.spec(name)
+        return _checked(repository.spec(name), self._config)
 
     async def _replace(self, source: "_Source") -> None:
         name = source.spec.name
@@ -116,9 +116,13 @@ class Hosting:
 
     async def _load(self, spec: ModelSpec) -> tuple[str, ModelSpec, HostedModel]:
         log.info("loading %s", spec.name)
-        key, limits = f"{spec.name}#{next(self._versions)}", self._config.limits
+        key, limits, own = f"{spec.name}#{next(self._versions)}", self._config.limits, spec.own
+        bounds = Limits(own.max_image_bytes or limits.max_image_bytes, own.max_image_pixels or limits.max_image_pixels)
+        # Room for images that wait, and for those whose callers have gone while they are decoded or run.
+        pending = min(own.max_pending or self._engine.max_pending, self._engine.max_pending)
+        slots = pending + self._engine.decode_threads + self._max_batch(spec)
         with _fits(spec.name):
-            model = await self._device.load(key, spec, Limits(limits.max_image_bytes, limits.max_image_pixels))
+            model = await self._device.load(key, spec, bounds, slots)
         self._loaded[key] = model.weights_bytes
         budget, used = self._config.memory_budget, sum(self._loaded.values())
         if budget is not None and used > budget:
@@ -130,7 +134,7 @@ class Hosting:
         return key, spec, model
 
     async def _measured(self, key: str, spec: ModelSpec, model: HostedModel) -> Served:
-        max_batch, seconds = self._config.batching.max_batch, self._config.profile_time
+        max_batch, seconds = self._max_batch(spec), self._config.profile_time
         try:
             with _fits(f"{spec.name}, in batches of up to {max_batch} images"):
                 await self._device.record(key, max_batch=max_batch, memory=self._config.cuda_graph_memory)
@@ -138,10 +142,13 @@ class Hosting:
                     key, spec, max_batch=max_batch, budget=seconds, folder=self._config.profiles
                 )
                 await self._device.warm(key, max_batch=max_batch, seconds=seconds)
-            return ServedModel(model, profile, self._config.policy, key)
+            return ServedModel(model, profile, self._config.policy, key, spec.own)
         except Exception:
             await self._forget(key)
             raise
+
+    def _max_batch(self, spec: ModelSpec) -> int:
+        return spec.own.max_batch or self._config.batching.max_batch
 
     async def _serve(self, source: "_Source", served: Served) -> None:
         model = served.model
@@ -210,14 +217,28 @@ def model_specs(config: ServerConfig) -> list[ModelSpec]:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"two models are named {name!r}; give one another `name`")
-    return specs
+    return [_checked(spec, config) for spec in specs]
+
+
+def _checked(spec: ModelSpec, config: ServerConfig) -> ModelSpec:
+    """Return `spec`. Raises ConfigError if a setting of its own can't be met by the server's."""
+    own, most = spec.own.max_image_bytes, config.limits.max_image_bytes
+    if own is not None and own > most:
+        what = f"{own:,} bytes is more than the server's {most:,}, by which messages are bounded"
+        raise spec.own.fault(spec.name, "limits.max_image_bytes", what)
+    return spec
+
+
+# Settings of a model that `Own` holds.
+_OWN = {"policy", "batching", "limits", "default_min_r", "default_max_r", "default_min_quality"}
 
 
 def _spec(model: ModelConfig) -> ModelSpec:
-    given = model.model_dump(exclude_unset=True, exclude={"source"})
+    settings = model.model_dump(exclude_unset=True, exclude={"source"})
+    given = {name: value for name, value in settings.items() if name not in _OWN} | {"own": Own.of(settings)}
     if model.source.startswith(BUNDLED_PREFIX):
         allowed = {"name", "default_budget", "description", "dtype"}
-        if extra := sorted(given.keys() - allowed):
+        if extra := sorted(given.keys() - allowed - {"own"}):
             raise ConfigError(f"model {model.source} is complete as it is; {', '.join(extra)} can't be set")
         spec = bundled_spec(model.source.removeprefix(BUNDLED_PREFIX), model.dtype)
         return ModelSpec(**{**spec.__dict__, **given})

@@ -182,7 +182,9 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-batch", type=positive, default=8, metavar="N", help="the largest batch (default: 8)")
+    parser.add_argument(
+        "--max-batch", type=positive, metavar="N", help="the largest batch (default: the model's own, or 8)"
+    )
     parser.add_argument(
         "--seconds", type=seconds, default=20.0, metavar="S", help="how long to measure latencies (default: 20)"
     )

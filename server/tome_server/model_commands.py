@@ -6,7 +6,7 @@ import logging
 import random
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,6 +177,7 @@ def inspect(args: argparse.Namespace) -> int:
         "classes": model.num_classes,
         "features": model.feature_dim,
         "default_budget": spec.default_budget,
+        **{name: value for name, value in asdict(spec.own).items() if name != "file" and value is not None},
         "profiles": sorted(path.name for path in spec.profiles.glob("*.json")) if spec.profiles else [],
         "description": spec.description,
         "levels": [
@@ -321,7 +322,7 @@ def _settings(spec: "ModelSpec", args: argparse.Namespace) -> "ServerConfig":
         device=args.device,
         threads=args.threads,
         profiles=spec.profiles,
-        batching=BatchingConfig(max_batch=getattr(args, "max_batch", 8)),
+        batching=BatchingConfig(max_batch=getattr(args, "max_batch", None) or spec.own.max_batch or 8),
     )
 
 

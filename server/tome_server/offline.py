@@ -125,7 +125,7 @@ def profile_model(
     device = choose_device(config.device)
     torch.set_num_threads(config.threads or available_cpus())
     model = load(spec, device)
-    max_batch = config.batching.max_batch
+    max_batch = spec.own.max_batch or config.batching.max_batch
     if config.threads is None and device.type == "cpu":
         choose_threads([model], max_batch, device)
     model = with_graphs(model, device, max_batch=max_batch, memory=config.cuda_graph_memory)

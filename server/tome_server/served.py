@@ -1,12 +1,14 @@
 """A model in service: what is hosted, how long it takes here, and who decides on r."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from tome_server.errors import ConfigError, InvalidRequestError
 from tome_server.models.hosted import HostedModel
+from tome_server.models.spec import Own
 from tome_server.scheduling.policy import policy_named
 from tome_server.scheduling.profile import Latency, Profile
 from tome_server.scheduling.scheduler import Scheduler
@@ -19,6 +21,7 @@ log = logging.getLogger(__name__)
 LEAST_DEFAULT_BUDGET = 1.0
 IMAGES_IN_DEFAULT_BUDGET = 10
 FIXED = "fixed:"
+_NOTHING = Own()
 
 
 @dataclass(frozen=True)
@@ -32,34 +35,58 @@ class Bounds:
 
 
 class ServedModel(Generic[T]):
-    """A hosted model with its profile, scheduler and default budget."""
+    """A hosted model with its profile, scheduler and defaults."""
 
-    def __init__(self, model: HostedModel, profile: Profile, policy: str, key: str | None = None) -> None:
-        """Raises ConfigError if `policy` isn't the name of one, or doesn't fit the model."""
+    def __init__(
+        self, model: HostedModel, profile: Profile, policy: str, key: str | None = None, own: Own = _NOTHING
+    ) -> None:
+        """`policy` is the server's, `own` what the model's settings say in the place of that and others.
+
+        Raises ConfigError if the policy isn't the name of one, or that or a default doesn't fit the model.
+        """
         self.model = model
         self.key = key or model.name
         """What the device calls it: what replaces a model under its name has another."""
         self.profile = profile
-        self.policy = policy
+        self.own = own
+        self.policy = policy = own.policy or policy
         self.rs = profile.rs
         if model.relative_quality is None:
             log.warning("the quality of %s was never measured: see tome-server evaluate", model.name)
         try:
             decide = policy_named(policy, profile, model.assumed_quality)
         except ValueError as error:
+            if own.policy:
+                raise own.fault(model.name, "policy", error) from error
             raise ConfigError(f"policy, for model {model.name}: {error}") from error
         self.scheduler: Scheduler[T] = Scheduler(Latency(profile), decide)
         self.default_budget = model.default_budget or max(
             LEAST_DEFAULT_BUDGET, IMAGES_IN_DEFAULT_BUDGET * profile.p95[0][0]
         )
         """Seconds that a request has which sets neither budget nor deadline."""
+        self.pending = 0
+        """Requests for it in the server, not answered yet."""
+        self.waiting_since = -math.inf
+        """When the first of those who wait came."""
         # What a fixed policy wouldn't do can't be promised either.
         self._only = self.rs.index(int(policy.removeprefix(FIXED))) if policy.startswith(FIXED) else None
+        try:
+            self._default = self._allowed(None, own.default_min_r, own.default_max_r, own.default_min_quality)
+        except InvalidRequestError as error:
+            raise own.fault(model.name, f"default_{error.field}", error.description) from error
 
     def bounds(
         self, r: int | None = None, min_r: int | None = None, max_r: int | None = None, min_quality: float | None = None
     ) -> Bounds:
-        """Return what a request's settings allow. Raises InvalidRequestError if they are out of range or conflict."""
+        """Return what a request's settings allow: without any, what the model's defaults do.
+
+        Raises InvalidRequestError if they are out of range or conflict.
+        """
+        if r is None and min_r is None and max_r is None and min_quality is None:
+            return self._default
+        return self._allowed(r, min_r, max_r, min_quality)
+
+    def _allowed(self, r: int | None, min_r: int | None, max_r: int | None, min_quality: float | None) -> Bounds:
         largest = self.model.largest_r
         for name, value in (("r", r), ("min_r", min_r), ("max_r", max_r)):
             if value is not None and not 0 <= value <= largest:

@@ -11,6 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from tome_server.durations import PATTERN, seconds_in
 from tome_server.errors import ConfigError
+from tome_server.policy_names import PATTERN as POLICY_PATTERN
+from tome_server.policy_names import parse_policy
 
 _SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
@@ -44,6 +46,7 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 # What may be written, for the JSON Schema; the functions decide.
 _DurationText = Annotated[str, Field(pattern=rf"^\s*({PATTERN})\s*$")]
 _SizeText = Annotated[str, Field(pattern=r"^\s*[0-9]+\s*(KiB|MiB|GiB)\s*$")]
+_PolicyText = Annotated[str, Field(pattern=f"^({POLICY_PATTERN})$")]
 Duration = Annotated[
     float,
     BeforeValidator(parse_duration, json_schema_input_type=Annotated[float, Field(ge=0)] | _DurationText),
@@ -55,6 +58,8 @@ Size = Annotated[
 SizeOrNone = Annotated[
     int, BeforeValidator(parse_size, json_schema_input_type=Annotated[int, Field(ge=0)] | _SizeText), Field(ge=0)
 ]
+
+Policy = Annotated[str, BeforeValidator(parse_policy, json_schema_input_type=_PolicyText)]
 
 
 class Strict(BaseModel):

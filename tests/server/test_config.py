@@ -179,7 +179,7 @@ def test_listening_cannot_be_off(file: Path) -> None:
             "batching: {zzz: 1}",
             "FILE:1: batching.zzz is not a setting; valid keys are max_batch, max_delay, max_pending",
         ),
-        ("models:\n- default_r: 8", "FILE:2: models.0.default_r is not a setting; did you mean 'default_budget'?"),
+        ("models:\n- default_r: 8", "FILE:2: models.0.default_r is not a setting; did you mean 'default_min_r'?"),
         ("profile: x", "FILE:1: profile is not a setting; did you mean 'profiles'?"),
         ("Listen: a:1", "FILE:1: Listen is not a setting; did you mean 'listen'?"),
     ],

@@ -32,7 +32,7 @@ from tome_server.errors import (
 )
 from tome_server.models.hosted import HostedModel
 from tome_server.models.loading import load
-from tome_server.models.spec import bundled_spec
+from tome_server.models.spec import Own, bundled_spec
 from tome_server.models.transform import ImageSettings
 from tome_server.observability.metrics import Metrics
 from tome_server.oip.messages import InferRequest, RequestedOutput, Tensor
@@ -284,14 +284,17 @@ async def start(bundled: HostedModel) -> AsyncIterator[Callable[..., Bench]]:
         max_pending: int = 1000,
         threads: int = 2,
         packed: bool = True,
+        second: Own = Own(),  # noqa: B008  (frozen)
     ) -> Bench:
         profile = profile_of(unit, max_batch, packed=packed)
         device, decoder = ScriptedDevice(profile), ScriptedDecoder(bundled.preprocess.settings)
         device.gate.set()
         decoder.gate.set()
         models = {
-            name: ServedModel(replace(bundled, name=name, preprocess=decoder, default_budget=LATE), profile, policy)
-            for name in ("first", "second")
+            name: ServedModel(
+                replace(bundled, name=name, preprocess=decoder, default_budget=LATE), profile, policy, own=own
+            )
+            for name, own in (("first", Own()), ("second", second))
         }
         engine = Engine(
             device,
@@ -688,6 +691,38 @@ async def test_a_request_refused_for_its_own_sake_takes_no_place(start: Callable
         await refused(bench.predict(1, **fields))
         bench.assert_idle()
     await bench.predict(1)
+
+
+async def test_a_model_may_hold_fewer_requests_than_the_server(start: Callable[..., Bench]) -> None:
+    bench = start(second=Own(max_pending=2))
+    on_device = await bench.hold_device()
+    held = await bench.in_order(1, 2, model="second")
+    error = await refused(bench.predict(3, model="second"))
+    assert isinstance(error, OverloadedError)
+    assert str(error).startswith("2 requests are waiting")
+    others = await bench.in_order(4, 5, 6)
+    bench.device.gate.set()
+    assert [image_of(reply) for reply in await asyncio.gather(on_device, *held, *others)] == [0, 1, 2, 4, 5, 6]
+
+
+async def test_a_model_may_not_hold_more_requests_than_the_server(start: Callable[..., Bench]) -> None:
+    bench = start(max_pending=1, second=Own(max_pending=2))
+    on_device = await bench.hold_device()
+    assert isinstance(await refused(bench.predict(1, model="second")), OverloadedError)
+    bench.device.gate.set()
+    await on_device
+
+
+async def test_a_model_may_wait_for_mates_where_others_do_not(start: Callable[..., Bench]) -> None:
+    bench = start(max_batch=2, second=Own(max_delay=LATE))
+    waits = await bench.in_order(1, model="second")
+    assert await bench.predict(
+        2, model="first"
+    )  # meanwhile the device wasn't idle, so that there was nothing to wait for
+    assert image_of(await waits[0]) == 1
+    waits = await bench.in_order(3, model="second")
+    await asyncio.gather(bench.predict(4, model="second"), *waits)
+    assert [images for *_, images in bench.device.batches] == [(1,), (2,), (3, 4)]
 
 
 async def test_models_are_known_loading_or_unknown(bench: Bench) -> None:

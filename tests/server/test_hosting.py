@@ -2,10 +2,11 @@
 
 import pytest
 
-from tome_server.config import ServerConfig
+from tome_server.config import ModelConfig, ServerConfig
 from tome_server.engine import Engine
-from tome_server.errors import ModelLoadError, OutOfMemoryError
+from tome_server.errors import ConfigError, ModelLoadError, OutOfMemoryError
 from tome_server.hosting import Hosting, model_specs
+from tome_server.models.preprocess import Limits
 from tome_server.observability.metrics import Metrics
 
 
@@ -17,7 +18,11 @@ class FullDevice:
     async def open(self, name: str) -> None:
         pass
 
-    async def load(self, *_: object) -> None:
+    def __init__(self) -> None:
+        self.asked: list[tuple[Limits, int]] = []
+
+    async def load(self, _key: str, _spec: object, limits: Limits, slots: int) -> None:
+        self.asked.append((limits, slots))
         raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
@@ -32,3 +37,37 @@ async def test_a_model_that_the_device_has_no_memory_for_is_refused_in_words() -
     ):
         await Hosting(device, engine, config).start()
     engine.close()
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "slots"),
+    [
+        ({}, Limits(2**20, 1000), 50 + 3 + 8),
+        ({"batching": {"max_batch": 2, "max_pending": 7}}, Limits(2**20, 1000), 7 + 3 + 2),
+        ({"batching": {"max_batch": 32, "max_pending": 500}}, Limits(2**20, 1000), 50 + 3 + 32),
+        ({"limits": {"max_image_bytes": 2**19, "max_image_pixels": 5000}}, Limits(2**19, 5000), 50 + 3 + 8),
+    ],
+)
+async def test_a_model_is_given_room_and_limits_of_its_own_where_it_asks_for_them(
+    own: dict[str, object], limits: Limits, slots: int
+) -> None:
+    config = ServerConfig.model_validate({
+        "models": [own],
+        "batching": {"max_batch": 8, "max_pending": 50},
+        "limits": {"max_image_bytes": 2**20, "max_image_pixels": 1000},
+    })  # fmt: skip
+    device = FullDevice()
+    engine = Engine(
+        device, Metrics(), max_delay=0.0, max_pending=50, reply_margin=0.0, decode_threads=3, names=["fashion"]
+    )
+    with pytest.raises(ModelLoadError):
+        await Hosting(device, engine, config).start()
+    engine.close()
+    assert device.asked == [(limits, slots)]
+
+
+def test_a_model_that_takes_larger_images_than_messages_may_be_is_refused() -> None:
+    config = ServerConfig(models=(ModelConfig.model_validate({"limits": {"max_image_bytes": "17MiB"}}),))
+    said = "^model fashion: limits.max_image_bytes: 17,825,792 bytes is more than the server's 16,777,216, by which"
+    with pytest.raises(ConfigError, match=said):
+        model_specs(config)

@@ -4,6 +4,7 @@ import logging
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from tome_server.merging import merge
 from tome_server.models.hosted import HostedModel, Quality
 from tome_server.models.loaded import loaded_model
 from tome_server.models.preprocess import Limits, Preprocess
+from tome_server.models.spec import Own
 from tome_server.models.transform import ImageSettings
 from tome_server.rpc.convert import model_to
 from tome_server.scheduling.profile import Profile
@@ -258,3 +260,47 @@ def test_the_default_budget_is_as_set_or_what_the_model_needs(measured: HostedMo
     assert budget(measured) == 1.0
     slow = replace(PROFILE, p95=tuple(tuple(0.5 for _ in row) for row in PROFILE.p95))
     assert budget(measured, slow) == 5.0
+
+
+# What a model's own settings say
+
+
+def with_own(model: HostedModel, **settings: object) -> ServedModel[object]:
+    return ServedModel(model, PROFILE, "price", own=Own(**settings, file=Path("models/vit/config.yaml")))
+
+
+def test_a_models_own_policy_takes_the_place_of_the_servers(measured: HostedModel) -> None:
+    assert with_own(measured, policy="fixed:4").policy == "fixed:4"
+    assert with_own(measured).policy == "price"
+
+
+def test_defaults_hold_for_requests_that_say_nothing_of_merging(measured: HostedModel) -> None:
+    model = with_own(measured, default_min_r=2, default_max_r=6)
+    assert model.bounds() == Bounds(1, 3)
+    # Of whoever says something, they say nothing.
+    assert model.bounds(max_r=16) == Bounds(0, 8)
+    assert model.bounds(min_r=8) == Bounds(4, 8)
+    assert model.bounds(r=10) == Bounds(5, 5, 10)
+    assert with_own(measured, default_min_quality=0.99).bounds() == model.bounds(min_quality=0.99) == Bounds(0, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"policy": "fixed:3"}, "policy: fixed:3: the model is served at r = 0, 2, "),
+        ({"default_max_r": 99}, "default_max_r: must lie in 0..98 for vit, and is 99"),
+        ({"default_min_r": 6, "default_max_r": 4}, "default_min_r: is 6, more than max_r, which is 4"),
+        ({"default_min_r": 12, "default_min_quality": 0.99}, "default_min_quality: is 0.99, which needs r ≤ 6"),
+    ],
+)
+def test_a_setting_that_does_not_fit_the_model_is_refused_with_file_and_key(
+    measured: HostedModel, settings: dict[str, object], says: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        with_own(measured, **settings)
+    assert str(caught.value).startswith(f"models/vit/config.yaml: {says}")
+
+
+def test_a_default_quality_needs_one_that_was_measured(unmeasured: HostedModel) -> None:
+    with pytest.raises(ConfigError, match=r"config\.yaml: default_min_quality: the quality of vit was never measured"):
+        with_own(unmeasured, default_min_quality=0.9)

@@ -34,7 +34,7 @@ class Preprocess:
 
     def __init__(self, settings: ImageSettings, limits: Limits) -> None:
         self.settings = settings
-        self._limits = limits
+        self.limits = limits
         # timm resizes the shorter side to this, or to less where height and width differ, then crops.
         self._resized = math.floor(max(settings.input_size[1:]) / settings.crop_pct)
 
@@ -103,8 +103,8 @@ class Preprocess:
         return transform(image, self.settings)
 
     def _check_bytes(self, field: str, length: int) -> None:
-        if length > self._limits.max_bytes:
-            raise InvalidRequestError(field, f"has {length:,} bytes; at most {self._limits.max_bytes:,} are accepted")
+        if length > self.limits.max_bytes:
+            raise InvalidRequestError(field, f"has {length:,} bytes; at most {self.limits.max_bytes:,} are accepted")
 
     def _check_length(self, shape: Sequence[int], data: bytes, item: int) -> None:
         self._check_bytes("tensor.data", len(data))
@@ -113,7 +113,7 @@ class Preprocess:
             raise InvalidRequestError("tensor.data", f"has {len(data):,} bytes; {list(shape)} takes {wanted:,}")
 
     def _check_pixels(self, field: str, width: int, height: int) -> None:
-        limit = self._limits.max_pixels
+        limit = self.limits.max_pixels
         if width * height > limit:
             raise InvalidRequestError(field, f"is {width}×{height} pixels; at most {limit:,} pixels are accepted")
         # A thread of pixels grows enormous when its shorter side is brought to the model's size.

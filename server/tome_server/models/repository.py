@@ -15,8 +15,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from tome_server.errors import ConfigError
-from tome_server.models.spec import CONFIG, LABELS, PROFILES, WEIGHTS, Dtype, ModelSpec, quality_file
-from tome_server.settings import Count, Duration, Strict, read_settings
+from tome_server.models.own import OwnBatching, OwnLimits
+from tome_server.models.spec import CONFIG, LABELS, PROFILES, WEIGHTS, Dtype, ModelSpec, Own, quality_file
+from tome_server.settings import Count, Duration, Policy, Strict, read_settings
 
 # What torch wrote. Read with weights_only, so that no code in it is run.
 OTHER_WEIGHTS = "weights.pth"
@@ -57,6 +58,16 @@ class VersionConfig(Strict):
     """Overrides of timm's data config."""
     default_budget: Annotated[Duration, Field(gt=0)] | None = None
     """Latency budget of requests that set none; by default 1s, or ten images' time if that is more."""
+    default_min_r: Annotated[int, Field(ge=0, strict=True)] | None = None
+    """The min_r of requests that set none of r, min_r, max_r and min_quality."""
+    default_max_r: Annotated[int, Field(ge=0, strict=True)] | None = None
+    """The max_r of those."""
+    default_min_quality: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+    """The min_quality of those."""
+    policy: Policy | None = None
+    """What chooses r for it; by default the server's `policy`."""
+    batching: OwnBatching = OwnBatching()
+    limits: OwnLimits = OwnLimits()
     proportional_attention: bool | None = None
     """Weigh tokens by the patches they stand for; by default on, except for MAE weights."""
     dtype: Dtype = "float32"
@@ -218,6 +229,7 @@ def read_folder(folder: Path, name: str, version: int | None = None) -> ModelSpe
         default_budget=config.default_budget,
         proportional_attention=config.proportional_attention,
         description=config.description,
+        own=Own.of(config.model_dump(), folder / CONFIG),
     )
 
 

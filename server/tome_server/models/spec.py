@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,35 @@ WEIGHTS = "weights.safetensors"
 
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Own:
+    """How a model is served, as far as its own settings say; None leaves it to the server's, or to nobody."""
+
+    policy: str | None = None
+    max_batch: int | None = None
+    max_delay: float | None = None
+    """Seconds."""
+    max_pending: int | None = None
+    max_image_bytes: int | None = None
+    max_image_pixels: int | None = None
+    default_min_r: int | None = None
+    """As a request might set it; likewise the next two."""
+    default_max_r: int | None = None
+    default_min_quality: float | None = None
+    file: Path | None = None
+    """Where they are written, if that is a file of the model's own."""
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], file: Path | None = None) -> "Own":
+        """Return what a model's settings say, with `batching` and `limits` as sections of their own."""
+        flat = {**settings, **settings.get("batching", {}), **settings.get("limits", {})}
+        return cls(**{one.name: flat[one.name] for one in fields(cls) if one.name in flat}, file=file)
+
+    def fault(self, model: str, setting: str, what: object) -> ConfigError:
+        """Return the error that says what is wrong with a setting, and where it is."""
+        return ConfigError(f"{self.file or f'model {model}'}: {setting}: {what}")
 
 
 @dataclass(frozen=True)
@@ -53,6 +82,8 @@ class ModelSpec:
     """Of a model that has versions."""
     profiles: Path | None = None
     """Folder of latencies that came with the model; more may be kept elsewhere."""
+    own: Own = Own()
+    """How it is served, where that isn't as the server's settings have it."""
 
 
 def quality_file(folder: Path, dtype: Dtype) -> Path:
@@ -80,6 +111,7 @@ def bundled_spec(name: str, dtype: Dtype = "float32") -> ModelSpec:
         profiles=folder / PROFILES,
         data=config["data"],
         description=config["description"],
+        own=Own.of(config, folder / CONFIG),
     )
 
 

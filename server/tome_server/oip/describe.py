@@ -54,13 +54,16 @@ def model_metadata(served: Served) -> dict[str, Any]:
     }
 
 
-def model_config(served: Served, max_delay: float) -> dict[str, Any]:
-    """Return ModelConfig; `max_delay` in seconds."""
-    model = served.model
+def model_config(served: Served, engine: Engine) -> dict[str, Any]:
+    """Return ModelConfig, with limits and defaults as they hold for this model."""
+    model, own, limits = served.model, served.own, served.model.preprocess.limits
     about = {
         "architecture": model.architecture,
         "default_budget_ms": f"{served.default_budget * 1e3:g}",
         "image_datatypes": "FP32 [N, C, H, W], UINT8 [N, H, W, 3], BYTES [N]",
+        "max_image_bytes": str(limits.max_bytes),
+        "max_image_pixels": str(limits.max_pixels),
+        "max_pending": str(engine.most_pending(served)),
         "outputs_by_name": ", ".join(
             f"{output.name} {output.datatype} [{', '.join(map(str, ('N', *output.dims)))}]"
             for output in outputs_of(model).values()
@@ -70,6 +73,8 @@ def model_config(served: Served, max_delay: float) -> dict[str, Any]:
         "policy": served.policy,
         "r_grid": ", ".join(map(str, served.rs)),
     }
+    defaults = {name: getattr(own, name) for name in ("default_min_r", "default_max_r", "default_min_quality")}
+    about |= {name: f"{value:g}" for name, value in defaults.items() if value is not None}
     return {
         "name": model.name,
         "platform": PLATFORM,
@@ -88,7 +93,7 @@ def model_config(served: Served, max_delay: float) -> dict[str, Any]:
             for output in outputs_of(model).values()
             if not output.by_name
         ],
-        "dynamic_batching": {"max_queue_delay_microseconds": round(max_delay * 1e6)},
+        "dynamic_batching": {"max_queue_delay_microseconds": round(engine.longest_delay(served) * 1e6)},
         "parameters": {name: {"string_value": value} for name, value in about.items()},
         "model_transaction_policy": {"decoupled": False},
     }

@@ -42,7 +42,7 @@ class OpenInference:
 
     def config(self, name: str, version: str = "") -> dict[str, Any]:
         """Describe a model's settings."""
-        return describe.model_config(self._served(name, version), self.engine.max_delay)
+        return describe.model_config(self._served(name, version), self.engine)
 
     def statistics(self, name: str = "", version: str = "") -> list[dict[str, Any]]:
         """Say what a model has answered; every model in service if unnamed."""
@@ -76,7 +76,7 @@ class OpenInference:
         served = self._served(request.model, request.version)
         terms = terms_of(request.parameters)
         wanted = wanted_of(served.model, request.outputs, terms, request.as_bytes)
-        images = images_of(request.input, self.engine.max_pending)
+        images = images_of(request.input, self.engine.most_pending(served))
         check_size(wanted, len(images), request.as_bytes)
         deadline = arrival + min(terms.budget, math.inf if time_remaining is None else time_remaining)
         requests = [

@@ -44,11 +44,9 @@ class Device:
     there.
     """
 
-    def __init__(self, slots: int) -> None:
-        """`slots` is how many images of each model are held at once."""
+    def __init__(self) -> None:
         self.name = ""
         """cpu, cuda or cuda:N, once it is open."""
-        self._slots = slots
         self._tickets = itertools.count()
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._images: dict[str, SharedImages] = {}
@@ -82,10 +80,13 @@ class Device:
         """Use so many CPU threads."""
         await self._call("set_threads", threads)
 
-    async def load(self, key: str, spec: ModelSpec, limits: Limits) -> HostedModel:
-        """Load a model, to be called `key` from then on, and run it once. Raises ModelLoadError."""
+    async def load(self, key: str, spec: ModelSpec, limits: Limits, slots: int) -> HostedModel:
+        """Load a model, to be called `key` from then on, and run it once. Raises ModelLoadError.
+
+        `slots` is how many of its images are held at once.
+        """
         model: HostedModel = await self._call("load", key, spec, limits)
-        images = SharedImages(model.preprocess.settings.input_size, self._slots)
+        images = SharedImages(model.preprocess.settings.input_size, slots)
         shared = self._post("share", key, images.shape, images.slots)
         images.send(self._connection, self.pid)
         await shared

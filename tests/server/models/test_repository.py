@@ -11,7 +11,7 @@ from tome_server.errors import ConfigError
 from tome_server.models.bundled import BUNDLED
 from tome_server.models.loading import load
 from tome_server.models.repository import Repository, check_name, read_folder
-from tome_server.models.spec import ModelSpec, bundled_spec
+from tome_server.models.spec import ModelSpec, Own, bundled_spec
 
 CPU = torch.device("cpu")
 Fill = Callable[..., None]
@@ -94,6 +94,50 @@ def test_an_unknown_model_is_refused_with_those_there_are(repository: Repository
     fill(repository.folder / "tiny")
     said = f"repository {repository.folder} has no model named 'tony'; there is tiny"
     assert refusal(repository.spec, "tony") == said
+
+
+def test_a_model_has_limits_and_defaults_of_its_own(repository: Repository, fill: Fill) -> None:
+    fill(
+        repository.folder / "tiny",
+        policy="fixed:4",
+        batching={"max_batch": 2, "max_delay": "5ms"},
+        limits={"max_image_bytes": "1MiB", "max_image_pixels": 100},
+        default_max_r=4,
+        default_min_quality=0.98,
+    )
+    assert repository.spec("tiny").own == Own(
+        policy="fixed:4",
+        max_batch=2,
+        max_delay=0.005,
+        max_image_bytes=2**20,
+        max_image_pixels=100,
+        default_max_r=4,
+        default_min_quality=0.98,
+        file=repository.folder / "tiny/config.yaml",
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "says"),
+    [
+        ("policy", "best", "policy: 'best' is no policy; there are price, fixed:R, "),
+        ("batching", {"max_batch": 0}, "batching.max_batch: "),
+        ("batching", {"max_bach": 1}, "batching.max_bach is not a setting; did you mean 'max_batch'?"),
+        ("batching", {"max_delay": "soon"}, "batching.max_delay: 'soon' is no duration"),
+        ("limits", {"max_image_bytes": "1MB"}, "limits.max_image_bytes: '1MB' is no size"),
+        ("limits", {"max_client_requests": 1}, "limits.max_client_requests is not a setting"),
+        ("default_max_r", -1, "default_max_r: "),
+        ("default_min_quality", 1.5, "default_min_quality: "),
+        ("default_r", 4, "default_r is not a setting"),
+    ],
+)
+def test_a_limit_that_is_none_is_refused_with_file_line_and_key(
+    repository: Repository, fill: Fill, setting: str, value: object, says: str
+) -> None:
+    fill(repository.folder / "tiny", **{setting: value})
+    where, said = refusal(repository.spec, "tiny").split(": ", 1)
+    assert where.startswith(f"{repository.folder}/tiny/config.yaml:")
+    assert said.startswith(says)
 
 
 def test_all_that_is_wrong_is_said_with_file_and_field(repository: Repository, fill: Fill) -> None:

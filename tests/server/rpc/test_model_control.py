@@ -169,6 +169,60 @@ def test_what_cannot_be_loaded_is_refused_in_words_and_what_was_served_stays(
         assert client.is_model_ready("second")
 
 
+def test_a_models_own_limits_and_defaults_hold_and_are_told(
+    controlled: Any, repository: Path, samples: dict[Path, str]
+) -> None:
+    image = next(iter(samples)).read_bytes()  # of 784 pixels
+    file = repository / "second" / "config.yaml"
+    plain = file.read_text()
+    file.write_text(
+        f"{plain}policy: max_batch\ndefault_min_r: 2\ndefault_max_r: 4\nlimits: {{max_image_pixels: 783}}\n"
+        "batching: {max_batch: 2, max_delay: 3ms, max_pending: 5}\n"
+    )
+
+    def answered(model: str, **fields: Any) -> pb.PredictResponse:
+        return stub.Predict(pb.PredictRequest(model=model, **fields), timeout=60)
+
+    with (
+        triton.client.InferenceServerClient(controlled.target) as client,
+        grpc.insecure_channel(controlled.target) as channel,
+    ):
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        client.load_model("second")
+        config = client.get_model_config("second").config
+        assert (config.max_batch_size, config.dynamic_batching.max_queue_delay_microseconds) == (2, 3000)
+        told = {name: value.string_value for name, value in config.parameters.items()}
+        assert told.items() >= {
+            "policy": "max_batch",
+            "max_pending": "5",
+            "max_image_pixels": "783",
+            "max_image_bytes": "16777216",
+            "default_min_r": "2",
+            "default_max_r": "4",
+        }.items()  # fmt: skip
+        others = {
+            name: value.string_value for name, value in client.get_model_config("first").config.parameters.items()
+        }
+        assert others.items() >= {"policy": "price", "max_pending": "256", "max_image_pixels": "50000000"}.items()
+        assert "default_max_r" not in others
+        with pytest.raises(grpc.RpcError, match="at most 783 pixels are accepted"):
+            answered("second", image=image)
+        assert answered("first", image=image).merging.r == 0
+        tensor = pb.Tensor(data_type=pb.Tensor.DATA_TYPE_FLOAT32, shape=[3, 28, 28], data=bytes(4 * 3 * 28 * 28))
+        assert answered("second", tensor=tensor).merging.r == 2
+        assert answered("second", tensor=tensor, min_r=0).merging.r == 0
+        for wrong, says in (
+            ("policy: fixed:3", r"config.yaml: policy: fixed:3: the model is served at r = 0, 2"),
+            ("limits: {max_image_bytes: 1GiB}", r"config.yaml: limits.max_image_bytes: 1,073,741,824 bytes is more"),
+            ("batching: {max_batch: 0}", r"config.yaml:\d+: batching.max_batch: "),
+            ("default_max_r: 1000", r"config.yaml: default_max_r: must lie in 0\.\."),
+        ):
+            file.write_text(f"{plain}{wrong}\n")
+            with pytest.raises(triton.InferenceServerException, match=says):
+                client.load_model("second")
+        assert answered("second", tensor=tensor).merging.r == 2
+
+
 def test_a_model_beyond_the_memory_budget_is_refused_and_the_others_stay(
     repository: Path, own_server: Callable[..., Any]
 ) -> None:

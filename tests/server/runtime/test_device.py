@@ -38,9 +38,9 @@ SLOTS = 4
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def device() -> AsyncIterator[Device]:
     """A device on which the bundled model is loaded."""
-    device = Device(SLOTS)
+    device = Device()
     await device.set_threads(1)
-    await device.load("fashion", SPEC, Limits())
+    await device.load("fashion", SPEC, Limits(), SLOTS)
     yield device
     await device.close()
 
@@ -84,7 +84,7 @@ async def test_a_batch_gives_there_what_it_gives_here(
 
 
 async def test_what_is_known_of_a_model_is_what_is_known_here(device: Device) -> None:
-    there = await device.load("again", replace(SPEC, name="again"), Limits())
+    there = await device.load("again", replace(SPEC, name="again"), Limits(), SLOTS)
     here = load(replace(SPEC, name="again"), CPU).described
     assert type(there) is HostedModel
     assert there.preprocess.settings == here.preprocess.settings
@@ -96,7 +96,7 @@ async def test_what_is_known_of_a_model_is_what_is_known_here(device: Device) ->
 
 async def test_a_model_that_cannot_be_loaded_is_refused_in_words(device: Device) -> None:
     with pytest.raises(ModelLoadError, match="did you mean"):
-        await device.load("other", replace(SPEC, architecture="vit_tiny_patch16_225"), Limits())
+        await device.load("other", replace(SPEC, architecture="vit_tiny_patch16_225"), Limits(), SLOTS)
 
 
 async def test_a_batch_that_fails_says_why_and_where_and_the_next_one_runs(
@@ -159,17 +159,17 @@ async def test_a_profile_is_measured_there_and_kept(device: Device, tmp_path: Pa
 
 async def test_its_log_is_the_servers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    device = Device(SLOTS)
-    await device.load("fashion", SPEC, Limits())
+    device = Device()
+    await device.load("fashion", SPEC, Limits(), SLOTS)
     await device.profile("fashion", SPEC, max_batch=1, budget=0.1, folder=tmp_path)
     assert "measuring how fast fashion is" in caplog.messages[-2]
     await device.kill()
 
 
 async def test_when_it_dies_everybody_who_waits_is_told(images: torch.Tensor) -> None:
-    device = Device(SLOTS)
+    device = Device()
     ended = asyncio.create_task(device.ended())
-    waiting = asyncio.create_task(device.load("fashion", SPEC, Limits()))
+    waiting = asyncio.create_task(device.load("fashion", SPEC, Limits(), SLOTS))
     await asyncio.sleep(0)
     os.kill(device.pid, signal.SIGKILL)
     for task in (ended, waiting):
@@ -183,7 +183,7 @@ async def test_when_it_dies_everybody_who_waits_is_told(images: torch.Tensor) ->
 async def test_it_ends_with_the_server_even_if_that_is_killed() -> None:
     code = (
         "import asyncio\nfrom tome_server.runtime.device import Device\n"
-        "async def main():\n    print(Device(1).pid, flush=True)\n    await asyncio.sleep(60)\n"
+        "async def main():\n    print(Device().pid, flush=True)\n    await asyncio.sleep(60)\n"
         "asyncio.run(main())"
     )
     server = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=subprocess.PIPE)

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
+from tome_server.policy_names import NAMES
 from tome_server.scheduling.policy.price import Price
 from tome_server.scheduling.policy.published import Fixed, SlackFit, max_accuracy, max_batch
 from tome_server.scheduling.policy.view import Policy
 from tome_server.scheduling.profile import Profile
-
-NAMES = ("price", "fixed:R", "max_accuracy", "max_batch", "slackfit")
 
 
 def policy_named(name: str, profile: Profile, quality: Sequence[float]) -> Policy:
