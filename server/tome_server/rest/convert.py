@@ -63,6 +63,8 @@ class _Output(_Strict):
 
 class _Request(_Strict):
     id: str = ""
+    model_name: str = ""
+    """No part of the protocol, but KServe's client repeats the path's here."""
     parameters: _Parameters
     inputs: list[_Input]
     outputs: list[_Output] = []
@@ -85,6 +87,8 @@ def request_from(body: bytes, json_length: int | None, model: str, version: str)
         raise InvalidRequestError("Inference-Header-Content-Length", f"must lie in 0..{len(body)}, the body's length")
     text, behind = (body, b"") if json_length is None else (body[:json_length], body[json_length:])
     request = _parse(text, _Request)
+    if request.model_name not in ("", model):
+        raise InvalidRequestError("model_name", f"is {shown(request.model_name)}, and the path says {shown(model)}")
     if len(request.inputs) != 1:
         raise InvalidRequestError("inputs", f"must be one tensor, image; {len(request.inputs):,} are given")
     every = request.parameters.pop(_ALL_BINARY, False)

@@ -36,6 +36,7 @@ _CONTENTS = {
 }
 # Elements that are written other than raw in one go, and bytes of tensors that are so written in the event loop.
 _PART = 4096
+_SIZE = "binary_data_size"
 _MUCH = 2**18
 
 
@@ -100,9 +101,7 @@ def _parameters(given: Mapping[str, pb.InferParameter], field: str) -> dict[str,
 
 def _input(tensor: pb.ModelInferRequest.InferInputTensor, raw: Sequence[bytes]) -> Tensor:
     check_datatype(tensor.datatype)
-    if tensor.parameters:
-        name = shown(next(iter(tensor.parameters)))
-        raise InvalidRequestError("inputs.parameters", f"{name} is not supported; an input takes no parameters")
+    _check_input_parameters(tensor.parameters, raw)
     given = [field.name for field, _ in tensor.contents.ListFields()]
     if raw and given:
         raise InvalidRequestError("inputs.contents", f"holds {given[0]}, and so does raw_input_contents; send one")
@@ -122,6 +121,18 @@ def _input(tensor: pb.ModelInferRequest.InferInputTensor, raw: Sequence[bytes]) 
     else:
         data = raw[0] if raw else _typed(tensor)
     return Tensor(tensor.name, tensor.datatype, shape, data)
+
+
+def _check_input_parameters(given: Mapping[str, pb.InferParameter], raw: Sequence[bytes]) -> None:
+    """Refuse what an input can't take. KServe's client sends HTTP's binary_data_size here too."""
+    parameters = _parameters(given, "inputs.parameters")
+    size = parameters.pop(_SIZE, None)
+    if parameters:
+        name = shown(next(iter(parameters)))
+        raise InvalidRequestError("inputs.parameters", f"{name} is not supported; an input takes no parameters")
+    if size is not None and [size] != [len(data) for data in raw]:
+        text = f"{_SIZE} is {shown(str(size))}, which is not the length of raw_input_contents"
+        raise InvalidRequestError("inputs.parameters", text)
 
 
 def _typed(tensor: pb.ModelInferRequest.InferInputTensor) -> bytes:

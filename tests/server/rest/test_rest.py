@@ -261,6 +261,7 @@ INPUT = GOOD["inputs"][0]
         ({"inputs": []}, "inputs: must be one tensor, image; 0 are given"),
         ({"inputs": [INPUT, INPUT]}, "inputs: must be one tensor, image; 2 are given"),
         ({**GOOD, "extra": 1}, "extra: "),
+        ({**GOOD, "model_name": "other"}, "model_name: is 'other', and the path says 'fashion'"),
         ({**GOOD, "parameters": {"r": None}}, "parameters.r"),
         ({**GOOD, "parameters": {"r": 2.5}}, "parameters.r: must be an integer, and is a floating-point number"),
         ({**GOOD, "parameters": {"binary_data_output": 1}}, "parameters: binary_data_output must be true or false"),
@@ -291,6 +292,10 @@ def test_a_request_that_cannot_be_right_is_400_and_says_why(base: str, message: 
     assert answer.status == 400
     assert answer.error.startswith(text), answer.error
     assert answer.json["code"] == "INVALID_ARGUMENT"
+
+
+def test_the_models_name_may_be_repeated_in_the_body_as_kserves_client_does(base: str) -> None:
+    assert infer(base, {**GOOD, "model_name": "fashion"}).status == 200
 
 
 def test_bodies_and_headers_that_cannot_be_right_are_400(base: str) -> None:

@@ -515,6 +515,20 @@ def test_the_status_has_the_details_of_our_own_api(raw: Any) -> None:
     assert refusal(lambda: raw.ModelInfer(request)).field == "image.datatype"
 
 
+def test_the_length_of_raw_contents_may_be_told_as_kserves_client_does(raw: Any, files: list[Path]) -> None:
+    data = files[0].read_bytes()
+    element = len(data).to_bytes(4, "little") + data
+    request = oip.ModelInferRequest(model_name="fashion", raw_input_contents=[element])
+    size = request.inputs.add(name="image", datatype="BYTES", shape=[1]).parameters["binary_data_size"]
+    size.int64_param = len(element)
+    assert len(raw.ModelInfer(request).outputs) == 5
+    for wrong in ({"int64_param": len(element) - 1}, {"string_param": str(len(element))}):
+        request.inputs[0].parameters["binary_data_size"].CopyFrom(oip.InferParameter(**wrong))
+        said = refusal(lambda: raw.ModelInfer(request))
+        assert said.field == "inputs.parameters"
+        assert "is not the length of raw_input_contents" in said.message
+
+
 def test_what_the_server_does_not_have_is_unimplemented(client: Any) -> None:
     calls: dict[str, Callable[[], object]] = {
         "SystemSharedMemoryStatus": client.get_system_shared_memory_status,
