@@ -637,7 +637,9 @@ def _top_k(model: HostedModel, request: Request) -> int:
     return min(request.top_k, model.num_classes)
 
 
-def _prepared(preprocess: Preprocess, source: EncodedImage | Pixels | Normalised) -> NDArray[np.float32]:
+def _prepared(
+    preprocess: Preprocess, source: EncodedImage | Pixels | Normalised
+) -> NDArray[np.uint8] | NDArray[np.float32]:
     match source:
         case EncodedImage(data):
             return preprocess.encoded(data)

@@ -12,6 +12,7 @@ from tome_server.merging import MergedModel, MergedOutput, Schedule, macs, token
 from tome_server.merging.schedule import mergeable
 from tome_server.models.hosted import HostedModel, Quality, r_grid
 from tome_server.models.preprocess import Preprocess
+from tome_server.models.transform import ImageSettings
 
 
 class Forward(Protocol):
@@ -32,8 +33,14 @@ class LoadedModel(HostedModel):
     """What was recorded of it, to be run in its place: see runtime/graphs.py."""
 
     def input(self, images: Tensor, device: torch.device) -> Tensor:
-        """Return images, [B, C, H, W], on the device and in the dtype of the network."""
-        return images.to(device, getattr(torch, self.dtype))
+        """Return `images` [B, C, H, W] on the device and in the dtype of the network, normalised if they are uint8.
+
+        Copies from pinned memory are not waited for.
+        """
+        images = images.to(device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            images = normalise(images, self.preprocess.settings)
+        return images.to(getattr(torch, self.dtype))
 
     def run(
         self, images: Tensor, r: int | Sequence[int] = 0, *, return_tokens: bool = False, return_token_map: bool = False
@@ -59,6 +66,18 @@ class LoadedModel(HostedModel):
     def described(self) -> HostedModel:
         """The same without the network, to be sent to another process."""
         return HostedModel(**{part.name: getattr(self, part.name) for part in fields(HostedModel)})
+
+
+def normalise(images: Tensor, settings: ImageSettings) -> Tensor:
+    """Return uint8 `images` [B, C, H, W] as shares of 255, less the mean and divided by the deviation, in float32.
+
+    On the CPU to the last bit what timm's transform gives; CUDA multiplies by reciprocals, which can round otherwise.
+    """
+    values = images.float().div_(255)
+    # By numbers and not by tensors of them, which would have to be on the device first.
+    for channel, (mean, std) in enumerate(zip(settings.mean, settings.std, strict=True)):
+        values[:, channel].sub_(mean).div_(std)
+    return values
 
 
 def loaded_model(

@@ -30,7 +30,10 @@ class Limits:
 
 
 class Preprocess:
-    """Prepares one image at a time; safe to call from several threads."""
+    """Prepares one image at a time; safe to call from several threads.
+
+    What it returns as uint8 is still to be normalised, which `LoadedModel.input` does.
+    """
 
     def __init__(self, settings: ImageSettings, limits: Limits) -> None:
         self.settings = settings
@@ -38,8 +41,8 @@ class Preprocess:
         # timm resizes the shorter side to this, or to less where height and width differ, then crops.
         self._resized = math.floor(max(settings.input_size[1:]) / settings.crop_pct)
 
-    def encoded(self, data: bytes) -> NDArray[np.float32]:
-        """Decode and prepare a JPEG, PNG, WebP or BMP image: [C, H, W] float32.
+    def encoded(self, data: bytes) -> NDArray[np.uint8]:
+        """Decode and prepare a JPEG, PNG, WebP or BMP image: [C, H, W] uint8.
 
         EXIF orientation is honoured; transparency is laid on white. Raises InvalidRequestError if it can't be decoded,
         is animated, or is larger than the limits.
@@ -67,12 +70,12 @@ class Preprocess:
             raise InvalidRequestError("image", f"is damaged: {error}") from error
         return self._prepare(flat)
 
-    def image(self, image: Image.Image) -> NDArray[np.float32]:
-        """Prepare a decoded image of any mode: [C, H, W] float32."""
+    def image(self, image: Image.Image) -> NDArray[np.uint8]:
+        """Prepare a decoded image of any mode: [C, H, W] uint8."""
         return self._prepare(_flatten(ImageOps.exif_transpose(image)))
 
-    def pixels(self, shape: Sequence[int], data: bytes) -> NDArray[np.float32]:
-        """Prepare RGB pixels, [H, W, 3] uint8: [C, H, W] float32. Raises InvalidRequestError if they don't fit."""
+    def pixels(self, shape: Sequence[int], data: bytes) -> NDArray[np.uint8]:
+        """Prepare RGB pixels, [H, W, 3] uint8: [C, H, W] uint8. Raises InvalidRequestError if they don't fit."""
         if len(shape) != 3 or shape[2] != 3 or min(shape) < 1:
             raise InvalidRequestError("tensor.shape", f"must be [height, width, 3] for uint8, not {list(shape)}")
         self._check_length(shape, data, 1)
@@ -94,7 +97,7 @@ class Preprocess:
             raise InvalidRequestError("tensor.data", "holds NaN or infinity")
         return values.astype(np.float32, copy=False)
 
-    def _prepare(self, image: Image.Image) -> NDArray[np.float32]:
+    def _prepare(self, image: Image.Image) -> NDArray[np.uint8]:
         channels = self.settings.input_size[0]
         if channels == 1:
             image = image.convert("L")

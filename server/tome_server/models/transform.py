@@ -1,6 +1,7 @@
 """timm's evaluation transform without torch, which the process that answers requests never imports.
 
-Bit for bit what `timm.data.create_transform(..., is_training=False)` gives, as a test holds.
+Bit for bit what `timm.data.create_transform(..., is_training=False)` gives, as a test holds. Its last step,
+normalising, is left to the device (`LoadedModel.input`): until then an image takes a byte a value, and not four.
 """
 
 import math
@@ -58,18 +59,14 @@ class ImageSettings:
         return math.floor(height / self.crop_pct), math.floor(width / self.crop_pct)
 
 
-def transform(image: Image.Image, settings: ImageSettings) -> NDArray[np.float32]:
-    """Resize, crop and normalise an image that has the model's channels: [C, H, W]."""
+def transform(image: Image.Image, settings: ImageSettings) -> NDArray[np.uint8]:
+    """Resize and crop an image that has the model's channels: [C, H, W], to be normalised."""
     _, height, width = settings.input_size
     resized = image.resize(_resized_size(image, settings), Image.Resampling[settings.interpolation.upper()])
     border = settings.crop_mode == "border"
     fill = tuple(round(255 * value) for value in settings.mean) if border else (0,) * len(settings.mean)
     pixels = np.asarray(_centre(resized, height, width, fill), np.uint8).reshape(height, width, -1)
-    values = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)
-    values /= np.float32(255)
-    values -= np.asarray(settings.mean, np.float32)[:, None, None]
-    values /= np.asarray(settings.std, np.float32)[:, None, None]
-    return values
+    return pixels.transpose(2, 0, 1).copy()
 
 
 def _resized_size(image: Image.Image, settings: ImageSettings) -> tuple[int, int]:

@@ -118,13 +118,13 @@ class Device:
         """Run batches of every size at every r, as far as that goes in so many seconds: first ones take longer."""
         await self._call("warm", key, max_batch, seconds)
 
-    def put(self, key: str, image: NDArray[np.float32]) -> Slot:
-        """Take an image for a loaded model, [C, H, W] float32, that `run` will be called for."""
+    def put(self, key: str, image: NDArray[np.uint8] | NDArray[np.float32]) -> Slot:
+        """Take an image for a loaded model, [C, H, W] as its Preprocess made it, that `run` will be called for."""
         return self._images[key].put(image)
 
     async def run(self, key: str, batch: Sequence[Work[Slot]], rs: Sequence[int], packed: bool) -> BatchResult:
         """Do what `run_batch` does. Raises what the model raises."""
-        placed = [work.on(work.image.index) for work in batch]
+        placed = [work.on(work.image.place) for work in batch]
         result: BatchResult = await self._call("run", key, placed, rs, packed)
         return result
 

@@ -18,7 +18,6 @@ from typing import TypeAlias
 import tome_server.timm_import  # noqa: F401  isort: skip
 
 import torch
-from torch import Tensor
 
 from tome_server.errors import OutOfMemoryError
 from tome_server.models.hosted import HostedModel
@@ -31,7 +30,7 @@ from tome_server.runtime.cpus import available_cpus
 from tome_server.runtime.executor import run_batch
 from tome_server.runtime.graphs import with_graphs
 from tome_server.runtime.profile_store import obtain_profile
-from tome_server.runtime.shared_images import receive
+from tome_server.runtime.shared_images import Mapped, Place, receive
 from tome_server.runtime.threads import choose_threads
 from tome_server.runtime.work import BatchResult, Work
 from tome_server.scheduling.profile import Profile
@@ -47,7 +46,7 @@ class DeviceProcess:
         self._connection = connection
         self._sending = threading.Lock()
         self._models: dict[str, LoadedModel] = {}
-        self._images: dict[str, Tensor] = {}
+        self._images: dict[str, Mapped] = {}
         self._device = torch.device("cpu")
         self._threads = available_cpus()
         # Held by a batch, and while CUDA graphs are recorded, so that neither comes into the other.
@@ -71,19 +70,19 @@ class DeviceProcess:
             else:
                 self._beside.submit(self._answer, ticket, getattr(self, call), args)
 
-    def run(self, key: str, batch: Sequence[Work[int]], rs: Sequence[int], packed: bool) -> BatchResult:
+    def run(self, key: str, batch: Sequence[Work[Place]], rs: Sequence[int], packed: bool) -> BatchResult:
         """Run a batch whose images lie in the model's slots."""
         if torch.get_num_threads() != self._threads:  # it is each thread's own
             torch.set_num_threads(self._threads)
         images = self._images[key]
         r = rs[0] if len(set(rs)) == 1 else rs
-        works = [work.on(images[work.image]) for work in batch]
+        works = [work.on(torch.from_numpy(images.at(work.image))) for work in batch]
         with self._running:
             return run_batch(self._models[key], works, r, self._device, packed=packed)
 
     def share(self, key: str, shape: Sequence[int], slots: int) -> None:
         """Take the memory that a model's images will lie in."""
-        self._images[key] = torch.from_numpy(receive(self._connection, shape, slots))
+        self._images[key] = receive(self._connection, shape, slots)
 
     def open(self, name: str) -> str:
         """Use a device, and say which that is."""
@@ -141,7 +140,7 @@ class DeviceProcess:
             self._run_empty(model, size, level.r)
 
     def _run_empty(self, model: LoadedModel, size: int, r: int) -> None:
-        image = torch.zeros(model.preprocess.settings.input_size)
+        image = torch.zeros(model.preprocess.settings.input_size, dtype=torch.uint8)
         run_batch(model, [Work(image, top_k=1)] * size, r, self._device)
 
     def _answer(self, ticket: int, call: Callable[..., object], args: Sequence[object]) -> None:

@@ -1,7 +1,7 @@
 """Runs a batch on a device."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,20 +40,26 @@ def run_batch(
 def _run(
     model: LoadedModel, batch: Sequence[Work[Tensor]], r: int | Sequence[int], device: torch.device
 ) -> list[Result]:
-    images = model.input(torch.stack([work.image for work in batch]), device)
+    images = _input(model, [work.image for work in batch], device)
     patches = any(work.patches for work in batch)
     mapped = patches or any(work.token_map for work in batch)
     output = model.run(images, r, return_tokens=patches, return_token_map=mapped)
     logits = output.logits.float()
     scores, class_ids = logits.softmax(dim=-1).topk(max(work.top_k for work in batch))
-    # One transfer back for each tensor, which also waits for the device.
-    all_ids, all_scores = class_ids.tolist(), scores.tolist()
-    features = output.features.float().tolist() if any(work.features for work in batch) else None
-    all_logits = logits.tolist() if any(work.logits for work in batch) else None
-    token_map = output.token_map.tolist() if output.token_map is not None else None
-    of_patches = None
+    wanted = {"scores": scores, "class_ids": class_ids}
+    if any(work.features for work in batch):
+        wanted["features"] = output.features.float()
+    if any(work.logits for work in batch):
+        wanted["logits"] = logits
+    if output.token_map is not None:
+        wanted["token_map"] = output.token_map
     if output.tokens is not None and output.token_map is not None:
-        of_patches = unmerge(output.tokens, output.token_map).float().cpu().numpy().astype("<f4", copy=False)
+        wanted["patches"] = unmerge(output.tokens, output.token_map).float()
+    given = _fetched(wanted, device)
+    of_patches = given.pop("patches").numpy().astype("<f4", copy=False) if "patches" in given else None
+    lists = {name: values.tolist() for name, values in given.items()}
+    all_ids, all_scores = lists["class_ids"], lists["scores"]
+    features, all_logits, token_map = lists.get("features"), lists.get("logits"), lists.get("token_map")
     return [
         Result(
             class_ids=tuple(all_ids[i][: work.top_k]),
@@ -65,3 +71,23 @@ def _run(
         )
         for i, work in enumerate(batch)
     ]
+
+
+def _input(model: LoadedModel, images: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return images [C, H, W] as the batch [B, C, H, W] that the network takes."""
+    if len({image.dtype for image in images}) > 1:
+        # Tensors that came normalised beside images that didn't.
+        return torch.cat([_input(model, [image], device) for image in images])
+    if device.type != "cuda":
+        return model.input(torch.stack(list(images)), device)
+    # From pinned memory the copy needn't be waited for; torch keeps that memory until it is done, and for later.
+    staged = torch.empty(len(images), *images[0].shape, dtype=images[0].dtype, pin_memory=True)
+    return model.input(torch.stack(list(images), out=staged), device)
+
+
+def _fetched(wanted: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return `wanted` on the CPU, having waited for the device once."""
+    fetched = {name: values.to("cpu", non_blocking=True) for name, values in wanted.items()}
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return fetched

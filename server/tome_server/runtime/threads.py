@@ -19,7 +19,7 @@ def choose_threads(models: Sequence[LoadedModel], max_batch: int, device: torch.
 
     def run() -> None:
         for model in models:
-            image = torch.zeros(model.preprocess.settings.input_size)
+            image = torch.zeros(model.preprocess.settings.input_size, dtype=torch.uint8)
             for size in (1, max_batch):
                 run_batch(model, [Work(image, top_k=1)] * size, model.grid[len(model.grid) // 2].r, device)
 

@@ -12,7 +12,7 @@ class Work(Generic[I]):
     """One image of a batch and what is wanted of it."""
 
     image: I
-    """[C, H, W] float32, as the model's Preprocess made it, or where that lies"""
+    """[C, H, W], uint8 or normalised float32, as the model's Preprocess made it, or where that lies"""
     top_k: int
     features: bool = False
     token_map: bool = False

@@ -83,6 +83,18 @@ async def test_a_batch_gives_there_what_it_gives_here(
         work.image.drop()
 
 
+async def test_images_as_they_are_get_there_what_they_get_here(device: Device, images: torch.Tensor) -> None:
+    pixels = (255 * images).to(torch.uint8)
+    works = [*put(device, pixels[:2]), *put(device, images[2:])]
+    there = await device.run("fashion", works, [4, 4, 4], True)
+    here = [work.on(image) for work, image in zip(works, [*pixels[:2], images[2]], strict=True)]
+    expected = run_batch(load(SPEC, CPU), here, 4, CPU).results
+    for theirs, ours in zip(there.results, expected, strict=True):
+        assert theirs.scores == pytest.approx(ours.scores, abs=1e-5)
+    for work in works:
+        work.image.drop()
+
+
 async def test_what_is_known_of_a_model_is_what_is_known_here(device: Device) -> None:
     there = await device.load("again", replace(SPEC, name="again"), Limits(), SLOTS)
     here = load(replace(SPEC, name="again"), CPU).described

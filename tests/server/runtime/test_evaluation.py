@@ -42,8 +42,8 @@ def predictions(model: LoadedModel, images: Dataset, r: int) -> list[int]:
     """The class of each image, one image at a time."""
     with torch.inference_mode():
         return [
-            int(model.merged(torch.from_numpy(model.preprocess.image(image))[None], r).logits.argmax())
-            for image, _ in images
+            int(model.merged(model.input(pixels[None], CPU), r).logits.argmax())
+            for pixels in (torch.from_numpy(model.preprocess.image(image)) for image, _ in images)
         ]
 
 

@@ -59,6 +59,16 @@ def test_patches_have_the_features_of_the_token_they_went_into(model: LoadedMode
     assert len(given.round(decimals=3).unique(dim=0)) == 12  # merged ones are equal
 
 
+def test_images_may_come_as_they_are_or_normalised_and_are_the_same(model: LoadedModel) -> None:
+    pixels = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    ready = (pixels / 255 - 0.5) / 0.5
+    expected = run_batch(model, [Work(image, 4, logits=True) for image in ready], 2, CPU).results
+    for batch in (list(pixels), [pixels[0], ready[1], pixels[2]]):
+        given = run_batch(model, [Work(image, 4, logits=True) for image in batch], 2, CPU).results
+        for one, other in zip(given, expected, strict=True):
+            assert one.logits == pytest.approx(other.logits, abs=1e-5)
+
+
 def test_logits_are_of_all_classes_and_only_of_who_asked(model: LoadedModel, images: torch.Tensor) -> None:
     plain, raw = run_batch(model, [Work(images[0], 1), Work(images[1], 1, logits=True)], 2, CPU).results
     assert plain.logits is None

@@ -20,6 +20,6 @@ def test_features_are_what_enters_the_classifier_at_each_r(model: LoadedModel, t
     for row, r in enumerate((0, 4)):
         for i, (image, _) in enumerate(images):
             with torch.inference_mode():
-                output = model.merged(torch.from_numpy(model.preprocess.image(image))[None], r)
+                output = model.merged(model.input(torch.from_numpy(model.preprocess.image(image))[None], CPU), r)
             assert torch.allclose(features[row, i], output.features[0], atol=1e-5)
             assert torch.allclose(model.merged.model.head(features[row, i]), output.logits[0], atol=1e-4)

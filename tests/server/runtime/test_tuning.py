@@ -65,7 +65,7 @@ def test_each_r_gets_a_schedule_of_few_blocks_for_no_more_work(deep: LoadedModel
 
 def test_what_is_reported_is_of_the_images_held_out(deep: LoadedModel, found: list[Tuned]) -> None:
     _, held_out = halves(noise(160), None, 0)
-    images = torch.stack([torch.from_numpy(deep.preprocess.image(image)) for image, _ in held_out])
+    images = deep.input(torch.stack([torch.from_numpy(deep.preprocess.image(image)) for image, _ in held_out]), CPU)
     for each in found:
         with torch.inference_mode():
             plain, constant, tuned = (
