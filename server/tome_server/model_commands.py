@@ -186,6 +186,7 @@ def inspect(args: argparse.Namespace) -> int:
                 "macs": level.cost.total,
                 "top1": level.quality.top1 if level.quality else None,
                 "agreement": level.quality.agreement if level.quality else None,
+                "schedule": model.schedules.get(level.r),
             }
             for level in model.grid
         ],
