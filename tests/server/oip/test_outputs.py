@@ -27,6 +27,7 @@ MODEL = HostedModel(
     feature_dim=DIM,
     patch_grid=PATCHES,
     costs=(MacCount(1, 1, 0, 7, (7,)),),
+    rs=(0,),
 )
 VALUES = st.floats(-1e6, 1e6, width=32)
 BYTES = AsBytes(every=True)
