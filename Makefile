@@ -90,7 +90,9 @@ nightly: $(STAMP) $(BIN)/helm tools  ## the slow tests as well
 # The project's pytest settings name plugins that such a machine may lack, so they are left out (-c /dev/null).
 gpu:  ## CUDA tests and benchmarks with the python3 at hand; installs nothing, needs no network
 	PYTHONPATH=protos:server:client python3 -m pytest -c /dev/null --rootdir . -p no:cacheprovider -m cuda tests/server/merging/test_cuda.py
-	PYTHONPATH=protos:server:client python3 -m benchmarks.merging --device cuda --dtype float16 --threads 1
+	PYTHONPATH=protos:server:client python3 -m benchmarks.gpu
+	PYTHONPATH=protos:server:client python3 -m benchmarks.gpu --model deit_small_patch16_224 --r 0,8,13,16
+	PYTHONPATH=protos:server:client python3 -m benchmarks.merging --device cuda --dtype float32 --threads 1 --batch 1,8,64
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

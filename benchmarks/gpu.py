@@ -1,0 +1,191 @@
+"""What a GPU makes of merging: ours by CUDA graphs, against timm's own model under torch.compile, in turn in one run.
+
+For each batch size these sides, each timed once a round, all in turn:
+
+- `timm`, and `timm compiled` (torch.compile, static shapes);
+- `ours r`, launched kernel by kernel, and `graph r`, by a CUDA graph of it;
+- `served r`: all that a server does for a batch, from bytes in host memory to classes, with graphs.
+
+`ms` is the median over the rounds. `vs r = 0` is how many times faster a side is than the same at the first r in the
+same round, `vs timm` than the faster of timm's two sides: median, and quartiles. Weights are random: they don't change
+the time. On the CPU there are no graphs, and the rest can be tried out.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import tome_server.timm_import  # noqa: F401  isort: skip
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from tqdm import tqdm
+
+from benchmarks.merging import integers, repeats, seconds
+from tome_server.merging import merge
+from tome_server.merging.eva import fix_positions
+from tome_server.models.loaded import LoadedModel, loaded_model
+from tome_server.models.preprocess import Limits, Preprocess
+from tome_server.models.transform import ImageSettings
+from tome_server.runtime.executor import run_batch
+from tome_server.runtime.graphs import CudaRecorder, GraphedModel
+from tome_server.runtime.work import Work
+
+Side = Callable[[], object]
+Spread = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One side at one batch size; `low` and `high` are quartiles over the rounds."""
+
+    batch: int
+    side: str
+    ms: float
+    images_per_second: float
+    vs_first: Spread | None
+    """low, median, high of how many times faster it is than the same kind of side at the first r"""
+    vs_timm: Spread
+    """the same against the fastest side of timm's"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _arguments().parse_args(argv)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    plain = timm.create_model(args.model).to(device, dtype).eval().requires_grad_(False)
+    model = _loaded(plain, args.model, args.dtype)
+    rows: list[Row] = []
+    progress = tqdm(total=len(args.batch) * args.rounds, unit="round", disable=not sys.stderr.isatty())
+    with torch.inference_mode(), progress:
+        for batch in args.batch:
+            sides = _sides(plain, model, device, batch, args.r, args.compile)
+            rows += _rows(batch, args.r[0], measure(sides, args.rounds, progress.update))
+    setting = {
+        "command": " ".join(["python -m benchmarks.gpu", *(sys.argv[1:] if argv is None else argv)]),
+        "model": args.model,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "dtype": args.dtype,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+        "rounds": args.rounds,
+    }
+    if args.json:
+        print(json.dumps({**setting, "rows": [asdict(row) for row in rows]}, indent=2))
+        return
+    print("\n".join(f"{name}: {value}" for name, value in setting.items()) + "\n")
+    print("| batch | side | ms | images/s | vs r = 0 | vs timm |\n|---|---|---|---|---|---|")
+    for row in rows:
+        ratios = " | ".join(_shown(spread) for spread in (row.vs_first, row.vs_timm))
+        print(f"| {row.batch} | {row.side} | {row.ms:.3f} | {row.images_per_second:.0f} | {ratios} |")
+
+
+def _loaded(plain: torch.nn.Module, name: str, dtype: str) -> LoadedModel:
+    merged = merge(copy.deepcopy(plain))
+    settings = ImageSettings.from_timm(resolve_data_config({}, model=plain))
+    model = loaded_model(merged, Preprocess(settings, Limits()), name=name, architecture=name, dtype=dtype)
+    fix_positions(merged.model, model.patch_grid)
+    return model
+
+
+def _sides(
+    plain: torch.nn.Module, model: LoadedModel, device: torch.device, batch: int, rs: Sequence[int], mode: str
+) -> dict[str, Side]:
+    shape = model.preprocess.settings.input_size
+    pixels = torch.randint(256, (batch, *shape), dtype=torch.uint8)
+    images = model.input(pixels, device)
+    works = [Work(each, top_k=5) for each in pixels]
+    sides: dict[str, Side] = {"timm": partial(plain, images)}
+    if mode != "none":
+        compiled = partial(torch.compile(plain, mode=mode, dynamic=False), images)
+        try:
+            compiled()
+            sides["timm compiled"] = compiled
+        except Exception as error:
+            # A machine without a compiler still has all the rest to tell.
+            print(f"timm compiled is left out: {error}".partition("\n")[0], file=sys.stderr)
+    sides |= {f"ours {r}": partial(model.run, images, r) for r in rs}
+    if device.type == "cuda":
+        graphs = GraphedModel(model.run, torch.zeros_like(images), CudaRecorder(device))
+        graphs.record([batch], rs, sys.maxsize, nullcontext())
+        if graphs.kinds != tuple((batch, r) for r in sorted(rs)):
+            raise RuntimeError("not every batch could be recorded as a CUDA graph; the log says why")
+        sides |= {f"graph {r}": partial(graphs, images, r) for r in rs}
+        model = replace(model, graphs=graphs)
+    return sides | {f"served {r}": partial(run_batch, model, works, r, device) for r in rs}
+
+
+def measure(
+    sides: Mapping[str, Side], rounds: int, done: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Return the seconds a call of each side took in each round; in every other round in the opposite order."""
+    for call in sides.values():
+        seconds(call, 3)
+    calls = {name: repeats(call) for name, call in sides.items()}
+    took: dict[str, list[float]] = {name: [] for name in sides}
+    order = list(sides)
+    for _ in range(rounds):
+        for name in order:
+            took[name].append(seconds(sides[name], calls[name]))
+        order.reverse()
+        done()
+    return took
+
+
+def _rows(batch: int, first: int, took: Mapping[str, Sequence[float]]) -> list[Row]:
+    timms = [values for name, values in took.items() if name.startswith("timm")]
+    best = min(timms, key=statistics.median)
+    rows = []
+    for name, values in took.items():
+        kind, _, r = name.rpartition(" ")
+        of_first = took[f"{kind} {first}"] if r.isdigit() else None
+        median = statistics.median(values)
+        rows.append(
+            Row(
+                batch, name, median * 1e3, batch / median,
+                vs_first=None if of_first is None else _spread(of_first, values),
+                vs_timm=_spread(best, values),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _spread(theirs: Sequence[float], ours: Sequence[float]) -> Spread:
+    ratios = [their / our for their, our in zip(theirs, ours, strict=True)]
+    if len(ratios) == 1:
+        return (ratios[0],) * 3
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return low, median, high
+
+
+def _shown(spread: Spread | None) -> str:
+    return "" if spread is None else "{1:.2f} ({0:.2f}–{2:.2f})".format(*spread)
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--model", default="vit_base_patch16_224", help="timm name (default: %(default)s)")
+    parser.add_argument("--batch", type=integers, default=[1, 8, 64], help="batch sizes (default: 1,8,64)")
+    parser.add_argument("--r", type=integers, default=[0, 8, 13], help="default: 0,8,13; the first is compared with")
+    parser.add_argument("--rounds", type=int, default=15, help="timings of each side (default: %(default)s)")
+    parser.add_argument("--device", default="cuda", help="cuda or cpu (default: %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--compile", default="reduce-overhead", choices=["reduce-overhead", "max-autotune", "default", "none"],
+        help="mode of torch.compile for timm's side; reduce-overhead has CUDA graphs too (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
