@@ -65,7 +65,7 @@ async def serve(config: ServerConfig) -> None:
         stack.callback(summary.write)
         if config.traces:
             traces = _traces(config.traces)
-            engine.observers = [*engine.observers, traces]
+            engine.tracer = traces.begin
             stack.push_async_callback(asyncio.to_thread, traces.close)
         stack.callback(engine.close)
         hosting, settings = Hosting(device, engine, config), _rpc_settings(config)

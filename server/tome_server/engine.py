@@ -36,7 +36,7 @@ from tome_server.errors import (
 from tome_server.mac_count import MacCount
 from tome_server.models.hosted import HostedModel
 from tome_server.models.preprocess import Preprocess
-from tome_server.observability.ended import Answered, Ended, Observer
+from tome_server.observability.ended import Answered, Ended, Observer, Trace, Tracer
 from tome_server.observability.metrics import Metrics, exemplar
 from tome_server.runtime.device import Device
 from tome_server.runtime.shared_images import Slot
@@ -105,7 +105,8 @@ class Request:
     patches: bool = False
     """Whether the reply holds the features of each patch."""
     trace_id: str | None = None
-    """Of the recorded trace it belongs to, as 32 hexadecimal digits: metrics name it as their exemplar."""
+    """Of the recorded trace it belongs to, as 32 hexadecimal digits: metrics name it as their exemplar.
+    What an engine that makes traces says of that itself comes in its place."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,8 @@ class Engine:
     """Requests held at once for one client; one more is refused."""
     observers: Sequence[Observer] = ()
     """Told of each request's end."""
+    tracer: Tracer | None = None
+    """Makes traces of requests; metrics then name these as exemplars, those begun here too."""
     draining: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     """Set once new requests are refused because the server is stopping."""
 
@@ -294,12 +297,15 @@ class Engine:
 
         When the caller is cancelled, the request leaves the queue; a batch already on the device runs to its end.
         """
+        trace = self.tracer(_now() - request.arrival) if self.tracer else None
+        if trace:
+            request = replace(request, trace_id=trace.id)
         try:
             reply = await self._predict(request, served)
         except BaseException as error:
-            self._tell(request, None, error)
+            self._tell(request, trace, None, error)
             raise
-        self._tell(request, reply, None)
+        self._tell(request, trace, reply, None)
         return reply
 
     async def run(self) -> None:
@@ -329,7 +335,7 @@ class Engine:
         """End the threads, after what they are doing."""
         self._decoders.shutdown(cancel_futures=True)
 
-    def _tell(self, request: Request, reply: Reply | None, error: BaseException | None) -> None:
+    def _tell(self, request: Request, trace: Trace | None, reply: Reply | None, error: BaseException | None) -> None:
         answer = None
         if reply is not None:
             answer = Answered(
@@ -348,6 +354,8 @@ class Engine:
         ended = Ended(request.model or next(iter(self.names), ""), _now() - request.arrival, answer, error)
         for observer in self.observers:
             observer(ended)
+        if trace:
+            trace.end(ended)
 
     async def _predict(self, request: Request, served: Served | None) -> Reply:
         if self.draining.is_set():

@@ -153,7 +153,9 @@ class Hosting:
     async def _serve(self, source: "_Source", served: Served) -> None:
         model = served.model
         before = self._engine.serve(served)
-        self._engine.metrics.serving(model.name, model.architecture, self._device.name, served.rs, model.largest_r)
+        self._engine.metrics.serving(
+            model.name, model.architecture, self._device.name, served.policy, served.rs, model.largest_r
+        )
         self._sources[model.name] = source
         if before:
             await self._engine.left(before)

@@ -41,7 +41,7 @@ def test_a_rule_reads_series_that_are_served_or_recorded(name: str) -> None:
     for series, selectors in selected(expression).items():
         assert series in SERVED | RECORDED.keys() | {"up"}
         for matcher in (matcher for selector in selectors for matcher in selector.matchers.matchers):
-            assert matcher.name in ("reason", "job")
+            assert matcher.name in ("reason", "job", "policy")
             if matcher.name == "reason":
                 assert matcher.value in {"tome_slo_missed_total": MISSED, "tome_rejected_total": REJECTED}[series]
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import grpc
 import pytest
 import trustme
 import yaml
+from cryptography import x509
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rest.wire import INFER, JSON_LENGTH, ask
@@ -384,11 +386,15 @@ def test_tls_is_served_and_nothing_else_and_its_certificate_may_be_exchanged(
     own_server: Callable[..., Any], tmp_path: Path, image: bytes
 ) -> None:
     certificate, key = tmp_path / "server.pem", tmp_path / "server.key"
+    days = iter((30, 90))
+
+    def ends() -> float:
+        return x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc.timestamp()
 
     def issue() -> grpc.ChannelCredentials:
         """Write a new certificate of a new authority; returns what trusts it."""
         ca = trustme.CA()
-        issued = ca.issue_cert("127.0.0.1")
+        issued = ca.issue_cert("127.0.0.1", not_after=datetime.now(UTC) + timedelta(days=next(days)))
         certificate.write_bytes(issued.cert_chain_pems[0].bytes())
         key.write_bytes(issued.private_key_pem.bytes())
         return grpc.ssl_channel_credentials(ca.cert_pem.bytes())
@@ -410,7 +416,10 @@ def test_tls_is_served_and_nothing_else_and_its_certificate_may_be_exchanged(
     for stranger in (None, grpc.ssl_channel_credentials()):
         with connected(server.target, stranger) as stub:
             assert refusal(lambda stub=stub: stub.Predict(pb.PredictRequest(image=image))).code is UNAVAILABLE
+    expiry = "tome_tls_certificate_expiry_timestamp_seconds"
+    assert scrape(server.metrics_url).total(expiry) == ends()
     second = issue()
+    assert scrape(server.metrics_url).total(expiry) == ends()
     with connected(server.target, second) as stub:
         assert stub.Predict(pb.PredictRequest(image=image)).predictions[0].label == "Trouser"
     with connected(server.target, first) as stub:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +37,18 @@ class Ended:
 
 # Called in the task that the request was answered in, so that what `caller` says of it holds. Must not raise or block.
 Observer: TypeAlias = Callable[[Ended], None]
+
+
+class Trace(Protocol):
+    """A request's part of a trace."""
+
+    @property
+    def id(self) -> str | None:
+        """32 hexadecimal digits, if the trace is recorded."""
+
+    def end(self, ended: Ended) -> None:
+        """Called once, in the task that the request was answered in. Must not raise or block."""
+
+
+# Begins what a request is of a trace, so many seconds after it arrived, in the task that it is answered in.
+Tracer: TypeAlias = Callable[[float], Trace]

@@ -1,6 +1,6 @@
 """Every metric of the server, in Prometheus base units, labelled by model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric
@@ -15,6 +15,7 @@ NAMESPACE = "tome"
 MISSED = ("infeasible", "expired", "queue_full", "failed", "late")
 REJECTED = ("infeasible", "queue_full", "client_limit")
 PROMISES = ("kept", "broken")
+_EXPIRY = "Unix time at which the first of the server's certificates ends; only with TLS"
 STAGES = ("decode", "queue", "compute", "reply")
 # What a series is called besides its family's own name.
 _SUFFIXES = {
@@ -152,14 +153,17 @@ class Metrics:
             "Operations that the unmerged model would have done on top (estimated); none where merging cost more",
         )
         self.model_info = Info("model", "1 for each model in service", ["model"], NAMESPACE, registry=self.registry)
-        self._family("model", "info", ("model", "architecture", "device"), "1 for each model in service")
+        self._family("model", "info", ("model", "architecture", "device", "policy"), "1 for each model in service")
+        self._family("tls_certificate_expiry_timestamp_seconds", "gauge", (), _EXPIRY)
 
-    def serving(self, model: str, architecture: str, device: str, rs: Sequence[int], largest_r: int) -> None:
+    def serving(
+        self, model: str, architecture: str, device: str, policy: str, rs: Sequence[int], largest_r: int
+    ) -> None:
         """Announce a model in service: its r grid becomes merge_r's buckets, and what may be counted starts at 0.
 
         A counter that first appears with its first event has, to Prometheus, never risen.
         """
-        self.model_info.labels(model).info({"architecture": architecture, "device": device})
+        self.model_info.labels(model).info({"architecture": architecture, "device": device, "policy": policy})
         self.merge_r.declare(model, (*rs, largest_r))
         self.merge_r.labels(model)
         self.merge_r_limit.labels(model).set(rs[-1])
@@ -187,6 +191,12 @@ class Metrics:
         """Forget what a model is and how it does, once it is out of service; what was counted stays."""
         for gauge in (self.model_info, self.merge_r_limit, self.drift, self.queue_depth):
             gauge.remove(model)
+
+    def certificate(self, expiry: Callable[[], float]) -> None:
+        """Tell from now on, at each scrape, the Unix time at which the certificate in use ends."""
+        # Not there without one, since a gauge that nobody set is 0: a certificate that ended in 1970.
+        gauge = Gauge("tls_certificate_expiry_timestamp_seconds", _EXPIRY, (), NAMESPACE, registry=self.registry)
+        gauge.set_function(expiry)
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """Return what a scrape is answered, and its content type: OpenMetrics where the Accept header asks for it.

@@ -17,9 +17,9 @@ says such a batch takes at r = 0, at the speed that the machine had just then. S
 saved, and a batch that was stalled counts as slow as it was. Its mean over time is the increase of
 `tome_speedup_ratio_sum` over that of `tome_speedup_ratio_count`.
 
-In OpenMetrics, durations, slack and missed deadlines carry exemplars: the `trace_id` of a request that came with the
-W3C header `traceparent` of a recorded trace. Prometheus keeps them if started with
-`--enable-feature=exemplar-storage`.
+In OpenMetrics, durations, slack and missed deadlines carry exemplars: the `trace_id` of a request of a recorded trace.
+That came with the W3C header `traceparent`, or began here, where `traces` are sent. Prometheus keeps them if started
+with `--enable-feature=exemplar-storage`.
 
 Rules and alerts on these are in `deploy/prometheus/rules.yml`, and the dashboard in `deploy/grafana/`.
 """

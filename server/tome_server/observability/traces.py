@@ -1,16 +1,18 @@
 """Traces: a span a request, with one for each stage, sent to a collector over OTLP. Needs the extra `tracing`.
 
-The spans are made from the finished request's times, so that the request itself does nothing for them.
+A request's own span begins with it, since metrics have exemplars of what is recorded; those of its stages are made from
+the finished request's times, so that the request itself does nothing for them.
 """
 
 import os
 import time
+from dataclasses import dataclass
 
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, format_trace_id, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from tome_server import caller
@@ -28,7 +30,7 @@ def otlp_processor(endpoint: str) -> SpanProcessor:
 
 
 class Traces:
-    """Makes a trace's spans of each request that ended. The SDK's variables hold, such as OTEL_TRACES_SAMPLER."""
+    """Makes a trace's spans of each request. The SDK's variables hold, such as OTEL_TRACES_SAMPLER."""
 
     def __init__(self, processor: SpanProcessor) -> None:
         named = "OTEL_SERVICE_NAME" in os.environ or "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
@@ -38,28 +40,50 @@ class Traces:
         self._tracer = self._provider.get_tracer("tome_server")
         self._incoming = TraceContextTextMapPropagator()
 
-    def __call__(self, ended: Ended) -> None:
-        """Make the spans, if the trace is recorded: its caller decides, and else the sampler."""
-        end = time.time_ns()
-        start = end - round(ended.seconds * _NS)
+    def begin(self, since: float) -> "RequestTrace":
+        """Begin the span of a request that arrived `since` seconds ago.
+
+        Its caller decides whether the trace is recorded, and else the sampler.
+        """
+        start = time.time_ns() - round(since * _NS)
         traceparent = caller.traceparent.get()
         parent = self._incoming.extract({"traceparent": traceparent} if traceparent else {})
         span = self._tracer.start_span("predict", parent, SpanKind.SERVER, start_time=start)
-        if not span.is_recording():
-            return
-        span.set_attributes({"tome.model": ended.model, "tome.outcome": outcome(ended)})
-        if ended.answer:
-            self._stages(span, ended.answer, start)
-        else:
-            span.set_status(Status(StatusCode.ERROR, str(ended.error)))
-        span.end(end)
+        return RequestTrace(self._tracer, span, start)
 
     def close(self) -> None:
         """Send what is left. Takes some seconds if the collector can't be reached."""
         self._provider.shutdown()
 
-    def _stages(self, span: Span, answer: Answered, start: int) -> None:
-        span.set_attributes(
+
+@dataclass(frozen=True)
+class RequestTrace:
+    """A request's spans."""
+
+    tracer: Tracer
+    span: Span
+    start: int
+    """Nanoseconds of the wall clock."""
+
+    @property
+    def id(self) -> str | None:
+        """Of the trace, 32 hexadecimal digits; None if it isn't recorded."""
+        context = self.span.get_span_context()
+        return format_trace_id(context.trace_id) if context.trace_flags.sampled else None
+
+    def end(self, ended: Ended) -> None:
+        """End the span, and make those of the stages if there was an answer."""
+        if not self.span.is_recording():
+            return
+        self.span.set_attributes({"tome.model": ended.model, "tome.outcome": outcome(ended)})
+        if ended.answer:
+            self._stages(ended.answer)
+        else:
+            self.span.set_status(Status(StatusCode.ERROR, str(ended.error)))
+        self.span.end(self.start + round(ended.seconds * _NS))
+
+    def _stages(self, answer: Answered) -> None:
+        self.span.set_attributes(
             {
                 "tome.r": answer.r,
                 "tome.tokens_in": answer.tokens_in,
@@ -69,9 +93,9 @@ class Traces:
                 "tome.slack_seconds": answer.slack,
             }
         )
-        within = set_span_in_context(span)
+        within, start = set_span_in_context(self.span), self.start
         for name, seconds in (("decode", answer.decode), ("queue", answer.queue), ("compute", answer.compute)):
-            stage = self._tracer.start_span(name, within, start_time=start)
+            stage = self.tracer.start_span(name, within, start_time=start)
             if name == "compute":
                 # Here too, since it is what this stage's time depends on.
                 stage.set_attributes(

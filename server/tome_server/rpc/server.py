@@ -15,7 +15,7 @@ from tome_server.oip.service import OpenInference
 from tome_server.rpc import health, oip_servicer
 from tome_server.rpc.access import AccessInterceptor
 from tome_server.rpc.servicer import InferenceServicer
-from tome_server.rpc.tls import TlsFiles, credentials
+from tome_server.rpc.tls import Certificates, TlsFiles
 from tome_server.rpc.tokens import Tokens
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -93,7 +93,9 @@ class RpcServer:
     def _listen(self, settings: RpcSettings) -> int:
         if settings.tls is None:
             return self._server.add_insecure_port(settings.address)
-        return self._server.add_secure_port(settings.address, credentials(settings.tls))
+        certificates = Certificates(settings.tls)
+        self._engine.metrics.certificate(certificates.expiry)
+        return self._server.add_secure_port(settings.address, certificates.credentials())
 
 
 def server_options(settings: RpcSettings) -> list[tuple[str, int]]:

@@ -4,7 +4,6 @@ import random
 import re
 import shutil
 import subprocess
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +12,7 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from prometheus_client import Metric
-from prometheus_client.openmetrics.parser import text_string_to_metric_families
-from rpc.wire import Metrics, black_png, connected, exposition, refusal, scrape, until
+from rpc.wire import Metrics, black_png, connected, exemplars, exposition, openmetrics, refusal, scrape, until
 
 from tome_api.v1 import inference_pb2 as pb
 from tome_server.observability import buckets
@@ -181,23 +178,6 @@ def test_overload_is_counted(own_server: Any) -> None:
     assert counted.total("tome_requests_total", code="RESOURCE_EXHAUSTED") == len(refused)
     assert counted.total("tome_rejected_total", model="fashion", reason="queue_full") == len(refused)
     assert counted.total("tome_slo_missed_total", model="fashion", reason="queue_full") == len(refused)
-
-
-def openmetrics(url: str) -> dict[str, Metric]:
-    """Read a metrics endpoint as OpenMetrics, which its parser reads strictly."""
-    request = urllib.request.Request(url, headers={"Accept": "application/openmetrics-text; version=1.0.0"})
-    with urllib.request.urlopen(request) as response:
-        assert response.headers["Content-Type"].startswith("application/openmetrics-text")
-        return {family.name: family for family in text_string_to_metric_families(response.read().decode())}
-
-
-def exemplars(families: dict[str, Metric]) -> dict[str, set[str]]:
-    """The trace ids that each family's samples name."""
-    found = {
-        name: {sample.exemplar.labels["trace_id"] for sample in family.samples if sample.exemplar}
-        for name, family in families.items()
-    }
-    return {name: traces for name, traces in found.items() if traces}
 
 
 def test_exemplars_name_the_traces_of_answers_and_misses(server: Any, stub: Any, image: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,15 +55,30 @@ def called_with() -> Iterator[Any]:
     caller.traceparent.reset(token)
 
 
+def record(traces: Traces, ended: Ended = ENDED) -> str | None:
+    """Trace a request from its arrival to its end, and return the trace's id if it is recorded."""
+    trace = traces.begin(0.0)
+    trace.end(ended)
+    return trace.id
+
+
 def by_name(exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:
     return {span.name: span for span in exporter.get_finished_spans()}
+
+
+def test_a_requests_span_begins_when_it_arrived(traces: Traces, exporter: InMemorySpanExporter) -> None:
+    before = time.time_ns()
+    traces.begin(60.0).end(ENDED)
+    began = by_name(exporter)["predict"].start_time + 60 * 10**9
+    assert before <= began <= time.time_ns()
 
 
 def test_a_request_is_a_span_with_its_stages_one_after_the_other(
     traces: Traces, exporter: InMemorySpanExporter
 ) -> None:
-    traces(ENDED)
+    trace = record(traces)
     spans = by_name(exporter)
+    assert trace == format(spans["predict"].context.trace_id, "032x")
     assert spans.keys() == {"predict", "decode", "queue", "compute"}
     whole = spans["predict"]
     assert whole.kind is SpanKind.SERVER
@@ -83,7 +99,7 @@ def test_a_request_is_a_span_with_its_stages_one_after_the_other(
 
 
 def test_a_request_without_an_answer_is_a_span_that_says_why(traces: Traces, exporter: InMemorySpanExporter) -> None:
-    traces(Ended("vit", 0.001, None, InfeasibleError(0.05)))
+    record(traces, Ended("vit", 0.001, None, InfeasibleError(0.05)))
     (span,) = exporter.get_finished_spans()
     assert span.status.status_code is StatusCode.ERROR
     assert span.status.description == "the deadline can't be met; the smallest latency possible now is 50 ms"
@@ -94,7 +110,7 @@ def test_a_request_belongs_to_its_callers_trace(
     traces: Traces, exporter: InMemorySpanExporter, called_with: Any
 ) -> None:
     called_with(f"00-{TRACE}-{PARENT}-01")
-    traces(ENDED)
+    assert record(traces) == TRACE
     spans = by_name(exporter)
     assert {format(span.context.trace_id, "032x") for span in spans.values()} == {TRACE}
     assert format(spans["predict"].parent.span_id, "016x") == PARENT
@@ -104,7 +120,7 @@ def test_what_the_caller_does_not_record_is_not_recorded(
     traces: Traces, exporter: InMemorySpanExporter, called_with: Any
 ) -> None:
     called_with(f"00-{TRACE}-{PARENT}-00")
-    traces(ENDED)
+    assert record(traces) is None
     assert exporter.get_finished_spans() == ()
 
 
@@ -113,18 +129,18 @@ def test_a_malformed_traceparent_begins_a_trace_anew(
     traces: Traces, exporter: InMemorySpanExporter, called_with: Any, header: str
 ) -> None:
     called_with(header)
-    traces(ENDED)
+    record(traces)
     assert by_name(exporter)["predict"].parent is None
 
 
 def test_the_sdks_variables_hold(exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_SERVICE_NAME", "vision")
     traces = Traces(SimpleSpanProcessor(exporter))
-    traces(ENDED)
+    record(traces)
     assert by_name(exporter)["predict"].resource.attributes["service.name"] == "vision"
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
     exporter.clear()
-    Traces(SimpleSpanProcessor(exporter))(ENDED)
+    record(Traces(SimpleSpanProcessor(exporter)))
     assert exporter.get_finished_spans() == ()
 
 
@@ -132,7 +148,7 @@ def test_a_collector_gets_the_spans() -> None:
     with collecting() as collector:
         traces = Traces(otlp_processor(collector.endpoint))
         for _ in range(10):
-            traces(ENDED)
+            record(traces)
         traces.close()
     assert sorted(span.name for span in collector.spans) == sorted(["predict", "decode", "queue", "compute"] * 10)
     compute = next(span for span in collector.spans if span.name == "compute")

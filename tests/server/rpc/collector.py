@@ -31,5 +31,7 @@ def collecting() -> Iterator[Collector]:
     collector = Collector(f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)
     server.start()
-    yield collector
-    server.stop(None).wait()
+    try:
+        yield collector
+    finally:
+        server.stop(None).wait()

@@ -29,7 +29,7 @@ from tome_server.rpc.server import RpcSettings, server_options
 from tome_server.rpc.tokens import Tokens
 
 from .collector import Collector, collecting
-from .wire import PATIENCE, black_png, refusal, refusal_in, refusal_of, scrape, until
+from .wire import PATIENCE, black_png, exemplars, openmetrics, refusal, refusal_in, refusal_of, scrape, until
 
 ALICE, BOB, EVE = "alice-0123456789abcdef", "bob-0123456789abcdef", "eve-0123456789abcdef"
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
@@ -204,6 +204,16 @@ def test_each_message_is_a_span_of_its_callers_trace(
     for span in roots:
         attributes = {one.key: one.value for one in span.attributes}
         assert attributes["tome.outcome"].string_value == "answered"
+
+
+def test_exemplars_name_traces_that_began_here(
+    guarded: Any, channel: grpc.Channel, good: pb.PredictRequest, collector: Collector
+) -> None:
+    inference_pb2_grpc.InferenceStub(channel).Predict(good, metadata=bearer(ALICE))
+    named = exemplars(openmetrics(guarded.metrics_url))["tome_request_duration_seconds"]
+    until(lambda: named <= {span.trace_id.hex() for span in collector.spans}, "every trace that is named was sent")
+    roots = {span.trace_id.hex() for span in collector.spans if span.name == "predict" and not span.parent_span_id}
+    assert named & roots
 
 
 # Limits

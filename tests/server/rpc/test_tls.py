@@ -1,7 +1,9 @@
 """The TLS of the gRPC port: who is let in, and what happens when files are exchanged under a running server."""
 
 import logging
+import math
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
@@ -11,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tome_server.errors import ConfigError
 from tome_server.rpc.health import HealthServicer
-from tome_server.rpc.tls import TlsFiles, credentials
+from tome_server.rpc.tls import Certificates, TlsFiles
 
 PATIENCE = 60.0
 
@@ -31,10 +33,10 @@ def files(ca: trustme.CA, tmp_path: Path) -> TlsFiles:
     return identity(tmp_path, ca)
 
 
-def identity(folder: Path, ca: trustme.CA) -> TlsFiles:
-    """Write a certificate of localhost that `ca` signed."""
+def identity(folder: Path, ca: trustme.CA, end: datetime | None = None) -> TlsFiles:
+    """Write a certificate of localhost that `ca` signed, and that ends at `end`."""
     files = TlsFiles(folder / "server.pem", folder / "server.key")
-    issued = ca.issue_cert("localhost")
+    issued = ca.issue_cert("localhost", not_after=end)
     files.certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
     files.key.write_bytes(issued.private_key_pem.bytes())
     return files
@@ -44,19 +46,19 @@ def root(ca: trustme.CA) -> bytes:
     return ca.cert_pem.bytes()
 
 
-async def serve(files: TlsFiles) -> tuple[grpc.aio.Server, str]:
+async def serve(certificates: Certificates) -> tuple[grpc.aio.Server, str]:
     server = grpc.aio.server()
     health = HealthServicer([""])
     health.ready()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    port = server.add_secure_port("localhost:0", credentials(files))
+    port = server.add_secure_port("localhost:0", certificates.credentials())
     await server.start()
     return server, f"localhost:{port}"
 
 
 @pytest.fixture
 async def target(files: TlsFiles) -> AsyncIterator[str]:
-    server, target = await serve(files)
+    server, target = await serve(Certificates(files))
     yield target
     await server.stop(None)
 
@@ -105,7 +107,7 @@ async def test_a_link_turned_to_another_folder_is_an_exchange(
         identity(tmp_path / name, by)
     data = tmp_path / "data"
     data.symlink_to("old")
-    server, target = await serve(TlsFiles(data / "server.pem", data / "server.key"))
+    server, target = await serve(Certificates(TlsFiles(data / "server.pem", data / "server.key")))
     assert await let_in(target, root(ca))
     (tmp_path / "next").symlink_to("new")
     (tmp_path / "next").rename(data)
@@ -141,7 +143,7 @@ async def test_with_a_client_ca_only_its_clients_are_let_in(
 ) -> None:
     client_ca = files.key.parent / "clients.pem"
     client_ca.write_bytes(root(other_ca))
-    server, target = await serve(TlsFiles(files.certificate, files.key, client_ca))
+    server, target = await serve(Certificates(TlsFiles(files.certificate, files.key, client_ca)))
     known, stranger = other_ca.issue_cert("client"), ca.issue_cert("client")
     assert await let_in(target, root(ca), known)
     assert not await let_in(target, root(ca), stranger)
@@ -150,6 +152,38 @@ async def test_with_a_client_ca_only_its_clients_are_let_in(
     assert await let_in(target, root(ca), stranger)
     assert not await let_in(target, root(ca), known)
     await server.stop(None)
+
+
+async def test_who_asks_when_the_certificate_ends_does_not_keep_it_from_being_exchanged(
+    files: TlsFiles, ca: trustme.CA, other_ca: trustme.CA
+) -> None:
+    ends = [datetime.now(UTC).replace(microsecond=0) + timedelta(days=days) for days in (30, 90)]
+    identity(files.key.parent, ca, ends[0])
+    certificates = Certificates(files)
+    server, target = await serve(certificates)
+    try:
+        assert certificates.expiry() == ends[0].timestamp()
+        assert await let_in(target, root(ca))
+        identity(files.key.parent, other_ca, ends[1])
+        assert certificates.expiry() == ends[1].timestamp()
+        assert await let_in(target, root(other_ca))
+        files.certificate.write_text("junk")
+        assert certificates.expiry() == ends[1].timestamp()
+    finally:
+        await server.stop(None)
+
+
+def test_of_several_certificates_the_first_to_end_counts(files: TlsFiles, ca: trustme.CA) -> None:
+    soon = datetime.now(UTC).replace(microsecond=0) + timedelta(days=3)
+    identity(files.key.parent, ca, soon)
+    files.certificate.write_bytes(files.certificate.read_bytes() + root(ca))
+    assert Certificates(files).expiry() == soon.timestamp()
+
+
+def test_a_certificate_whose_end_cannot_be_read_serves_all_the_same(files: TlsFiles) -> None:
+    written = files.certificate.read_bytes().replace(b" CERTIFICATE-", b" TRUSTED CERTIFICATE-")
+    files.certificate.write_bytes(written)
+    assert math.isnan(Certificates(files).expiry())
 
 
 def test_files_that_cannot_be_used_are_named(files: TlsFiles, tmp_path: Path) -> None:
@@ -162,5 +196,5 @@ def test_files_that_cannot_be_used_are_named(files: TlsFiles, tmp_path: Path) ->
         (TlsFiles(files.certificate, files.key, tmp_path / "no.pem"), f"tls: {tmp_path / 'no.pem'}: No such file"),
     ):
         with pytest.raises(ConfigError) as caught:
-            credentials(wrong)
+            Certificates(wrong)
         assert str(caught.value).startswith(text)

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
+from prometheus_client import Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
 from tome_api.v1 import inference_pb2 as pb
@@ -138,6 +140,23 @@ def scrape(url: str) -> Metrics:
             for sample in family.samples
         }
     )
+
+
+def openmetrics(url: str) -> dict[str, Metric]:
+    """Read a metrics endpoint as OpenMetrics, which its parser reads strictly."""
+    request = urllib.request.Request(url, headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+    with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+        assert response.headers["Content-Type"].startswith("application/openmetrics-text")
+        return {family.name: family for family in openmetrics_families(response.read().decode())}
+
+
+def exemplars(families: dict[str, Metric]) -> dict[str, set[str]]:
+    """The trace ids that each family's samples name."""
+    found = {
+        name: {sample.exemplar.labels["trace_id"] for sample in family.samples if sample.exemplar}
+        for name, family in families.items()
+    }
+    return {name: traces for name, traces in found.items() if traces}
 
 
 def until(condition: Callable[[], object], what: str) -> None:
