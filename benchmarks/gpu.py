@@ -4,6 +4,7 @@ For each batch size these sides, each timed once a round, all in turn:
 
 - `timm`, and `timm compiled` (torch.compile, static shapes);
 - `ours r`, launched kernel by kernel, and `graph r`, by a CUDA graph of it;
+- `graph folded r`, with sizes folded into the keys, for FlashAttention, in place of a mask;
 - `served r`: all that a server does for a batch, from bytes in host memory to classes, with graphs.
 
 `ms` is the median over the rounds. `vs r = 0` is how many times faster a side is than the same at the first r in the
@@ -61,12 +62,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments().parse_args(argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     plain = timm.create_model(args.model).to(device, dtype).eval().requires_grad_(False)
-    model = _loaded(plain, args.model, args.dtype)
+    model, folded = (_loaded(plain, args.model, args.dtype, fold) for fold in (False, True))
     rows: list[Row] = []
     progress = tqdm(total=len(args.batch) * args.rounds, unit="round", disable=not sys.stderr.isatty())
     with torch.inference_mode(), progress:
         for batch in args.batch:
-            sides = _sides(plain, model, device, batch, args.r, args.compile)
+            sides = _sides(plain, model, folded, device, batch, args.r, args.compile)
             rows += _rows(batch, args.r[0], measure(sides, args.rounds, progress.update))
     setting = {
         "command": " ".join(["python -m benchmarks.gpu", *(sys.argv[1:] if argv is None else argv)]),
@@ -89,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"| {row.batch} | {row.side} | {row.ms:.3f} | {row.images_per_second:.0f} | {ratios} |")
 
 
-def _loaded(plain: torch.nn.Module, name: str, dtype: str) -> LoadedModel:
-    merged = merge(copy.deepcopy(plain))
+def _loaded(plain: torch.nn.Module, name: str, dtype: str, fold_sizes: bool) -> LoadedModel:
+    merged = merge(copy.deepcopy(plain), fold_sizes=fold_sizes)
     settings = ImageSettings.from_timm(resolve_data_config({}, model=plain))
     model = loaded_model(merged, Preprocess(settings, Limits()), name=name, architecture=name, dtype=dtype)
     fix_positions(merged.model, model.patch_grid)
@@ -98,7 +99,13 @@ def _loaded(plain: torch.nn.Module, name: str, dtype: str) -> LoadedModel:
 
 
 def _sides(
-    plain: torch.nn.Module, model: LoadedModel, device: torch.device, batch: int, rs: Sequence[int], mode: str
+    plain: torch.nn.Module,
+    model: LoadedModel,
+    folded: LoadedModel,
+    device: torch.device,
+    batch: int,
+    rs: Sequence[int],
+    mode: str,
 ) -> dict[str, Side]:
     shape = model.preprocess.settings.input_size
     pixels = torch.randint(256, (batch, *shape), dtype=torch.uint8)
@@ -115,13 +122,20 @@ def _sides(
             print(f"timm compiled is left out: {error}".partition("\n")[0], file=sys.stderr)
     sides |= {f"ours {r}": partial(model.run, images, r) for r in rs}
     if device.type == "cuda":
-        graphs = GraphedModel(model.run, torch.zeros_like(images), CudaRecorder(device))
-        graphs.record([batch], rs, sys.maxsize, nullcontext())
-        if graphs.kinds != tuple((batch, r) for r in sorted(rs)):
-            raise RuntimeError("not every batch could be recorded as a CUDA graph; the log says why")
+        graphs, folded_graphs = (_graphs(each, images, rs) for each in (model, folded))
         sides |= {f"graph {r}": partial(graphs, images, r) for r in rs}
+        sides |= {f"graph folded {r}": partial(folded_graphs, images, r) for r in rs}
         model = replace(model, graphs=graphs)
     return sides | {f"served {r}": partial(run_batch, model, works, r, device) for r in rs}
+
+
+def _graphs(model: LoadedModel, images: torch.Tensor, rs: Sequence[int]) -> GraphedModel:
+    """Record batches like `images` at each r. Raises RuntimeError if that can't be done."""
+    graphs = GraphedModel(model.run, torch.zeros_like(images), CudaRecorder(images.device))
+    graphs.record([len(images)], rs, sys.maxsize, nullcontext())
+    if graphs.kinds != tuple((len(images), r) for r in sorted(rs)):
+        raise RuntimeError("not every batch could be recorded as a CUDA graph; the log says why")
+    return graphs
 
 
 def measure(

@@ -13,8 +13,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from tome_server.merging.attention import BiasOf
 from tome_server.merging.matching import combine, match, moves
 from tome_server.merging.schedule import mergeable
 
@@ -57,9 +57,9 @@ class Layers(Protocol):
         """Attend among tokens of `qkv` [B, N, channels].
 
         `rope` [B or 1, heads or 1, patches, 2 * dim] has the sines and cosines of each patch token's position; `bias`
-        [B, 1, 1, N] is added to the logits of each key. Only the first `queries` tokens ask, if given: prefix tokens,
-        which have no position. Returns what they found [B, queries or N, heads * dim], and the keys [B, key_heads, N,
-        dim] that tokens are compared by, without their positions.
+        is added to the logits of each key, as `attention` takes it. Only the first `queries` tokens ask, if given:
+        prefix tokens, which have no position. Returns what they found [B, queries or N, heads * dim], and the keys
+        [B, key_heads, N, dim] that tokens are compared by, without their positions.
         """
         ...
 
@@ -127,13 +127,13 @@ def encode(
     batches: Sequence[Alike],
     *,
     prefix: int,
-    proportional: bool,
+    bias_of: BiasOf | None,
     prefix_only: bool,
     track: bool,
 ) -> list[Encoded]:
     """Run tokens through blocks and final `norm`, in groups that come back one by one.
 
-    The first `prefix` tokens are never merged. `proportional` adds log(size) to the attention logits of each key.
+    The first `prefix` tokens are never merged. `bias_of` gives what sizes add to attention logits.
     `prefix_only` leaves all but the prefix tokens of the last block uncomputed. `track` records the token map.
     """
     x, ropes = embedded.tokens, embedded.ropes
@@ -150,7 +150,7 @@ def encode(
             x = _attend(block, x, groups, rope, prefix, queries=prefix)[0]
         else:
             rs = [group.per_block[i] for group in groups]
-            x = _attend_and_merge(block, x, groups, rs, rope, prefix, proportional)
+            x = _attend_and_merge(block, x, groups, rs, rope, prefix, bias_of)
         x = block.add_mlp(x)
     x = norm(x)
     shapes = [(group.shape[0], prefix) if prefix_only else group.shape for group in groups]
@@ -166,7 +166,7 @@ class _Group:
     sizes: Tensor
     token_map: Tensor | None
     bias: Tensor | None = None
-    """[B, 1, 1, N] what sizes add to attention logits, once they differ"""
+    """what sizes add to attention logits, once they differ, as `attention` takes it"""
     origin: Tensor | None = None
     """[B, N] the token, before any merge, whose rotary position each token has; None where there are none"""
 
@@ -203,12 +203,12 @@ def _attend_and_merge(
     rs: Sequence[int],
     rope: Tensor | None,
     prefix: int,
-    proportional: bool,
+    bias_of: BiasOf | None,
 ) -> Tensor:
     """Return the tokens of all groups as they enter the MLP."""
     # Apart from `encode`, so that keys, which hold all that was projected, are gone where the MLP needs most memory.
     x, keys = _attend(block, x, groups, rope, prefix)
-    return _merge(x, keys, groups, rs, prefix, proportional)
+    return _merge(x, keys, groups, rs, prefix, bias_of)
 
 
 def _attend(
@@ -228,7 +228,7 @@ def _attend(
 
 
 def _merge(
-    x: Tensor, keys: Sequence[Tensor], groups: Sequence[_Group], rs: Sequence[int], prefix: int, proportional: bool
+    x: Tensor, keys: Sequence[Tensor], groups: Sequence[_Group], rs: Sequence[int], prefix: int, bias_of: BiasOf | None
 ) -> Tensor:
     """Merge `rs[i]` tokens of each image of group i and return the tokens of all groups that are left."""
     if not any(rs):
@@ -244,7 +244,7 @@ def _merge(
             # A source that is merged leaves no trace: its destination stays where it is.
             group.origin = group.origin.flatten()[matching.order]
         parts[i], group.sizes = combine(parts[i], group.sizes, matching)
-        group.bias = size_bias(group.sizes, x.dtype) if proportional else None
+        group.bias = None if bias_of is None else bias_of(group.sizes, x.dtype)
         if group.token_map is not None:
             group.token_map = moves(matching).gather(1, group.token_map)
     return _join(parts)
@@ -273,13 +273,3 @@ def select(x: Tensor, images: Sequence[int]) -> Tensor:
 
 def _first(x: Tensor, shapes: Sequence[tuple[int, int]], tokens: int) -> Tensor:
     return _join([part[:, :tokens] for part in _split(x, shapes)])
-
-
-def size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return log(size) as an attention mask [B, 1, 1, N] (ToMe, equation 1, "proportional attention")."""
-    bias = size.log().to(dtype)
-    if size.is_cuda:
-        # Memory-efficient attention there wants the rows of a mask to start at multiples of 8 elements.
-        tokens = size.shape[1]
-        bias = F.pad(bias, (0, -tokens % 8))[:, :tokens]
-    return bias[:, None, None, :]

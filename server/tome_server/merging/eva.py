@@ -14,6 +14,7 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tome_server.merging.attention import attention
 from tome_server.merging.encoder import Embedded
 
 
@@ -123,7 +124,7 @@ class EvaLayers:
             shared = self.heads // self.key_heads
             k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
         dropout = attn.attn_drop.p if attn.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=attn.scale)
+        out = attention(q, k, v, bias, dropout=dropout, scale=attn.scale)
         return out.transpose(1, 2).reshape(batch, -1, self.heads * self.head_dim), content
 
     def _rotated(self, x: Tensor, rope: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from tome_server.merging.attention import size_bias, size_column
 from tome_server.merging.encoder import Alike, Layers, alike, encode, select
 from tome_server.merging.geometry import check_image_size, patch_grid
 from tome_server.merging.naflex import patch_counts
@@ -41,13 +42,18 @@ class MergedModel(nn.Module):
     """
 
     def __init__(
-        self, model: VisionModel, proportional_attention: bool, layers: Sequence[Layers] | None = None
+        self,
+        model: VisionModel,
+        proportional_attention: bool,
+        layers: Sequence[Layers] | None = None,
+        fold_sizes: bool = False,
     ) -> None:
         super().__init__()
         self.model: VisionModel = model
         self._embed = EMBED[type(model)]
         self._layers = layers_of(model) if layers is None else layers
         self.proportional_attention = proportional_attention
+        self._bias_of = None if not proportional_attention else size_column if fold_sizes else size_bias
         # Not train(): that would set the mode of the model's parts, which aren't ours to change.
         self.training = model.training
 
@@ -92,7 +98,7 @@ class MergedModel(nn.Module):
             self.model.norm,
             batches,
             prefix=self.prefix,
-            proportional=self.proportional_attention,
+            bias_of=self._bias_of,
             prefix_only=reads_prefix_only(self.model) and not whole,
             track=return_token_map,
         )
@@ -153,19 +159,20 @@ class MergedModel(nn.Module):
         return len(images)
 
 
-def merge(model: VisionModel, *, proportional_attention: bool | None = None) -> MergedModel:
+def merge(model: VisionModel, *, proportional_attention: bool | None = None, fold_sizes: bool = False) -> MergedModel:
     """Return `model`, timm's VisionTransformer, Eva or NaFlexVit, with token merging (arXiv 2210.09461).
 
     `proportional_attention` weighs each token by the patches it stands for, as supervised weights need it; None
-    leaves it off for MAE weights alone, which lose by it (ToMe, table 1e and appendix). Raises UnsupportedModelError
-    for a model, block or attention of another class.
+    leaves it off for MAE weights alone, which lose by it (ToMe, table 1e and appendix). `fold_sizes` has it done by one
+    more channel of queries and keys in place of a mask, which FlashAttention doesn't take. Raises
+    UnsupportedModelError for a model, block or attention of another class.
     """
     check_supported(model)
     if proportional_attention is None:
         proportional_attention = "mae" not in str(
             (getattr(model, "pretrained_cfg", None) or {}).get("tag") or ""
         ).split("_")
-    return MergedModel(model, proportional_attention)
+    return MergedModel(model, proportional_attention, fold_sizes=fold_sizes)
 
 
 def unmerge(tokens: Tensor, token_map: Tensor) -> Tensor:

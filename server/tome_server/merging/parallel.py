@@ -12,7 +12,8 @@ import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock
 from torch import Tensor
-from torch.nn import functional as F
+
+from tome_server.merging.attention import attention
 
 
 class ParallelScalingLayers:
@@ -49,7 +50,7 @@ class ParallelScalingLayers:
         q, k, v = qkv.view(batch, tokens, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = block.q_norm(q[:, :, :queries]), block.k_norm(k)
         dropout = block.attn_drop.p if block.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=block.scale)
+        out = attention(q, k, v, bias, dropout=dropout, scale=block.scale)
         return out.transpose(1, 2).reshape(batch, -1, self.heads * self.head_dim), k
 
     def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:
@@ -101,7 +102,7 @@ class ParallelThingsLayers:
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = attn.q_norm(q[:, :, :queries]), attn.k_norm(k)
         dropout = attn.attn_drop.p if attn.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=attn.scale)
+        out = attention(q, k, v, bias, dropout=dropout, scale=attn.scale)
         out = attn.norm(out.transpose(1, 2).reshape(batch, -1, attn.num_heads * attn.head_dim))
         found: Tensor = branch.drop_path(branch.ls(attn.proj_drop(attn.proj(out))))
         return found, k.sum(dim=1, keepdim=True)

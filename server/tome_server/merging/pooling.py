@@ -8,7 +8,8 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 
-from tome_server.merging.encoder import Encoded, size_bias
+from tome_server.merging.attention import size_bias
+from tome_server.merging.encoder import Encoded
 from tome_server.merging.support import VisionModel
 
 

@@ -7,8 +7,8 @@ and attention weighs each token by the patches it stands for.
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from tome_server.merging.attention import attention
 from tome_server.merging.encoder import Embedded
 
 
@@ -56,7 +56,7 @@ class BlockLayers:
         q, k = self.normed(q[:, :, :queries], k)
 
         dropout = attn.attn_drop.p if attn.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=attn.scale)
+        out = attention(q, k, v, bias, dropout=dropout, scale=attn.scale)
         return out.transpose(1, 2).reshape(batch, -1, self.heads * self.head_dim), k
 
     def attention_output(self, attended: Tensor, gate: Tensor | None) -> Tensor:

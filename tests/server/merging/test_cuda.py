@@ -5,8 +5,10 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tome_server.merging import merge
+from tome_server.merging.attention import attention, size_bias, size_column
 from tome_server.merging.eva import fix_positions
 from tome_server.models.bundled import BUNDLED
 from tome_server.models.loaded import loaded_model
@@ -100,6 +102,22 @@ def test_the_same_batch_gives_the_same_bits(dtype: torch.dtype) -> None:
                 again = model(images, r, return_tokens=True, return_token_map=True)
                 for field in ("logits", "features", "tokens", "sizes", "token_map"):
                     assert torch.equal(getattr(again, field), getattr(first, field))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [129, 161, 197])
+def test_folded_sizes_go_through_flash_attention_and_give_what_a_mask_gives(tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(4, 6, tokens, 64, device=CUDA, dtype=dtype) for _ in range(3))
+    sizes = torch.randint(1, 20, (4, tokens), device=CUDA).float()
+    masked = attention(q, k, v, size_bias(sizes, dtype), dropout=0.0, scale=0.125)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        folded = attention(q, k, v, size_column(sizes, dtype), dropout=0.0, scale=0.125)
+    exact = attention(
+        q.double(), k.double(), v.double(), size_bias(sizes.double(), torch.float64), dropout=0.0, scale=0.125
+    )
+    for given in (masked, folded):
+        assert (given.double() - exact).norm() / exact.norm() < 2e-2
 
 
 @pytest.mark.parametrize("name", [name for name in OF_EACH_FAMILY if name != "DINOv3"])
