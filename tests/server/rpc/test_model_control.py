@@ -130,7 +130,10 @@ def test_the_version_that_is_served_is_told_and_honoured(
 
     def check(client: Any, served: str, other: str) -> None:
         for asked in (served, ""):
-            assert client.infer("ours", [tensor], model_version=asked).get_response().model_version == served
+            assert (
+                client.infer("ours", [tensor], model_version=asked, client_timeout=100).get_response().model_version
+                == served
+            )
             assert [*client.get_model_metadata("ours", asked).versions] == [served]
             assert client.get_model_config("ours", asked).config.name == "ours"
             assert client.is_model_ready("ours", asked)
@@ -207,10 +210,11 @@ def test_a_models_own_limits_and_defaults_hold_and_are_told(
         assert "default_max_r" not in others
         with pytest.raises(grpc.RpcError, match="at most 783 pixels are accepted"):
             answered("second", image=image)
-        assert answered("first", image=image).merging.r == 0
+        # What is chosen between the bounds depends on how fast this machine is just now.
+        assert answered("first", image=image, max_r=0).merging.r == 0
         tensor = pb.Tensor(data_type=pb.Tensor.DATA_TYPE_FLOAT32, shape=[3, 28, 28], data=bytes(4 * 3 * 28 * 28))
-        assert answered("second", tensor=tensor).merging.r == 2
-        assert answered("second", tensor=tensor, min_r=0).merging.r == 0
+        assert answered("second", tensor=tensor).merging.r in (2, 4)
+        assert answered("second", tensor=tensor, min_r=0, max_r=0).merging.r == 0
         for wrong, says in (
             ("policy: fixed:3", r"config.yaml: policy: fixed:3: the model is served at r = 0, 2"),
             ("limits: {max_image_bytes: 1GiB}", r"config.yaml: limits.max_image_bytes: 1,073,741,824 bytes is more"),
@@ -220,7 +224,7 @@ def test_a_models_own_limits_and_defaults_hold_and_are_told(
             file.write_text(f"{plain}{wrong}\n")
             with pytest.raises(triton.InferenceServerException, match=says):
                 client.load_model("second")
-        assert answered("second", tensor=tensor).merging.r == 2
+        assert answered("second", tensor=tensor).merging.r in (2, 4)
 
 
 def test_a_model_beyond_the_memory_budget_is_refused_and_the_others_stay(
