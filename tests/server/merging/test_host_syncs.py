@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from tome_server.merging import merge
 from tome_server.merging.eva import fix_positions
+from tome_server.models.loaded import normalise
+from tome_server.models.transform import ImageSettings
 
 from .small_models import KINDS
 
@@ -75,6 +77,13 @@ def test_a_forward_pass_waits_for_nothing(name: str) -> None:
             with torch.inference_mode(), HostTensors(), HostIndices():
                 output = model(images, rs, return_tokens=whole, return_token_map=whole)
             assert output.logits.shape[0] == 4
+
+
+def test_normalising_waits_for_nothing() -> None:
+    settings = ImageSettings((3, 8, 8), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", 1.0, "center")
+    pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8, device="meta")
+    with torch.inference_mode(), HostTensors(), HostIndices():
+        assert normalise(pixels, settings).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["DINOv3", "Sapiens2, shared keys"])
