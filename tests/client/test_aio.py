@@ -22,11 +22,11 @@ async def test_cancelling_a_task_cancels_its_request(peer: Peer) -> None:
     peer.hold.clear()
     async with AsyncClient(peer.target) as client:
         waiting = asyncio.create_task(client.predict(b""))
-        assert await asyncio.to_thread(peer.called.wait, 10)
+        assert await asyncio.to_thread(peer.called.wait, 60)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        assert await asyncio.to_thread(peer.cancelled.wait, 10)
+        assert await asyncio.to_thread(peer.cancelled.wait, 60)
 
 
 async def test_cancelling_a_task_cancels_its_stream(peer: Peer) -> None:
@@ -38,11 +38,11 @@ async def test_cancelling_a_task_cancels_its_stream(peer: Peer) -> None:
 
     async with AsyncClient(peer.target) as client:
         waiting = asyncio.create_task(consume(client))
-        assert await asyncio.to_thread(peer.called.wait, 10)
+        assert await asyncio.to_thread(peer.called.wait, 60)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        assert await asyncio.to_thread(peer.cancelled.wait, 10)
+        assert await asyncio.to_thread(peer.cancelled.wait, 60)
 
 
 async def test_many_requests_wait_at_once(peer: Peer) -> None:

@@ -58,7 +58,7 @@ async def ids(results: AsyncIterator[StreamResult]) -> list[str]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 # There is no event to wait for.
             await asyncio.sleep(0.01)
 

@@ -30,8 +30,8 @@ def test_closing_ends_the_calls_that_wait(peer: Peer) -> None:
     client = Client(peer.target)
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(client.predict, b"")
-        assert peer.called.wait(10)
+        assert peer.called.wait(60)
         client.close()
         with pytest.raises(TomeError) as caught:
-            waiting.result(timeout=10)
+            waiting.result(timeout=60)
     assert caught.value.code is grpc.StatusCode.CANCELLED

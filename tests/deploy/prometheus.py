@@ -21,10 +21,20 @@ INSTALL = "apt-get install -y --no-install-recommends prometheus"
 PATIENCE = 60.0
 
 
+# Ports that are ours until the tests end.
+_reserved: list[socket.socket] = []
+
+
 def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
+    """Return a port of 127.0.0.1 that nobody is given any more who asks for any free one.
+
+    Bound, and never listened on: programs that, as servers do, set SO_REUSEADDR may listen there all the same.
+    """
+    taken = socket.socket()
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    taken.bind(("127.0.0.1", 0))
+    _reserved.append(taken)
+    return int(taken.getsockname()[1])
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from dataclasses import replace
 
@@ -16,7 +15,7 @@ from ..peer import Failure, Peer
 
 SAMPLES = [Sample("a.png", b"first", "Coat"), Sample("b.png", b"second", "Trouser")]
 CONSTANT = Renewal(50, cv2=0)
-PLAN = LoadPlan(SAMPLES, CONSTANT, parse_budgets("2s"), duration=0.5)
+PLAN = LoadPlan(SAMPLES, CONSTANT, parse_budgets("20s"), duration=0.5)
 INFEASIBLE = error_details_pb2.ErrorInfo(reason="INFEASIBLE", domain="tome", metadata={"smallest_latency_ms": "31"})
 
 
@@ -43,11 +42,11 @@ async def test_requests_carry_image_options_budget_and_a_later_deadline(peer: Pe
     assert {call.request.image for call in predictions(peer)} == {b"first", b"second"}
     for call in predictions(peer):
         request = call.request
-        assert request.latency_budget.ToMilliseconds() == 2000
+        assert request.latency_budget.ToMilliseconds() == 20_000
         assert (request.model, request.r, request.min_r, request.max_r, request.min_quality) == ("m", 8, 2, 9, 0.9)
         assert (request.top_k, request.return_features) == (1, False)
         # gRPC rounds deadlines up on the wire, by about 1 %.
-        assert 2 < call.time_remaining <= 3.1
+        assert 18 < call.time_remaining <= 21.3
         assert call.metadata["authorization"] == "Bearer x"
 
 
@@ -55,7 +54,7 @@ async def test_the_budget_can_be_the_grpc_deadline_alone(peer: Peer) -> None:
     await run_load(peer.target, replace(PLAN, deadline_only=True))
     for call in predictions(peer):
         assert not call.request.HasField("latency_budget")
-        assert 0 < call.time_remaining <= 2.1
+        assert 0 < call.time_remaining <= 20.3
 
 
 async def test_the_warm_up_is_sent_and_not_counted(peer: Peer) -> None:
@@ -97,20 +96,20 @@ async def test_failures_are_outcomes_and_nothing_is_tried_twice(peer: Peer) -> N
 async def test_a_server_that_stalls_is_charged_for_all_that_arrived_meanwhile(peer: Peer) -> None:
     """No coordinated omission: a loop that waits for answers would see one slow request."""
 
-    def stall(progress: Progress) -> None:
-        if progress.at > 0.2 and peer.hold.is_set() and not threads:
-            peer.hold.clear()
-            threads.append(threading.Timer(0.4, peer.hold.set))
-            threads[0].start()
+    held = 20
 
-    threads: list[threading.Timer] = []
-    result = await run_load(peer.target, replace(PLAN, duration=1.5), progress=stall)
-    threads[0].join()
+    def stall(progress: Progress) -> None:
+        if progress.sent < held:
+            peer.hold.clear()
+        else:
+            peer.hold.set()
+
+    plan = replace(PLAN, duration=1.5)
+    result = await run_load(peer.target, plan, progress=stall)
     assert len(result.outcomes) == 75
-    slow = [one.latency for one in result.outcomes if one.latency > 0.1]
-    assert len(slow) >= 8
-    # Each waited as much less as it came later.
-    assert max(slow) - min(slow) > 0.1
+    answered = [one.at + one.latency for one in sorted(result.outcomes, key=lambda one: one.at)]
+    # Each waited for the last of them to come, as much less as it came later. The first may have come before the stall.
+    assert min(answered[2:held]) >= plan.schedule()[held - 1].at
 
 
 async def test_a_generator_that_lags_charges_itself(peer: Peer) -> None:
@@ -150,7 +149,7 @@ async def test_it_stops_when_told_and_keeps_what_was_measured(peer: Peer) -> Non
 
 async def test_progress_counts_up(peer: Peer) -> None:
     seen: list[Progress] = []
-    await run_load(peer.target, replace(PLAN, warmup=0.3, duration=0.8), progress=seen.append)
+    await run_load(peer.target, replace(PLAN, warmup=1, duration=0.8), progress=seen.append)
     assert seen[0].at < 0
     assert seen[0].sent == 0
     assert seen[-1].sent >= seen[-1].ended >= seen[-1].attained > 0
@@ -168,7 +167,7 @@ async def test_connections_are_as_many_as_asked_for(peer: Peer) -> None:
 async def test_cancelling_it_cancels_its_calls(peer: Peer) -> None:
     peer.called.clear()
     running = asyncio.create_task(run_load(peer.target, replace(PLAN, duration=60)))
-    await asyncio.to_thread(peer.called.wait, 10)
+    await asyncio.to_thread(peer.called.wait, 60)
     await asyncio.sleep(0.2)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -46,21 +47,25 @@ def root(ca: trustme.CA) -> bytes:
     return ca.cert_pem.bytes()
 
 
-async def serve(certificates: Certificates) -> tuple[grpc.aio.Server, str]:
+@asynccontextmanager
+async def serving(certificates: Certificates) -> AsyncIterator[str]:
+    """Run a server for as long as the test takes; yields its address."""
     server = grpc.aio.server()
     health = HealthServicer([""])
     health.ready()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     port = server.add_secure_port("localhost:0", certificates.credentials())
     await server.start()
-    return server, f"localhost:{port}"
+    try:
+        yield f"localhost:{port}"
+    finally:
+        await server.stop(None)
 
 
 @pytest.fixture
 async def target(files: TlsFiles) -> AsyncIterator[str]:
-    server, target = await serve(Certificates(files))
-    yield target
-    await server.stop(None)
+    async with serving(Certificates(files)) as target:
+        yield target
 
 
 def channel(target: str, roots: bytes, client: trustme.LeafCert | None = None) -> grpc.aio.Channel:
@@ -107,13 +112,12 @@ async def test_a_link_turned_to_another_folder_is_an_exchange(
         identity(tmp_path / name, by)
     data = tmp_path / "data"
     data.symlink_to("old")
-    server, target = await serve(Certificates(TlsFiles(data / "server.pem", data / "server.key")))
-    assert await let_in(target, root(ca))
-    (tmp_path / "next").symlink_to("new")
-    (tmp_path / "next").rename(data)
-    assert await let_in(target, root(other_ca))
-    assert not await let_in(target, root(ca))
-    await server.stop(None)
+    async with serving(Certificates(TlsFiles(data / "server.pem", data / "server.key"))) as target:
+        assert await let_in(target, root(ca))
+        (tmp_path / "next").symlink_to("new")
+        (tmp_path / "next").rename(data)
+        assert await let_in(target, root(other_ca))
+        assert not await let_in(target, root(ca))
 
 
 @pytest.mark.parametrize("harm", ["junk", "another key", "gone"])
@@ -143,15 +147,14 @@ async def test_with_a_client_ca_only_its_clients_are_let_in(
 ) -> None:
     client_ca = files.key.parent / "clients.pem"
     client_ca.write_bytes(root(other_ca))
-    server, target = await serve(Certificates(TlsFiles(files.certificate, files.key, client_ca)))
-    known, stranger = other_ca.issue_cert("client"), ca.issue_cert("client")
-    assert await let_in(target, root(ca), known)
-    assert not await let_in(target, root(ca), stranger)
-    assert not await let_in(target, root(ca))
-    client_ca.write_bytes(root(ca))
-    assert await let_in(target, root(ca), stranger)
-    assert not await let_in(target, root(ca), known)
-    await server.stop(None)
+    async with serving(Certificates(TlsFiles(files.certificate, files.key, client_ca))) as target:
+        known, stranger = other_ca.issue_cert("client"), ca.issue_cert("client")
+        assert await let_in(target, root(ca), known)
+        assert not await let_in(target, root(ca), stranger)
+        assert not await let_in(target, root(ca))
+        client_ca.write_bytes(root(ca))
+        assert await let_in(target, root(ca), stranger)
+        assert not await let_in(target, root(ca), known)
 
 
 async def test_who_asks_when_the_certificate_ends_does_not_keep_it_from_being_exchanged(
@@ -160,8 +163,7 @@ async def test_who_asks_when_the_certificate_ends_does_not_keep_it_from_being_ex
     ends = [datetime.now(UTC).replace(microsecond=0) + timedelta(days=days) for days in (30, 90)]
     identity(files.key.parent, ca, ends[0])
     certificates = Certificates(files)
-    server, target = await serve(certificates)
-    try:
+    async with serving(certificates) as target:
         assert certificates.expiry() == ends[0].timestamp()
         assert await let_in(target, root(ca))
         identity(files.key.parent, other_ca, ends[1])
@@ -169,8 +171,6 @@ async def test_who_asks_when_the_certificate_ends_does_not_keep_it_from_being_ex
         assert await let_in(target, root(other_ca))
         files.certificate.write_text("junk")
         assert certificates.expiry() == ends[1].timestamp()
-    finally:
-        await server.stop(None)
 
 
 def test_of_several_certificates_the_first_to_end_counts(files: TlsFiles, ca: trustme.CA) -> None:

@@ -1,5 +1,7 @@
 """What tests that go through a real channel share: good requests, refusals taken apart, metrics read."""
 
+import os
+import signal
 import struct
 import time
 import urllib.request
@@ -7,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -157,6 +160,18 @@ def exemplars(families: dict[str, Metric]) -> dict[str, set[str]]:
         for name, family in families.items()
     }
     return {name: traces for name, traces in found.items() if traces}
+
+
+@contextmanager
+def device_held(server: Any) -> Iterator[None]:
+    """Keep the process that runs a server's models from going on: what is sent meanwhile waits."""
+    pid = server.process.pid
+    [device] = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    os.kill(device, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(device, signal.SIGCONT)
 
 
 def until(condition: Callable[[], object], what: str) -> None:
