@@ -78,6 +78,7 @@ bench: $(STAMP)  ## every benchmark, each printing all sides from one run (about
 	$(BIN)/python -m benchmarks.merging
 	$(BIN)/python -m benchmarks.mixed
 	$(BIN)/python -m benchmarks.policies
+	$(BIN)/python -m benchmarks.sharing
 	$(BIN)/python -m benchmarks.autoscaling
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.server

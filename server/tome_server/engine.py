@@ -43,6 +43,7 @@ from tome_server.runtime.shared_images import Slot
 from tome_server.runtime.work import Result, Work
 from tome_server.scheduling.policy.view import Decision
 from tome_server.scheduling.queue import Waiting
+from tome_server.scheduling.scheduler import Scheduler
 from tome_server.served import Bounds, ServedModel
 
 log = logging.getLogger(__name__)
@@ -205,6 +206,10 @@ class Engine:
 
     def __post_init__(self) -> None:
         self._pending = 0
+        # Of all models that have requests, or may have some.
+        self._schedulers: list[Scheduler[_Job]] = []
+        for served in self.models.values():
+            self._share(served)
         self._shares = Shares(self.max_client_requests, RETRY_AFTER)
         self._unanswered: set[_Job] = set()
         self._ended = False
@@ -256,6 +261,7 @@ class Engine:
         """Answer new requests for a model that was expected, or is served; returns what was, to wait for by `left`."""
         before = self.models.get(served.model.name)
         self.models[served.model.name] = served
+        self._share(served)
         if before:
             self.leaving.append(before)
         return before
@@ -281,6 +287,7 @@ class Engine:
             self._released.clear()
             await self._released.wait()
         self.leaving.remove(served)
+        self._schedulers.remove(served.scheduler)
 
     @contextmanager
     def holding(self, served: Served) -> Iterator[None]:
@@ -616,6 +623,11 @@ class Engine:
             served.scheduler.latency.idle(now - self._free_at)
             self._free_at = now
             self.metrics.drift.labels(served.model.name).set(served.scheduler.latency.drift)
+
+    def _share(self, served: Served) -> None:
+        """Have a model's scheduler reckon with those of the others, and the others with it."""
+        self._schedulers.append(served.scheduler)
+        served.scheduler.sharing = self._schedulers
 
     def _all(self) -> Iterator[Served]:
         return chain(self.models.values(), self.leaving)

@@ -1,14 +1,19 @@
-"""One model's requests from arrival to the device: admitted, ordered, decided on. Pure: the caller knows the time."""
+"""One model's requests from arrival to the device: admitted, ordered, decided on. Pure: the caller knows the time.
+
+Several models may share a device. Then each scheduler knows the others: what they have due before a request is ahead of
+it, at admission and when a batch is decided on, and no batch takes time that the others' requests were promised.
+"""
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 from tome_server.errors import InfeasibleError
 from tome_server.scheduling.policy.view import Decision, Policy, View, largest, uniform
 from tome_server.scheduling.profile import Latency
 from tome_server.scheduling.queue import DeadlineQueue, Waiting
-from tome_server.scheduling.traffic import HORIZON, TrafficMeter
+from tome_server.scheduling.traffic import HORIZON, TrafficMeter, together
 
 T = TypeVar("T")
 
@@ -27,6 +32,8 @@ class Scheduler(Generic[T]):
         self.latency = latency
         self.policy_failures = 0
         """Decisions that the policy raised on, and that were made without it."""
+        self.sharing: Sequence[Scheduler[Any]] = ()
+        """The schedulers of all models on the device; this may be among them."""
         self._policy = policy
         self._queue: DeadlineQueue[T] = DeadlineQueue()
         # A rate is that of several requests, however long each takes.
@@ -48,10 +55,9 @@ class Scheduler(Generic[T]):
     def check(self, request: Waiting[Any], now: float, free_at: float) -> None:
         """Raise InfeasibleError if a deadline can't be met though all with an earlier one be merged the most.
 
-        The device will be free at `free_at`.
+        The device will be free at `free_at`. Takes O(log n) for each model.
         """
-        ahead = self._queue.due_by(request.deadline)
-        if self._ends(max(now, free_at), ahead, request.high) > request.deadline:
+        if self._ends(max(now, free_at), request.deadline, request.high) > request.deadline:
             # Sooner might do, ahead of others who would then be late; that is no answer to who asks for later.
             raise InfeasibleError(self.earliest(now, free_at, request.high, request.deadline) - request.arrival)
 
@@ -63,8 +69,8 @@ class Scheduler(Generic[T]):
     def earliest(self, now: float, free_at: float, high: int, after: float = -math.inf) -> float:
         """Return the earliest deadline from `after` on that `check` would let pass, for a highest level of `high`."""
         start = max(now, free_at)
-        deadline = max(self._ends(start, 0, high), after)
-        while (later := self._ends(start, self._queue.due_by(deadline), high)) > deadline:
+        deadline = max(self._ends(start, -math.inf, high), after)
+        while (later := self._ends(start, deadline, high)) > deadline:
             deadline = later
         return deadline
 
@@ -77,14 +83,14 @@ class Scheduler(Generic[T]):
         shed = self._drop_hopeless(now)
         if not self._queue:
             return Decision((), (), shed) if shed else None
-        view = View(now, list(self._queue), self.latency, self._traffic.at(now))
+        view, places = self._view(now)
         try:
-            decision = self._policy(view)
+            decision = self._named(self._policy(view), places)
             _check(decision, self._queue, self.latency.max_batch)
         except Exception:
             self.policy_failures += 1
             log.exception("the policy failed; running the earliest deadlines at their most merging")
-            decision = _without_policy(view)
+            decision = self._named(_without_policy(view), places)
         self._queue.take((*decision.batch, *decision.shed))
         return Decision(decision.batch, decision.levels, (*shed, *decision.shed))
 
@@ -96,11 +102,91 @@ class Scheduler(Generic[T]):
             dropped.append(first)
         return dropped
 
-    def _ends(self, start: float, ahead: int, high: int) -> float:
-        """Return when a request with `ahead` others before it ends if all are merged the most from `start` on."""
+    def _ends(self, start: float, deadline: float, high: int) -> float:
+        """Return when a request ends if all due by its `deadline` are merged the most, and run from `start` on."""
         largest, top = self.latency.max_batch, self.latency.levels - 1
-        batches, rest = divmod(ahead, largest)
+        batches, rest = divmod(self._queue.due_by(deadline), largest)
+        for other in self._others():
+            start += other._work(deadline)
         return start + batches * self.latency.expected(largest, top) + self.latency.promised(rest + 1, high)
+
+    def _work(self, deadline: float) -> float:
+        """Return the seconds that those due by `deadline` take, merged the most."""
+        largest, top = self.latency.max_batch, self.latency.levels - 1
+        batches, rest = divmod(self._queue.due_by(deadline), largest)
+        seconds = batches * self.latency.expected(largest, top)
+        return seconds + self.latency.expected(rest, top) if rest else seconds
+
+    def _others(self) -> list["Scheduler[Any]"]:
+        return [other for other in self.sharing if other is not self]
+
+    def _view(self, now: float) -> tuple[View, dict[int, Waiting[T]]]:
+        """Return what the policy sees and, where that isn't those who wait themselves, whom its members stand for.
+
+        Of a device that is shared, it sees the traffic of all; and who waits is due earlier than by the own deadline:
+        by what is left of it once the others' requests due before are done, and of that of theirs due after.
+        """
+        traffic, waiting = self._traffic.at(now), list(self._queue)
+        others = self._others()
+        if others:
+            traffic = together(traffic, [(other._traffic.at(now), other._image / self._image) for other in others])
+        if not any(map(len, others)):
+            return View(now, waiting, self.latency, traffic), {}
+        seen = [
+            Waiting(one.item, one.arrival, due, one.low, one.high)
+            for one, due in zip(waiting, self._due(now, waiting), strict=True)
+        ]
+        places = dict(zip(map(id, seen), waiting, strict=True))
+        return View(now, seen, self.latency, traffic), places
+
+    @property
+    def _image(self) -> float:
+        """Seconds that an image takes in the largest batch, merged the most."""
+        return self.latency.expected(self.latency.max_batch, self.latency.levels - 1) / self.latency.max_batch
+
+    def _due(self, now: float, waiting: Sequence[Waiting[T]]) -> list[float]:
+        """Return by when each of those who wait must be done so that it and the other models' requests are in time.
+
+        By their own deadline less the others' work due before; and before the latest moment at which those of others
+        that are due later can begin, all merged the most in the largest batches. Whoever of the others can't be met
+        even if this model runs one image alone before, is left out.
+        """
+        least = now + self.latency.promised(1, waiting[0].high)
+        limits: list[tuple[float, float, float]] = []
+        work = 0.0
+        for deadline, expected, promised in sorted(chunk for other in self._others() for chunk in other._chunks()):
+            if (latest := deadline - work - promised) >= least:
+                work += expected
+                limits.append((deadline, latest, work))
+        dues, due = [], math.inf
+        for request in reversed(waiting):
+            while limits and limits[-1][0] > request.deadline:
+                due = min(due, limits.pop()[1])
+            due = min(due, request.deadline - (limits[-1][2] if limits else 0.0))
+            dues.append(due)
+        dues.reverse()
+        # Policies count on it that each could be met alone, and comes in order.
+        before = -math.inf
+        for place, request in enumerate(waiting):
+            alone = min(now + self.latency.promised(1, request.high), request.deadline)
+            before = dues[place] = max(dues[place], alone, before)
+        return dues
+
+    def _chunks(self) -> list[tuple[float, float, float]]:
+        """Return the largest batches of those who wait: the first's deadline, seconds expected, and promised."""
+        largest, top, waiting = self.latency.max_batch, self.latency.levels - 1, list(self._queue)
+        sizes = ((first, min(largest, len(waiting) - first)) for first in range(0, len(waiting), largest))
+        return [
+            (waiting[first].deadline, self.latency.expected(size, top), self.latency.promised(size, top))
+            for first, size in sizes
+        ]
+
+    def _named(self, decision: Decision, places: dict[int, Waiting[T]]) -> Decision:
+        """Return a decision on those who wait themselves. Raises KeyError if it names others."""
+        if not places:
+            return decision
+        batch, shed = ([places[id(one)] for one in part] for part in (decision.batch, decision.shed))
+        return Decision(batch, decision.levels, shed)
 
 
 def _check(decision: Decision, queue: DeadlineQueue[T], largest: int) -> None:

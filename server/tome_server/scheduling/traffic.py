@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from collections.abc import Sequence
 
 from tome_server.scheduling.policy.view import Traffic
 
@@ -12,6 +13,20 @@ _GAPS = 256
 _BUDGETS = 64
 _CLASSES = 4
 _MOST_DISPERSED = 16.0
+
+
+def together(own: Traffic, others: Sequence[tuple[Traffic, float]]) -> Traffic:
+    """Return the traffic of a device that serves others as well: each with what an image of it takes of one's own.
+
+    In one's own images rates add up, and so do the variances of independent streams. Budgets stay one's own: a price
+    that is to keep room for the hasty of another model was found to cost more than it gains where batches are long.
+    """
+    streams = [(own, 1.0), *((other, weight) for other, weight in others if other.rate > 0)]
+    rate = sum(one.rate * weight for one, weight in streams)
+    if len(streams) == 1 or rate <= 0:
+        return own
+    variance = sum(one.rate * weight**2 * one.dispersion for one, weight in streams)
+    return Traffic(rate, min(max(variance / rate, 1.0), _MOST_DISPERSED), own.budgets)
 
 
 class TrafficMeter:
