@@ -211,11 +211,12 @@ def _measure(threads: int) -> None:
     """Measure the bundled model and store its profile."""
     # Before torch is imported: spinning threads cost more than they gain on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from tome_server.config import ServerConfig
+    from tome_server.config import ModelConfig, ServerConfig
     from tome_server.offline import profile_model
     from tome_server.runtime.profile_store import save_profile
 
-    _, key, profile, _ = profile_model(ServerConfig(threads=threads), budget=40, progress=sys.stderr.isatty())
+    config = ServerConfig(models=(ModelConfig(dtype="float32"),), threads=threads)
+    _, key, profile, _ = profile_model(config, budget=40, progress=sys.stderr.isatty())
     save_profile(STORED, key, profile)
 
 

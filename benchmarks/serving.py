@@ -69,7 +69,7 @@ class Saturation:
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments().parse_args(argv)
     if args.bare is not None:
-        print(json.dumps(_bare_loop(args.bare, args.max_batch, args.threads, args.seconds)))
+        print(json.dumps(_bare_loop(args.bare, args)))
         return
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         capacity = bare[0][0]
         budget = round(args.budget * args.max_batch / capacity, 3)
         setting = {
-            "model": model.summary.name, "policies": list(policies), "threads": args.threads,
+            "model": model.summary.name, "policies": list(policies), "threads": args.threads, "dtype": args.dtype,
             "max_batch": args.max_batch,
             "capacity_r0": round(capacity, 1), "budget_ms": budget * 1e3, "seconds": args.seconds, "seed": args.seed,
         }  # fmt: skip
@@ -123,7 +123,7 @@ def _server(policy: str, folder: Path, args: argparse.Namespace) -> Iterator[dic
     """Run a server of the bundled model with `policy`; yields its addresses. All share what the first measured."""
     command = [sys.executable, "-m", "tome_server", "serve", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
     command += ["--policy", policy, "--threads", str(args.threads), "--max-batch", str(args.max_batch)]
-    command += ["--profiles", str(folder), "--profile-time", "15s", "--log-level", "warning"]
+    command += ["--dtype", args.dtype, "--profiles", str(folder), "--profile-time", "15s", "--log-level", "warning"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -212,12 +212,12 @@ def _saturate(target: str, r: int, args: argparse.Namespace) -> float:
 def _bare(r: int, args: argparse.Namespace) -> float:
     """Run `_bare_loop` in a process of its own, as the server is; returns images a second."""
     command = [sys.executable, "-m", "benchmarks.serving", "--bare", str(r), "--seconds", str(min(args.seconds, 5.0))]
-    command += ["--threads", str(args.threads), "--max-batch", str(args.max_batch)]
+    command += ["--threads", str(args.threads), "--max-batch", str(args.max_batch), "--dtype", args.dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout))
 
 
-def _bare_loop(r: int, batch: int, threads: int, seconds: float) -> float:
+def _bare_loop(r: int, args: argparse.Namespace) -> float:
     # Here because the load generator's process must stay light: torch is for the loop's own.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import tome_server.timm_import  # noqa: F401  isort: skip
@@ -228,17 +228,18 @@ def _bare_loop(r: int, batch: int, threads: int, seconds: float) -> float:
     from tome_server.runtime.executor import run_batch
     from tome_server.runtime.work import Work
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(args.threads)
     device = torch.device("cpu")
-    model = load(bundled_spec("fashion"), device)
-    images = [model.preprocess.encoded(path.read_bytes()) for path in sorted(SAMPLES.glob("*.png"))[:batch]]
+    model = load(bundled_spec("fashion", args.dtype), device)
+    samples = sorted(SAMPLES.glob("*.png"))[: args.max_batch]
+    images = [model.preprocess.encoded(path.read_bytes()) for path in samples]
     works = [Work(torch.from_numpy(image), top_k=1) for image in images]
     for _ in range(5):
         run_batch(model, works, r, device)
     began, count = time.perf_counter(), 0
-    while time.perf_counter() < began + seconds:
+    while time.perf_counter() < began + args.seconds:
         run_batch(model, works, r, device)
-        count += batch
+        count += len(works)
     return count / (time.perf_counter() - began)
 
 
@@ -270,6 +271,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, default=3.0, help="in full batches at r = 0 (default: %(default)g)")
     parser.add_argument("--threads", type=int, default=1, help="of each server (default: %(default)d)")
     parser.add_argument("--max-batch", type=int, default=8, help="(default: %(default)d)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--seed", type=int, default=100, help="of arrivals (default: %(default)d)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--bare", type=int, metavar="R", help=argparse.SUPPRESS)

@@ -33,7 +33,12 @@ class ServerProcess:
 
 
 def start_server(log: Path, *flags: str) -> ServerProcess:
-    """Start a server on free ports and wait until it is ready; its log goes to a file."""
+    """Start a server on free ports and wait until it is ready; its log goes to a file.
+
+    In float32 unless flags, or a file that they name, say otherwise: what auto chooses differs by machine.
+    """
+    if not {"--config", "--dtype", "--repository"} & {*flags}:
+        flags = (*flags, "--dtype", "float32")
     command = [sys.executable, "-m", "tome_server", "serve", "--listen", "127.0.0.1:0"]
     command += ["--metrics", "127.0.0.1:0", "--profile-time", PROFILE_TIME, *flags]
     with log.open("w") as stderr:

@@ -179,6 +179,8 @@ class ModelInfo:
     """The latency budget, in seconds, of requests that set none."""
     r_grid: tuple[MergeLevel, ...]
     """Ascending, from r = 0."""
+    dtype: str = ""
+    """Of weights and activations: float32, bfloat16 or float16; empty if the server doesn't say."""
 
 
 def predict_result(response: inference_pb2.PredictResponse) -> PredictResult:
@@ -251,6 +253,7 @@ def model_info(response: inference_pb2.GetModelResponse) -> ModelInfo:
         feature_dim=model.feature_dim,
         policy=model.policy,
         default_budget=_seconds(model.default_budget),
+        dtype=model.dtype,
         r_grid=tuple(
             MergeLevel(
                 r=level.r,

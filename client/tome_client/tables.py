@@ -58,6 +58,7 @@ def model_details(model: ModelInfo) -> str:
         ),
         ("classes", _classes(model)),
         ("features", str(model.feature_dim)),
+        ("dtype", model.dtype or _UNMEASURED),
         ("policy", model.policy),
         ("default budget", milliseconds(model.default_budget)),
     )

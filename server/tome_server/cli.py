@@ -127,6 +127,7 @@ def _profile(args: argparse.Namespace) -> int:
         args.output.write_text(text)
     if picture:
         picture.draw(profile, f"{name} on {key.device}, {key.dtype}", args.picture)
+    print(f"measured {name} in {key.dtype}", file=sys.stderr)
     if kept:
         print(f"kept for the server in {kept}", file=sys.stderr)
     return 0
@@ -145,7 +146,8 @@ def _plan(args: argparse.Namespace) -> int:
 
     from tome_server.plan import Plan, Question, answer_fields, answer_lines, load_replica
 
-    _, profile, quality = load_replica(args.profile, args.quality)
+    key, profile, quality = load_replica(args.profile, args.quality)
+    print(f"replicas as measured: {key.model} in {key.dtype} on {key.device}", file=sys.stderr)
     question = Question(
         rate=args.rate,
         budgets=args.budget,
@@ -354,6 +356,6 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", type=Path, metavar="FILE", help="class names, one a line")
     parser.add_argument("--quality", type=Path, metavar="FILE", help="what `tome-server evaluate` wrote")
     parser.add_argument("--default-budget", metavar="TIME", help="budget of requests that set none (default: 1s)")
-    parser.add_argument("--dtype", help="of weights and activations: float32 (default), bfloat16 or float16")
+    parser.add_argument("--dtype", help="auto (default), float32, bfloat16 or float16")
     parser.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads for the model (default: measured)")

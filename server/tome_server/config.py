@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from tome_server.models.own import OwnBatching, OwnLimits
-from tome_server.models.spec import Dtype
+from tome_server.models.spec import DtypeSetting
 from tome_server.settings import Count, Duration, Policy, Size, SizeOrNone, Strict, read_settings
 
 
@@ -61,8 +61,8 @@ class ModelConfig(Strict):
     limits: OwnLimits = OwnLimits()
     proportional_attention: bool | None = None
     """Weigh tokens by the patches they stand for; by default on, except for MAE weights."""
-    dtype: Dtype = "float32"
-    """Of weights and activations: float32, bfloat16 or float16."""
+    dtype: DtypeSetting = "auto"
+    """Of weights and activations: float32, bfloat16, float16; auto is bfloat16 where that agrees and is faster here."""
     description: str = ""
     """Told to clients."""
 

@@ -13,7 +13,7 @@ from tome_server.errors import ConfigError, ModelLoadError, OutOfMemoryError, Un
 from tome_server.models.hosted import HostedModel
 from tome_server.models.preprocess import Limits
 from tome_server.models.repository import Repository
-from tome_server.models.spec import BUNDLED_PREFIX, ModelSpec, Own, bundled_spec
+from tome_server.models.spec import BUNDLED_PREFIX, ModelSpec, Own, bundled_spec, qualities
 from tome_server.runtime.device import Device
 from tome_server.served import ServedModel
 
@@ -122,7 +122,9 @@ class Hosting:
         pending = min(own.max_pending or self._engine.max_pending, self._engine.max_pending)
         slots = pending + self._engine.decode_threads + self._max_batch(spec)
         with _fits(spec.name):
-            model = await self._device.load(key, spec, bounds, slots)
+            model = await self._device.load(
+                key, spec, bounds, slots, max_batch=self._max_batch(spec), folder=self._config.profiles
+            )
         self._loaded[key] = model.weights_bytes
         budget, used = self._config.memory_budget, sum(self._loaded.values())
         if budget is not None and used > budget:
@@ -154,7 +156,7 @@ class Hosting:
         model = served.model
         before = self._engine.serve(served)
         self._engine.metrics.serving(
-            model.name, model.architecture, self._device.name, served.policy, served.rs, model.largest_r
+            model.name, model.architecture, self._device.name, model.dtype, served.policy, served.rs, model.largest_r
         )
         self._sources[model.name] = source
         if before:
@@ -201,7 +203,8 @@ class _Source:
 
 
 def _files(spec: ModelSpec) -> Iterator[Path]:
-    return (path for path in (spec.checkpoint, spec.labels, spec.quality) if path and path.is_file())
+    paths = (spec.checkpoint, spec.labels, spec.quality, spec.quality_bfloat16)
+    return (path for path in paths if path and path.is_file())
 
 
 def model_specs(config: ServerConfig) -> list[ModelSpec]:
@@ -244,4 +247,6 @@ def _spec(model: ModelConfig) -> ModelSpec:
             raise ConfigError(f"model {model.source} is complete as it is; {', '.join(extra)} can't be set")
         spec = bundled_spec(model.source.removeprefix(BUNDLED_PREFIX), model.dtype)
         return ModelSpec(**{**spec.__dict__, **given})
+    if model.quality and model.dtype == "auto":
+        given = qualities(model.quality, "auto") | given
     return ModelSpec(architecture=model.source, **{"name": model.source.split(".")[0], **given})

@@ -88,6 +88,11 @@ def add_models_commands(parser: argparse.ArgumentParser) -> None:
     _add_name(evaluate)
     evaluate.add_argument("--data", type=Path, required=True, metavar="PATH", help="images, as of evaluate")
     evaluate.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
+    evaluate.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="measure it in this type (default: its own, float32 if that is auto)",
+    )
     _add_device(evaluate)
     evaluate.set_defaults(run=_command("evaluate"))
 

@@ -87,7 +87,7 @@ def fit_head(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     torch.set_num_threads(args.threads or 1)
     weights = headless_weights(spec)
-    backbone = load(replace(spec, quality=None), device)
+    backbone = load(replace(spec, quality=None, quality_bfloat16=None), device)
     # A head that has seen merged tokens keeps more of its accuracy when they are, and loses none at r = 0.
     usual = (0, backbone.grid[len(backbone.grid) // 2].r)
     rs = sorted({min(r, backbone.largest_r) for r in args.r or usual})
@@ -125,6 +125,8 @@ def evaluate(args: argparse.Namespace) -> int:
     """Measure a stored model's quality."""
     _log()
     _, spec = _stored(args)
+    if args.dtype:
+        spec = replace(spec, dtype=args.dtype)
     _measure_quality(spec, args)
     _print_levels(spec)
     return 0
@@ -170,6 +172,7 @@ def inspect(args: argparse.Namespace) -> int:
         "versions": repository.versions(spec.name),
         "folder": str(spec.checkpoint.parent),
         "architecture": spec.architecture,
+        "dtype": spec.dtype,
         "weights_sha256": weights_digest(spec.checkpoint),
         "bytes": spec.checkpoint.stat().st_size,
         "input_size": list(model.preprocess.settings.input_size),
@@ -297,7 +300,9 @@ def _measure_latencies(spec: "ModelSpec", args: argparse.Namespace) -> "Profile"
     """Profile a stored model here and keep that with it."""
     from tome_server.offline import profile_model
 
-    _, _, profile, kept = profile_model(_settings(spec, args), budget=args.seconds, progress=sys.stderr.isatty())
+    _, _, profile, kept = profile_model(
+        _settings(spec, args), budget=args.seconds, progress=sys.stderr.isatty(), stored=spec
+    )
     if kept is None:
         raise ConfigError(f"{spec.profiles} can't be written")
     return profile

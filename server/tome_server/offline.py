@@ -17,6 +17,7 @@ from tome_server.models.loaded import LoadedModel, with_schedules
 from tome_server.models.loading import load, stored_schedules
 from tome_server.models.spec import ModelSpec
 from tome_server.runtime.choose_device import choose_device
+from tome_server.runtime.choose_dtype import load_chosen
 from tome_server.runtime.cpus import available_cpus
 from tome_server.runtime.evaluation import evaluate, quality_report
 from tome_server.runtime.graphs import with_graphs
@@ -32,12 +33,13 @@ def evaluate_model(
 ) -> dict[str, object]:
     """Evaluate the first configured model on the images at `data`; returns the report that quality.json holds.
 
+    A dtype of auto is float32 here, which others are compared with.
     Raises ConfigError, ModelLoadError or DatasetError, in words for the operator.
     """
     images = load_labelled(data)
     spec = model_specs(config)[0]
     # An old report must not keep the model from being measured anew; how it merges is no measurement.
-    spec = replace(spec, quality=None, schedules=stored_schedules(spec))
+    spec = replace(spec, quality=None, quality_bfloat16=None, schedules=stored_schedules(spec))
     device = choose_device(config.device)
     torch.set_num_threads(config.threads or available_cpus())
     model = load(spec, device)
@@ -110,22 +112,30 @@ def _rs_to_tune(model: LoadedModel, tuning: Tuning) -> Sequence[int]:
 
 def float32_of(spec: ModelSpec, device: torch.device) -> LoadedModel | None:
     """Return what a model of a lesser type is compared with: the same in float32; None if it is of that."""
-    return None if spec.dtype == "float32" else load(replace(spec, dtype="float32", quality=None), device)
+    return None if spec.dtype in ("auto", "float32") else load(replace(spec, dtype="float32", quality=None), device)
 
 
 def profile_model(
-    config: ServerConfig, *, budget: float, progress: bool = False
+    config: ServerConfig, *, budget: float, progress: bool = False, stored: ModelSpec | None = None
 ) -> tuple[str, ProfileKey, Profile, Path | None]:
-    """Measure for `budget` seconds how long batches of the first configured model take, and keep that for the server.
+    """Measure for `budget` seconds how long batches of a model take, and keep that for the server.
 
+    The model is the first configured, or `stored`. A dtype of auto is measured first.
     Returns the model's name, what the profile holds for, the profile, and where it is kept: None if it can't be, which
     is logged. Raises ConfigError or ModelLoadError, in words for the operator.
     """
-    spec = model_specs(config)[0]
+    spec = stored or model_specs(config)[0]
     device = choose_device(config.device)
     torch.set_num_threads(config.threads or available_cpus())
-    model = load(spec, device)
     max_batch = spec.own.max_batch or config.batching.max_batch
+    model = load_chosen(
+        spec,
+        device,
+        max_batch=max_batch,
+        threads=(config.threads,) if config.threads else (1, available_cpus()),
+        folder=config.profiles,
+        anew=True,
+    )
     if config.threads is None and device.type == "cpu":
         choose_threads([model], max_batch, device)
     model = with_graphs(model, device, max_batch=max_batch, memory=config.cuda_graph_memory)

@@ -15,6 +15,7 @@ from typing import Any
 
 from tome_server.errors import ConfigError
 from tome_server.models.bundled import BUNDLED
+from tome_server.models.spec import QUALITY, quality_beside
 from tome_server.runtime.profile_store import ProfileError, ProfileKey, default_folder, read_profile
 from tome_server.scheduling.policy import policy_named
 from tome_server.scheduling.profile import Profile
@@ -154,7 +155,8 @@ def load_replica(profile: Path | None, quality: Path | None) -> tuple[ProfileKey
         key, measured = read_profile(path)
     except ProfileError as error:
         raise ConfigError(f"{error}; tome-server profile --output FILE writes one") from error
-    return key, measured, _quality(quality or BUNDLED / BUNDLED_NAME / "quality.json", key, given=quality is not None)
+    shipped = quality_beside(BUNDLED / BUNDLED_NAME / QUALITY, key.dtype)
+    return key, measured, _quality(quality or shipped, key, given=quality is not None)
 
 
 def _latest() -> Path:

@@ -158,6 +158,7 @@ MODEL = inference_pb2.Model(
     feature_dim=192,
     policy="floor",
     default_budget=Duration(nanos=100_000_000),
+    dtype="bfloat16",
     r_grid=[
         inference_pb2.MergeLevel(
             r=0, macs=20_000_000, tokens_out=50, top1=0.91, agreement=1.0, latency=Duration(nanos=4_250_000)

@@ -110,7 +110,7 @@ def test_a_model_is_read_and_what_was_not_measured_is_none() -> None:
     assert model.input == ImageInput(1, 28, 28, (0.5,), (0.5,), "bicubic", 1.0, "center")
     assert model.labels == ("Trouser", "Coat")
     assert (model.num_classes, model.feature_dim) == (2, 192)
-    assert (model.policy, model.default_budget) == ("floor", 0.1)
+    assert (model.policy, model.default_budget, model.dtype) == ("floor", 0.1, "bfloat16")
     assert model.r_grid == (
         MergeLevel(r=0, macs=20_000_000, tokens_out=50, top1=0.91, agreement=1.0, latency=0.00425),
         MergeLevel(r=4, macs=12_345_678, tokens_out=26, top1=None, agreement=None, latency=None),

@@ -35,6 +35,7 @@ def test_a_model_shows_what_each_r_costs_and_a_dash_for_what_was_not_measured() 
     facts, levels = shown.split("\n\n")
     assert "classes         2 (Trouser, Coat)" in facts
     assert "policy          floor" in facts
+    assert "dtype           bfloat16" in facts
     assert "default budget  100.0 ms" in facts
     assert "input           1 channels, 28 high, 28 wide; bicubic, center crop 1" in facts
     assert levels == (

@@ -133,8 +133,9 @@ def fleet(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fle
 
     def start(number: int) -> ServerProcess:
         return start_server(
-            folder / f"log{number}", "--config", str(config), "--default-budget", "60s", "--profile-time", "500ms"
-        )
+            folder / f"log{number}", "--config", str(config),
+            "--default-budget", "60s", "--profile-time", "500ms", "--dtype", "float32",
+        )  # fmt: skip
 
     with ExitStack() as stack:
         with ThreadPoolExecutor(SERVERS) as starting:

@@ -402,7 +402,7 @@ def test_tls_is_served_and_nothing_else_and_its_certificate_may_be_exchanged(
     first = issue()
     config = tmp_path / "tls.yaml"
     config.write_text(yaml.safe_dump({"tls": {"certificate": str(certificate), "key": str(key)}}))
-    server = own_server("--config", str(config))
+    server = own_server("--config", str(config), "--dtype", "float32")
     # The other port is plain text: what may be asked there is what anybody may know.
     plain = server.metrics_url.removesuffix("/metrics")
     assert [ask(plain, path).status for path in ("/metrics", "/v2/health/ready", "/v2/models/fashion")] == [

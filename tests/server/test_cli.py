@@ -161,7 +161,7 @@ def test_a_repository_is_served_beside_the_models_that_are_named(monkeypatch: py
         (["--max-pending", "-1"], "--max-pending: Input should be greater than or equal to 1"),
         (["--threads", "0"], "--threads: Input should be greater than or equal to 1"),
         (["--default-budget", "0s"], "--default-budget: Input should be greater than 0"),
-        (["--default-budget", "8"], "--default-budget: '8' is no duration; write for example 50ms, 1.5s or 2m"),
+        (["--default-budget", "8h"], "--default-budget: '8h' is no duration; write for example 50ms, 1.5s or 2m"),
         (["--profile-time", "0s"], "--profile-time: Input should be greater than 0"),
         (
             ["--policy", "best"],
@@ -409,7 +409,7 @@ def test_profile_prints_a_table_and_where_it_is_kept(
     succeeds("profile", "--model", "vit", "--max-batch", "2", "--seconds", "7.5", "--threads", "1")
     shown = capsys.readouterr()
     assert shown.out.startswith("batch                   r=0     r=4\n    1  p50 ms          10.0     5.0\n")
-    assert shown.err == "kept for the server in /cache/tiny.json\n"
+    assert shown.err == "measured tiny in float32\nkept for the server in /cache/tiny.json\n"
     [(settings, options)] = profiled
     assert settings.models[0].source == "vit"
     assert (settings.batching.max_batch, settings.threads) == (2, 1)

@@ -307,7 +307,7 @@ async def start(bundled: HostedModel) -> AsyncIterator[Callable[..., Bench]]:
             models=models,
         )
         for name, served in models.items():
-            engine.metrics.serving(name, "vit", "cpu", "price", RS, served.model.largest_r)
+            engine.metrics.serving(name, "vit", "cpu", "float32", "price", RS, served.model.largest_r)
         benches.append((Bench(engine, device, decoder), asyncio.create_task(engine.run())))
         return benches[-1][0]
 

@@ -21,7 +21,7 @@ class FullDevice:
     def __init__(self) -> None:
         self.asked: list[tuple[Limits, int]] = []
 
-    async def load(self, _key: str, _spec: object, limits: Limits, slots: int) -> None:
+    async def load(self, _key: str, _spec: object, limits: Limits, slots: int, **_: object) -> None:
         self.asked.append((limits, slots))
         raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 

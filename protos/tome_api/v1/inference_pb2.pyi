@@ -188,7 +188,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("summary", "input", "labels", "num_classes", "feature_dim", "r_grid", "policy", "default_budget")
+    __slots__ = ("summary", "input", "labels", "num_classes", "feature_dim", "r_grid", "policy", "default_budget", "dtype")
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     INPUT_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +197,7 @@ class Model(_message.Message):
     R_GRID_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
     summary: ModelSummary
     input: ImageInput
     labels: _containers.RepeatedScalarFieldContainer[str]
@@ -205,7 +206,8 @@ class Model(_message.Message):
     r_grid: _containers.RepeatedCompositeFieldContainer[MergeLevel]
     policy: str
     default_budget: _duration_pb2.Duration
-    def __init__(self, summary: _Optional[_Union[ModelSummary, _Mapping]] = ..., input: _Optional[_Union[ImageInput, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., num_classes: _Optional[int] = ..., feature_dim: _Optional[int] = ..., r_grid: _Optional[_Iterable[_Union[MergeLevel, _Mapping]]] = ..., policy: _Optional[str] = ..., default_budget: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    dtype: str
+    def __init__(self, summary: _Optional[_Union[ModelSummary, _Mapping]] = ..., input: _Optional[_Union[ImageInput, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., num_classes: _Optional[int] = ..., feature_dim: _Optional[int] = ..., r_grid: _Optional[_Iterable[_Union[MergeLevel, _Mapping]]] = ..., policy: _Optional[str] = ..., default_budget: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., dtype: _Optional[str] = ...) -> None: ...
 
 class ImageInput(_message.Message):
     __slots__ = ("channels", "height", "width", "mean", "std", "interpolation", "crop_pct", "crop_mode")

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import tome_server.timm_import  # noqa: F401  isort: skip
 
@@ -25,22 +25,26 @@ from tome_server.merging.support import check_supported
 from tome_server.models.hosted import Quality
 from tome_server.models.loaded import LoadedModel, loaded_model, with_schedules
 from tome_server.models.preprocess import Limits, Preprocess
-from tome_server.models.spec import ModelSpec, weights_digest
+from tome_server.models.spec import ModelSpec, in_dtype, weights_digest
 from tome_server.models.transform import ImageSettings
 
 log = logging.getLogger(__name__)
 
 # Largest difference between timm's logits and ours at r = 0, as a share of the largest logit, that rounding explains.
 EQUAL = 1e-4
-# Share of images whose class a lesser dtype than float32 leaves alone; fewer is said.
+# Share of images whose class a lesser dtype than float32 leaves alone; fewer is said, and never chosen unasked.
 LEAST_AGREEMENT = 0.995
+# A quality report, and by r what was measured and the schedules, where there are any.
+_Report: TypeAlias = tuple[dict[str, Any], dict[int, Quality], dict[int, tuple[int, ...]]]
 
 
 def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) -> LoadedModel:
-    """Load a model onto `device` and prove that it gives timm's own answer at r = 0.
+    """Load a model onto `device` and prove that it gives timm's own answer at r = 0. A dtype of auto is float32 here.
 
     Raises ModelLoadError, in words for the operator, if any part of the spec can't be had or doesn't fit.
     """
+    if spec.dtype == "auto":
+        spec = in_dtype(spec, "float32")
     model = create(spec)
     if spec.checkpoint is not None:
         put_weights(model, read_checkpoint(spec.checkpoint), spec.checkpoint, spec.architecture)
@@ -167,6 +171,18 @@ def _labels(spec: ModelSpec, model: VisionTransformer) -> tuple[str, ...]:
     return tuple(names.index_to_description(i) for i in range(model.num_classes))
 
 
+def recorded_agreement(spec: ModelSpec) -> tuple[float, int]:
+    """Return the share of images that get the same class at r = 0 as in float32, and how many were compared.
+
+    Raises ModelLoadError if the quality report can't be read, or is of other weights or another dtype than the spec's.
+    """
+    report, levels, _ = _own_report(spec)
+    try:
+        return levels[0].agreement, int(report["images"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelLoadError(f"quality report {spec.quality} can't be read: {error!r}") from error
+
+
 def stored_schedules(spec: ModelSpec) -> dict[int, tuple[int, ...]]:
     """Return the schedules in the model's quality report, none if it can't be read or is of other weights."""
     if spec.quality is None:
@@ -178,8 +194,7 @@ def stored_schedules(spec: ModelSpec) -> dict[int, tuple[int, ...]]:
     return schedules if _of_its_weights(report, spec) else {}
 
 
-def _read_report(path: Path) -> tuple[dict[str, Any], dict[int, Quality], dict[int, tuple[int, ...]]]:
-    """Return a quality report, and by r what was measured and the schedules, where there are any."""
+def _read_report(path: Path) -> _Report:
     try:
         report = json.loads(path.read_text())
         levels = {int(level["r"]): _level_quality(level) for level in report["levels"]}
@@ -195,9 +210,9 @@ def _of_its_weights(report: Mapping[str, Any], spec: ModelSpec) -> bool:
     return report.get("weights_sha256") is None and report.get("model") == spec.architecture
 
 
-def _quality(spec: ModelSpec) -> tuple[dict[int, Quality], dict[int, tuple[int, ...]]]:
-    if spec.quality is None:
-        return {}, {}
+def _own_report(spec: ModelSpec) -> _Report:
+    """Raises ModelLoadError unless the report is of the spec's weights and dtype."""
+    assert spec.quality is not None
     report, levels, schedules = _read_report(spec.quality)
     if not _of_its_weights(report, spec):
         raise ModelLoadError(
@@ -209,6 +224,13 @@ def _quality(spec: ModelSpec) -> tuple[dict[int, Quality], dict[int, tuple[int, 
             f"quality report {spec.quality} was measured in {measured}, not {spec.dtype}; "
             "run tome-server evaluate again"
         )
+    return report, levels, schedules
+
+
+def _quality(spec: ModelSpec) -> tuple[dict[int, Quality], dict[int, tuple[int, ...]]]:
+    if spec.quality is None:
+        return {}, {}
+    _, levels, schedules = _own_report(spec)
     if spec.dtype != "float32" and 0 in levels and levels[0].agreement < LEAST_AGREEMENT:
         log.warning("%s in %s agrees with float32 on only %.2f %% of the images it was evaluated on",
                     spec.name, spec.dtype, 100 * levels[0].agreement)  # fmt: skip

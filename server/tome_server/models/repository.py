@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field
 
 from tome_server.errors import ConfigError
 from tome_server.models.own import OwnBatching, OwnLimits
-from tome_server.models.spec import CONFIG, LABELS, PROFILES, WEIGHTS, Dtype, ModelSpec, Own, quality_file
+from tome_server.models.spec import CONFIG, LABELS, PROFILES, QUALITY, WEIGHTS, DtypeSetting, ModelSpec, Own, qualities
 from tome_server.settings import Count, Duration, Policy, Strict, read_settings
 
 # What torch wrote. Read with weights_only, so that no code in it is run.
@@ -70,8 +70,8 @@ class VersionConfig(Strict):
     limits: OwnLimits = OwnLimits()
     proportional_attention: bool | None = None
     """Weigh tokens by the patches they stand for; by default on, except for MAE weights."""
-    dtype: Dtype = "float32"
-    """Of weights and activations: float32, bfloat16 or float16."""
+    dtype: DtypeSetting = "auto"
+    """Of weights and activations: float32, bfloat16, float16; auto is bfloat16 where that agrees and is faster here."""
     license: str = ""
     description: str = ""
 
@@ -222,7 +222,7 @@ def read_folder(folder: Path, name: str, version: int | None = None) -> ModelSpe
         kwargs=config.kwargs,
         checkpoint=weights[0],
         labels=_if_there(folder / LABELS),
-        quality=_if_there(quality_file(folder, config.dtype)),
+        **qualities(folder / QUALITY, config.dtype),
         dtype=config.dtype,
         profiles=folder / PROFILES,
         data=config.data,

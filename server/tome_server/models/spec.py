@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ WEIGHTS = "weights.safetensors"
 
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+DtypeSetting = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ class ModelSpec:
     labels: Path | None = None
     """One class name a line; None takes ImageNet's where the classes are ImageNet's."""
     quality: Path | None = None
-    """What `tome-server evaluate` or `tome-server tune` wrote."""
+    """What `tome-server evaluate` or `tome-server tune` wrote, in the model's dtype; in float32 where that is auto."""
+    quality_bfloat16: Path | None = None
+    """The same in bfloat16, where dtype is auto: bfloat16 is chosen only if it says that this agrees with float32."""
     schedules: Mapping[int, Sequence[int]] = field(default_factory=dict)
     """By r, the tokens that each block merges there, beside those that `quality` holds."""
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -75,8 +78,8 @@ class ModelSpec:
     """Latency budget, in seconds, of requests that set none."""
     proportional_attention: bool | None = None
     """None: on, but for MAE weights."""
-    dtype: Dtype = "float32"
-    """Of weights and activations."""
+    dtype: DtypeSetting = "auto"
+    """Of weights and activations; auto is what `runtime.choose_dtype` makes of it, elsewhere float32."""
     description: str = ""
     version: int | None = None
     """Of a model that has versions."""
@@ -86,19 +89,29 @@ class ModelSpec:
     """How it is served, where that isn't as the server's settings have it."""
 
 
-def quality_file(folder: Path, dtype: Dtype) -> Path:
+def quality_file(folder: Path, dtype: DtypeSetting) -> Path:
     """Return where a model's folder keeps what `tome-server evaluate` measured of it in `dtype`."""
-    return folder / (QUALITY if dtype == "float32" else f"{Path(QUALITY).stem}-{dtype}.json")
+    return quality_beside(folder / QUALITY, dtype)
 
 
-def bundled_spec(name: str, dtype: Dtype = "float32") -> ModelSpec:
+def quality_beside(report: Path, dtype: str) -> Path:
+    """Return where the counterpart in `dtype` of a report in float32 is kept; auto's is that one itself."""
+    return report if dtype in ("auto", "float32") else report.with_stem(f"{report.stem}-{dtype}")
+
+
+def in_dtype(spec: ModelSpec, dtype: Dtype) -> ModelSpec:
+    """Return `spec` with `dtype` in place of auto, and the quality that goes with it."""
+    quality = spec.quality_bfloat16 if dtype == "bfloat16" else spec.quality if dtype == "float32" else None
+    return replace(spec, dtype=dtype, quality=quality, quality_bfloat16=None)
+
+
+def bundled_spec(name: str, dtype: DtypeSetting = "auto") -> ModelSpec:
     """Return the spec of the bundled model `name` ("fashion"). Raises ConfigError if there is none."""
     known = sorted(path.parent.name for path in BUNDLED.glob(f"*/{CONFIG}"))
     if name not in known:
         raise ConfigError(f"no bundled model is named {name!r}; there is {', '.join(known)}")
     folder = BUNDLED / name
     # A repository's folder, read without its checks: those take pydantic, which not all who want this model have.
-    quality = quality_file(folder, dtype)
     config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     return ModelSpec(
         name=name,
@@ -106,13 +119,21 @@ def bundled_spec(name: str, dtype: Dtype = "float32") -> ModelSpec:
         kwargs=config["kwargs"],
         checkpoint=folder / WEIGHTS,
         labels=folder / LABELS,
-        quality=quality if quality.is_file() else None,
+        **qualities(folder / QUALITY, dtype),
         dtype=dtype,
         profiles=folder / PROFILES,
         data=config["data"],
         description=config["description"],
         own=Own.of(config, folder / CONFIG),
     )
+
+
+def qualities(report: Path, dtype: DtypeSetting) -> dict[str, Any]:
+    """Return the fields of a ModelSpec that name quality reports, of those that lie where `report` does in float32."""
+    found = {"quality": quality_beside(report, dtype)}
+    if dtype == "auto":
+        found["quality_bfloat16"] = quality_beside(report, "bfloat16")
+    return {name: path for name, path in found.items() if path.is_file()}
 
 
 def weights_digest(path: Path) -> str:

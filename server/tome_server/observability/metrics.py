@@ -153,17 +153,20 @@ class Metrics:
             "Operations that the unmerged model would have done on top (estimated); none where merging cost more",
         )
         self.model_info = Info("model", "1 for each model in service", ["model"], NAMESPACE, registry=self.registry)
-        self._family("model", "info", ("model", "architecture", "device", "policy"), "1 for each model in service")
+        labels = ("model", "architecture", "device", "dtype", "policy")
+        self._family("model", "info", labels, "1 for each model in service")
         self._family("tls_certificate_expiry_timestamp_seconds", "gauge", (), _EXPIRY)
 
     def serving(
-        self, model: str, architecture: str, device: str, policy: str, rs: Sequence[int], largest_r: int
+        self, model: str, architecture: str, device: str, dtype: str, policy: str, rs: Sequence[int], largest_r: int
     ) -> None:
         """Announce a model in service: its r grid becomes merge_r's buckets, and what may be counted starts at 0.
 
         A counter that first appears with its first event has, to Prometheus, never risen.
         """
-        self.model_info.labels(model).info({"architecture": architecture, "device": device, "policy": policy})
+        self.model_info.labels(model).info(
+            {"architecture": architecture, "device": device, "dtype": dtype, "policy": policy}
+        )
         self.merge_r.declare(model, (*rs, largest_r))
         self.merge_r.labels(model)
         self.merge_r_limit.labels(model).set(rs[-1])

@@ -118,6 +118,7 @@ def model_to(served: Served) -> pb.Model:
         r_grid=[_level(level, seconds) for level, seconds in zip(model.grid, served.profile.p50[0], strict=True)],
         policy=served.policy,
         default_budget=_duration(served.default_budget),
+        dtype=model.dtype,
     )
 
 

@@ -80,12 +80,14 @@ class Device:
         """Use so many CPU threads."""
         await self._call("set_threads", threads)
 
-    async def load(self, key: str, spec: ModelSpec, limits: Limits, slots: int) -> HostedModel:
-        """Load a model, to be called `key` from then on, and run it once. Raises ModelLoadError.
+    async def load(
+        self, key: str, spec: ModelSpec, limits: Limits, slots: int, *, max_batch: int = 1, folder: Path | None = None
+    ) -> HostedModel:
+        """Do what `load_chosen` does, call the model `key` from then on, and run it once. Raises ModelLoadError.
 
         `slots` is how many of its images are held at once.
         """
-        model: HostedModel = await self._call("load", key, spec, limits)
+        model: HostedModel = await self._call("load", key, spec, limits, max_batch, folder)
         images = SharedImages(model.preprocess.settings.input_size, slots)
         shared = self._post("share", key, images.shape, images.slots)
         images.send(self._connection, self.pid)

@@ -22,13 +22,14 @@ import torch
 from tome_server.errors import OutOfMemoryError
 from tome_server.models.hosted import HostedModel
 from tome_server.models.loaded import LoadedModel
-from tome_server.models.loading import load
 from tome_server.models.preprocess import Limits
 from tome_server.models.spec import ModelSpec
 from tome_server.runtime.choose_device import choose_device
+from tome_server.runtime.choose_dtype import load_chosen
 from tome_server.runtime.cpus import available_cpus
 from tome_server.runtime.executor import run_batch
 from tome_server.runtime.graphs import with_graphs
+from tome_server.runtime.memory import lacks_memory
 from tome_server.runtime.profile_store import obtain_profile
 from tome_server.runtime.shared_images import Mapped, Place, receive
 from tome_server.runtime.threads import choose_threads
@@ -49,6 +50,7 @@ class DeviceProcess:
         self._images: dict[str, Mapped] = {}
         self._device = torch.device("cpu")
         self._threads = available_cpus()
+        self._threads_open = True
         # Held by a batch, and while CUDA graphs are recorded, so that neither comes into the other.
         self._running = threading.Lock()
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
@@ -89,10 +91,17 @@ class DeviceProcess:
         self._device = choose_device(name)
         return str(self._device)
 
-    def load(self, key: str, spec: ModelSpec, limits: Limits) -> HostedModel:
+    def load(self, key: str, spec: ModelSpec, limits: Limits, max_batch: int, folder: Path | None) -> HostedModel:
         """Load a model and run it once, so that the first request doesn't pay for what torch sets up lazily."""
         torch.set_num_threads(self._threads)
-        model = load(spec, self._device, limits)
+        model = load_chosen(
+            spec,
+            self._device,
+            limits,
+            max_batch=max_batch,
+            threads=(1, self._threads) if self._threads_open else (self._threads,),
+            folder=folder,
+        )
         for level in {model.grid[0], model.grid[-1]}:
             self._run_empty(model, 1, level.r)
         self._models[key] = model
@@ -104,12 +113,13 @@ class DeviceProcess:
 
     def set_threads(self, threads: int) -> None:
         """Use so many CPU threads."""
-        self._threads = threads
+        self._threads, self._threads_open = threads, False
         torch.set_num_threads(threads)
 
     def choose_threads(self, max_batch: int) -> int:
         """Measure which number of CPU threads is best, and use it."""
         self._threads = choose_threads(list(self._models.values()), max_batch, self._device)
+        self._threads_open = False
         return self._threads
 
     def record(self, key: str, max_batch: int, memory: int) -> None:
@@ -170,22 +180,12 @@ class _ServerLog(QueueHandler):
         self._send((None, record, None))
 
 
-# How torch says that it lacks memory, where it has no type of error for that.
-_OUT_OF_MEMORY = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
-
-
 def _sendable(error: Exception) -> Exception:
     """Return `error`, or what says the same if it can't be sent, with a note of where it was raised.
 
     Returns an OutOfMemoryError for whatever says that memory ran out.
     """
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
-    ):
+    if lacks_memory(error):
         return OutOfMemoryError(str(error).partition("\n")[0] or type(error).__name__)
     error.add_note("".join(traceback.format_exception(error)))
     try:

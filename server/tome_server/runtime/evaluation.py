@@ -74,7 +74,7 @@ def quality_report(
         "data": data,
         "images": images,
         "device": str(device),
-        "dtype": spec.dtype,
+        "dtype": model.dtype,
         "torch": torch.__version__,
         "timm": importlib.metadata.version("timm"),
         "levels": [

@@ -108,7 +108,7 @@ def default_folder() -> Path:
 
 def profile_path(folder: Path, name: str, key: ProfileKey) -> Path:
     """Return the file in `folder` that holds the profile of the model called `name`."""
-    return folder / f"{_file_name(name)}-{key.digest}.json"
+    return folder / f"{file_name(name)}-{key.digest}.json"
 
 
 def profile_text(key: ProfileKey, profile: Profile) -> str:
@@ -151,12 +151,17 @@ def read_profile(path: Path) -> tuple[ProfileKey, Profile]:
 
 def save_profile(path: Path, key: ProfileKey, profile: Profile) -> None:
     """Write a profile, whole or not at all; its folder is made if need be. Raises ProfileError if it can't be."""
+    write_whole(path, profile_text(key, profile))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all; its folder is made if need be. Raises ProfileError if it can't be."""
     # Servers may share the folder, so each writes to a file of its own.
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_text(profile_text(key, profile), encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -213,7 +218,7 @@ def _stored(folder: Path, name: str, key: ProfileKey) -> Path:
     """Return the model's file or, if it isn't there, the one that differs least: to say in what it differs."""
     path = profile_path(folder, name, key)
     try:
-        found = sorted(folder.glob(f"{_file_name(name)}-????????.json"))
+        found = sorted(folder.glob(f"{file_name(name)}-????????.json"))
     except OSError:
         return path  # reading it will say why it can't be
     others: list[tuple[int, Path]] = []
@@ -284,7 +289,8 @@ def _short(seconds: float) -> float:
     return float(f"{seconds:.6g}")
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
+    """Return a model's name as a file's may be."""
     return re.sub(r"[^\w.-]", "_", name)
 
 

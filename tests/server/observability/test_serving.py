@@ -6,7 +6,7 @@ from tome_server.observability.metrics import Metrics
 def test_a_model_out_of_service_is_no_longer_described_but_its_counts_stay() -> None:
     metrics = Metrics()
     for model in ("one", "two"):
-        metrics.serving(model, "vit", "cpu", "price", (0, 2, 4), 98)
+        metrics.serving(model, "vit", "cpu", "float32", "price", (0, 2, 4), 98)
         metrics.slo_met.labels(model).inc()
     metrics.retired("one")
     value = metrics.registry.get_sample_value
@@ -16,7 +16,7 @@ def test_a_model_out_of_service_is_no_longer_described_but_its_counts_stay() -> 
     assert value("tome_slo_met_total", {"model": "one"}) == 1
     # Back with another grid, its r are counted in that.
     metrics.merge_r.labels("one").observe(2)
-    metrics.serving("one", "vit", "cpu", "price", (0, 3), 98)
+    metrics.serving("one", "vit", "cpu", "float32", "price", (0, 3), 98)
     assert value("tome_merge_r_bucket", {"model": "one", "le": "3.0"}) == 0
     assert value("tome_merge_r_bucket", {"model": "one", "le": "2.0"}) is None
     assert value("tome_merge_r_limit", {"model": "one"}) == 3

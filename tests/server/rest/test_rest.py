@@ -404,7 +404,7 @@ def test_tokens_a_full_queue_and_draining(own_server: Callable[..., Any], tmp_pa
     (tmp_path / "tokens").write_text(f"{TOKEN}\n")
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({"auth": {"tokens": str(tmp_path / "tokens")}, "batching": {"max_pending": 1}}))
-    server = own_server("--config", str(config), "--default-budget", "60s")
+    server = own_server("--config", str(config), "--default-budget", "60s", "--dtype", "float32")
     base = server.metrics_url.removesuffix("/metrics")
     allowed = {"Authorization": f"Bearer {TOKEN}"}
 

@@ -62,7 +62,8 @@ def guarded(module_server: Callable[..., Any], tokens: Path, collector: Collecto
         "traces": collector.endpoint,
     }
     config.write_text(yaml.safe_dump(settings))
-    return module_server("--config", str(config), "--default-budget", "60s", "--log-level", "debug")
+    flags = ("--default-budget", "60s", "--dtype", "float32", "--log-level", "debug")
+    return module_server("--config", str(config), *flags)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from tome_server.runtime.work import Work
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 CPU = torch.device("cpu")
-SPEC = bundled_spec("fashion")
+SPEC = bundled_spec("fashion", "float32")
 SLOTS = 4
 
 
