@@ -112,9 +112,9 @@ class MergedModel(nn.Module):
             logits=logits,
             features=features,
             tokens_per_block=self._tokens_per_block(batches, back),
-            tokens=_in_order([group.tokens for group in groups], back) if return_tokens else None,
-            sizes=_in_order([group.sizes for group in groups], back) if whole else None,
-            token_map=_in_order(maps, back, fill=-1) if return_token_map else None,
+            tokens=in_order([group.tokens for group in groups], back) if return_tokens else None,
+            sizes=in_order([group.sizes for group in groups], back) if whole else None,
+            token_map=in_order(maps, back, fill=-1) if return_token_map else None,
         )
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -184,8 +184,8 @@ def unmerge(tokens: Tensor, token_map: Tensor) -> Tensor:
     return tokens.gather(1, index.expand(-1, -1, tokens.shape[-1])).masked_fill(missing, 0)
 
 
-def _in_order(parts: Sequence[Tensor], back: Sequence[int], fill: int = 0) -> Tensor:
-    """Put the images [T, ...] of all `parts` [B, T, ...] in the order `back`, short ones filled up."""
+def in_order(parts: Sequence[Tensor], back: Sequence[int], fill: int = 0) -> Tensor:
+    """Return the images [T, ...] of all `parts` [B, T, ...] in the order `back`, short ones filled up."""
     if len(parts) == 1:
         return parts[0]
     images = [image for part in parts for image in part]

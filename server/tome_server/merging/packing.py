@@ -3,16 +3,10 @@
 torch hands float32 matrices to the kernels as they are, and the kernels copy the weights into their own layout on every
 call. That copy costs the same however few tokens are left, so the more is merged the more it weighs. Packing does it
 once; GELU and LayerScale move into the layers before them, and blocks without further parts call the kernels directly.
-
-Two libraries that come with torch have such layouts: oneDNN, and MKL, whose kernels are the faster ones on one thread
-of an Intel processor. The one that is faster here is measured once.
 """
 
 import copy
-import time
-from collections.abc import Callable
-from functools import cache
-from typing import Any
+from functools import partial
 
 import torch
 from timm.layers import LayerNorm, Mlp
@@ -20,91 +14,14 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
 
+from tome_server.merging.divided import DividedModel, divide
+from tome_server.merging.kernels import Function, PackedLinear, layer_norm, scaled
 from tome_server.merging.model import MergedModel
 from tome_server.merging.vit import BlockLayers
+from tome_server.merging.workers import workers
 
-_Function = Callable[[Tensor], Tensor]
-
-
-class PackedLinear(nn.Module):
-    """A Linear layer with packed `weight` [out, in], optionally followed by GELU. For inference only.
-
-    Laid out for one thread if torch uses one when it is made.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        bias = None if bias is None else bias.detach()
-        product = _faster() if torch.get_num_threads() == 1 else _OneDnn
-        self._run: _Function = product(weight.detach(), bias, activation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features], as nn.Linear."""
-        return self._run(x)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
-        """Return itself: nothing in it changes, and packed weights stay where they were laid out."""
-        return self
-
-
-class _OneDnn:
-    """A product with weights packed by oneDNN, GELU in its kernel."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str) -> None:
-        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self._bias, self._activation = bias, activation
-        # Found once: the look-up of an operator by its name is slow.
-        self._kernel = torch.ops.mkldnn._linear_pointwise.default
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = self._kernel(x, self._weight, self._bias, self._activation, [], "none")
-        return y
-
-
-class _Mkl:
-    """A product with weights packed by MKL, on one thread."""
-
-    # A layout is made for a number of rows, and gives the same results for any other. Those made for a few hundred or
-    # more are as fast for any, those made for fewer slower for more.
-    ROWS = 1024
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str) -> None:
-        self._packed: Tensor = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), self.ROWS)
-        self._bias, self._gelu = bias, activation == "gelu"
-        # The operator reads nothing but its shape where it is told the number of rows that there are.
-        self._shape = weight.new_zeros(1, 1).expand(weight.shape)
-        self._features = weight.shape[1]
-        self._kernel = torch.ops.mkl._mkl_linear.default
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = self._kernel(x, self._packed, self._shape, self._bias, x.numel() // self._features)
-        return torch.ops.aten.gelu_.default(y) if self._gelu else y
-
-    @staticmethod
-    def is_available() -> bool:
-        available: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-        return available and hasattr(torch.ops.mkl, "_mkl_linear")
-
-
-@cache
-def _faster() -> type[_OneDnn] | type[_Mkl]:
-    """Return whose products are faster here on one thread, measured on a few of a small model's MLP.
-
-    Together their weights are more than a core's own cache holds, as those of a model are.
-    """
-    if not _Mkl.is_available():
-        return _OneDnn
-    weight, x = torch.ones(384, 1536), torch.ones(64, 1536)
-    products = [kind(weight, None, "none") for _ in range(8) for kind in (_OneDnn, _Mkl)]
-    # Of each product its shortest time: whatever else the processor does lengthens some.
-    best = [float("inf")] * len(products)
-    for _ in range(6):
-        for i, product in enumerate(products):
-            start = time.perf_counter()
-            product(x)
-            best[i] = min(best[i], time.perf_counter() - start)
-    return _Mkl if sum(best[1::2]) < sum(best[::2]) else _OneDnn
+# Measured with two; every further one waits the longer for Python's interpreter, which calls one kernel at a time.
+MOST_WORKERS = 4
 
 
 class PackedPatches(nn.Module):
@@ -138,11 +55,11 @@ class PackedLayers(BlockLayers):
 
     def __init__(self, block: Block) -> None:
         super().__init__(block)
-        self._norm1, self._norm2 = _norm(block.norm1), _norm(block.norm2)
-        self._qkv: _Function = block.attn.qkv.forward
-        self._proj: _Function = block.attn.proj.forward
-        self._fc1: _Function = block.mlp.fc1.forward
-        self._fc2: _Function = block.mlp.fc2.forward
+        self._norm1, self._norm2 = layer_norm(block.norm1), layer_norm(block.norm2)
+        self._qkv: Function = block.attn.qkv.forward
+        self._proj: Function = block.attn.proj.forward
+        self._fc1: Function = block.mlp.fc1.forward
+        self._fc2: Function = block.mlp.fc2.forward
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """As BlockLayers does."""
@@ -165,11 +82,9 @@ class PackedLayers(BlockLayers):
         """Return whether nothing else is in the block, whose layers are packed where that is possible."""
         attn, mlp = block.attn, block.mlp
         return (
-            type(mlp) is Mlp
-            and getattr(attn, "gate", None) is None
-            and all(type(norm) in (nn.LayerNorm, LayerNorm) for norm in (block.norm1, block.norm2))
+            _is_bare(block)
+            and type(mlp.act) is nn.Identity
             and all(type(layer) is PackedLinear for layer in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))
-            and all(type(part) is nn.Identity for part in (attn.q_norm, attn.k_norm, attn.norm, mlp.act, mlp.norm))
             and all(type(scale) is nn.Identity for scale in (block.ls1, block.ls2))
         )
 
@@ -190,13 +105,18 @@ def packable(merged: MergedModel) -> bool:
 def pack(merged: MergedModel) -> MergedModel:
     """Return a copy of `merged` whose blocks hold packed weights; all other parameters are shared.
 
-    Results differ by rounding alone. Raises ValueError unless `packable`.
+    Made for as many threads as torch is set to: a few divide the work among them where all blocks are plain. Results
+    differ by rounding alone. Raises ValueError unless `packable`.
     """
     if not packable(merged):
         raise ValueError("only plain blocks in float32 on the CPU, in eval mode and without gradients, can be packed")
     model = copy.deepcopy(merged.model, {id(p): p for p in merged.model.parameters()})
-    if _is_plain(model.patch_embed.proj):
-        model.patch_embed.proj = PackedPatches(model.patch_embed.proj)
+    threads = torch.get_num_threads()
+    if 1 < threads <= MOST_WORKERS and all(_divisible(block, threads) for block in model.blocks):
+        # There each thread is torch's only one, and weights are packed for that.
+        [packed] = workers(threads).each([partial(_divided, model, merged.proportional_attention, threads)])
+        return packed
+    _pack_patches(model)
     for block in model.blocks:
         block.attn.qkv = _packed(block.attn.qkv)
         block.attn.proj, block.ls1 = _packed_and_scaled(block.attn.proj, block.ls1)
@@ -207,27 +127,59 @@ def pack(merged: MergedModel) -> MergedModel:
     return MergedModel(model, merged.proportional_attention, layers)
 
 
+def _divided(model: VisionTransformer, proportional_attention: bool, count: int) -> MergedModel:
+    _pack_patches(model)
+    for block in model.blocks:
+        divide(block, count)
+    return DividedModel(model, proportional_attention, workers(count))
+
+
+def _divisible(block: Block, count: int) -> bool:
+    """Return whether there is a part for each of `count` threads, and nothing but what PackedLayers knows."""
+    attn, mlp = block.attn, block.mlp
+    return (
+        _is_bare(block)
+        and attn.num_heads >= count
+        and _is_gelu(mlp.act)
+        and all(type(layer) is nn.Linear for layer in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))
+        and all(type(scale) in (nn.Identity, LayerScale) for scale in (block.ls1, block.ls2))
+    )
+
+
+def _pack_patches(model: VisionTransformer) -> None:
+    if _is_plain(model.patch_embed.proj):
+        model.patch_embed.proj = PackedPatches(model.patch_embed.proj)
+
+
 def _packed(layer: nn.Module) -> nn.Module:
     return PackedLinear(layer.weight, layer.bias) if type(layer) is nn.Linear else layer
 
 
 def _packed_with_gelu(layer: nn.Module, act: nn.Module) -> tuple[nn.Module, nn.Module]:
-    if type(layer) is nn.Linear and type(act) is nn.GELU and act.approximate == "none":
+    if type(layer) is nn.Linear and _is_gelu(act):
         return PackedLinear(layer.weight, layer.bias, "gelu"), nn.Identity()
     return _packed(layer), act
 
 
 def _packed_and_scaled(layer: nn.Module, scale: nn.Module) -> tuple[nn.Module, nn.Module]:
     if type(layer) is nn.Linear and type(scale) is LayerScale:
-        gamma = scale.get_parameter("gamma")
-        bias = None if layer.bias is None else layer.bias * gamma
-        return PackedLinear(layer.weight * gamma[:, None], bias), nn.Identity()
+        return PackedLinear(*scaled(layer, scale)), nn.Identity()
     return _packed(layer), scale
 
 
-def _norm(norm: nn.LayerNorm) -> _Function:
-    shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
-    return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+def _is_bare(block: Block) -> bool:
+    """Return whether there is nothing in a block beside its norms, linear layers, activation and scales."""
+    attn, mlp = block.attn, block.mlp
+    return (
+        type(mlp) is Mlp
+        and getattr(attn, "gate", None) is None
+        and all(type(norm) in (nn.LayerNorm, LayerNorm) for norm in (block.norm1, block.norm2))
+        and all(type(part) is nn.Identity for part in (attn.q_norm, attn.k_norm, attn.norm, mlp.norm))
+    )
+
+
+def _is_gelu(act: nn.Module) -> bool:
+    return type(act) is nn.GELU and act.approximate == "none"
 
 
 def _is_plain(convolution: nn.Module) -> bool:

@@ -77,3 +77,17 @@ def test_a_forward_pass_holds_no_more_memory_than_timms(sized: Sized) -> None:
         packed = pack(merged)
         for r in (0, 8, [0, 8, 16, 0]):
             assert peak(lambda r=r: packed(images, r)) <= theirs
+
+
+def test_a_divided_model_holds_no_more_memory_than_timms() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", depth=3).eval().requires_grad_(False)
+    images, threads = torch.randn(4, 3, 224, 224), torch.get_num_threads()
+    theirs = peak(lambda: model(images))
+    torch.set_num_threads(2)
+    try:
+        divided = pack(merge(model))
+    finally:
+        torch.set_num_threads(threads)
+    # In one thread, the only one whose memory is counted: its parts then hold no less than side by side.
+    for r in (0, 8, [0, 8, 16, 0]):
+        assert peak(lambda r=r: divided(images, r)) <= theirs

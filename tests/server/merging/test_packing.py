@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from tome_server.merging import MergedModel, macs, merge, pack, packable
-from tome_server.merging.packing import PackedLinear, PackedPatches, _Mkl, _OneDnn
+from tome_server.merging.kernels import PackedLinear, _Mkl, _OneDnn
+from tome_server.merging.packing import PackedPatches
 
 from .small_models import OTHER_KINDS, PLAIN_KINDS, Kind
 

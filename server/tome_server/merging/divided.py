@@ -1,0 +1,185 @@
+"""A packed model whose work is divided among a few threads, each of which runs torch's operations by itself.
+
+Images are divided among them as far as they go round. For those that are left over, a single one above all, each block
+is: every thread has some heads of its attention and some of its MLP's hidden channels, and so their weights; what they
+find is added up.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from tome_server.merging.attention import attention
+from tome_server.merging.kernels import PackedLinear, layer_norm, scaled
+from tome_server.merging.model import MergedModel, MergedOutput, in_order
+from tome_server.merging.schedule import Schedule, as_schedule
+from tome_server.merging.vit import BlockLayers
+from tome_server.merging.workers import Workers
+
+T = TypeVar("T")
+
+
+class DividedModel(MergedModel):
+    """A model whose blocks are divided (`divide`) into as many parts as there are workers.
+
+    Runs on all of them if torch is set to more than one thread when it is called, and otherwise in the calling thread.
+    """
+
+    def __init__(self, model: VisionTransformer, proportional_attention: bool, workers: Workers) -> None:
+        super().__init__(model, proportional_attention, [DividedLayers(block) for block in model.blocks])
+        self._workers = workers
+        layers = [DividedLayers(block, workers) for block in model.blocks]
+        self._together = MergedModel(model, proportional_attention, layers).forward
+
+    def forward(
+        self,
+        images: Tensor | Mapping[str, Tensor],
+        r: int | Schedule | Sequence[int | Schedule] = 0,
+        *,
+        return_tokens: bool = False,
+        return_token_map: bool = False,
+    ) -> MergedOutput:
+        """As MergedModel does."""
+        run = partial(super().forward, return_tokens=return_tokens, return_token_map=return_token_map)
+        if torch.get_num_threads() == 1 or not isinstance(images, Tensor) or len(images) == 0:
+            return run(images, r)
+        together = partial(self._together, return_tokens=return_tokens, return_token_map=return_token_map)
+        order = self._order(r, self._checked(images))
+        count = self._workers.count
+        even = len(order) // count * count
+        if even == 0:
+            return self._workers.each([partial(together, images, r)])[0]
+        # Each its share of the images that merge much and of those that merge little.
+        shares = [order[i:even:count] for i in range(count)]
+        outputs = self._workers.each([partial(run, *_of(images, r, share)) for share in shares])
+        if rest := order[even:]:
+            outputs += self._workers.each([partial(together, *_of(images, r, rest))])
+            shares.append(rest)
+        return _joined(outputs, [image for share in shares for image in share])
+
+    def _order(self, r: int | Schedule | Sequence[int | Schedule], batch: int) -> Sequence[int]:
+        """Return the images of a batch, those first that merge most."""
+        if not isinstance(r, Sequence):
+            return range(batch)
+        if len(r) != batch:
+            raise ValueError(f"r must be one for all images or one for each of the {batch}, not {len(r)}")
+        return sorted(range(batch), key=lambda image: -sum(as_schedule(r[image]).per_block(self.depth)))
+
+
+class DividedLayers(BlockLayers):
+    """A divided block, on `workers`, or where there are none one part after the other."""
+
+    def __init__(self, block: Block, workers: Workers | None = None) -> None:
+        super().__init__(block)
+        self._norm1, self._norm2 = layer_norm(block.norm1), layer_norm(block.norm2)
+        attn, mlp = block.attn, block.mlp
+        self._attentions = [partial(self._attend, qkv, proj) for qkv, proj in zip(attn.qkv, attn.proj, strict=True)]
+        self._mlps = [partial(self._think, fc1, fc2) for fc1, fc2 in zip(mlp.fc1, mlp.fc2, strict=True)]
+        self._each: Callable[[Sequence[Callable[[], T]]], list[T]] = _in_turn if workers is None else workers.beside
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return `x` after its norm: each part projects for itself."""
+        return self._norm1(x), None
+
+    def attend(
+        self,
+        qkv: Tensor,
+        rope: Tensor | None,  # noqa: ARG002  tokens have no positions of this kind
+        bias: Tensor | None,
+        queries: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """As encoder.Layers says, but of tokens not projected yet; keys [B, 1, N, dim] come summed over all heads."""
+        parts = self._each([partial(attention, qkv, bias, queries) for attention in self._attentions])
+        (found, keys), *others = parts
+        for more, more_keys in others:
+            found, keys = found.add_(more), keys.add_(more_keys)
+        return found, keys
+
+    def _attend(
+        self, qkv: PackedLinear, proj: PackedLinear, x: Tensor, bias: Tensor | None, queries: int | None
+    ) -> tuple[Tensor, Tensor]:
+        batch, tokens, _ = x.shape
+        q, k, v = qkv(x).view(batch, tokens, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        out = attention(q[:, :, :queries], k, v, bias, dropout=0.0, scale=self.attn.scale)
+        return proj(out.transpose(1, 2).flatten(2)), k.sum(dim=1, keepdim=True)
+
+    def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:  # noqa: ARG002  there is none
+        """As BlockLayers does."""
+        return x + attended
+
+    def add_mlp(self, x: Tensor) -> Tensor:
+        """As BlockLayers does."""
+        normed = self._norm2(x)
+        made, *others = self._each([partial(mlp, normed) for mlp in self._mlps])
+        x = x + made
+        for more in others:
+            x += more
+        return x
+
+    @staticmethod
+    def _think(fc1: PackedLinear, fc2: PackedLinear, x: Tensor) -> Tensor:
+        found: Tensor = fc2(fc1(x))
+        return found
+
+
+def divide(block: Block, count: int) -> None:
+    """Put packed parts in the place of a plain block's linear layers, `count` of each."""
+    attn, mlp = block.attn, block.mlp
+    heads, dim = attn.num_heads, attn.head_dim
+    by_kind = attn.qkv.weight.unflatten(0, (3, heads, dim))
+    kind_bias = None if attn.qkv.bias is None else attn.qkv.bias.view(3, heads, dim)
+    proj, proj_bias = scaled(attn.proj, block.ls1)
+    fc2, fc2_bias = scaled(mlp.fc2, block.ls2)
+
+    parts: tuple[list[PackedLinear], ...] = ([], [], [], [])
+    for i, (own, hidden) in enumerate(zip(_shares(heads, count), _shares(mlp.fc1.out_features, count), strict=True)):
+        bias = None if kind_bias is None else kind_bias[:, own].flatten()
+        parts[0].append(PackedLinear(by_kind[:, own].flatten(0, 2), bias))
+        channels = slice(own.start * dim, own.stop * dim)
+        parts[1].append(PackedLinear(proj[:, channels], proj_bias if i == 0 else None))
+        bias = None if mlp.fc1.bias is None else mlp.fc1.bias[hidden]
+        parts[2].append(PackedLinear(mlp.fc1.weight[hidden], bias, "gelu"))
+        parts[3].append(PackedLinear(fc2[:, hidden], fc2_bias if i == 0 else None))
+    attn.qkv, attn.proj, mlp.fc1, mlp.fc2 = map(nn.ModuleList, parts)
+    block.ls1 = block.ls2 = nn.Identity()
+
+
+def _shares(whole: int, count: int) -> list[slice]:
+    bounds = [whole * i // count for i in range(count + 1)]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
+
+
+def _in_turn(calls: Sequence[Callable[[], T]]) -> list[T]:
+    return [call() for call in calls]
+
+
+def _of(
+    images: Tensor, r: int | Schedule | Sequence[int | Schedule], share: Sequence[int]
+) -> tuple[Tensor, int | Schedule | Sequence[int | Schedule]]:
+    """Return some of the images, and what each of them merges."""
+    some = images[share.start : share.stop : share.step] if isinstance(share, range) else images[share]
+    return some, [r[image] for image in share] if isinstance(r, Sequence) else r
+
+
+def _joined(outputs: Sequence[MergedOutput], order: Sequence[int]) -> MergedOutput:
+    """Return what was found for all images, of which `outputs` have those in `order`, as they were in the batch."""
+    back = sorted(range(len(order)), key=order.__getitem__)
+    counts = [tokens for output in outputs for tokens in output.tokens_per_block]
+    return MergedOutput(
+        logits=torch.cat([output.logits for output in outputs])[back],
+        features=torch.cat([output.features for output in outputs])[back],
+        tokens_per_block=tuple(counts[i] for i in back),
+        tokens=_together([output.tokens for output in outputs], back),
+        sizes=_together([output.sizes for output in outputs], back),
+        token_map=_together([output.token_map for output in outputs], back, fill=-1),
+    )
+
+
+def _together(parts: Sequence[Tensor | None], back: Sequence[int], fill: int = 0) -> Tensor | None:
+    wanted = [part for part in parts if part is not None]
+    return in_order(wanted, back, fill) if wanted else None

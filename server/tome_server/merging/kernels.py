@@ -1,0 +1,111 @@
+"""The kernels of the CPU that packed models call.
+
+Two libraries that come with torch have layouts of their own for weights: oneDNN, and MKL, whose kernels are the faster
+ones on one thread of an Intel processor. The one that is faster here is measured once.
+"""
+
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeAlias
+
+import torch
+from timm.models.vision_transformer import LayerScale
+from torch import Tensor, nn
+
+Function: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class PackedLinear(nn.Module):
+    """A Linear layer with packed `weight` [out, in], optionally followed by GELU. For inference only.
+
+    Laid out for one thread if torch uses one when it is made.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        bias = None if bias is None else bias.detach()
+        product = _faster() if torch.get_num_threads() == 1 else _OneDnn
+        self._run: Function = product(weight.detach(), bias, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features], as nn.Linear."""
+        return self._run(x)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
+        """Return itself: nothing in it changes, and packed weights stay where they were laid out."""
+        return self
+
+
+class _OneDnn:
+    """A product with weights packed by oneDNN, GELU in its kernel."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str) -> None:
+        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self._bias, self._activation = bias, activation
+        # Found once: the look-up of an operator by its name is slow.
+        self._kernel = torch.ops.mkldnn._linear_pointwise.default
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = self._kernel(x, self._weight, self._bias, self._activation, [], "none")
+        return y
+
+
+class _Mkl:
+    """A product with weights packed by MKL, on one thread."""
+
+    # A layout is made for a number of rows, and gives the same results for any other. Those made for a few hundred or
+    # more are as fast for any, those made for fewer slower for more.
+    ROWS = 1024
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str) -> None:
+        self._packed: Tensor = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), self.ROWS)
+        self._bias, self._gelu = bias, activation == "gelu"
+        # The operator reads nothing but its shape where it is told the number of rows that there are.
+        self._shape = weight.new_zeros(1, 1).expand(weight.shape)
+        self._features = weight.shape[1]
+        self._kernel = torch.ops.mkl._mkl_linear.default
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = self._kernel(x, self._packed, self._shape, self._bias, x.numel() // self._features)
+        return torch.ops.aten.gelu_.default(y) if self._gelu else y
+
+    @staticmethod
+    def is_available() -> bool:
+        available: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+        return available and hasattr(torch.ops.mkl, "_mkl_linear")
+
+
+@cache
+def _faster() -> type[_OneDnn] | type[_Mkl]:
+    """Return whose products are faster here on one thread, measured on a few of a small model's MLP.
+
+    Together their weights are more than a core's own cache holds, as those of a model are.
+    """
+    if not _Mkl.is_available():
+        return _OneDnn
+    weight, x = torch.ones(384, 1536), torch.ones(64, 1536)
+    products = [kind(weight, None, "none") for _ in range(8) for kind in (_OneDnn, _Mkl)]
+    # Of each product its shortest time: whatever else the processor does lengthens some.
+    best = [float("inf")] * len(products)
+    for _ in range(6):
+        for i, product in enumerate(products):
+            start = time.perf_counter()
+            product(x)
+            best[i] = min(best[i], time.perf_counter() - start)
+    return _Mkl if sum(best[1::2]) < sum(best[::2]) else _OneDnn
+
+
+def layer_norm(norm: nn.LayerNorm) -> Function:
+    """Return what a LayerNorm does, without the module."""
+    shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+    return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+
+
+def scaled(layer: nn.Linear, scale: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of a layer that does what `layer` and `scale` after it do, a LayerScale or an Identity."""
+    if type(scale) is not LayerScale:
+        return layer.weight, layer.bias
+    gamma = scale.get_parameter("gamma")
+    return layer.weight * gamma[:, None], None if layer.bias is None else layer.bias * gamma
