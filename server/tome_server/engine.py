@@ -565,17 +565,26 @@ class Engine:
                 )
             return
         if no_memory:
-            log.warning("model %s lacks memory for a batch of %d; running its halves: %s", name, len(batch), failure)
+            self.metrics.halved_batches.labels(name).inc()
+            served.scheduler.latency.allow(math.ceil(len(batch) / 2))
+            log.warning(
+                "model %s lacks memory for a batch of %d; running its halves, and from now on no more than %d at once, "
+                "until it is loaded anew: %s",
+                name, len(batch), served.scheduler.latency.max_batch, failure,
+            )  # fmt: skip
         else:
             log.error("model %s failed on a batch of %d; running its images alone", name, len(batch), exc_info=failure)
-        part = math.ceil(len(batch) / 2) if no_memory else 1
-        for first in range(0, len(batch), part):
+        first = 0
+        while first < len(batch):
+            # A half may turn out to be too large as well.
+            part = served.scheduler.latency.max_batch if no_memory else 1
             rest: list[tuple[_Job, int]] = []
             for job, level in zip(batch[first : first + part], levels[first : first + part], strict=True):
                 if job.answer.done():  # its caller has gone
                     job.work.image.drop()
                 else:
                     rest.append((job, level))
+            first += part
             if rest:
                 await self._run_batch(served, [job for job, _ in rest], [level for _, level in rest])
 

@@ -592,20 +592,42 @@ async def test_a_batch_that_memory_is_too_small_for_is_halved_until_it_fits(
         (1, 2, 3, 4),
         (1, 2),
         (3, 4),
-        (5, 6, 7),
         (5, 6),
         (7,),
     ]
     assert [reply.timing.batch_size for reply in replies] == [2, 2, 2, 2, 2, 2, 1]
-    assert (
-        "model first lacks memory for a batch of 7; running its halves: tried to allocate too much" in caplog.messages
-    )
-    # Once there is memory again, the next batch is whole.
+    assert [message for message in caplog.messages if "lacks memory" in message] == [
+        f"model first lacks memory for a batch of {size}; running its halves, and from now on no more than {half} at "
+        "once, until it is loaded anew: tried to allocate too much"
+        for size, half in ((7, 4), (4, 2))
+    ]
+    assert bench.metric("tome_halved_batches_total") == 2
+
+
+async def test_a_size_that_memory_was_too_small_for_is_not_tried_again(bench: Bench, bundled: HostedModel) -> None:
+    async def sizes(first: int, model: str) -> list[int]:
+        bench.device.gate.clear()
+        holding = bench.predict(0, model=model)
+        await until(lambda: bench.device.running)
+        tasks = await bench.in_order(*range(first, first + 8), model=model)
+        bench.device.gate.set()
+        return [reply.timing.batch_size for reply in (await asyncio.gather(holding, *tasks))[1:]]
+
+    bench.device.room = 5
+    assert await sizes(10, "first") == 8 * [4]
+    tried = len(bench.device.batches)
+    bench.device.room = 4
+    assert await sizes(20, "first") == 8 * [4]
+    assert len(bench.device.batches) == tried + 3
+    # It is of one model, and ends with it.
     bench.device.room = 1000
-    holding = await bench.hold_device()
-    tasks = await bench.in_order(*range(10, 18))
-    bench.device.gate.set()
-    assert [reply.timing.batch_size for reply in await asyncio.gather(holding, *tasks)] == [1] + 8 * [8]
+    assert await sizes(30, "second") == 8 * [8]
+    profile = profile_of(QUICK, 8)
+    anew = replace(bundled, name="first", preprocess=bench.decoder, default_budget=LATE)
+    before = bench.engine.serve(ServedModel(anew, profile, "max_batch", "anew"))
+    assert before
+    await bench.engine.left(before)
+    assert await sizes(40, "first") == 8 * [8]
 
 
 async def test_halves_keep_the_r_of_each_image_and_leave_out_who_has_gone(bench: Bench) -> None:

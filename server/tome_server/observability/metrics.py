@@ -113,6 +113,9 @@ class Metrics:
         self.pending_limit = self._gauge("requests_pending_limit", "At so many pending requests more are refused")
         self.queue_depth = self._gauge("queue_depth", "Requests that wait for the device", "model")
         self.batch_size = self._histogram("batch_size", "Images in a batch", buckets.BATCH)
+        self.halved_batches = self._counter(
+            "halved_batches", "Batches that the device lacked the memory for; larger ones than a half are not run again"
+        )
         self.compute_seconds = self._counter("compute_seconds", "Time that batches took on the device")
         self.wasted_seconds = self._counter(
             "compute_wasted_seconds",
@@ -181,7 +184,7 @@ class Metrics:
             self.promises.labels(model, promise)
         for stage in STAGES:
             self.stage_duration.labels(model, stage)
-        for counter in (self.slo_met, self.compute_seconds, self.wasted_seconds):
+        for counter in (self.slo_met, self.halved_batches, self.compute_seconds, self.wasted_seconds):
             counter.labels(model)
         for counter in (self.policy_failures, self.tokens_input, self.tokens_merged, self.flops, self.flops_saved):
             counter.labels(model)

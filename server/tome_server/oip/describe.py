@@ -72,6 +72,7 @@ def model_config(served: Served, engine: Engine) -> dict[str, Any]:
         ),
         "patch_grid": "{}, {}".format(*model.patch_grid),
         "policy": served.policy,
+        "priority": "taken and ignored: the earliest deadline goes first",
         "r_grid": ", ".join(map(str, served.rs)),
     }
     defaults = {name: getattr(own, name) for name in ("default_min_r", "default_max_r", "default_min_quality")}

@@ -113,6 +113,10 @@ class Latency:
         # Where the margin takes all of the measured spread back.
         self._least_margin = -math.log(max(map(max, self._spread)))
 
+    def allow(self, size: int) -> None:
+        """Predict, and so have policies run, no larger batches than these from now on; at least of one image."""
+        self.max_batch = max(1, min(self.max_batch, size))
+
     @property
     def drift(self) -> float:
         """How much longer batches take now than when they were profiled, as a factor."""

@@ -340,3 +340,15 @@ def test_learning_and_predicting_take_few_steps_however_much_was_learnt() -> Non
         assert steps(lambda: latency.observe(mixed, 0.05)) < 200
         assert steps(lambda: latency.observe([1] * 8, 0.05)) < 200
         assert 1 < steps(lambda: latency.promised(8, 2)) < 20
+
+
+def test_the_largest_batch_can_be_made_smaller_and_no_larger_again() -> None:
+    latency = Latency(profile())
+    before = [latency.expected(size, 2) for size in range(1, 5)]
+    latency.allow(4)
+    assert latency.max_batch == 4
+    latency.allow(6)
+    assert latency.max_batch == 4
+    assert [latency.expected(size, 2) for size in range(1, 5)] == before
+    latency.allow(0)
+    assert latency.max_batch == 1
