@@ -1,6 +1,6 @@
 """Weights laid out as the CPU's matrix kernels want them.
 
-torch hands float32 matrices to the kernels as they are, and the kernels copy the weights into their own layout on every
+torch hands matrices to the kernels as they are, and the kernels copy the weights into their own layout on every
 call. That copy costs the same however few tokens are left, so the more is merged the more it weighs. Packing does it
 once; GELU and LayerScale move into the layers before them, and blocks without further parts call the kernels directly.
 """
@@ -90,15 +90,20 @@ class PackedLayers(BlockLayers):
 
 
 def packable(merged: MergedModel) -> bool:
-    """Return whether packing applies: plain blocks for inference, in float32 on a CPU that torch has kernels for."""
+    """Return whether packing applies: plain blocks for inference, on a CPU that torch has kernels for.
+
+    In float32, or in bfloat16 where the CPU computes in it.
+    """
     parameters = list(merged.parameters())
+    dtypes = {p.dtype for p in parameters}
     return (
         type(merged.model) in (VisionTransformer, VisionTransformerDistilled)
         and all(type(block) is Block for block in merged.model.blocks)
-        and all(p.dtype == torch.float32 and p.device.type == "cpu" and not p.requires_grad for p in parameters)
+        and all(p.device.type == "cpu" and not p.requires_grad for p in parameters)
         and not any(module.training for module in merged.modules())
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and (dtypes == {torch.float32} or (dtypes == {torch.bfloat16} and _has_bfloat16()))
     )
 
 
@@ -109,7 +114,10 @@ def pack(merged: MergedModel) -> MergedModel:
     differ by rounding alone. Raises ValueError unless `packable`.
     """
     if not packable(merged):
-        raise ValueError("only plain blocks in float32 on the CPU, in eval mode and without gradients, can be packed")
+        raise ValueError(
+            "only plain blocks in float32 or bfloat16 on a CPU that computes in it, in eval mode and without "
+            "gradients, can be packed"
+        )
     model = copy.deepcopy(merged.model, {id(p): p for p in merged.model.parameters()})
     threads = torch.get_num_threads()
     if 1 < threads <= MOST_WORKERS and all(_divisible(block, threads) for block in model.blocks):
@@ -125,6 +133,11 @@ def pack(merged: MergedModel) -> MergedModel:
             block.mlp.fc2, block.ls2 = _packed_and_scaled(block.mlp.fc2, block.ls2)
     layers = [PackedLayers(block) if PackedLayers.fits(block) else BlockLayers(block) for block in model.blocks]
     return MergedModel(model, merged.proportional_attention, layers)
+
+
+def _has_bfloat16() -> bool:
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return supported
 
 
 def _divided(model: VisionTransformer, proportional_attention: bool, count: int) -> MergedModel:

@@ -57,6 +57,8 @@ def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) ->
     _check_equal(plain, merged, settings, device)
     # Only now, for the rounding of lesser types would hide what the check looks for.
     merged = merged.to(getattr(torch, spec.dtype))
+    if spec.dtype != "float32" and packable(merged):
+        merged = pack(merged)
     quality, schedules = _quality(spec)
     loaded = loaded_model(
         merged,

@@ -10,7 +10,7 @@ from torch import nn
 
 from tome_server.merging import MergedModel, macs, merge, pack, packable
 from tome_server.merging.kernels import PackedLinear, _Mkl, _OneDnn
-from tome_server.merging.packing import PackedPatches
+from tome_server.merging.packing import PackedPatches, _has_bfloat16
 
 from .small_models import OTHER_KINDS, PLAIN_KINDS, Kind
 
@@ -58,10 +58,10 @@ def test_the_counts_of_a_packed_model_are_the_plain_ones() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [lambda m: m.double(), lambda m: m.bfloat16(), lambda m: m.train(), lambda m: m.requires_grad_(True)],
-    ids=["double", "bfloat16", "training", "gradients"],
+    [lambda m: m.double(), lambda m: m.half(), lambda m: m.train(), lambda m: m.requires_grad_(True)],
+    ids=["double", "float16", "training", "gradients"],
 )
-def test_only_float32_for_inference_is_packed(change: Callable[[nn.Module], nn.Module]) -> None:
+def test_no_other_dtype_and_no_training_is_packed(change: Callable[[nn.Module], nn.Module]) -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).eval().requires_grad_(False)
     merged = merge(change(model))
     assert not packable(merged)
@@ -114,3 +114,24 @@ def test_a_copy_of_a_packed_model_gives_the_same_results(threads: int) -> None:
         assert torch.equal(copy.deepcopy(packed)(images, 1).logits, packed(images, 1).logits)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not _has_bfloat16(), reason="the CPU computes nothing in bfloat16")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_packed_results_in_bfloat16_are_as_near_to_float32_as_those_of_the_plain_model(threads: int) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, init_values=0.5)
+    model.eval().requires_grad_(False)
+    images, before = torch.randn(4, 3, 64, 64), torch.get_num_threads()
+    exact = merge(model)(images, 0).features
+    merged = merge(copy.deepcopy(model).bfloat16())
+    torch.set_num_threads(threads)
+    try:
+        packed = pack(merged)
+        found = packed(images.bfloat16(), 0).features
+        assert packed(images.bfloat16(), 3).logits.isfinite().all()
+    finally:
+        torch.set_num_threads(before)
+    assert found.dtype == torch.bfloat16
+    plain = (merged(images.bfloat16(), 0).features.float() - exact).norm()
+    assert (found.float() - exact).norm() < 1.5 * plain
