@@ -83,6 +83,12 @@ def test_a_lone_request_is_not_merged_while_few_come(rate: float) -> None:
     assert decision.levels == [0]
 
 
+@pytest.mark.parametrize("quality", [(84.5, 84.5, 84.4, 83, 80), (84.5, 84.4, 84.9, 83, 80), (80, 81, 82, 83, 84)])
+def test_an_idle_device_does_not_merge_for_a_quality_that_rises_by_luck(quality: tuple[float, ...]) -> None:
+    decision = Price(device(), quality)(view(Traffic(1.0, 1.0, ((0.036, 1.0),))))
+    assert decision.levels == [0]
+
+
 def test_a_lone_request_is_not_merged_though_nothing_is_known_of_traffic() -> None:
     assert price()(view(Traffic())).levels == [0]
 

@@ -43,6 +43,10 @@ _LEAST_SHARE = 0.002
 # Time cheaper than this share of the dearest is taken to be of no use to anybody to come.
 _CHEAP = 0.02
 
+# More merging is never taken to be better: quality is measured on some images, and rises by luck alone. Of levels
+# that were measured alike, the one that merges less leads by this share.
+_HAIR = 1e-4
+
 _STEPS = 40
 # The logarithm by which the price's slope may change between idle and out of time; a float holds what is left then.
 _STEEPEST = 680.0
@@ -59,7 +63,7 @@ class Price:
         """`quality` is by level, positive. Raises ValueError if it has not one for each level of the profile."""
         if len(quality) != len(profile.rs) or min(quality) <= 0:
             raise ValueError(f"{len(profile.rs)} levels need as many positive qualities, not {list(quality)}")
-        self._quality = tuple(quality)
+        self._quality = _falling(quality)
         self._top = len(quality) - 1
         seconds = profile.every_size(profile.p50)
         # Of each batch size: what an image costs in it at each level, and so when each level is worth its price.
@@ -223,6 +227,10 @@ def _between(curve: tuple[float, ...], place: float) -> float:
     """Return the curve's value at `place` of [0, 1]."""
     step = min(int(place * _STEPS), _STEPS - 1)
     return curve[step] + (curve[step + 1] - curve[step]) * (place * _STEPS - step)
+
+
+def _falling(quality: Sequence[float]) -> tuple[float, ...]:
+    return tuple(accumulate(quality, lambda before, own: min(own, before * (1 - _HAIR))))
 
 
 def _steps(quality: tuple[float, ...], seconds: tuple[float, ...]) -> tuple[tuple[float, float], ...]:
