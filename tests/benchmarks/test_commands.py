@@ -36,3 +36,11 @@ def test_each_way_to_wait_is_timed_beside_as_many_as_asked_for() -> None:
         (1, "asleep", 0), (1, "asleep", 1), (2, "asleep", 0), (2, "asleep", 1), (2, "briefly", 0), (2, "briefly", 1),
     ]  # fmt: skip
     assert all(0 < row["least"] <= row["median"] <= row["most"] for row in rows)
+
+
+def test_a_checkout_is_compared_with_itself() -> None:
+    here = str(Path(__file__).parents[2])
+    model = ("--model", "vit_tiny_patch16_224", "--batch", "1", "--r", "0,8", "--threads", "1", "--rounds", "2")
+    rows = report("versions", "--other", here, *model)["rows"]
+    assert [row["r"] for row in rows] == [0, 8]
+    assert all(row["other_ms"] > 0 and row["ours_ms"] > 0 and row["speedup"] > 0 for row in rows)
