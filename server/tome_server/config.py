@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from tome_server.models.own import OwnBatching, OwnLimits
-from tome_server.models.spec import DtypeSetting
+from tome_server.models.own import OwnConfig
 from tome_server.settings import Count, Duration, Policy, Size, SizeOrNone, Strict, read_settings
 
 
@@ -30,8 +29,8 @@ AddressOrOff = Annotated[
 ]
 
 
-class ModelConfig(Strict):
-    """One model to host."""
+class _Source(Strict):
+    """Where a model to host is."""
 
     source: str = "bundled:fashion"
     """bundled:NAME, or a timm architecture"""
@@ -47,24 +46,10 @@ class ModelConfig(Strict):
     """What `tome-server evaluate` wrote."""
     data: dict[str, Any] = Field(default_factory=dict)
     """Overrides of timm's data config."""
-    default_budget: Annotated[Duration, Field(gt=0)] | None = None
-    """Latency budget of requests that set none; by default 1s, or ten images' time if that is more."""
-    default_min_r: Annotated[int, Field(ge=0, strict=True)] | None = None
-    """The min_r of requests that set none of r, min_r, max_r and min_quality."""
-    default_max_r: Annotated[int, Field(ge=0, strict=True)] | None = None
-    """The max_r of those."""
-    default_min_quality: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
-    """The min_quality of those."""
-    policy: Policy | None = None
-    """What chooses r for it; by default the server's `policy`."""
-    batching: OwnBatching = OwnBatching()
-    limits: OwnLimits = OwnLimits()
-    proportional_attention: bool | None = None
-    """Weigh tokens by the patches they stand for; by default on, except for MAE weights."""
-    dtype: DtypeSetting = "auto"
-    """Of weights and activations: float32, bfloat16, float16; auto is bfloat16 where that agrees and is faster here."""
-    description: str = ""
-    """Told to clients."""
+
+
+class ModelConfig(OwnConfig, _Source):
+    """One model to host."""
 
 
 class BatchingConfig(Strict):

@@ -1,6 +1,11 @@
 """What a model's own settings may say in the place of the server's: sections as the server's settings have them."""
 
-from tome_server.settings import Count, Duration, Size, Strict
+from typing import Annotated
+
+from pydantic import Field
+
+from tome_server.models.spec import DtypeSetting
+from tome_server.settings import Count, Duration, Policy, Size, Strict
 
 
 class OwnBatching(Strict):
@@ -21,3 +26,26 @@ class OwnLimits(Strict):
     """Encoded image, or data of a tensor; at most what the server's `limits` take."""
     max_image_pixels: Count | None = None
     """Width × height of the image, and of what resizing would make of a long and thin one."""
+
+
+class OwnConfig(Strict):
+    """How a model is served: in the server's settings and in a model's own file alike."""
+
+    default_budget: Annotated[Duration, Field(gt=0)] | None = None
+    """Latency budget of requests that set none; by default 1s, or ten images' time if that is more."""
+    default_min_r: Annotated[int, Field(ge=0, strict=True)] | None = None
+    """The min_r of requests that set none of r, min_r, max_r and min_quality."""
+    default_max_r: Annotated[int, Field(ge=0, strict=True)] | None = None
+    """The max_r of those."""
+    default_min_quality: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+    """The min_quality of those."""
+    policy: Policy | None = None
+    """What chooses r for it; by default the server's `policy`."""
+    batching: OwnBatching = OwnBatching()
+    limits: OwnLimits = OwnLimits()
+    proportional_attention: bool | None = None
+    """Weigh tokens by the patches they stand for; by default on, except for MAE weights."""
+    dtype: DtypeSetting = "auto"
+    """Of weights and activations: float32, bfloat16, float16; auto is bfloat16 where that agrees and is faster here."""
+    description: str = ""
+    """Told to clients."""

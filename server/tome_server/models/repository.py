@@ -15,9 +15,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from tome_server.errors import ConfigError
-from tome_server.models.own import OwnBatching, OwnLimits
-from tome_server.models.spec import CONFIG, LABELS, PROFILES, QUALITY, WEIGHTS, DtypeSetting, ModelSpec, Own, qualities
-from tome_server.settings import Count, Duration, Policy, Strict, read_settings
+from tome_server.models.own import OwnConfig
+from tome_server.models.spec import CONFIG, LABELS, PROFILES, QUALITY, WEIGHTS, ModelSpec, Own, qualities
+from tome_server.settings import Count, Strict, read_settings
 
 # What torch wrote. Read with weights_only, so that no code in it is run.
 OTHER_WEIGHTS = "weights.pth"
@@ -47,7 +47,7 @@ def _kwargs(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-class VersionConfig(Strict):
+class VersionConfig(OwnConfig):
     """What `config.yaml` says of a model."""
 
     architecture: str
@@ -56,24 +56,7 @@ class VersionConfig(Strict):
     """Further arguments of timm's create_model."""
     data: dict[str, Any] = Field(default_factory=dict)
     """Overrides of timm's data config."""
-    default_budget: Annotated[Duration, Field(gt=0)] | None = None
-    """Latency budget of requests that set none; by default 1s, or ten images' time if that is more."""
-    default_min_r: Annotated[int, Field(ge=0, strict=True)] | None = None
-    """The min_r of requests that set none of r, min_r, max_r and min_quality."""
-    default_max_r: Annotated[int, Field(ge=0, strict=True)] | None = None
-    """The max_r of those."""
-    default_min_quality: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
-    """The min_quality of those."""
-    policy: Policy | None = None
-    """What chooses r for it; by default the server's `policy`."""
-    batching: OwnBatching = OwnBatching()
-    limits: OwnLimits = OwnLimits()
-    proportional_attention: bool | None = None
-    """Weigh tokens by the patches they stand for; by default on, except for MAE weights."""
-    dtype: DtypeSetting = "auto"
-    """Of weights and activations: float32, bfloat16, float16; auto is bfloat16 where that agrees and is faster here."""
     license: str = ""
-    description: str = ""
 
 
 class ChoiceConfig(Strict):
