@@ -30,7 +30,7 @@ class Merging:
     """What merging did to one image."""
 
     r: int
-    """Tokens merged in each block, as asked for or chosen."""
+    """Tokens merged in each block, as asked for or chosen; in a tuned model the work of that, spread in its own way."""
     tokens_in: int
     """Tokens that entered the first block, prefix tokens included."""
     tokens_out: int
