@@ -176,7 +176,11 @@ BAD_SETTINGS = {
     "min_quality not a number": ({"min_quality": float("nan")}, "min_quality", "must lie above 0 .*is nan"),
     "min_quality infinite": ({"min_quality": float("inf")}, "min_quality", "must lie above 0 .*is inf"),
     "min_quality against min_r": ({"min_quality": 0.9, "min_r": 15}, "min_quality", "is 0.9, which needs r ≤ 14; "),
-    "min_quality against r": ({"min_quality": 1.0, "r": 14}, "min_quality", "is 1, which needs r ≤ 0; asked is ≥ 14"),
+    "min_quality against r": (
+        {"min_quality": 1.0, "r": 14},
+        "min_quality",
+        r"is 1, which needs r ≤ \d+; asked is ≥ 14",
+    ),
     "r below": ({"r": 2, "min_r": 4}, "r", "is 2, outside of"),
     "r above": ({"r": 8, "max_r": 4}, "r", "is 8, outside of"),
     "top_k zero": ({"top_k": 0}, "top_k", "must be at least 1, and is 0"),
