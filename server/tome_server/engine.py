@@ -338,6 +338,12 @@ class Engine:
         """Refuse new requests from now on; those already here are answered."""
         self.draining.set()
 
+    async def answered(self) -> None:
+        """Wait until nobody waits for an answer any more."""
+        while any(self._held.values()):
+            self._released.clear()
+            await self._released.wait()
+
     def close(self) -> None:
         """End the threads, after what they are doing."""
         self._decoders.shutdown(cancel_futures=True)

@@ -1263,6 +1263,22 @@ async def test_a_batch_within_what_was_promised_is_counted_apart_from_one_that_w
     assert bench.metric("tome_latency_promises_total", promise="broken") == 1
 
 
+async def test_all_are_answered_once_the_last_is(bench: Bench) -> None:
+    await bench.engine.answered()
+    holding = await bench.hold_device()
+    queued = await bench.in_order(1, 2)
+    bench.engine.drain()
+    answered = asyncio.create_task(bench.engine.answered())
+    assert isinstance(await refused(bench.predict(3)), UnavailableError)
+    bench.device.step()
+    await holding
+    await asyncio.sleep(0)
+    assert not answered.done()
+    bench.device.gate.set()
+    await answered
+    assert [image_of(await task) for task in queued] == [1, 2]
+
+
 # Models that come and go, and a device that dies
 
 

@@ -1,6 +1,7 @@
 """The gRPC server: services, health, reflection, limits."""
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 
 import grpc
@@ -21,7 +22,7 @@ from tome_server.rpc.tokens import Tokens
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 # Room for what goes with an image of the largest size, so that one somewhat above it gets our own, clearer refusal.
 MESSAGE_SLACK = 2
-# Seconds in which calls that have arrived are taken from gRPC's hands before the server stops.
+# Seconds in which calls that have arrived are taken from gRPC's hands, and refused, before the server stops.
 SETTLE = 0.2
 
 
@@ -83,12 +84,17 @@ class RpcServer:
 
     async def stop(self, grace: float) -> None:
         """Report NOT_SERVING, refuse new calls, and end once calls in flight are answered, or after `grace` seconds."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + grace
         self._health.stop()
         self._engine.drain()
         # gRPC cancels what it has received and not yet handed over when it is told to stop, and clients don't retry
-        # what was cancelled. What came by now is answered, what comes from now on refused, before it is told.
-        await asyncio.sleep(min(SETTLE, grace))
-        await self._server.stop(grace)
+        # what was cancelled. So it is told once all are answered, and have had time to ask again and be refused.
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(end):
+                await self._engine.answered()
+                await asyncio.sleep(SETTLE)
+        await self._server.stop(max(0.0, end - loop.time()))
 
     def _listen(self, settings: RpcSettings) -> int:
         if settings.tls is None:
