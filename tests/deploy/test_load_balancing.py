@@ -149,12 +149,13 @@ def fleet(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fle
         yield Fleet(servers, targets, folder)
 
 
-def healthy(target: str) -> bool:
+def healthy(target: str, service: str = "") -> bool:
     with grpc.insecure_channel(target) as channel:
         try:
             check = health_pb2_grpc.HealthStub(channel).Check
             return bool(
-                check(health_pb2.HealthCheckRequest(), timeout=5).status == health_pb2.HealthCheckResponse.SERVING
+                check(health_pb2.HealthCheckRequest(service=service), timeout=5).status
+                == health_pb2.HealthCheckResponse.SERVING
             )
         except grpc.RpcError:
             return False
@@ -236,6 +237,31 @@ def test_nginx_asks_a_server_that_has_just_failed_when_no_other_is_left(tmp_path
             assert healthy(target), (tmp_path / "nginx.log").read_text()
         finally:
             back.stop(None).wait()
+
+
+@pytest.mark.skipif(not program("envoy"), reason=f"needs envoy: {INSTALL['envoy']}")
+def test_envoy_retries_however_many_calls_meet_a_server_that_is_gone(tmp_path: Path) -> None:
+    at_once = 64
+    with ExitStack() as stack:
+        servers = {}
+        for name in "abc":
+            servers[name] = server = grpc.server(ThreadPoolExecutor(at_once))
+            health = HealthServicer()
+            for service in ("tome_api.v1.Inference", name):
+                health.set(service, health_pb2.HealthCheckResponse.SERVING)
+            health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        addresses = [f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}" for server in servers.values()]
+        for server in servers.values():
+            server.start()
+            stack.callback(server.stop, None)
+        target = stack.enter_context(envoy(tmp_path, addresses))
+        for name in servers:
+            until(lambda name=name: healthy(target, name), f"the proxy uses {name}")
+        for name in "ab":
+            servers[name].stop(None).wait()
+        # At once, before the proxy's own health checks notice.
+        with ThreadPoolExecutor(at_once) as callers:
+            assert Counter(callers.map(healthy, [target] * at_once)) == {True: at_once}
 
 
 def test_nothing_is_lost_when_one_server_is_killed_and_one_drains(fleet: Fleet, image: bytes) -> None:
