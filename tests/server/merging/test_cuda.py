@@ -20,6 +20,7 @@ from tome_server.runtime.executor import run_batch
 from tome_server.runtime.graphs import CudaRecorder, GraphedModel, recorded_sizes, with_graphs
 from tome_server.runtime.work import Work
 
+from .outputs import assert_close, equal
 from .small_models import OTHER_KINDS
 
 pytestmark = pytest.mark.cuda
@@ -49,8 +50,7 @@ def test_images_that_differ_in_r_get_what_the_cpu_gives(map_pool: bool) -> None:
     with torch.inference_mode():
         expected = merge(model)(images, rs, return_tokens=True, return_token_map=True)
         given = merge(model.to(CUDA))(images.to(CUDA), rs, return_tokens=True, return_token_map=True)
-    for field in ("logits", "features", "tokens", "sizes", "token_map"):
-        torch.testing.assert_close(getattr(given, field).cpu(), getattr(expected, field), rtol=1e-8, atol=1e-8)
+    assert_close(given, expected, 1e-8)
 
 
 OF_EACH_FAMILY = (
@@ -72,8 +72,7 @@ def test_every_family_gives_what_the_cpu_gives(name: str) -> None:
     with torch.inference_mode():
         expected = merge(model)(images, rs, return_tokens=True, return_token_map=True)
         given = merge(model.to(CUDA))(images.to(CUDA), rs, return_tokens=True, return_token_map=True)
-    for field in ("logits", "features", "tokens", "sizes", "token_map"):
-        torch.testing.assert_close(getattr(given, field).cpu(), getattr(expected, field), rtol=1e-8, atol=1e-8)
+    assert_close(given, expected, 1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -100,8 +99,7 @@ def test_the_same_batch_gives_the_same_bits(dtype: torch.dtype) -> None:
             first = model(images, r, return_tokens=True, return_token_map=True)
             for _ in range(5):
                 again = model(images, r, return_tokens=True, return_token_map=True)
-                for field in ("logits", "features", "tokens", "sizes", "token_map"):
-                    assert torch.equal(getattr(again, field), getattr(first, field))
+                assert equal(again, first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tome_server.merging import MergedOutput, Schedule, UnsupportedModelError, merge, tokens_per_block, unmerge
 
 from . import reference
+from .outputs import equal
 from .small_models import KINDS, PLAIN_KINDS, SMALL, Kind, kind, randomise
 
 RS: dict[str, int | Schedule] = {
@@ -35,16 +36,6 @@ def per_block(r: int | Schedule, depth: int) -> tuple[int, ...]:
 
 def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
-
-
-def equal(actual: MergedOutput, expected: MergedOutput) -> bool:
-    return actual.tokens_per_block == expected.tokens_per_block and all(
-        (a is None and b is None) or torch.equal(a, b)
-        for a, b in (
-            (getattr(actual, name), getattr(expected, name))
-            for name in ("logits", "features", "tokens", "token_map", "sizes")
-        )
-    )
 
 
 # The algorithm
