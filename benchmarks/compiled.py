@@ -18,11 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# Before torch is imported: spinning threads cost more than they gain on a shared machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
-
-import tome_server.timm_import  # noqa: F401  isort: skip
+import benchmarks.environment  # noqa: F401  isort: skip  (before torch)
 
 import timm
 import torch

@@ -8,7 +8,6 @@ quartiles over the rounds. Weights are random: they don't change the time.
 import argparse
 import copy
 import json
-import os
 import platform
 import statistics
 import sys
@@ -16,11 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-# Before torch is imported: spinning threads cost more than they gain on a shared machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
-
-import tome_server.timm_import  # noqa: F401  isort: skip
+import benchmarks.environment  # noqa: F401  isort: skip  (before torch)
 
 import timm
 import torch

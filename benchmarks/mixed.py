@@ -7,18 +7,13 @@ medians over the rounds, with their quartiles; below 1, the first is the faster.
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-# Before torch is imported: spinning threads cost more than they gain on a shared machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
-
-import tome_server.timm_import  # noqa: F401  isort: skip
+import benchmarks.environment  # noqa: F401  isort: skip  (before torch)
 
 import timm
 import torch

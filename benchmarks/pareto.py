@@ -9,7 +9,6 @@ its standard error; `agreement` the share of images given the class of r = 0.
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -17,11 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# Before torch is imported: spinning threads cost more than they gain on a shared machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
-
-import tome_server.timm_import  # noqa: F401  isort: skip
+import benchmarks.environment  # noqa: F401  isort: skip  (before torch)
 
 import numpy as np
 import torch

@@ -148,6 +148,7 @@ def _arguments() -> argparse.ArgumentParser:
     return parser
 
 
+# Not that of another benchmark: a side finds nothing of this repository but its own checkout's server.
 def _integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 

@@ -1,0 +1,10 @@
+"""To be imported before torch: the environment that `tome-server` runs models in, and its import of timm."""
+
+import os
+
+from tome_server.cli import KERNELS_KEPT
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS_KEPT)
+
+import tome_server.timm_import  # noqa: F401
