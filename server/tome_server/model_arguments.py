@@ -88,11 +88,7 @@ def add_models_commands(parser: argparse.ArgumentParser) -> None:
     _add_name(evaluate)
     evaluate.add_argument("--data", type=Path, required=True, metavar="PATH", help="images, as of evaluate")
     evaluate.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
-    evaluate.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="measure it in this type (default: its own, float32 if that is auto)",
-    )
+    _add_dtype(evaluate)
     _add_device(evaluate)
     evaluate.set_defaults(run=_command("evaluate"))
 
@@ -103,6 +99,7 @@ def add_models_commands(parser: argparse.ArgumentParser) -> None:
     )
     _add_name(tune)
     add_tuning(tune)
+    _add_dtype(tune)
     _add_device(tune)
     tune.set_defaults(run=_command("tune"))
 
@@ -162,6 +159,10 @@ def add_tuning(parser: argparse.ArgumentParser) -> None:
         "--images", type=positive, default=512, metavar="N", help="images to use, chosen at random (default: 512)"
     )
     parser.add_argument(
+        "--held-out", type=positive, metavar="N",
+        help="how many of them to measure on, at least 30 (default: half): more tell smaller gains from chance",
+    )  # fmt: skip
+    parser.add_argument(
         "--trials", type=positive, default=48, metavar="N",
         help="schedules to run for the largest r; half as many for each other (default: 48)",
     )  # fmt: skip
@@ -179,6 +180,14 @@ def _add_name(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="what requests call it")
     _add_repository(parser)
     parser.add_argument("--version", type=positive, metavar="N", help="one of its versions (default: the one served)")
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="measure it in this type (default: its own, float32 if that is auto)",
+    )
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

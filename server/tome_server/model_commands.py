@@ -139,11 +139,19 @@ def tune(args: argparse.Namespace) -> int:
 
     _log()
     _, spec = _stored(args)
+    if args.dtype:
+        spec = replace(spec, dtype=args.dtype)
     assert spec.checkpoint is not None
-    tuning = Tuning(args.r, args.target_macs, args.images, args.trials, args.blocks, args.seed)
+    tuning = Tuning(args.r, args.target_macs, args.images, args.held_out, args.trials, args.blocks, args.seed)
     report, found = tune_model(_settings(spec, args), args.data, tuning)
     _write_json(quality_file(spec.checkpoint.parent, spec.dtype), report)
     sys.stdout.write(table(found))
+    if spec.dtype == "auto" and spec.quality_bfloat16 is not None:
+        print(
+            f"{spec.quality_bfloat16.name} still has the schedules of before: tome-server models evaluate {spec.name} "
+            "--dtype bfloat16 measures these",
+            file=sys.stderr,
+        )
     _print_levels(spec)
     return 0
 

@@ -24,7 +24,7 @@ from tome_server.runtime.graphs import with_graphs
 from tome_server.runtime.profile_store import ProfileKey, keep_profile, profile_key
 from tome_server.runtime.profiling import measure
 from tome_server.runtime.threads import choose_threads
-from tome_server.runtime.tuning import Tuned, halves, tune
+from tome_server.runtime.tuning import Tuned, divide, tune
 from tome_server.scheduling.profile import Profile
 
 
@@ -37,9 +37,7 @@ def evaluate_model(
     Raises ConfigError, ModelLoadError or DatasetError, in words for the operator.
     """
     images = load_labelled(data)
-    spec = model_specs(config)[0]
-    # An old report must not keep the model from being measured anew; how it merges is no measurement.
-    spec = replace(spec, quality=None, quality_bfloat16=None, schedules=stored_schedules(spec))
+    spec = _unmeasured(model_specs(config)[0])
     device = choose_device(config.device)
     torch.set_num_threads(config.threads or available_cpus())
     model = load(spec, device)
@@ -47,6 +45,11 @@ def evaluate_model(
     rs = grid or [level.r for level in model.grid]
     levels = evaluate(model, images, rs, device, reference=reference, limit=limit, progress=sys.stderr.isatty())
     return quality_report(spec, model, levels, data.name, min(limit or len(images), len(images)), device)
+
+
+def _unmeasured(spec: ModelSpec) -> ModelSpec:
+    """Return `spec` without its reports, which must not keep it from being measured anew, and merging as they say."""
+    return replace(spec, quality=None, quality_bfloat16=None, schedules=stored_schedules(spec))
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,9 @@ class Tuning:
     target_macs: float | None = None
     """In place of them, the first r of the grid that leaves no more than this share of the work."""
     images: int | None = 512
-    """How many images to use, half of them to search on; None: all."""
+    """How many images to use, to search on and to measure on; None: all."""
+    held_out: int | None = None
+    """How many of them to measure on; None: half."""
     trials: int = 48
     blocks: int | None = None
     seed: int = 0
@@ -67,13 +72,12 @@ class Tuning:
 def tune_model(config: ServerConfig, data: Path, tuning: Tuning) -> tuple[dict[str, object], list[Tuned]]:
     """Find schedules for the first configured model on the images at `data`, and evaluate it with the better ones.
 
-    Returns the report that quality.json holds, measured on the half of the images that wasn't searched on, and how
-    each schedule that was found compares with r in every block, in descending order of r. Raises ConfigError,
-    ModelLoadError or DatasetError, in words for the operator.
+    Returns the report that quality.json holds, measured on the images that weren't searched on, and how each schedule
+    that was found compares with r in every block, in descending order of r. An r for which none is better keeps the
+    schedule that it had. Raises ConfigError, ModelLoadError or DatasetError, in words for the operator.
     """
-    searched, held_out = halves(load_labelled(data), tuning.images, tuning.seed)
-    spec = model_specs(config)[0]
-    spec = replace(spec, quality=None, schedules=stored_schedules(spec))
+    searched, held_out = divide(load_labelled(data), tuning.images, tuning.held_out, tuning.seed)
+    spec = _unmeasured(model_specs(config)[0])
     device = choose_device(config.device)
     torch.set_num_threads(config.threads or available_cpus())
     model, shown = load(spec, device), sys.stderr.isatty()

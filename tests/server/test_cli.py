@@ -333,16 +333,32 @@ def test_tune_prints_a_report_or_writes_it_and_prints_what_was_found(
     capsys: pytest.CaptureFixture[str], tuned: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main(["tune", "--data", "images", "--model", "vit", "--r", "8,14", "--blocks", "2", "--seed", "3"])
+        cli.main(
+            [
+                "tune",
+                "--data",
+                "images",
+                "--model",
+                "vit",
+                "--r",
+                "8,14",
+                "--blocks",
+                "2",
+                "--seed",
+                "3",
+                "--held-out",
+                "99",
+            ]
+        )
     assert caught.value.code == 0
     assert json.loads(capsys.readouterr().out) == {"levels": []}
     with pytest.raises(SystemExit):
         cli.main(["tune", "--data", "x", "--target-macs", "0.6", "--output", str(tmp_path / "q"), "--images", "9"])
     assert json.loads((tmp_path / "q").read_text()) == {"levels": []}
-    assert "  9 7\n" in capsys.readouterr().out
+    assert "  9 7   -0.01000 ± 0.00200\n" in capsys.readouterr().out
     (settings, data, first), (_, _, second) = tuned
     assert (settings.models[0].source, data) == ("vit", Path("images"))
-    assert first == offline.Tuning(rs=[8, 14], blocks=2, seed=3)
+    assert first == offline.Tuning(rs=[8, 14], held_out=99, blocks=2, seed=3)
     assert second == offline.Tuning(target_macs=0.6, images=9)
 
 
@@ -356,6 +372,7 @@ def test_tune_prints_a_report_or_writes_it_and_prints_what_was_found(
         ["--r", "-8"],
         ["--trials", "0"],
         ["--images", "none"],
+        ["--held-out", "0"],
         ["--blocks", "0"],
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tome_client import Client
-from tome_server import cli
+from tome_server import cli, offline
+from tome_server.config import ServerConfig
 from tome_server.models.loaded import LoadedModel
 from tome_server.models.loading import load
 from tome_server.models.repository import Repository
+from tome_server.runtime.tuning import Tuned, tune
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 KWARGS = "{patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}"
@@ -200,16 +203,23 @@ def test_quality_is_measured_when_images_are_given(run: Run, models: Path, backb
 
 
 def test_a_tuned_model_keeps_its_schedules_when_it_is_measured_again(
-    run: Run, models: Path, backbone: Path, photos: Path
+    run: Run, models: Path, backbone: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def found_better_at_3(*args: Any, **options: Any) -> list[Tuned]:
+        # Random weights and a single block to choose leave nothing to be better at.
+        return [replace(each, difference=2.5 - each.r, standard_error=0.1) for each in tune(*args, **options)]
+
+    monkeypatch.setattr(offline, "tune", found_better_at_3)
     add(run, models, backbone, "--name", "tiny")
     stored = ["tiny", "--repository", models, "--data", photos, "--threads", "1"]
     run("fit-head", *stored, "--no-profile")
-    printed = run("tune", *stored, "--r", "2,3", "--images", "40", "--trials", "3")
-    assert printed.count("r in every block") == 2
+    printed = run("tune", *stored, "--r", "2,3", "--images", "60", "--held-out", "40", "--trials", "3")
+    assert printed.count("  r in every block") == 2
     report = json.loads((models / "tiny/quality.json").read_text())
-    assert report["images"] == report["tuned"]["images"] == 20
+    assert (report["images"], report["tuned"]["images"]) == (40, 20)
     found = {level["r"]: level["schedule"] for level in report["tuned"]["levels"] if level["kept"]}
+    assert list(found) == [3]
+    assert printed.count("left out") == 1
     assert {level["r"]: level["schedule"] for level in report["levels"] if "schedule" in level} == found
     model = load(Repository(models).spec("tiny"), torch.device("cpu"))
     assert {r: list(own) for r, own in model.schedules.items()} == found
@@ -223,7 +233,34 @@ def test_a_tuned_model_keeps_its_schedules_when_it_is_measured_again(
         f"at r = {model.rs[-1]}"
     )
     assert "r must lie in 1..8 for tiny, and is 9" in failure("tune", *stored, "--r", "9")
-    assert "one half is searched on" in failure("tune", *stored, "--images", "1")
+    assert "1 images to measure on are too few" in failure("tune", *stored, "--images", "1")
+
+
+def test_a_model_is_tuned_in_the_dtype_asked_for_and_its_report_kept_apart(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def tuned(config: ServerConfig, *_: object) -> tuple[dict[str, object], list[Tuned]]:
+        [model] = config.models
+        asked.append(model.dtype)
+        return {"levels": [{"r": 0, "macs": len(asked), "top1": None, "agreement": 1.0}]}, []
+
+    def written(name: str) -> int:
+        return int(json.loads((models / "fashion" / name).read_text())["levels"][0]["macs"])
+
+    monkeypatch.setattr(offline, "tune_model", tuned)
+    stored = ["models", "tune", "fashion", "--repository", str(models), "--data", "images"]
+    with pytest.raises(SystemExit):
+        cli.main(["models", "add", "bundled:fashion", "--to", str(models), "--no-profile"])
+    for flags in ([], ["--dtype", "bfloat16"], []):
+        with pytest.raises(SystemExit) as caught:
+            cli.main([*stored, *flags])
+        assert caught.value.code == 0
+    assert asked == ["auto", "bfloat16", "auto"]
+    assert (written("quality.json"), written("quality-bfloat16.json")) == (3, 2)
+    said = capsys.readouterr().err
+    assert said.count("quality-bfloat16.json still has the schedules of before") == 2
 
 
 def _least(model: LoadedModel) -> float:

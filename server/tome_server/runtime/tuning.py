@@ -2,7 +2,8 @@
 
 A schedule is judged by the probability that it shifts from one class to another (the total variation distance of the
 class probabilities from those at r = 0): smooth where agreement counts a few images that change sides, and bounded, so
-that single images don't decide. One half of the images is searched on; what is reported is of the other.
+that single images don't decide. What is reported, and by which a schedule is better or not, is of images that weren't
+searched on: the best of many schedules is best partly by chance on those that it was chosen by.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +27,11 @@ from tome_server.runtime.evaluation import class_ids_of
 # Images that a candidate runs before it is compared with the best one, and given up if it is clearly worse.
 CHUNK = 64
 BATCH = 32
+# By how many of its standard errors a gain must differ from none. One schedule in forty that is no better has that by
+# chance.
+_ERRORS = 2
+# Of fewer, a standard error says too little of what is chance.
+LEAST_HELD_OUT = 30
 
 
 @dataclass(frozen=True)
@@ -57,24 +63,30 @@ class Tuned:
 
     @property
     def better(self) -> bool:
-        """Whether the schedule shifts no more than r in every block."""
-        return self.difference <= 0
+        """Whether the schedule shifts less than r in every block, by more than chance makes likely."""
+        return self.difference < 0 and self.difference <= -_ERRORS * self.standard_error
 
     def fields(self) -> dict[str, Any]:
         """Return it as JSON has it."""
         return asdict(self) | {"kept": self.better}
 
 
-def halves(images: Dataset, limit: int | None, seed: int) -> tuple[Dataset, Dataset]:
-    """Return `limit` of the images, chosen at random, in two halves that have no image in common.
+def divide(images: Dataset, limit: int | None, held_out: int | None, seed: int) -> tuple[Dataset, Dataset]:
+    """Return images to search on and, apart from them, images to measure on, `limit` in all, chosen at random.
 
-    Raises DatasetError if there are fewer than two.
+    `held_out` are measured on, by default half of them. Raises DatasetError if either part has too few.
     """
     count = len(images) if limit is None else min(limit, len(images))
-    if count < 2:
-        raise DatasetError("tuning takes at least two images: one half is searched on, the other measured on")
+    measured = (count + 1) // 2 if held_out is None else held_out
+    if measured < LEAST_HELD_OUT:
+        raise DatasetError(
+            f"{measured} images to measure on are too few to tell a gain from chance: it takes {LEAST_HELD_OUT}, "
+            "beside those that are searched on"
+        )
+    if measured >= count:
+        raise DatasetError(f"{measured} to measure on, of {count}, leave none to search on")
     chosen = np.random.default_rng(seed).permutation(len(images))[:count].tolist()
-    return images.subset(sorted(chosen[: count // 2])), images.subset(sorted(chosen[count // 2 :]))
+    return images.subset(sorted(chosen[: count - measured])), images.subset(sorted(chosen[count - measured :]))
 
 
 @torch.inference_mode()
@@ -129,27 +141,24 @@ def _room(model: LoadedModel, r: int) -> Room:
     """Return which schedules take no more work than r in every block, as it is counted and as it is really done.
 
     They differ where the head reads the class token alone: the last block then computes no more than that, however many
-    tokens it would merge. So it goes on merging r.
+    tokens it would merge. There is nothing to search in it, and it goes on merging r.
     """
     rows, columns = model.patch_grid
     most = model.count(r)
-    last_is_free = not most.unread
+    depth = model.merged.depth
+    searched = depth - 1 if most.unread else depth
 
     def fits(per_block: PerBlock) -> bool:
         cost = model.count(Schedule.explicit(per_block))
         return cost.total <= most.total and _done(cost) <= _done(most)
 
-    depth = model.merged.depth
     return Room(
-        patches=rows * columns,
-        prefix=model.merged.prefix,
-        free=depth if last_is_free else depth - 1,
-        rest=() if last_is_free else (r,),
-        fits=fits,
+        patches=rows * columns, prefix=model.merged.prefix, free=searched, rest=(r,) * (depth - searched), fits=fits
     )
 
 
 def _done(cost: MacCount) -> int:
+    """Return what is computed of what is counted."""
     return cost.total - cost.unread
 
 

@@ -15,9 +15,10 @@ def table(found: Sequence[Tuned]) -> str:
     ]
     for each in found:
         lines.append(_line(f"{each.r}", each.constant_macs, each.constant, "r in every block"))
-        lines.append(_line("", each.macs, each.tuned, " ".join(map(str, each.schedule)) + _verdict(each)))
+        lines.append(_line("", each.macs, each.tuned, f"{' '.join(map(str, each.schedule))}   {_verdict(each)}"))
     lines.append(
-        "shifted: mean probability that goes to other classes than at r = 0; on images that weren't searched on"
+        "shifted: mean probability that goes to other classes than at r = 0; on images that weren't searched on\n"
+        "±: by how much a schedule shifts more than its r in all blocks, and the standard error of that"
     )
     return "\n".join(lines) + "\n"
 
@@ -28,8 +29,7 @@ def _line(r: str, macs: int, kept: Kept, what: str) -> str:
 
 
 def _verdict(each: Tuned) -> str:
-    if not each.better:
-        return "   left out: it shifts more"
-    return (
-        "" if each.difference <= -2 * each.standard_error else "   fewer blocks; the rest is within two standard errors"
-    )
+    difference = f"{each.difference:+.5f} ± {each.standard_error:.5f}"
+    if each.better:
+        return difference
+    return f"{difference}, left out: {'it shifts more' if each.difference > 0 else 'that may be chance'}"

@@ -14,7 +14,7 @@ from tome_server.models.loaded import LoadedModel, loaded_model, with_schedules
 from tome_server.models.preprocess import Limits, Preprocess
 from tome_server.models.transform import ImageSettings
 from tome_server.runtime.evaluation import evaluate
-from tome_server.runtime.tuning import Kept, Tuned, halves, tune
+from tome_server.runtime.tuning import LEAST_HELD_OUT, Kept, Tuned, divide, tune
 from tome_server.runtime.tuning_table import table
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def noise(count: int, labels: bool = True) -> Dataset:
 
 @pytest.fixture(scope="module")
 def found(deep: LoadedModel) -> list[Tuned]:
-    searched, held_out = halves(noise(160), None, 0)
+    searched, held_out = divide(noise(160), None, None, 0)
     return tune(deep, searched, held_out, [1, 2], CPU, trials=16, blocks=2)
 
 
@@ -64,7 +64,7 @@ def test_each_r_gets_a_schedule_of_few_blocks_for_no_more_work(deep: LoadedModel
 
 
 def test_what_is_reported_is_of_the_images_held_out(deep: LoadedModel, found: list[Tuned]) -> None:
-    _, held_out = halves(noise(160), None, 0)
+    _, held_out = divide(noise(160), None, None, 0)
     images = deep.input(torch.stack([torch.from_numpy(deep.preprocess.image(image)) for image, _ in held_out]), CPU)
     for each in found:
         with torch.inference_mode():
@@ -89,14 +89,14 @@ def test_more_trials_never_find_worse_on_what_is_searched_on(deep: LoadedModel) 
 
 
 def test_the_same_images_and_seed_give_the_same(deep: LoadedModel) -> None:
-    searched, held_out = halves(noise(40), None, 1)
+    searched, held_out = divide(noise(60), None, None, 1)
     first, again = (tune(deep, searched, held_out, [2], CPU, trials=6, seed=5) for _ in range(2))
     assert first == again
 
 
 def test_images_need_no_labels(deep: LoadedModel) -> None:
-    searched, held_out = halves(noise(20, labels=False), None, 0)
-    [each] = tune(deep, searched, held_out, [2], CPU, trials=3)
+    images = noise(10, labels=False)
+    [each] = tune(deep, images, images, [2], CPU, trials=3)
     assert each.tuned.top1 is None
     assert 0 <= each.tuned.agreement <= 1
     assert "top-1" not in table([each])
@@ -114,37 +114,77 @@ def test_an_average_pooled_model_may_change_its_last_block_too() -> None:
     assert sum(own > 0 for own in each.schedule) == 1
 
 
-def test_only_what_shifts_no_more_than_r_in_every_block_is_better() -> None:
+@pytest.mark.parametrize(
+    ("difference", "error", "better"),
+    [
+        (-0.010, 0.005, True),
+        (-0.010, 0.0051, False),
+        (-0.001, 0.004, False),
+        (0.001, 0.004, False),
+        (0.010, 0.001, False),
+        (-0.001, 0.0, True),
+        (0.0, 0.0, False),  # what changes nothing on any image is no gain
+    ],
+)
+def test_only_a_gain_of_two_standard_errors_is_kept(difference: float, error: float, better: bool) -> None:
     kept = Kept(0.1, 0.9, 0.8)
-    each = Tuned(2, (4, 0), 90, 100, kept, kept, difference=-0.01, standard_error=0.004)
-    assert each.better
-    assert replace(each, difference=0.0).better
-    worse = replace(each, difference=1e-9)
-    assert not worse.better
-    assert not worse.fields()["kept"]
-    assert "left out: it shifts more" in table([worse])
-    assert "left out" not in table([each])
-    assert "two standard errors" in table([replace(each, difference=-0.001)])
-    assert "two standard errors" not in table([each])
+    each = Tuned(2, (4, 0), 90, 100, kept, kept, difference=difference, standard_error=error)
+    assert each.better == each.fields()["kept"] == better
+    assert f"{difference:+.5f} ± {error:.5f}" in table([each])
+    assert ("left out" in table([each])) == (not better)
 
 
-@pytest.mark.parametrize("count", [0, 1])
-def test_fewer_than_two_images_are_refused(count: int) -> None:
-    with pytest.raises(DatasetError, match="at least two images"):
-        halves(noise(count), None, 0)
-    with pytest.raises(DatasetError, match="at least two images"):
-        halves(noise(9), 1, 0)
+def test_of_schedules_that_are_no_better_few_are_kept() -> None:
+    random = np.random.default_rng(0)
+    kept = Kept(0.1, 0.9, None)
+    better = 0
+    for _ in range(2000):
+        # Most images are hardly changed and a few change sides, as it is with schedules.
+        differences = random.standard_normal(LEAST_HELD_OUT) * random.exponential(1, LEAST_HELD_OUT) ** 2
+        error = float(differences.std(ddof=1)) / LEAST_HELD_OUT**0.5
+        better += Tuned(2, (4, 0), 90, 100, kept, kept, float(differences.mean()), error).better
+    assert better < 0.04 * 2000
 
 
-@pytest.mark.parametrize("limit", [None, 11, 500])
-def test_halves_have_no_image_in_common(limit: int | None) -> None:
-    images = Dataset(lambda i: Image.new("L", (1, 1), i), 30, list(range(30)), tuple(map(str, range(30))))
-    first, second = halves(images, limit, 3)
-    seen = [label for half in (first, second) for label in half.labels or ()]
-    assert len(seen) == len(set(seen)) == min(limit or 30, 30)
-    assert abs(len(first) - len(second)) <= 1
-    assert [label for half in halves(images, limit, 3) for label in half.labels or ()] == seen
-    assert [label for half in halves(images, limit, 4) for label in half.labels or ()] != seen
+@pytest.mark.parametrize(
+    ("count", "limit", "held_out", "error"),
+    [
+        (0, None, None, "0 images to measure on are too few"),
+        (59, None, 29, "29 images to measure on are too few"),
+        (58, None, None, "29 images to measure on are too few"),
+        (90, 58, None, "29 images to measure on are too few"),
+        (60, None, 60, "60 to measure on, of 60, leave none to search on"),
+        (60, 90, 90, "90 to measure on, of 60, leave none to search on"),
+    ],
+)
+def test_too_few_images_are_refused(count: int, limit: int | None, held_out: int | None, error: str) -> None:
+    with pytest.raises(DatasetError, match=error):
+        divide(noise(count), limit, held_out, 0)
+
+
+@pytest.mark.parametrize(
+    ("limit", "held_out", "parts"),
+    [(None, None, (40, 40)), (61, None, (30, 31)), (500, None, (40, 40)), (None, 60, (20, 60)), (61, 60, (1, 60))],
+)
+def test_what_is_searched_and_what_is_measured_on_have_no_image_in_common(
+    limit: int | None, held_out: int | None, parts: tuple[int, int]
+) -> None:
+    images = Dataset(lambda i: Image.new("L", (1, 1), i), 80, list(range(80)), tuple(map(str, range(80))))
+
+    def labels(seed: int) -> list[int]:
+        divided = divide(images, limit, held_out, seed)
+        assert tuple(map(len, divided)) == parts
+        return [label for part in divided for label in part.labels or ()]
+
+    assert len(set(labels(3))) == sum(parts)
+    assert labels(3) == labels(3) != labels(4)
+
+
+def test_more_images_to_measure_on_leave_the_search_as_it_was() -> None:
+    images = noise(200)
+    few, _ = divide(images, 80, 40, 5)
+    same, _ = divide(images, 200, 160, 5)
+    assert few.labels == same.labels
 
 
 @pytest.mark.parametrize(
