@@ -86,7 +86,7 @@ bench: $(STAMP)  ## every benchmark, each printing all sides from one run (about
 
 nightly: DEBIAN += buildah debootstrap
 nightly: $(STAMP) $(BIN)/helm tools  ## the slow tests as well
-	$(BIN)/python -m pytest -m 'not cuda'
+	$(BIN)/python -m pytest -m 'not cuda' --hypothesis-profile others
 
 # The project's pytest settings name plugins that such a machine may lack, so they are left out (-c /dev/null).
 gpu:  ## CUDA tests and benchmarks with the python3 at hand; installs nothing, needs no network

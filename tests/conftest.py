@@ -12,6 +12,18 @@ from pathlib import Path
 
 import pytest
 
+try:
+    from hypothesis import HealthCheck, settings
+except ModuleNotFoundError:  # where only the tests of CUDA run
+    pass
+else:
+    # A machine that stalls fails no test. The examples are the same in each run, but in `make nightly`, which looks for
+    # others.
+    patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile("others", patient)
+    settings.register_profile("same", patient, derandomize=True)
+    settings.load_profile("same")
+
 # What a profile takes that no earlier test's server has left; later ones find it in the session's cache.
 PROFILE_TIME = "2s"
 SAMPLES = Path(__file__).parents[1] / "server/tome_server/models/bundled/fashion/samples"
