@@ -96,7 +96,9 @@ async def test_the_timeout_is_the_grpc_deadline(connect: type[AsyncClient], peer
         await client.predict(b"")
         await client.predict(b"", timeout=10)
         await client.models()
-    assert [round(call.time_remaining) for call in peer.calls] == [20, 10, 20]
+    # On the wire a deadline is rounded up, by about 1 %.
+    for call, timeout in zip(peer.calls, [20, 10, 20], strict=True):
+        assert timeout / 2 < call.time_remaining < 1.05 * timeout
 
 
 async def test_an_answer_that_is_late_is_given_up(client: AsyncClient, peer: Peer) -> None:
@@ -231,7 +233,7 @@ async def test_a_streams_timeout_is_its_deadline(connect: type[AsyncClient], pee
         await ids(client.predict_stream([StreamItem("a", b"")]))
         await ids(client.predict_stream([StreamItem("a", b"")], timeout=10))
     assert (peer.calls[0].time_remaining or 1e9) > 1e6
-    assert round(peer.calls[1].time_remaining) == 10
+    assert 5 < peer.calls[1].time_remaining < 10.5
 
 
 async def test_a_token_is_sent_with_every_call(connect: type[AsyncClient], peer: Peer) -> None:

@@ -1,5 +1,6 @@
 import shutil
 import subprocess
+import time
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -41,7 +42,7 @@ def test_a_retry_waits_as_long_as_the_server_asks(peer: Peer) -> None:
     with Client(peer.target) as client:
         client.predict(b"")
     first, second = peer.calls
-    assert 0.4 <= second.at - first.at < 1.5
+    assert second.at - first.at >= 0.4
 
 
 def test_a_server_that_asks_not_to_come_back_is_not_asked_again(peer: Peer) -> None:
@@ -94,7 +95,8 @@ def test_the_timeout_bounds_all_tries_together(peer: Peer) -> None:
     peer.failures.extend([Failure(FULL, trailers=pushback(30_000))] * 3)
     with Client(peer.target) as client, pytest.raises(TomeError, match="within the timeout"):
         client.predict(b"", timeout=0.2)
-    assert len(peer.calls) == 1
+    # Or none, if the machine was busy for that long.
+    assert len(peer.calls) <= 1
 
 
 def test_retries_cease_while_most_calls_fail(peer: Peer) -> None:
@@ -113,11 +115,11 @@ def test_calls_go_round_the_servers() -> None:
         addresses = ",".join(one.target for one in peers)
         client = stack.enter_context(Client(f"ipv4:{addresses}"))
         client.models()
-        for _ in range(10):
+        # The second connection may take a moment longer than the first.
+        end = time.monotonic() + 60
+        while not all(one.calls for one in peers):
+            assert time.monotonic() < end
             client.predict(b"")
-            # The second connection may take a moment longer than the first.
-            if all(one.calls for one in peers):
-                break
         for one in peers:
             one.calls.clear()
         for _ in range(10):
