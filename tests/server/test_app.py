@@ -20,7 +20,7 @@ from cryptography import x509
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rest.wire import INFER, JSON_LENGTH, ask
-from rpc.wire import black_png, connected, refusal, refusal_in, refusal_of, scrape, until
+from rpc.wire import connected, device_held, refusal, refusal_in, refusal_of, scrape, until
 
 from tome_api.v1 import inference_pb2 as pb
 
@@ -41,9 +41,9 @@ def image() -> bytes:
 
 
 @pytest.fixture(scope="module")
-def slow() -> pb.PredictRequest:
-    """A request that takes a noticeable part of a second to decode."""
-    return pb.PredictRequest(image=black_png(4000, 4000), r=15, latency_budget=Duration(seconds=100))
+def patient(image: bytes) -> pb.PredictRequest:
+    """A request that may wait."""
+    return pb.PredictRequest(image=image, r=15, latency_budget=Duration(seconds=200))
 
 
 # Starting
@@ -288,22 +288,29 @@ def watch(target: str, channel: grpc.Channel) -> Any:
 
 @pytest.mark.parametrize("order", [signal.SIGTERM, signal.SIGINT], ids=lambda order: order.name)
 def test_a_server_told_to_stop_answers_what_is_in_flight(
-    own_server: Callable[..., Any], slow: pb.PredictRequest, order: signal.Signals
+    own_server: Callable[..., Any], patient: pb.PredictRequest, order: signal.Signals
 ) -> None:
     """Nothing else holds it up: it would wait for ten minutes."""
     server = own_server("--drain-timeout", "600s")
-    messages = [pb.PredictStreamRequest(id=str(i), request=slow) for i in range(4)]
+    messages = [pb.PredictStreamRequest(id=str(i), request=patient) for i in range(4)]
+
+    def in_flight(count: int) -> Callable[[], bool]:
+        return lambda: scrape(server.metrics_url).total("tome_requests_pending") == count
+
     with connected(server.target) as stub, grpc.insecure_channel(server.target) as channel:
         other_watcher, watcher = watch(server.target, channel), watch(server.target, channel)
         other_watcher.cancel()
-        # First, so that its end has long arrived when the last stream's messages have.
-        closed_stream = OpenStream(stub, messages, half_close=True)
-        idle = OpenStream(stub, [])
-        unary = [stub.Predict.future(slow) for _ in range(4)]
-        open_stream = OpenStream(stub, messages)
-        until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 12, "all requests are in flight")
-        server.process.send_signal(order)
-        assert [state.status for state in watcher] == [NOT_SERVING]
+        with device_held(server):
+            # First, so that its end has long arrived when the last stream's messages have.
+            closed_stream = OpenStream(stub, messages, half_close=True)
+            until(in_flight(4), "the first stream is in flight")
+            idle = OpenStream(stub, [])
+            unary = [stub.Predict.future(patient) for _ in range(4)]
+            until(in_flight(8), "calls are in flight")
+            open_stream = OpenStream(stub, messages)
+            until(in_flight(12), "all requests are in flight")
+            server.process.send_signal(order)
+            assert [state.status for state in watcher] == [NOT_SERVING]
         assert all(call.result().merging.r == 15 for call in unary)
         answers, end = closed_stream.read()
         assert sorted(answer.id for answer in answers) == list("0123")
@@ -352,22 +359,26 @@ def test_a_stream_that_sends_on_while_the_server_drains_loses_nothing(
         assert answer.HasField("response") or refusal_in(answer.error).code is UNAVAILABLE
 
 
-def test_calls_that_outlast_the_drain_timeout_are_cut(own_server: Callable[..., Any], slow: pb.PredictRequest) -> None:
+def test_calls_that_outlast_the_drain_timeout_are_cut(
+    own_server: Callable[..., Any], patient: pb.PredictRequest
+) -> None:
     server = own_server("--drain-timeout", "0s")
     with connected(server.target) as stub:
-        calls = [stub.Predict.future(slow) for _ in range(8)]
-        until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 8, "all requests are in flight")
-        assert server.terminate(60) == 0
-        for call in calls:
-            assert refusal(call.result).code in (UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        with device_held(server):
+            calls = [stub.Predict.future(patient) for _ in range(8)]
+            until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 8, "all requests are in flight")
+            server.process.send_signal(signal.SIGTERM)
+            for call in calls:
+                assert refusal(call.result).code in (UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        assert server.process.wait(60) == 0
 
 
-def test_a_server_told_twice_to_stop_stops_at_once(own_server: Callable[..., Any], slow: pb.PredictRequest) -> None:
+def test_a_server_told_twice_to_stop_stops_at_once(own_server: Callable[..., Any], patient: pb.PredictRequest) -> None:
     server = own_server("--drain-timeout", "600s", "--default-budget", "600s")
     (device,) = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    with connected(server.target) as stub, grpc.insecure_channel(server.target) as channel:
+    with connected(server.target) as stub, grpc.insecure_channel(server.target) as channel, device_held(server):
         watcher, unending = watch(server.target, channel), OpenStream(stub, [])
-        calls = [stub.Predict.future(slow) for _ in range(32)]
+        calls = [stub.Predict.future(patient) for _ in range(32)]
         until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 32, "all requests are in flight")
         server.process.send_signal(signal.SIGTERM)
         assert [state.status for state in watcher] == [NOT_SERVING]

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from rpc.wire import Metrics, black_png, connected, exemplars, exposition, openmetrics, refusal, scrape, until
+from rpc.wire import Metrics, connected, device_held, exemplars, exposition, openmetrics, refusal, scrape, until
 
 from tome_api.v1 import inference_pb2 as pb
 from tome_server.observability import buckets
@@ -144,33 +144,29 @@ def test_refused_requests_are_counted_under_their_codes_and_nowhere_else(server:
         assert now.total(f"tome_{name}") == 0
 
 
-def test_cancelled_requests_are_counted_as_such(server: Any, stub: Any) -> None:
-    slow = pb.PredictRequest(image=black_png(4000, 4000), r=15, latency_budget=Duration(seconds=100))
+def test_cancelled_requests_are_counted_as_such(server: Any, stub: Any, image: bytes) -> None:
     change = Change(server.metrics_url)
-    calls = [stub.Predict.future(slow) for _ in range(6)]
-    until(lambda: scrape(server.metrics_url).total("tome_requests_pending") >= 3, "requests are in flight")
-    for call in calls:
-        call.cancel()
-    until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 0, "nothing is pending")
-    counted = change.requests()
-    assert counted[("fashion", "CANCELLED")] >= 1
-    # One or two may have been answered before they were cancelled.
-    assert set(counted) <= {("fashion", "CANCELLED"), ("fashion", "OK")}
-    assert sum(counted.values()) <= len(calls)
-
-
-def test_overload_is_counted(own_server: Any) -> None:
-    server = own_server("--max-pending", "1", "--threads", "1")
-    slow = pb.PredictRequest(image=black_png(4000, 4000), r=15, latency_budget=Duration(seconds=100))
-    with connected(server.target) as stub:
-        calls = [stub.Predict.future(slow) for _ in range(4)]
-        refused = []
+    with device_held(server):
+        calls = [stub.Predict.future(pb.PredictRequest(image=image)) for _ in range(6)]
+        until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 6, "requests are in flight")
         for call in calls:
-            try:
-                call.result()
-            except grpc.RpcError as error:
-                refused.append(error)
-    assert 1 <= len(refused) <= 3
+            call.cancel()
+        until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 0, "nothing is pending")
+    assert change.requests() == {("fashion", "CANCELLED"): 6}
+
+
+def test_overload_is_counted(own_server: Any, image: bytes) -> None:
+    server = own_server("--max-pending", "1", "--threads", "1")
+    request = pb.PredictRequest(image=image, latency_budget=Duration(seconds=100))
+    refused = []
+    with connected(server.target) as stub, device_held(server):
+        taken = stub.Predict.future(request)
+        until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 1, "it is full")
+        for _ in range(3):
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.Predict(request)
+            refused.append(caught.value)
+        taken.cancel()
     for error in refused:
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "grpc-retry-pushback-ms" in dict(error.trailing_metadata())

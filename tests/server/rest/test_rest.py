@@ -6,6 +6,7 @@ import json
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import tritonclient.http
 import tritonclient.http.aio
 import yaml
 from PIL import Image
-from rpc.wire import black_png, connected, scrape, until
+from rpc.wire import connected, device_held, scrape, until
 from tritonclient.utils import InferenceServerException
 
 from tome_api.v1 import inference_pb2 as pb
@@ -370,19 +371,20 @@ def test_an_answer_is_counted_like_one_over_grpc(base: str, server: Any) -> None
     assert [now - then for now, then in zip(counts(), before, strict=True)] == [1, 1]
 
 
-def test_a_client_that_goes_takes_its_request_along(base: str, server: Any) -> None:
+def test_a_client_that_goes_takes_its_request_along(base: str, server: Any, files: list[Path]) -> None:
     cancelled = scrape(server.metrics_url).total("tome_requests_total", code="CANCELLED")
-    slow = base64.b64encode(black_png(4000, 4000)).decode()
-    body = json.dumps(images([slow] * 8, "BYTES", [8], content_type="base64")).encode()
-    connection = connect(base)
-    connection.request("POST", INFER, body)
-    until(lambda: scrape(server.metrics_url).total("tome_requests_pending") > 0, "the request has arrived")
-    connection.close()
-    until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 0, "its images have left")
-    until(
-        lambda: scrape(server.metrics_url).total("tome_requests_total", code="CANCELLED") == cancelled + 1,
-        "it is counted as cancelled",
-    )
+    image = base64.b64encode(files[0].read_bytes()).decode()
+    body = json.dumps(images([image] * 8, "BYTES", [8], content_type="base64")).encode()
+    with device_held(server):
+        connection = connect(base)
+        connection.request("POST", INFER, body)
+        until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 8, "the request has arrived")
+        connection.close()
+        until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 0, "its images have left")
+        until(
+            lambda: scrape(server.metrics_url).total("tome_requests_total", code="CANCELLED") == cancelled + 1,
+            "it is counted as cancelled",
+        )
 
 
 def test_a_client_that_goes_before_its_body_came_is_forgotten(base: str, server: Any) -> None:
@@ -417,26 +419,27 @@ def test_tokens_a_full_queue_and_draining(own_server: Callable[..., Any], tmp_pa
         assert ask(base, "/v2/models/fashion", headers=headers).status == 401
     assert infer(base, GOOD, allowed).status == 200
 
-    slow: list[Answer] = []
-    picture = black_png(7000, 7000)
-    sender = threading.Thread(target=lambda: slow.append(ask(base, INFER, picture, {**allowed, JSON_LENGTH: "0"})))
-    sender.start()
-    until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 1, "the request has arrived")
-    full = infer(base, GOOD, allowed)
-    assert (full.status, full.json["code"]) == (429, "RESOURCE_EXHAUSTED")
-    assert full.headers["retry-after"] == "1"
-    sender.join()
-    assert slow[0].status == 200
+    waited: list[Answer] = []
 
-    sender = threading.Thread(target=lambda: slow.append(ask(base, INFER, picture, {**allowed, JSON_LENGTH: "0"})))
-    sender.start()
-    until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 1, "the request has arrived")
-    stopping = threading.Thread(target=server.terminate)
-    stopping.start()
-    until(lambda: ask(base, "/v2/health/ready").status == 503, "the server drains")
-    assert infer(base, GOOD, allowed).status == 503
-    assert ask(base, "/v2/health/live").status == 200
-    sender.join()
-    assert slow[1].status == 200
-    stopping.join()
-    assert server.process.returncode == 0
+    @contextmanager
+    def waiting() -> Iterator[None]:
+        """Have a request in the server meanwhile, which is answered then."""
+        sender = threading.Thread(target=lambda: waited.append(infer(base, GOOD, allowed)))
+        with device_held(server):
+            sender.start()
+            until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 1, "the request has arrived")
+            yield
+        sender.join()
+        assert waited[-1].status == 200
+
+    with waiting():
+        full = infer(base, GOOD, allowed)
+        assert (full.status, full.json["code"]) == (429, "RESOURCE_EXHAUSTED")
+        assert full.headers["retry-after"] == "1"
+
+    with waiting():
+        server.process.terminate()
+        until(lambda: ask(base, "/v2/health/ready").status == 503, "the server drains")
+        assert infer(base, GOOD, allowed).status == 503
+        assert ask(base, "/v2/health/live").status == 200
+    assert server.process.wait(60) == 0

@@ -17,7 +17,7 @@ from tome_api.oip import open_inference_pb2_grpc
 from tome_api.v1 import inference_pb2 as pb
 
 from . import triton
-from .wire import black_png, refusal, scrape, until
+from .wire import device_held, refusal, scrape, until
 
 OUTPUTS = {
     "logits": ("FP32", [-1, 10]),
@@ -562,17 +562,17 @@ def test_calls_with_callbacks_answer(client: Any, one: Any) -> None:
     assert ids == {"0", "1", "2", "3", "4"}
 
 
-def test_a_cancelled_call_leaves_the_server(client: Any, server: Any) -> None:
-    slow = tensor([black_png(4000, 4000)] * 8, "BYTES")
+def test_a_cancelled_call_leaves_the_server(client: Any, server: Any, encoded: Any) -> None:
     cancelled = scrape(server.metrics_url).total("tome_requests_total", code="CANCELLED")
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
-    call = client.async_infer("fashion", [slow], lambda result, error: answers.put((result, error)))
-    until(lambda: scrape(server.metrics_url).total("tome_requests_pending") > 0, "the request has arrived")
-    call.cancel()
-    result, error = answers.get(timeout=60)
-    assert result is None
-    assert error.status() == "StatusCode.CANCELLED"
-    until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 0, "its images have left")
+    with device_held(server):
+        call = client.async_infer("fashion", [encoded], lambda result, error: answers.put((result, error)))
+        until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 3, "the request has arrived")
+        call.cancel()
+        result, error = answers.get(timeout=60)
+        assert result is None
+        assert error.status() == "StatusCode.CANCELLED"
+        until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 0, "its images have left")
     until(
         lambda: scrape(server.metrics_url).total("tome_requests_total", code="CANCELLED") == cancelled + 1,
         "it is counted as cancelled",

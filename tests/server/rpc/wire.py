@@ -7,7 +7,7 @@ import time
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,14 +164,15 @@ def exemplars(families: dict[str, Metric]) -> dict[str, set[str]]:
 
 @contextmanager
 def device_held(server: Any) -> Iterator[None]:
-    """Keep the process that runs a server's models from going on: what is sent meanwhile waits."""
+    """Keep the process that runs a server's models from going on: what is sent meanwhile waits, for as long."""
     pid = server.process.pid
     [device] = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
     os.kill(device, signal.SIGSTOP)
     try:
         yield
     finally:
-        os.kill(device, signal.SIGCONT)
+        with suppress(ProcessLookupError):  # the server may have ended meanwhile
+            os.kill(device, signal.SIGCONT)
 
 
 def until(condition: Callable[[], object], what: str) -> None:
