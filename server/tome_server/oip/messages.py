@@ -1,7 +1,7 @@
 """A request and its answer in the protocol's terms; gRPC and HTTP are two ways to write them down."""
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -27,6 +27,10 @@ MOST_DIMENSIONS = 8
 MOST_NAMED = 64
 # Elements of a request or an answer that don't travel as bytes: they are converted one by one.
 MOST_TYPED = 4 * 2**20
+# Bytes of tensors that are so converted in the event loop; more take a thread.
+MUCH = 2**18
+# Elements that are converted in one go.
+_PART = 4096
 # Characters of a caller's text that a refusal repeats: gRPC drops statuses of more than a few kilobytes.
 _SHOWN = 60
 
@@ -40,6 +44,19 @@ class Tensor:
     shape: tuple[int, ...]
     data: bytes | Sequence[bytes]
     """Little-endian elements; of BYTES, one item an element."""
+
+    @property
+    def raw(self) -> bytes:
+        """All elements as they travel in one piece."""
+        return self.data if isinstance(self.data, bytes) else joined(self.data)
+
+    def parts(self) -> Iterator[list[Any]]:
+        """Yield the elements one part after the other, so that other threads have the interpreter in between."""
+        data = self.data
+        elements = np.frombuffer(data, DTYPES[self.datatype]) if isinstance(data, bytes) else data
+        for start in range(0, len(elements), _PART):
+            part = elements[start : start + _PART]
+            yield part.tolist() if isinstance(part, np.ndarray) else list(part)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from tome_server.oip.images import INPUT
 from tome_server.oip.messages import (
     BYTES,
     DTYPES,
+    MUCH,
     AsBytes,
     InferRequest,
     InferResponse,
@@ -22,7 +23,6 @@ from tome_server.oip.messages import (
     RequestedOutput,
     Tensor,
     check_datatype,
-    joined,
     shown,
     split,
 )
@@ -31,9 +31,6 @@ M = TypeVar("M", bound=BaseModel)
 
 # Bytes of JSON in one request: it is parsed in one go, while nobody else is served.
 MOST_JSON = 8 * 2**20
-# Bytes of tensors that are written as JSON in the event loop, and elements that are written in one go.
-_MUCH = 2**18
-_PART = 4096
 CONTENT_TYPE = "content_type"
 BASE64 = "base64"
 _SIZE = "binary_data_size"
@@ -117,7 +114,7 @@ def response_to(response: InferResponse, as_bytes: AsBytes) -> tuple[bytes, int 
     for tensor in response.outputs:
         output: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
         if as_bytes.wanted(tensor.name):
-            behind.append(tensor.data if isinstance(tensor.data, bytes) else joined(tensor.data))
+            behind.append(tensor.raw)
             described.append(_json({**output, "parameters": {_SIZE: len(behind[-1])}}))
         else:
             described.append(f'{_json(output)[:-1]},"data":[{",".join(_parts(tensor))}]}}')
@@ -130,16 +127,12 @@ def response_to(response: InferResponse, as_bytes: AsBytes) -> tuple[bytes, int 
 
 def takes_long(response: InferResponse) -> bool:
     """Return whether `response_to` has so much to write that the event loop should leave it to a thread."""
-    return sum(len(tensor.data) for tensor in response.outputs) > _MUCH
+    return sum(len(tensor.data) for tensor in response.outputs) > MUCH
 
 
 def _parts(tensor: Tensor) -> Iterator[str]:
-    """Write the elements in parts, so that other threads have the interpreter in between."""
-    data = tensor.data
-    elements = np.frombuffer(data, DTYPES[tensor.datatype]) if isinstance(data, bytes) else data
-    for start in range(0, len(elements), _PART):
-        part = elements[start : start + _PART]
-        yield _json(part.tolist() if isinstance(part, np.ndarray) else [element.decode() for element in part])[1:-1]
+    for part in tensor.parts():
+        yield _json([element.decode() for element in part] if tensor.datatype == BYTES else part)[1:-1]
 
 
 def _json(value: object) -> str:

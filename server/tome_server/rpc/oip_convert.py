@@ -13,6 +13,7 @@ from tome_server.oip.messages import (
     MOST_ELEMENTS,
     MOST_NAMED,
     MOST_TYPED,
+    MUCH,
     AsBytes,
     InferRequest,
     InferResponse,
@@ -21,7 +22,6 @@ from tome_server.oip.messages import (
     Tensor,
     check_count,
     check_datatype,
-    joined,
     shown,
     split,
 )
@@ -34,10 +34,7 @@ _CONTENTS = {
     "UINT8": "uint_contents",
     BYTES: "bytes_contents",
 }
-# Elements that are written other than raw in one go, and bytes of tensors that are so written in the event loop.
-_PART = 4096
 _SIZE = "binary_data_size"
-_MUCH = 2**18
 
 
 def request_from(message: pb.ModelInferRequest) -> InferRequest:
@@ -61,7 +58,7 @@ def request_from(message: pb.ModelInferRequest) -> InferRequest:
 
 def takes_long(response: InferResponse, *, raw: bool) -> bool:
     """Return whether `response_to` has so much to write that the event loop should leave it to a thread."""
-    return not raw and sum(len(tensor.data) for tensor in response.outputs) > _MUCH
+    return not raw and sum(len(tensor.data) for tensor in response.outputs) > MUCH
 
 
 def response_to(response: InferResponse, *, raw: bool) -> pb.ModelInferResponse:
@@ -76,15 +73,12 @@ def response_to(response: InferResponse, *, raw: bool) -> pb.ModelInferResponse:
             raise TypeError(f"no response parameter is a {type(value)}")
     for tensor in response.outputs:
         output = message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
-        data = tensor.data
         if raw:
-            message.raw_output_contents.append(data if isinstance(data, bytes) else joined(data))
+            message.raw_output_contents.append(tensor.raw)
         else:
-            elements = np.frombuffer(data, DTYPES[tensor.datatype]) if isinstance(data, bytes) else data
             contents = getattr(output.contents, _CONTENTS[tensor.datatype])
-            for start in range(0, len(elements), _PART):  # so that other threads have the interpreter in between
-                part = elements[start : start + _PART]
-                contents.extend(part.tolist() if isinstance(part, np.ndarray) else part)
+            for part in tensor.parts():
+                contents.extend(part)
     return message
 
 
