@@ -41,7 +41,7 @@ class PredictOptions(TypedDict, total=False):
     normalize: bool
     """Divide the features, and those of each patch, by their Euclidean length."""
     float16: bool
-    """Let features come as float16: half as long, with three digits."""
+    """Let features come as float16: half as long, with three digits, and infinite beyond 65,504."""
 
 
 @dataclass(frozen=True, slots=True)

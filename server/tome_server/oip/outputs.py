@@ -181,8 +181,9 @@ def _logits(replies: Sequence[Reply]) -> np.ndarray:
 
 def _probabilities(replies: Sequence[Reply]) -> np.ndarray:
     logits = _logits(replies)
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shares: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # of an infinite logit it is NaN, as on the device
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        shares: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
     return shares
 
 

@@ -109,7 +109,10 @@ def request_from(body: bytes, json_length: int | None, model: str, version: str)
 
 
 def response_to(response: InferResponse, as_bytes: AsBytes) -> tuple[bytes, int | None]:
-    """Return the body, and how much of it is JSON if that isn't all."""
+    """Return the body, and how much of it is JSON if that isn't all.
+
+    Raises InvalidRequestError if an output that isn't to be binary holds what JSON has no numbers for.
+    """
     described, behind = [], []
     for tensor in response.outputs:
         output: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
@@ -117,6 +120,7 @@ def response_to(response: InferResponse, as_bytes: AsBytes) -> tuple[bytes, int 
             behind.append(tensor.raw)
             described.append(_json({**output, "parameters": {_SIZE: len(behind[-1])}}))
         else:
+            _check_finite(tensor)
             described.append(f'{_json(output)[:-1]},"data":[{",".join(_parts(tensor))}]}}')
     answer: dict[str, Any] = {"model_name": response.model, "model_version": response.version}
     if response.id:
@@ -128,6 +132,14 @@ def response_to(response: InferResponse, as_bytes: AsBytes) -> tuple[bytes, int 
 def takes_long(response: InferResponse) -> bool:
     """Return whether `response_to` has so much to write that the event loop should leave it to a thread."""
     return sum(len(tensor.data) for tensor in response.outputs) > MUCH
+
+
+def _check_finite(tensor: Tensor) -> None:
+    if isinstance(tensor.data, bytes) and DTYPES[tensor.datatype].kind == "f":
+        finite = np.isfinite(np.frombuffer(tensor.data, DTYPES[tensor.datatype])).reshape(tensor.shape[0], -1).all(1)
+        if not finite.all():
+            text = "holds infinities or NaN, which JSON can't; ask for it by binary_data, or for other outputs"
+            raise InvalidRequestError(f"outputs.{tensor.name}", f"of image {finite.argmin()} {text}")
 
 
 def _parts(tensor: Tensor) -> Iterator[str]:

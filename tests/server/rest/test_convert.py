@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oip.attempts import attempt
 
+from tome_server.errors import InvalidRequestError
 from tome_server.oip.messages import AsBytes, InferResponse, Tensor, split
 from tome_server.rest.convert import request_from, response_to
 
@@ -70,3 +71,18 @@ def test_a_response_of_any_size_is_the_json_it_should_be(count: int) -> None:
     assert "data" not in label
     assert label["parameters"] == {"binary_data_size": len(text) - length}
     assert split(text[length:], count) == labels
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_json_has_no_numbers_for_is_refused_with_the_way_to_it(value: float) -> None:
+    values = np.zeros((3, 5000), "<f4")
+    values[1, 4500] = value
+    response = InferResponse("m", "1", "", {}, [Tensor("features", "FP32", values.shape, values.tobytes())])
+    with pytest.raises(
+        InvalidRequestError, match=r"^outputs\.features: of image 1 .* ask for it by binary_data"
+    ) as refused:
+        response_to(response, AsBytes(every=False))
+    assert refused.value.field == "outputs.features"
+    text, length = response_to(response, AsBytes(every=True))
+    assert length is not None
+    assert text[length:] == values.tobytes()

@@ -295,6 +295,22 @@ def test_a_request_that_cannot_be_right_is_400_and_says_why(base: str, message: 
     assert answer.json["code"] == "INVALID_ARGUMENT"
 
 
+def test_outputs_that_overflow_are_400_in_json_and_come_as_bytes(base: str, server: Any) -> None:
+    huge = images([0.0] * 2352 + [3e38] * 2352, "FP32", [2, 3, 28, 28])
+    for names in ((), ("logits",), ("label", "probabilities"), ("features",)):
+        answer = infer(base, {**huge, "outputs": [{"name": name} for name in names]})
+        assert (answer.status, answer.json["code"]) == (400, "INVALID_ARGUMENT")
+        assert f"outputs.{names[-1] if names else 'logits'}: of image 1 holds infinities or NaN" in answer.error
+        assert "ask for it by binary_data" in answer.error
+    found = outputs(infer(base, {**huge, "outputs": [{"name": "class_id"}, {"name": "label"}]}))
+    assert [len(values) for values in found.values()] == [2, 2]
+    answer = infer(base, {**huge, "parameters": {"binary_data_output": True, "normalize_features": True}})
+    assert answer.status == 200
+    log = server.log.read_text()
+    assert "RuntimeWarning" not in log
+    assert "Out of range" not in log
+
+
 def test_the_models_name_may_be_repeated_in_the_body_as_kserves_client_does(base: str) -> None:
     assert infer(base, {**GOOD, "model_name": "fashion"}).status == 200
 
