@@ -18,7 +18,7 @@ import yaml
 
 CONFIGURATION = Path(__file__).parents[2] / "deploy/prometheus"
 INSTALL = "apt-get install -y --no-install-recommends prometheus"
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 
 # Ports that are ours until the tests end.
@@ -47,10 +47,11 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 
 
 class Prometheus:
-    """What its HTTP API answers."""
+    """What its HTTP API answers, of now or of the time `at` in Unix seconds."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, at: float | None = None) -> None:
         self.url = url
+        self.at = at
 
     def ready(self) -> bool:
         try:
@@ -68,12 +69,13 @@ class Prometheus:
             raise AssertionError(f"{path} {parameters}: {error.read().decode()}") from error
 
     def query(self, expression: str) -> dict[tuple[tuple[str, str], ...], float]:
-        """Evaluate an expression now: values by labels."""
-        result = self.get("query", query=expression)["result"]
+        """Evaluate an expression: values by labels."""
+        at = {} if self.at is None else {"time": repr(self.at)}
+        result = self.get("query", query=expression, **at)["result"]
         return {tuple(sorted(one["metric"].items())): float(one["value"][1]) for one in result}
 
     def value(self, expression: str) -> float:
-        """Evaluate an expression that has one value."""
+        """Evaluate an expression that has one value then."""
         (value,) = self.query(expression).values()
         return value
 

@@ -41,7 +41,9 @@ class Watched:
     """A server after a load that has ended, and who watched it."""
 
     server: Any
+    now: Prometheus
     prometheus: Prometheus
+    """As it was once the end had been scraped and the rules evaluated on that, however many scrapes fail later."""
     rows: list[dict[str, str]]
     """The client's record, a row a request."""
     served: dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -53,7 +55,8 @@ class Watched:
     @property
     def extrapolated(self) -> float:
         """What a rate may be over what was counted: a busy machine's scrapes are few."""
-        return 1 + UNSEEN / (self.scrapes - 1)
+        # The last may have been on its way when the rules were evaluated.
+        return 1 + UNSEEN / (self.scrapes - 2)
 
     def total(self, sample: str, **labels: str) -> float:
         """Sum the server's samples of this name that have these labels."""
@@ -100,20 +103,27 @@ def account(url: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 def watched(module_server: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     server = module_server("--threads", "1")
     folder = tmp_path_factory.mktemp("watched")
-    with watching(urlsplit(server.metrics_url).netloc, folder) as prometheus:
-        until(lambda: prometheus.query('tome_slo_met_total{model="fashion"} == 0'), "the server is watched")
+    with watching(urlsplit(server.metrics_url).netloc, folder) as now:
+        until(lambda: now.query('tome_slo_met_total{model="fashion"} == 0'), "the server is watched")
         began = time.time()
         rows = load(server.target, folder / "requests.csv")
         ended = time.time()
-        # Scraped since, and the rules evaluated on that.
-        until(lambda: prometheus.value("timestamp(tome_requests_pending)") > ended, "the end was scraped")
-        scrapes = prometheus.value("count_over_time(tome_requests_pending[5m])")
-        for rule in RECORDED:
-            until(
-                lambda rule=rule: max(prometheus.query(f"timestamp({rule})").values(), default=0) > ended + 2,
-                f"{rule} was recorded",
-            )
-        yield Watched(server, prometheus, rows, account(server.metrics_url), began, ended, scrapes)
+
+        def times(prometheus: Prometheus, series: str) -> list[float]:
+            return [*prometheus.query(f"timestamp({series})").values()]
+
+        [scraped] = until(lambda: [at for at in times(now, "tome_requests_pending") if at > ended], "a scrape")
+
+        def evaluated() -> tuple[Prometheus, float] | None:
+            """Prometheus as it is now, and when the first rule was evaluated, if all were since that scrape."""
+            present = Prometheus(now.url, time.time())
+            latest = [max(times(present, rule), default=0) for rule in RECORDED]
+            there = times(present, "tome_requests_pending") and min(latest) > scraped + 1
+            return (present, min(latest)) if there else None
+
+        settled, first = until(evaluated, "the rules were evaluated on that")
+        scrapes = Prometheus(now.url, first).value("count_over_time(tome_requests_pending[5m])")
+        yield Watched(server, now, settled, rows, account(server.metrics_url), began, ended, scrapes)
 
 
 def test_prometheus_has_every_series_of_the_server_as_it_is(watched: Watched) -> None:
@@ -251,7 +261,7 @@ def test_exemplars_lead_to_the_trace_of_a_request(watched: Watched) -> None:
         inference_pb2_grpc.InferenceStub(channel).Predict(request, metadata=metadata)
 
     def traces() -> set[str]:
-        found = watched.prometheus.get(
+        found = watched.now.get(
             "query_exemplars",
             query="tome_request_duration_seconds_bucket",
             start=str(watched.began),
@@ -265,5 +275,5 @@ def test_exemplars_lead_to_the_trace_of_a_request(watched: Watched) -> None:
 def test_prometheus_notices_when_the_server_dies(watched: Watched) -> None:
     watched.server.process.kill()
     firing = 'ALERTS{alertname="TomeReplicaDown", alertstate="pending"}'
-    until(lambda: watched.prometheus.query(firing), "the alert is on its way")
-    assert watched.prometheus.value('up{job="tome-serving"}') == 0
+    until(lambda: watched.now.query(firing), "the alert is on its way")
+    assert watched.now.value('up{job="tome-serving"}') == 0

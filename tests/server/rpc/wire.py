@@ -27,7 +27,7 @@ from tome_api.v1 import inference_pb2_grpc
 MIB = 2**20
 DETAILS = {name: getattr(error_details_pb2, name) for name in ("BadRequest", "ResourceInfo", "ErrorInfo", "RetryInfo")}
 # What a condition may take on a machine that does other things too; no test waits this long unless it fails.
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 
 @dataclass(frozen=True)
