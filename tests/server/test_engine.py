@@ -480,23 +480,30 @@ async def test_a_batch_whose_callers_have_all_gone_does_no_harm(bench: Bench) ->
     assert image_of(await bench.predict(1)) == 1
 
 
-async def test_the_device_sleeps_on_when_the_only_request_is_cancelled(start: Callable[..., Bench]) -> None:
+async def test_the_device_sleeps_on_when_the_only_request_is_cancelled(
+    start: Callable[..., Bench], stopped: Clock
+) -> None:
     """It waited for batch-mates; what it waited with is gone."""
     bench = start(max_delay=SOON)
     (gone,) = await bench.in_order(1)
     gone.cancel()
     with pytest.raises(asyncio.CancelledError):
         await gone
-    assert image_of(await bench.predict(2)) == 2
+    (other,) = await bench.in_order(2)
+    stopped.skip(SOON)
+    assert image_of(await other) == 2
     assert bench.device.seen == {2: 1}
 
 
 # Expired
 
 
-async def test_a_deadline_that_passes_while_decoding_says_so(bench: Bench) -> None:
+async def test_a_deadline_that_passes_while_decoding_says_so(bench: Bench, stopped: Clock) -> None:
     bench.decoder.gate.clear()
-    error = await refused(bench.predict(1, within=SOON))
+    late = bench.predict(1, within=SOON)
+    await until(lambda: bench.decoder.decoded)
+    stopped.skip(SOON)
+    error = await refused(late)
     assert isinstance(error, ExpiredError)
     assert error.stage == "decode"
     assert str(error) == "the deadline passed during decode, 50 ms after arrival"
@@ -505,9 +512,13 @@ async def test_a_deadline_that_passes_while_decoding_says_so(bench: Bench) -> No
     assert bench.device.seen == {2: 1}
 
 
-async def test_a_deadline_that_passes_in_the_queue_says_so_and_never_reaches_the_device(bench: Bench) -> None:
+async def test_a_deadline_that_passes_in_the_queue_says_so_and_never_reaches_the_device(
+    bench: Bench, stopped: Clock
+) -> None:
     holding = await bench.hold_device()
-    error = await refused(bench.predict(1, within=SOON))
+    (late,) = await bench.in_order(1, within=SOON)
+    stopped.skip(SOON)
+    error = await refused(late)
     assert isinstance(error, ExpiredError)
     assert error.stage == "queue"
     bench.device.gate.set()
@@ -516,13 +527,16 @@ async def test_a_deadline_that_passes_in_the_queue_says_so_and_never_reaches_the
     assert bench.device.seen == {0: 1, 2: 1}
 
 
-async def test_a_deadline_that_passes_on_the_device_says_so_and_its_mates_are_answered(bench: Bench) -> None:
+async def test_a_deadline_that_passes_on_the_device_says_so_and_its_mates_are_answered(
+    bench: Bench, stopped: Clock
+) -> None:
     holding = await bench.hold_device()
     late, mate = bench.predict(1, within=1), bench.predict(2)
     await bench.queued(2)
     bench.device.step()
     await holding
     assert sorted(await bench.device.started.get()) == [1, 2]
+    stopped.skip(1)
     error = await refused(late)
     assert isinstance(error, ExpiredError)
     assert error.stage == "compute"
@@ -802,13 +816,13 @@ async def test_draining_refuses_the_new_and_finishes_the_old(bench: Bench) -> No
 
 @pytest.mark.parametrize("policy", ["max_accuracy", "max_batch", "slackfit"])
 async def test_a_tight_and_a_loose_request_in_one_queue_get_different_r(
-    start: Callable[..., Bench], clock: Clock, policy: str
+    start: Callable[..., Bench], stopped: Clock, policy: str
 ) -> None:
     bench = start(policy, SLOW, max_batch=1)
     await bench.hold_device()
     loose, tight = bench.predict(1), bench.predict(2, within=5.0)
     await bench.queued(2)
-    clock.skip(3.2)
+    stopped.skip(3.2)
     bench.device.gate.set()
     # Promised for one image is 2.2 at r = 0 and 1.65 at r = 14.
     assert [(await loose).r, (await tight).r >= 12] == [0, True]
