@@ -96,9 +96,7 @@ def test_a_budget_that_cannot_be_kept_is_refused_with_the_reason(client: Client,
     assert caught.value.reason in ("INFEASIBLE", "EXPIRED")
 
 
-def test_a_stream_answers_every_item_and_shares_batches(
-    client: Client, image_file: Path, samples: dict[Path, str]
-) -> None:
+def test_a_stream_answers_every_item(client: Client, image_file: Path, samples: dict[Path, str]) -> None:
     items = [StreamItem(file.name, file) for file in samples]
     items.append(StreamItem("bad", b"no image"))
     items.append(StreamItem("unknown", image_file, PredictOptions(model="nothing")))
@@ -108,7 +106,6 @@ def test_a_stream_answers_every_item_and_shares_batches(
     assert results["bad"].error.code is grpc.StatusCode.INVALID_ARGUMENT
     assert results["unknown"].error.code is grpc.StatusCode.NOT_FOUND
     assert all(results[name].result for name in names)
-    assert max(results[name].result.timing.batch_size for name in names) > 1
 
 
 async def test_the_asynchronous_client_does_the_same(server: Any, image_file: Path, samples: dict[Path, str]) -> None:

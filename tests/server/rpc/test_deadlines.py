@@ -15,7 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from tome_api.v1 import inference_pb2 as pb
 
-from .wire import connected, refusal, refusal_in, refusal_of, scrape
+from .wire import connected, device_held, refusal, refusal_in, refusal_of, scrape, until
 
 # Enough requests at once for several batches.
 CROWD = 64
@@ -143,21 +143,23 @@ def test_what_cannot_be_met_is_refused_with_what_could_be(server: Any, stub: Any
 
 
 def test_what_could_be_met_is_met_if_asked_for(stub: Any, image: bytes) -> None:
-    """Within several tries: the machine does other things too."""
-    budget = 0.0005
+    """Within several tries, each with more to spare: the machine does other things too."""
+    budget = least = 0.0005
+    to_spare = 1.25
     for _ in range(20):
         try:
             timing = stub.Predict(pb.PredictRequest(image=image, latency_budget=duration(budget))).timing
         except grpc.RpcError as error:
             info = refusal_of(error).details["ErrorInfo"]
             if info.reason == "INFEASIBLE":
-                # A quarter more, for what may change in between.
-                budget = 1.25 * int(info.metadata["smallest_latency_ms"]) / 1e3
+                least = int(info.metadata["smallest_latency_ms"]) / 1e3
         else:
             assert budget > 0.0005
-            assert timing.slack.ToNanoseconds() > 0
-            return
-    pytest.fail(f"still refused with {budget * 1e3:.1f} ms")
+            if timing.slack.ToNanoseconds() > 0:
+                return
+        budget = to_spare * least
+        to_spare *= 1.25
+    pytest.fail(f"not in time with {budget * 1e3:.1f} ms")
 
 
 def test_a_refusal_in_a_stream_says_the_same_and_the_others_go_on(stub: Any, image: bytes) -> None:
@@ -195,14 +197,15 @@ def drawn(chance: random.Random, image: bytes) -> pb.PredictRequest:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_bounds_hold_under_load(stub: Any, image: bytes, model: pb.Model, seed: int) -> None:
+def test_bounds_hold_under_load(server: Any, stub: Any, image: bytes, model: pb.Model, seed: int) -> None:
     chance = random.Random(seed)
     requests = [drawn(chance, image) for _ in range(100)]
-    answers = list(
-        stub.PredictStream(pb.PredictStreamRequest(id=str(i), request=one) for i, one in enumerate(requests))
-    )
+    with device_held(server):
+        stream = stub.PredictStream(pb.PredictStreamRequest(id=str(i), request=one) for i, one in enumerate(requests))
+        # Those with time, at least as many as two batches hold.
+        until(lambda: scrape(server.metrics_url).total("tome_queue_depth") >= 16, "many wait")
+    answers = list(stream)
     assert sorted(int(answer.id) for answer in answers) == list(range(len(requests)))
-    batches = set()
     for answer in answers:
         request = requests[int(answer.id)]
         if answer.HasField("error"):
@@ -211,7 +214,6 @@ def test_bounds_hold_under_load(stub: Any, image: bytes, model: pb.Model, seed: 
             assert refused.details["ErrorInfo"].reason in ("INFEASIBLE", "EXPIRED")
             continue
         r = answer.response.merging.r
-        batches.add(answer.response.timing.batch_size)
         if request.HasField("r"):
             assert r == request.r
             continue
@@ -220,7 +222,6 @@ def test_bounds_hold_under_load(stub: Any, image: bytes, model: pb.Model, seed: 
             assert r <= request.max_r
         if request.HasField("min_quality"):
             assert all(kept(model, level.r) >= request.min_quality for level in model.r_grid if level.r <= r)
-    assert max(batches) > 1
 
 
 # The policy that the operator chose
