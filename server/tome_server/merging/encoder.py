@@ -56,9 +56,9 @@ class Layers(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Attend among tokens of `qkv` [B, N, channels].
 
-        `rope` [B or 1, heads or 1, patches, 2 * dim] has the sines and cosines of each patch token's position; `bias`
-        is added to the logits of each key, as `attention` takes it. Only the first `queries` tokens ask, if given:
-        prefix tokens, which have no position. Returns what they found [B, queries or N, heads * dim], and the keys
+        `rope` [B or 1, N, heads or 1, dim / 2] has each token's position, as the complex numbers that pairs of channels
+        are turned by; `bias` is added to the logits of each key, as `attention` takes it. Only the first `queries`
+        tokens ask, if given. Returns what they found [B, queries or N, heads * dim], and the keys
         [B, key_heads, N, dim] that tokens are compared by, without their positions.
         """
         ...
@@ -79,7 +79,7 @@ class Embedded:
     tokens: Tensor
     """[B, N, D], prefix tokens first"""
     ropes: Sequence[Tensor] | None = None
-    """for each block the sines and cosines of each patch's position: [B or 1, heads or 1, patches, 2 * dim]"""
+    """for each block the tokens' positions: [B or 1, N, heads or 1, dim / 2] complex numbers, 1 for prefix tokens"""
     lengths: Sequence[int] | None = None
     """tokens of each image, prefix included, where the rest is padding; None where there is none"""
 
@@ -147,7 +147,7 @@ def encode(
     for i, block in enumerate(blocks):
         rope = None if ropes is None else ropes[i]
         if i == last and prefix_only:
-            x = _attend(block, x, groups, rope, prefix, queries=prefix)[0]
+            x = _attend(block, x, groups, rope, queries=prefix)[0]
         else:
             rs = [group.per_block[i] for group in groups]
             x = _attend_and_merge(block, x, groups, rs, rope, prefix, bias_of)
@@ -176,15 +176,15 @@ class _Group:
         batch, tokens = self.sizes.shape
         return batch, tokens
 
-    def rope(self, table: Tensor | None, prefix: int) -> Tensor | None:
-        """Return of `table` [B or 1, heads or 1, patches, 2 * dim] the entries of the patch tokens that are left."""
+    def rope(self, table: Tensor | None) -> Tensor | None:
+        """Return of `table` [B or 1, N, heads or 1, dim / 2] the positions of the tokens that are left."""
         if table is None or self.origin is None:
             return None
-        patches = self.origin[:, prefix:] - prefix
         if table.shape[0] > 1:  # images have positions of their own
-            return torch.take_along_dim(select(table, self.images), patches[:, None, :, None], dim=2)
-        whole = patches.shape[1] == table.shape[2]
-        return table if whole else table[0, :, patches].transpose(0, 1)
+            return torch.take_along_dim(select(table, self.images), self.origin[:, :, None, None], dim=1)
+        if self.origin.shape[1] == table.shape[1]:
+            return table
+        return table[0].index_select(0, self.origin.flatten()).view(*self.origin.shape, *table.shape[2:])
 
 
 def _start(batch: Alike, x: Tensor, prefix: int, has_positions: bool, track: bool) -> _Group:
@@ -207,18 +207,18 @@ def _attend_and_merge(
 ) -> Tensor:
     """Return the tokens of all groups as they enter the MLP."""
     # Apart from `encode`, so that keys, which hold all that was projected, are gone where the MLP needs most memory.
-    x, keys = _attend(block, x, groups, rope, prefix)
+    x, keys = _attend(block, x, groups, rope)
     return _merge(x, keys, groups, rs, prefix, bias_of)
 
 
 def _attend(
-    block: Layers, x: Tensor, groups: Sequence[_Group], rope: Tensor | None, prefix: int, queries: int | None = None
+    block: Layers, x: Tensor, groups: Sequence[_Group], rope: Tensor | None, queries: int | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the tokens `x` of all groups after attention, the first `queries` of each image, and each group's keys."""
     shapes = [group.shape for group in groups]
     qkv, beside = block.project(x)
     parts = [
-        block.attend(part, group.rope(rope, prefix), group.bias, queries)
+        block.attend(part, group.rope(rope), group.bias, queries)
         for part, group in zip(_split(qkv, shapes), groups, strict=True)
     ]
     if queries is not None:

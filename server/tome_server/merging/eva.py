@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import AttentionRope, RotaryEmbeddingDinoV3, apply_rot_embed_cat
+from timm.layers import AttentionRope, RotaryEmbeddingDinoV3
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,17 +27,37 @@ def embed(model: Eva, images: Tensor) -> Embedded:
     if model.training and model.patch_drop is not None:
         raise ValueError("patches can't be dropped (patch_drop_rate) in training mode where tokens are merged")
     x, rope = model._pos_embed(model.patch_embed(images))
-    return Embedded(model.norm_pre(x), rope_tables(rope, len(model.blocks), model.rope_mixed))
+    return Embedded(model.norm_pre(x), rope_tables(model, rope, model.rope_mixed))
 
 
-def rope_tables(rope: Tensor | None, depth: int, mixed: bool) -> list[Tensor] | None:
-    """Return each block's table [1, heads or 1, patches, 2 * dim].
+def rope_tables(model: Eva | NaFlexVit, rope: Tensor | Sequence[Tensor] | None, mixed: bool) -> list[Tensor] | None:
+    """Return each block's rotary positions, as complex numbers [B or 1, N, heads or 1, dim / 2].
 
-    `rope` is [patches, 2 * dim] for all blocks and heads or, where `mixed`, [depth, heads, patches, 2 * dim].
+    `rope` is what timm makes: sines and then cosines, [patches, 2 * dim], [heads, patches, 2 * dim] or [B, heads or 1,
+    patches, 2 * dim]; where they are `mixed`, one for each block.
     """
     if rope is None:
         return None
-    return list(rope.unsqueeze(1)) if mixed else [rope[None, None]] * depth
+    prefix, halves = int(model.num_prefix_tokens), [_rotates_half(block.attn) for block in model.blocks]
+    if mixed:
+        return [_turns(own, half, prefix) for own, half in zip(rope, halves, strict=True)]
+    assert isinstance(rope, Tensor)
+    tables = {half: _turns(rope, half, prefix) for half in set(halves)}
+    return [tables[half] for half in halves]
+
+
+def _turns(rope: Tensor, half: bool, prefix: int) -> Tensor:
+    """Return a table of timm's as complex numbers of length 1, with 1 for prefix tokens, which have no position."""
+    rope = rope[(None,) * (4 - rope.ndim)].transpose(1, 2)
+    sin, cos = rope.to(torch.promote_types(rope.dtype, torch.float32)).chunk(2, dim=-1)
+    # timm has every number twice, for either channel of a pair.
+    once = slice(cos.shape[-1] // 2) if half else slice(None, None, 2)
+    return F.pad(torch.complex(cos[..., once], sin[..., once]), (0, 0, 0, 0, prefix, 0), value=1.0)
+
+
+def _rotates_half(attn: EvaAttention | AttentionRope) -> bool:
+    """Return whether a channel's pair is half of the channels away, and not beside it."""
+    return getattr(attn, "rotate_half", False)  # not in all versions of timm
 
 
 class FixedPositions(nn.Module):
@@ -81,9 +102,8 @@ class EvaLayers:
         self.heads: int = block.attn.num_heads
         self.key_heads: int = getattr(block.attn, "num_kv_heads", self.heads)
         self.head_dim: int = block.attn.proj.in_features // self.heads
-        # Not in all versions of timm:
-        self.gate: nn.Linear | None = getattr(block.attn, "gate", None)
-        self.rotate_half: bool = getattr(block.attn, "rotate_half", False)
+        self.gate: nn.Linear | None = getattr(block.attn, "gate", None)  # not in all versions of timm
+        self.rotate_half = _rotates_half(block.attn)
         self.before, self.after = (block.attn,), (block.mlp,)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -112,26 +132,30 @@ class EvaLayers:
         """As encoder.Layers says."""
         attn = self.attn
         batch, tokens, _ = qkv.shape
-        per_head = qkv.view(batch, tokens, -1, self.head_dim).transpose(1, 2)
-        q, k, v = torch.split(per_head, [self.heads, self.key_heads, self.key_heads], dim=1)
-        q, k = attn.q_norm(q[:, :, :queries]), attn.k_norm(k)
+        per_head = qkv.view(batch, tokens, -1, self.head_dim)
+        q, k, v = torch.split(per_head, [self.heads, self.key_heads, self.key_heads], dim=2)
+        q, k = attn.q_norm(q[:, :queries]), attn.k_norm(k)
 
         content = k
         if rope is not None:
-            q = q if queries is not None else self._rotated(q, rope)
-            q, k = q.type_as(v), self._rotated(k, rope).type_as(v)
+            q, k = self._rotated(q, rope[:, :queries]).type_as(v), self._rotated(k, rope).type_as(v)
         if self.key_heads < self.heads:
             shared = self.heads // self.key_heads
-            k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+            k, v = k.repeat_interleave(shared, dim=2), v.repeat_interleave(shared, dim=2)
         dropout = attn.attn_drop.p if attn.training else 0.0
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out = attention(q, k, v, bias, dropout=dropout, scale=attn.scale)
-        return out.transpose(1, 2).reshape(batch, -1, self.heads * self.head_dim), content
+        return out.transpose(1, 2).reshape(batch, -1, self.heads * self.head_dim), content.transpose(1, 2)
 
     def _rotated(self, x: Tensor, rope: Tensor) -> Tensor:
-        """Turn all of `x` [B, heads, N, dim] but its prefix tokens, which have no position."""
-        prefix = self.attn.num_prefix_tokens
-        turned = apply_rot_embed_cat(x[:, :, prefix:], rope, half=self.rotate_half)
-        return torch.cat([x[:, :, :prefix], turned], dim=2)
+        """Return `x` [B, N, heads, dim] with each pair of its channels, as a complex number, times that of `rope`.
+
+        Pairs come side by side: what order channels have matters to no one, if it is that of queries and of keys.
+        """
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        own = x.shape[:-1]
+        pairs = x.view(*own, 2, -1).mT.contiguous() if self.rotate_half else x.view(*own, -1, 2)
+        return torch.view_as_real(torch.view_as_complex(pairs) * rope).flatten(-2)
 
     def attention_output(self, attended: Tensor, gate: Tensor | None) -> Tensor:
         """Return what attention itself gives, [..., channels]."""

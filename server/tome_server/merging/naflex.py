@@ -25,17 +25,14 @@ def embed(model: NaFlexVit, images: Tensor | Mapping[str, Tensor]) -> Embedded:
     """
     if model.training and model.patch_drop is not None:
         raise ValueError("patches can't be dropped (patch_drop_rate) in training mode where tokens are merged")
-    depth = len(model.blocks)
     if isinstance(images, Tensor):
         embedded = model._forward_embeds(images, patch_coord=None, patch_valid=None, attn_mask=None)
-        ropes = rope_tables(embedded["rope_embeds"], depth, model.rope_is_mixed)
-        return Embedded(embedded["patches"], ropes)
+        return Embedded(embedded["patches"], rope_tables(model, embedded["rope_embeds"], model.rope_is_mixed))
     lengths = [model.num_prefix_tokens + patches for patches in patch_counts(images)]
     # Without patch_valid, which would only make a mask that isn't needed.
     embedded = model._forward_embeds(images["patches"], images["patch_coord"], patch_valid=None, attn_mask=None)
-    rope = embedded["rope_embeds"]
-    per_image = None if rope is None else list(rope) if model.rope_is_mixed else [rope] * depth
-    return Embedded(embedded["patches"], per_image, lengths)
+    ropes = rope_tables(model, embedded["rope_embeds"], model.rope_is_mixed)
+    return Embedded(embedded["patches"], ropes, lengths)
 
 
 def patch_counts(images: Mapping[str, Tensor]) -> list[int]:
