@@ -4,7 +4,8 @@ For each r: r in every block (`constant`), falling to nothing with depth (`falli
 in all blocks but the first (`late`), and as the model's quality report has it from `tome-server tune` (`tuned`).
 `macs` are those of r = 0 taken as 1; so are `time 1` and `time 8`, the seconds that batches of one and of eight take,
 medians of timings in turn in one run. `shifted` is the mean probability that goes to other classes than at r = 0, with
-its standard error; `agreement` the share of images given the class of r = 0.
+its standard error, `vs constant` by how much more that is than with r in every block, with that difference's own, image
+by image; `agreement` the share of images given the class of r = 0.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from tome_server.models.datasets import Dataset, load_labelled
 from tome_server.models.loaded import LoadedModel
 from tome_server.models.loading import load
 from tome_server.models.repository import Repository
-from tome_server.models.spec import bundled_spec
+from tome_server.models.spec import bundled_spec, in_dtype
 from tome_server.runtime.evaluation import class_ids_of
 
 CPU = torch.device("cpu")
@@ -47,6 +48,9 @@ class Row:
     """By batch size, as shares of the time at r = 0."""
     shifted: float
     shifted_error: float
+    difference: float
+    """`shifted` minus that of r in every block, with its standard error."""
+    difference_error: float
     agreement: float
     top1: float | None
 
@@ -55,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments().parse_args(argv)
     torch.set_num_threads(args.threads)
     spec = Repository(args.repository).spec(args.model) if args.repository else bundled_spec(args.model)
-    model = load(spec, CPU)
+    model = load(in_dtype(spec, args.dtype) if spec.dtype == "auto" else spec, CPU)
     images = load_labelled(args.data)
     if args.images and args.images < len(images):
         chosen = np.random.default_rng(args.seed).permutation(len(images))[: args.images]
@@ -64,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     shown = sys.stderr.isatty()
     times = _times(model, ways, args.rounds, shown)
     rows = measured(model, images, ways, times, progress=shown)
-    setting = {"model": args.model, "data": args.data.name, "images": len(images), "threads": args.threads,
-               "rounds": args.rounds, "torch": torch.__version__}  # fmt: skip
+    setting = {"model": args.model, "data": args.data.name, "images": len(images), "dtype": model.dtype,
+               "threads": args.threads, "rounds": args.rounds, "torch": torch.__version__}  # fmt: skip
     if args.picture:
         draw(rows, f"{args.model}, {len(images):,} images", args.picture)
     if args.json:
@@ -138,11 +142,12 @@ def measured(
             bar.update(len(part))
     plain = torch.cat(given["none", 0])
     labels = None if images.labels is None else torch.tensor([class_ids[label] for label in images.labels])
+    shifts = {way: (torch.cat(own) - plain).abs().sum(dim=1) / 2 for way, own in given.items()}
     rows = []
     for (name, r), schedule in ways.items():
-        probabilities = torch.cat(given[name, r])
-        shifted = (probabilities - plain).abs().sum(dim=1) / 2
-        classes = probabilities.argmax(dim=1)
+        shifted = shifts[name, r]
+        difference = shifted - shifts.get(("constant", r), shifted)
+        classes = torch.cat(given[name, r]).argmax(dim=1)
         rows.append(
             Row(
                 way=name,
@@ -151,6 +156,8 @@ def measured(
                 times=times[name, r],
                 shifted=float(shifted.mean()),
                 shifted_error=float(shifted.std()) / len(images) ** 0.5,
+                difference=float(difference.mean()),
+                difference_error=float(difference.std()) / len(images) ** 0.5,
                 agreement=float((classes == plain.argmax(dim=1)).float().mean()),
                 top1=None if labels is None else float((classes == labels).float().mean()),
             )
@@ -160,39 +167,52 @@ def measured(
 
 def table(rows: Sequence[Row]) -> str:
     """Return the rows as text."""
-    lines = [f"{'r':>4}  {'way':<9}{'macs':>7}{'time 1':>8}{'time 8':>8}{'shifted':>19}{'agreement':>11}{'top-1':>8}"]
-    lines += [
-        f"{row.r:>4}  {row.way:<9}{row.macs:>7.3f}{row.times[1]:>8.3f}{row.times[8]:>8.3f}"
-        f"{f'{row.shifted:.5f} ± {row.shifted_error:.5f}':>19}{row.agreement:>11.4f}"
-        f"{'-' if row.top1 is None else f'{row.top1:.4f}':>8}"
-        for row in rows
+    lines = [
+        f"{'r':>4}  {'way':<9}{'macs':>7}{'time 1':>8}{'time 8':>8}{'shifted':>19}{'vs constant':>20}{'agreement':>11}"
+        f"{'top-1':>8}"
     ]
+    for row in rows:
+        difference = "-" if row.way in ("none", "constant") else f"{row.difference:+.5f} ± {row.difference_error:.5f}"
+        lines.append(
+            f"{row.r:>4}  {row.way:<9}{row.macs:>7.3f}{row.times[1]:>8.3f}{row.times[8]:>8.3f}"
+            f"{f'{row.shifted:.5f} ± {row.shifted_error:.5f}':>19}{difference:>20}{row.agreement:>11.4f}"
+            f"{'-' if row.top1 is None else f'{row.top1:.4f}':>8}"
+        )
     return "\n".join(lines)
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Draw what is shifted against work and against time, to a file of the format that its name ends in."""
+    """Draw what merging costs, in each way that it was measured, against work and against time, as SVG."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.9), layout="constrained")
+    across: list[tuple[str, Callable[[Row], float]]] = [("multiply-accumulates left", lambda row: row.macs)]
+    across += [(f"time of a batch of {size}", lambda row, size=size: row.times[size]) for size in BATCHES]
+    down: list[tuple[str, Callable[[Row], float]]] = [
+        ("probability shifted, points", lambda row: row.shifted),
+        ("agreement with r = 0, %", lambda row: row.agreement),
+    ]
+    if all(row.top1 is not None for row in rows):
+        down.append(("top-1, %", lambda row: row.top1 or 0.0))
+    figure = Figure(figsize=(11, 0.5 + 3.2 * len(down)), layout="constrained")
     FigureCanvasSVG(figure)
     figure.suptitle(title)
-    panels = figure.subplots(1, 3, sharey=True)
-    across = [("multiply-accumulates left", lambda row: row.macs)]
-    across += [(f"time of a batch of {size}", lambda row, size=size: row.times[size]) for size in BATCHES]
-    for axes, (label, value) in zip(panels, across, strict=True):
-        for way, colour in COLOURS.items():
-            own = sorted((row for row in rows if row.way == way), key=lambda row: row.r)
-            if own:
-                axes.plot(
-                    [100 * value(row) for row in own], [100 * row.shifted for row in own], marker="o", markersize=4,
-                    color=colour, label=way,
-                )  # fmt: skip
+    panels = figure.subplots(len(down), len(across), sharex="col", sharey="row")
+    none = [row for row in rows if not row.r]
+    for line, (label, cost) in zip(panels, down, strict=True):
+        for axes, (_, value) in zip(line, across, strict=True):
+            for way, colour in COLOURS.items():
+                own = none + sorted((row for row in rows if row.way == way), key=lambda row: row.r)
+                if len(own) > len(none):
+                    axes.plot(
+                        [100 * value(row) for row in own], [100 * cost(row) for row in own], marker="o", markersize=4,
+                        color=colour, label=way,
+                    )  # fmt: skip
+            axes.grid(color="#dddddd")
+        line[0].set_ylabel(label)
+    for axes, (label, _) in zip(panels[-1], across, strict=True):
         axes.set_xlabel(f"{label}, % of r = 0")
-        axes.grid(color="#dddddd")
-    panels[0].set_ylabel("probability shifted, points")
-    panels[0].legend(frameon=False)
+    panels[0][0].legend(frameon=False)
     figure.savefig(path)
 
 
@@ -206,6 +226,9 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=int, help="only so many of them, chosen at random")
     parser.add_argument("--seed", type=int, default=0, help="of that choice (default: 0)")
     parser.add_argument("--r", type=lambda text: [int(r) for r in text.split(",")], help="default: the model's grid")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of a model whose own is auto"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--rounds", type=int, default=11, help="timings of each way (default: 11)")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="where to draw it: .svg")

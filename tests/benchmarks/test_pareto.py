@@ -57,8 +57,19 @@ def test_what_is_measured_is_told_in_rows_table_and_picture(
     with torch.inference_mode():
         plain, merged = (model.run(inputs, r).logits.softmax(dim=1) for r in (0, 14))
     assert tuned.shifted == pytest.approx(float((plain - merged).abs().sum() / 2 / len(images)), rel=1e-3)
+    each = (merged - plain).abs().sum(dim=1) / 2
+    with torch.inference_mode():
+        every = (model.merged(inputs, 14).logits.softmax(dim=1) - plain).abs().sum(dim=1) / 2
+    assert tuned.difference == pytest.approx(float((each - every).mean()), abs=1e-6)
+    assert tuned.difference_error == pytest.approx(float((each - every).std()) / len(images) ** 0.5, rel=1e-3)
+    assert (constant.difference, constant.difference_error) == (0.0, 0.0)
     printed = pareto.table(rows).splitlines()
     assert len(printed) == 1 + len(rows)
     assert printed[-1].split()[:2] == ["14", "tuned"]
     pareto.draw(rows, "fashion", tmp_path / "pareto.svg")
     assert "<svg" in (tmp_path / "pareto.svg").read_text()
+    labelled = [replace(row, top1=0.5) for row in rows]
+    pareto.draw(labelled, "fashion", tmp_path / "labelled.svg")
+    # Labels of axes are drawn as paths, with the text as a comment.
+    assert "top-1, %" in (tmp_path / "labelled.svg").read_text()
+    assert "top-1, %" not in (tmp_path / "pareto.svg").read_text()
