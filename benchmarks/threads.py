@@ -2,9 +2,10 @@
 
 Each way is a process of its own, because how OpenMP's threads wait is read from the environment when torch is imported:
 `asleep` (OMP_WAIT_POLICY=PASSIVE, what `tome-server` sets), `briefly` (they spin for 10,000 rounds before they sleep:
-GOMP_SPINCOUNT=10000) or `spinning` (OMP_WAIT_POLICY=ACTIVE). One thread waits for nobody. `busy` is how many processes
-that do nothing but run share the CPUs. The ways take turns, as often as --rounds says; a time is the median over the
-rounds of each one's median call, beside it the least and the most of these.
+GOMP_SPINCOUNT=10000) or `spinning` (OMP_WAIT_POLICY=ACTIVE). One thread waits for nobody. A few threads share out the
+images of a batch; what is left over, a single image above all, has one of them (`images`) or all of them for each block
+(`blocks`). `busy` is how many processes that do nothing but run share the CPUs. The ways take turns, as often as
+--rounds says; a time is the median over the rounds of each one's median call, beside it the least and the most.
 """
 
 import argparse
@@ -15,21 +16,28 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
+import tome_server.timm_import  # noqa: F401  isort: skip
+
+import timm
 import torch
 from tqdm import tqdm
 
 from benchmarks.merging import integers, seconds
-from benchmarks.mixed import merged_model
+from tome_server.merging import MergedModel, merge, pack, packable
+from tome_server.merging.geometry import default_size
+from tome_server.models.loading import create
+from tome_server.models.spec import BUNDLED_PREFIX, bundled_spec
 
 WAITING = {
     "asleep": {"OMP_WAIT_POLICY": "PASSIVE"},
     "briefly": {"GOMP_SPINCOUNT": "10000"},
     "spinning": {"OMP_WAIT_POLICY": "ACTIVE"},
 }
+DIVIDED = {"measured": None, "images": False, "blocks": True}
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,8 @@ class Row:
     """One way to run one batch size at one r. Milliseconds, over the rounds."""
 
     threads: int
+    divided: str
+    """as asked for"""
     waiting: str
     busy: int
     batch: int
@@ -61,19 +71,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         _print_table(rows, args)
 
 
-def _ways(args: argparse.Namespace) -> list[tuple[int, str, int]]:
-    """Threads, how they wait, and how many busy processes are beside them."""
-    # With one thread there is nothing to wait for.
+def _ways(args: argparse.Namespace) -> list[tuple[int, str, str, int]]:
+    """Threads, what they divide, how they wait, and how many busy processes are beside them."""
+    # With one thread there is nothing to divide or to wait for.
     return [
-        (threads, waiting, busy)
-        for threads, waiting, busy in itertools.product(args.threads, args.waiting, args.busy)
-        if threads > 1 or waiting == args.waiting[0]
+        (threads, divided, waiting, busy)
+        for threads, divided, waiting, busy in itertools.product(args.threads, args.divided, args.waiting, args.busy)
+        if threads > 1 or (divided, waiting) == (args.divided[0], args.waiting[0])
     ]
 
 
 def _measure(args: argparse.Namespace) -> list[Row]:
     ways = _ways(args)
-    taken: dict[tuple[int, str, int], list[dict[str, float]]] = {way: [] for way in ways}
+    taken: dict[tuple[int, str, str, int], list[dict[str, float]]] = {way: [] for way in ways}
     for _ in tqdm(range(args.rounds), unit="round", disable=not sys.stderr.isatty()):
         for way in ways:
             taken[way].append(_turn(*way, args))
@@ -84,11 +94,12 @@ def _measure(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def _turn(threads: int, waiting: str, busy: int, args: argparse.Namespace) -> dict[str, float]:
+def _turn(threads: int, divided: str, waiting: str, busy: int, args: argparse.Namespace) -> dict[str, float]:
     """Run `_time` in a process that waits in the given way."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     environment |= WAITING[waiting] | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192"}
     command = [sys.executable, "-m", "benchmarks.threads", "--timed", str(threads), "--model", args.model]
+    command += ["--divided", divided]
     command += ["--batch", _commas(args.batch), "--r", _commas(args.r), "--calls", str(args.calls)]
     with _busy(busy):
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -111,7 +122,7 @@ def _busy(count: int) -> Iterator[None]:
 def _time(threads: int, args: argparse.Namespace) -> dict[str, float]:
     """Return the median seconds of a call for each batch size and r."""
     torch.set_num_threads(threads)
-    merged, size = merged_model(args.model, torch.device("cpu"))
+    merged, size = _merged(args.model, DIVIDED[args.divided[0]])
     times = {}
     with torch.inference_mode():
         for batch, r in itertools.product(args.batch, args.r):
@@ -127,17 +138,28 @@ def _time(threads: int, args: argparse.Namespace) -> dict[str, float]:
     return times
 
 
+def _merged(name: str, divided: bool | None) -> tuple[MergedModel, tuple[int, int, int]]:
+    """Return the model, of random weights, and its input's [C, H, W]."""
+    bundled = name.startswith(BUNDLED_PREFIX)
+    model = create(bundled_spec(name.removeprefix(BUNDLED_PREFIX))) if bundled else timm.create_model(name)
+    merged = merge(model.eval().requires_grad_(False))
+    height, width = default_size(merged.model)
+    return (pack(merged, divided=divided) if packable(merged) else merged), (model.in_chans, height, width)
+
+
 def _commas(values: Sequence[int]) -> str:
     return ",".join(map(str, values))
 
 
 def _print_table(rows: Sequence[Row], args: argparse.Namespace) -> None:
-    print(f"{'threads':<9}{'waiting':<10}{'busy':<6}{'batch':<7}" + "".join(f"{f'r = {r}':>24}" for r in args.r))
-    for (threads, waiting, busy, batch), group in itertools.groupby(
-        rows, lambda row: (row.threads, row.waiting, row.busy, row.batch)
+    head = f"{'threads':<9}{'divided':<10}{'waiting':<10}{'busy':<6}{'batch':<7}"
+    print(head + "".join(f"{f'r = {r}':>24}" for r in args.r))
+    for (threads, divided, waiting, busy, batch), group in itertools.groupby(
+        rows, lambda row: (row.threads, row.divided, row.waiting, row.busy, row.batch)
     ):
         cells = "".join(f"{f'{row.median:.1f} ms ({row.least:.1f}-{row.most:.1f})':>24}" for row in group)
-        print(f"{threads:<9}{waiting if threads > 1 else '':<10}{busy:<6}{batch:<7}{cells}")
+        several = f"{divided:<10}{waiting:<10}" if threads > 1 else f"{'':<20}"
+        print(f"{threads:<9}{several}{busy:<6}{batch:<7}{cells}")
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -148,6 +170,9 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=integers, default=[1, 2], help="default: 1,2")
     parser.add_argument(
         "--waiting", type=_waiting, default=["asleep", "briefly"], help="default: asleep,briefly; or spinning"
+    )
+    parser.add_argument(
+        "--divided", type=_divided, default=["measured"], help="of measured (as served, the default), images, blocks"
     )
     parser.add_argument("--busy", type=integers, default=[0, 1], help="processes beside (default: 0,1)")
     parser.add_argument("--batch", type=integers, default=[1, 8], help="default: 1,8")
@@ -162,9 +187,17 @@ def _arguments() -> argparse.ArgumentParser:
 
 
 def _waiting(text: str) -> list[str]:
+    return _names(text, WAITING)
+
+
+def _divided(text: str) -> list[str]:
+    return _names(text, DIVIDED)
+
+
+def _names(text: str, known: Collection[str]) -> list[str]:
     names = text.split(",")
-    if unknown := set(names) - set(WAITING):
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: none of {', '.join(WAITING)}")
+    if unknown := set(names) - set(known):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: none of {', '.join(known)}")
     return names
 
 

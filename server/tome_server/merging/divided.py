@@ -1,74 +1,44 @@
-"""A packed model whose work is divided among a few threads, each of which runs torch's operations by itself.
+"""Blocks whose work is divided among a few threads, so that a single image has something for each of them.
 
-Images are divided among them as far as they go round. For those that are left over, a single one above all, each block
-is: every thread has some heads of its attention and some of its MLP's hidden channels, and so their weights; what they
-find is added up.
+Every thread has some heads of a block's attention and some of its MLP's hidden channels, and so their weights; what
+they find is added up.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
-import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from tome_server.merging.attention import attention
 from tome_server.merging.kernels import PackedLinear, layer_norm, scaled
-from tome_server.merging.model import MergedModel, MergedOutput, in_order
-from tome_server.merging.schedule import Schedule, as_schedule
+from tome_server.merging.model import MergedModel
+from tome_server.merging.shared import SharedModel
 from tome_server.merging.vit import BlockLayers
 from tome_server.merging.workers import Workers
 
 T = TypeVar("T")
 
 
-class DividedModel(MergedModel):
+class DividedModel(SharedModel):
     """A model whose blocks are divided (`divide`) into as many parts as there are workers.
 
-    Runs on all of them if torch is set to more than one thread when it is called, and otherwise in the calling thread.
+    Images that don't go round, a single one above all, take all workers for each block.
     """
 
+    division = "images and blocks"
+
     def __init__(self, model: VisionTransformer, proportional_attention: bool, workers: Workers) -> None:
-        super().__init__(model, proportional_attention, [DividedLayers(block) for block in model.blocks])
-        self._workers = workers
-        layers = [DividedLayers(block, workers) for block in model.blocks]
-        self._together = MergedModel(model, proportional_attention, layers).forward
-
-    def forward(
-        self,
-        images: Tensor | Mapping[str, Tensor],
-        r: int | Schedule | Sequence[int | Schedule] = 0,
-        *,
-        return_tokens: bool = False,
-        return_token_map: bool = False,
-    ) -> MergedOutput:
-        """As MergedModel does."""
-        run = partial(super().forward, return_tokens=return_tokens, return_token_map=return_token_map)
-        if torch.get_num_threads() == 1 or not isinstance(images, Tensor) or len(images) == 0:
-            return run(images, r)
-        together = partial(self._together, return_tokens=return_tokens, return_token_map=return_token_map)
-        order = self._order(r, self._checked(images))
-        count = self._workers.count
-        even = len(order) // count * count
-        if even == 0:
-            return self._workers.each([partial(together, images, r)])[0]
-        # Each its share of the images that merge much and of those that merge little.
-        shares = [order[i:even:count] for i in range(count)]
-        outputs = self._workers.each([partial(run, *_of(images, r, share)) for share in shares])
-        if rest := order[even:]:
-            outputs += self._workers.each([partial(together, *_of(images, r, rest))])
-            shares.append(rest)
-        return _joined(outputs, [image for share in shares for image in share])
-
-    def _order(self, r: int | Schedule | Sequence[int | Schedule], batch: int) -> Sequence[int]:
-        """Return the images of a batch, those first that merge most."""
-        if not isinstance(r, Sequence):
-            return range(batch)
-        if len(r) != batch:
-            raise ValueError(f"r must be one for all images or one for each of the {batch}, not {len(r)}")
-        return sorted(range(batch), key=lambda image: -sum(as_schedule(r[image]).per_block(self.depth)))
+        together = [DividedLayers(block, workers) for block in model.blocks]
+        super().__init__(
+            model,
+            proportional_attention,
+            [DividedLayers(block) for block in model.blocks],
+            workers,
+            together=MergedModel(model, proportional_attention, together),
+        )
 
 
 class DividedLayers(BlockLayers):
@@ -156,30 +126,3 @@ def _shares(whole: int, count: int) -> list[slice]:
 
 def _in_turn(calls: Sequence[Callable[[], T]]) -> list[T]:
     return [call() for call in calls]
-
-
-def _of(
-    images: Tensor, r: int | Schedule | Sequence[int | Schedule], share: Sequence[int]
-) -> tuple[Tensor, int | Schedule | Sequence[int | Schedule]]:
-    """Return some of the images, and what each of them merges."""
-    some = images[share.start : share.stop : share.step] if isinstance(share, range) else images[share]
-    return some, [r[image] for image in share] if isinstance(r, Sequence) else r
-
-
-def _joined(outputs: Sequence[MergedOutput], order: Sequence[int]) -> MergedOutput:
-    """Return what was found for all images, of which `outputs` have those in `order`, as they were in the batch."""
-    back = sorted(range(len(order)), key=order.__getitem__)
-    counts = [tokens for output in outputs for tokens in output.tokens_per_block]
-    return MergedOutput(
-        logits=torch.cat([output.logits for output in outputs])[back],
-        features=torch.cat([output.features for output in outputs])[back],
-        tokens_per_block=tuple(counts[i] for i in back),
-        tokens=_together([output.tokens for output in outputs], back),
-        sizes=_together([output.sizes for output in outputs], back),
-        token_map=_together([output.token_map for output in outputs], back, fill=-1),
-    )
-
-
-def _together(parts: Sequence[Tensor | None], back: Sequence[int], fill: int = 0) -> Tensor | None:
-    wanted = [part for part in parts if part is not None]
-    return in_order(wanted, back, fill) if wanted else None

@@ -41,6 +41,9 @@ class MergedModel(nn.Module):
     Shares the model's parameters and changes nothing in it. Holds no state of a call: threads may share one.
     """
 
+    division = ""
+    """What a few threads divide among them; torch's threads divide single operations."""
+
     def __init__(
         self,
         model: VisionModel,

@@ -6,7 +6,10 @@ once; GELU and LayerScale move into the layers before them, and blocks without f
 """
 
 import copy
+import time
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
 from timm.layers import LayerNorm, Mlp
@@ -14,14 +17,23 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
 
-from tome_server.merging.divided import DividedModel, divide
+from tome_server.merging.divided import DividedLayers, DividedModel, divide
+from tome_server.merging.encoder import Embedded, Layers, alike, encode
+from tome_server.merging.geometry import default_size, patch_grid
 from tome_server.merging.kernels import Function, PackedLinear, layer_norm, scaled
 from tome_server.merging.model import MergedModel
+from tome_server.merging.shared import SharedModel
 from tome_server.merging.vit import BlockLayers
-from tome_server.merging.workers import workers
+from tome_server.merging.workers import Workers, workers
+
+Network = TypeVar("Network", bound=nn.Module)
 
 # Measured with two; every further one waits the longer for Python's interpreter, which calls one kernel at a time.
 MOST_WORKERS = 4
+# How many times as fast a single image must be for its blocks to be divided: one part of a layer after the other takes
+# longer than the whole, and batches, whose images are shared out, pay for that.
+LEAST_GAIN = 1.2
+_ROUNDS = 10
 
 
 class PackedPatches(nn.Module):
@@ -107,32 +119,46 @@ def packable(merged: MergedModel) -> bool:
     )
 
 
-def pack(merged: MergedModel) -> MergedModel:
+def pack(merged: MergedModel, *, divided: bool | None = None) -> MergedModel:
     """Return a copy of `merged` whose blocks hold packed weights; all other parameters are shared.
 
-    Made for as many threads as torch is set to: a few divide the work among them where all blocks are plain. Results
-    differ by rounding alone. Raises ValueError unless `packable`.
+    Made for as many threads as torch is set to. Where all blocks are plain a few of them share out the images of a
+    batch; and where `divided`, each block of a single one. None measures on the first block whether that is worth it.
+    Results differ by rounding alone. Raises ValueError unless `packable`.
     """
     if not packable(merged):
         raise ValueError(
             "only plain blocks in float32 or bfloat16 on a CPU that computes in it, in eval mode and without "
             "gradients, can be packed"
         )
-    model = copy.deepcopy(merged.model, {id(p): p for p in merged.model.parameters()})
-    threads = torch.get_num_threads()
+    model = _copy(merged.model)
+    threads, proportional = torch.get_num_threads(), merged.proportional_attention
     if 1 < threads <= MOST_WORKERS and all(_divisible(block, threads) for block in model.blocks):
         # There each thread is torch's only one, and weights are packed for that.
-        [packed] = workers(threads).each([partial(_divided, model, merged.proportional_attention, threads)])
+        several = workers(threads)
+        [packed] = several.each([partial(_for_workers, model, proportional, several, divided)])
         return packed
+    return MergedModel(model, proportional, _pack(model))
+
+
+def _copy(module: Network) -> Network:
+    """Return a copy that shares the parameters."""
+    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+
+
+def _pack(model: VisionTransformer) -> list[Layers]:
+    """Put packed layers in the place of a model's own, and return its blocks taken apart."""
     _pack_patches(model)
-    for block in model.blocks:
-        block.attn.qkv = _packed(block.attn.qkv)
-        block.attn.proj, block.ls1 = _packed_and_scaled(block.attn.proj, block.ls1)
-        if type(block.mlp) is Mlp:
-            block.mlp.fc1, block.mlp.act = _packed_with_gelu(block.mlp.fc1, block.mlp.act)
-            block.mlp.fc2, block.ls2 = _packed_and_scaled(block.mlp.fc2, block.ls2)
-    layers = [PackedLayers(block) if PackedLayers.fits(block) else BlockLayers(block) for block in model.blocks]
-    return MergedModel(model, merged.proportional_attention, layers)
+    return [_pack_block(block) for block in model.blocks]
+
+
+def _pack_block(block: Block) -> BlockLayers:
+    block.attn.qkv = _packed(block.attn.qkv)
+    block.attn.proj, block.ls1 = _packed_and_scaled(block.attn.proj, block.ls1)
+    if type(block.mlp) is Mlp:
+        block.mlp.fc1, block.mlp.act = _packed_with_gelu(block.mlp.fc1, block.mlp.act)
+        block.mlp.fc2, block.ls2 = _packed_and_scaled(block.mlp.fc2, block.ls2)
+    return PackedLayers(block) if PackedLayers.fits(block) else BlockLayers(block)
 
 
 def _has_bfloat16() -> bool:
@@ -140,11 +166,49 @@ def _has_bfloat16() -> bool:
     return supported
 
 
-def _divided(model: VisionTransformer, proportional_attention: bool, count: int) -> MergedModel:
+def _for_workers(
+    model: VisionTransformer, proportional_attention: bool, several: Workers, divided: bool | None
+) -> MergedModel:
+    if divided is None:
+        divided = _gain(model, several) >= LEAST_GAIN
+    if not divided:
+        return SharedModel(model, proportional_attention, _pack(model), several)
     _pack_patches(model)
     for block in model.blocks:
-        divide(block, count)
-    return DividedModel(model, proportional_attention, workers(count))
+        divide(block, several.count)
+    return DividedModel(model, proportional_attention, several)
+
+
+@torch.inference_mode()
+def _gain(model: VisionTransformer, several: Workers) -> float:
+    """Return how many times as fast a single image passes the first block, divided among workers, as it does whole.
+
+    Merged about as much as in the middle of an r grid. To be called in the first of the workers.
+    """
+    whole, parts = _copy(model.blocks[0]), _copy(model.blocks[0])
+    divide(parts, several.count)
+    height, width = default_size(model)
+    rows, columns = patch_grid(model, height, width)
+    weight = model.blocks[0].attn.qkv.weight
+    tokens = torch.randn(1, rows * columns + model.num_prefix_tokens, weight.shape[1], dtype=weight.dtype)
+    ways = [_one_block(layers, tokens) for layers in (_pack_block(whole), DividedLayers(parts, several))]
+    best = [float("inf")] * len(ways)
+    # In turn; and of each the shortest time, since whatever else the processor does lengthens some.
+    for _ in range(_ROUNDS):
+        for i, run in enumerate(ways):
+            start = time.perf_counter()
+            run()
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best[0] / best[1]
+
+
+def _one_block(block: Layers, tokens: torch.Tensor) -> Callable[[], object]:
+    """Return a call that runs the tokens of an image [1, N, D] through a block."""
+    embedded = Embedded(tokens)
+    batches = alike(embedded, {(tokens.shape[1] // 24,): [0]})
+    return lambda: encode(
+        embedded, [block], nn.Identity(), batches, prefix=0, bias_of=None, prefix_only=False, track=False
+    )
 
 
 def _divisible(block: Block, count: int) -> bool:

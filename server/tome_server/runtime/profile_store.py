@@ -59,6 +59,8 @@ class ProfileKey:
     """the r grid"""
     schedules: str = ""
     """tokens merged in each block, at those r of the grid where it isn't r in every block"""
+    division: str = ""
+    """what a few threads divide among them: images, or images and blocks; empty where torch's divide operations"""
 
     @property
     def digest(self) -> str:
@@ -87,6 +89,7 @@ def profile_key(model: LoadedModel, checkpoint: Path | None, device: torch.devic
         max_batch=max_batch,
         rs=grid,
         schedules="; ".join(f"{r}: {' '.join(map(str, model.schedules[r]))}" for r in grid if r in model.schedules),
+        division=model.merged.division,
     )
 
 

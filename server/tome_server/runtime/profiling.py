@@ -88,7 +88,7 @@ def measure(
     progress: bool = False,
     run: Run = run_batch,
 ) -> Profile:
-    """Time batches of `model` of each power of two up to `max_batch`, and that, at each r of its grid.
+    """Time batches of `model` of the sizes that `batch_sizes` gives, at each r of its grid.
 
     Takes about `budget` seconds: less once more would change little, up to twice as many for three rounds of all. Where
     those would take longer, it times fewer batches and interpolates between them, in proportion to the operations; at
@@ -104,9 +104,15 @@ def measure(
             raise
 
 
-def batch_sizes(max_batch: int) -> tuple[int, ...]:
-    """Return the powers of two below `max_batch`, and that."""
-    return (*(2**i for i in range((max_batch - 1).bit_length())), max_batch)
+def batch_sizes(max_batch: int, *, shared: bool = False) -> tuple[int, ...]:
+    """Return the powers of two below `max_batch`, and that.
+
+    Where threads share a batch's images out, what one image more than a power of two takes is not between the two
+    sizes around it: some thread has one more. Those sizes are given as well.
+    """
+    powers = {2**i for i in range((max_batch - 1).bit_length())}
+    odd = {size + 1 for size in powers if size > 1} if shared else set[int]()
+    return tuple(sorted(size for size in powers | odd | {max_batch} if size <= max_batch))
 
 
 def monotone(table: Sequence[Sequence[float]]) -> list[list[float]]:
@@ -177,7 +183,7 @@ def _plan(model: LoadedModel, max_batch: int, cost: Callable[[_Kind], float], bu
 
     `cost` makes large batches dearer than they are, so the least rounds' time will about do for warming up too.
     """
-    sizes, rs = batch_sizes(max_batch), tuple(level.r for level in model.grid)
+    sizes, rs = _sizes(model, max_batch), tuple(level.r for level in model.grid)
     ends = tuple(sorted({1, max_batch}))
     halves, four = _mixes(max_batch, rs)
     plans = [
@@ -190,6 +196,10 @@ def _plan(model: LoadedModel, max_batch: int, cost: Callable[[_Kind], float], bu
         if LEAST_ROUNDS * sum(map(cost, plan.kinds)) <= budget:
             return plan
     return plans[-1]
+
+
+def _sizes(model: LoadedModel, max_batch: int) -> tuple[int, ...]:
+    return batch_sizes(max_batch, shared=bool(model.merged.division))
 
 
 def _mixes(size: int, rs: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
@@ -215,7 +225,7 @@ def _profile(model: LoadedModel, max_batch: int, plan: _Plan, timings: Sequence[
 
     The latter are taken from all of them together, since a few rounds show neither for each.
     """
-    sizes, rs = batch_sizes(max_batch), tuple(level.r for level in model.grid)
+    sizes, rs = _sizes(model, max_batch), tuple(level.r for level in model.grid)
     usual = _usual_seconds(timings)
     measured = [[usual[_Kind((r,) * size)] for r in plan.rs] for size in plan.sizes]
     costs = [_share(model, (r,)) for r in reversed(plan.rs)]  # reversed, so that they rise

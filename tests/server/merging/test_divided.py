@@ -1,15 +1,19 @@
-"""A model divided among threads: the same results, image by image, whatever the batch and its r."""
+"""Threads that share a batch's images, and divide blocks too or not: the same results, whatever the batch and its r."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import pytest
 import timm
 import torch
 
-from tome_server.merging import MergedModel, Schedule, macs, merge, pack
+from tome_server.merging import MergedModel, Schedule, macs, merge, packing
 from tome_server.merging.divided import DividedModel
+from tome_server.merging.shared import SharedModel
 from tome_server.merging.workers import workers
+
+Pack = Callable[[MergedModel], MergedModel]
 
 
 @pytest.fixture(params=[2, 3])
@@ -19,6 +23,12 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[True, False], ids=["blocks divided", "images shared"])
+def pack(request: pytest.FixtureRequest) -> Pack:
+    """Packs a model for threads that divide its blocks, or that share images alone."""
+    return partial(packing.pack, divided=request.param)
 
 
 def small(**options: object) -> MergedModel:
@@ -33,10 +43,10 @@ def same(found: torch.Tensor | None, expected: torch.Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("rs", [[0], [3], [5, 0], [3, 3, 3], [0, 4, 2, 4], [1, 0, 5, 0, 3], [0, 7, 0, 7, 0, 7, 1]])
-def test_results_are_those_of_the_whole_model(threads: int, rs: list[int]) -> None:
+def test_results_are_those_of_the_whole_model(threads: int, pack: Pack, rs: list[int]) -> None:
     merged = small(init_values=0.3)
     packed, images = pack(merged), torch.randn(len(rs), 3, 96, 96)
-    assert isinstance(packed, DividedModel)
+    assert isinstance(packed, SharedModel)
     each: list[int | Sequence[int | Schedule]] = [rs, rs[0]]
     with torch.inference_mode():
         for r in each:
@@ -51,7 +61,7 @@ def test_results_are_those_of_the_whole_model(threads: int, rs: list[int]) -> No
             same(packed(images, r).logits, expected.logits)  # of the last block the class token alone
 
 
-def test_equal_batches_give_equal_results_on_one_thread_or_several(threads: int) -> None:
+def test_equal_batches_give_equal_results_on_one_thread_or_several(threads: int, pack: Pack) -> None:
     packed, images = pack(small()), torch.randn(2 * threads, 3, 96, 96)
     several = [packed(images, 4).logits for _ in range(5)]
     assert all(torch.equal(logits, several[0]) for logits in several)
@@ -59,13 +69,13 @@ def test_equal_batches_give_equal_results_on_one_thread_or_several(threads: int)
     same(packed(images, 4).logits, several[0])
 
 
-def test_a_schedule_may_be_each_images_own(threads: int) -> None:
+def test_a_schedule_may_be_each_images_own(threads: int, pack: Pack) -> None:
     merged, images = small(), torch.randn(4, 3, 96, 96)
     rs = [Schedule(2), Schedule(3, inflect=-1.0), 0, Schedule(2)]
     same(pack(merged)(images, rs).logits, merged(images, rs).logits)
 
 
-def test_calls_from_several_threads_do_not_disturb_each_other(threads: int) -> None:
+def test_calls_from_several_threads_do_not_disturb_each_other(threads: int, pack: Pack) -> None:
     packed, images = pack(small()), torch.randn(threads + 1, 3, 96, 96)
     expected = [packed(images, r).logits for r in range(4)]
     found: dict[int, list[torch.Tensor]] = {r: [] for r in range(4)}
@@ -85,7 +95,7 @@ def test_calls_from_several_threads_do_not_disturb_each_other(threads: int) -> N
             same(logits, expected[r])
 
 
-def test_what_is_wrong_with_a_batch_is_said_as_ever(threads: int) -> None:
+def test_what_is_wrong_with_a_batch_is_said_as_ever(threads: int, pack: Pack) -> None:
     packed = pack(small())
     with pytest.raises(ValueError, match="images must be"):
         packed(torch.randn(3, 96, 96))
@@ -97,7 +107,7 @@ def test_what_is_wrong_with_a_batch_is_said_as_ever(threads: int) -> None:
         same(packed(torch.zeros(batch, 3, 96, 96)).logits, packed(torch.zeros(batch, 3, 96, 96)).logits)
 
 
-def test_its_operations_count_as_before(threads: int) -> None:
+def test_its_operations_count_as_before(threads: int, pack: Pack) -> None:
     merged = small()
     assert macs(pack(merged).model, 2) == macs(merged.model, 2)
 
@@ -105,9 +115,27 @@ def test_its_operations_count_as_before(threads: int) -> None:
 def test_blocks_with_fewer_heads_than_threads_or_further_parts_are_packed_whole(threads: int) -> None:
     one_head = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=64, num_heads=1)
     for model in (one_head.eval().requires_grad_(False), small(qk_norm=True).model):
-        packed, images = pack(merge(model)), torch.randn(3, 3, *model.patch_embed.img_size)
+        packed = packing.pack(merge(model), divided=True)
+        images = torch.randn(3, 3, *model.patch_embed.img_size)
         assert not isinstance(packed, DividedModel)
         same(packed(images, 2).logits, merge(model)(images, 2).logits)
+
+
+@pytest.mark.parametrize(("gain", "divided"), [(1.0, False), (1.19, False), (1.2, True), (2.0, True)])
+def test_blocks_are_divided_where_a_single_image_gains_enough(
+    gain: float, divided: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "_gain", lambda *_: gain)
+    assert isinstance(packing.pack(small()), DividedModel) == divided
+
+
+def test_what_a_single_image_gains_is_measured_and_changes_nothing(threads: int) -> None:
+    merged, images = small(init_values=0.3), torch.randn(3, 3, 96, 96)
+    before = merged(images, 2).logits
+    [gain] = workers(threads).each([lambda: packing._gain(merged.model, workers(threads))])
+    assert 0 < gain < 1000
+    assert torch.equal(merged(images, 2).logits, before)
+    same(packing.pack(merged)(images, 2).logits, before)
 
 
 def test_workers_run_by_themselves_in_the_callers_mode() -> None:

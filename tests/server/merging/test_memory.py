@@ -85,7 +85,7 @@ def test_a_divided_model_holds_no_more_memory_than_timms() -> None:
     theirs = peak(lambda: model(images))
     torch.set_num_threads(2)
     try:
-        divided = pack(merge(model))
+        divided = pack(merge(model), divided=True)
     finally:
         torch.set_num_threads(threads)
     # In one thread, the only one whose memory is counted: its parts then hold no less than side by side.

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 
+from tome_server.merging import merge, pack
 from tome_server.models.loaded import LoadedModel, with_schedules
 from tome_server.runtime import profile_store
 from tome_server.runtime.profile_store import (
@@ -126,6 +128,7 @@ def test_others_may_read_a_profile(path: Path) -> None:
         ("tome_serving", "0.2.0", "tome_serving (0.1.0, not 0.2.0)"),
         ("max_batch", 8, "max_batch (4, not 8)"),
         ("rs", (0, 4), "rs ([0, 2], not [0, 4])"),
+        ("division", "images", "division (, not images)"),
     ],
 )
 def test_a_profile_of_another_set_up_is_refused_and_what_differs_is_said(
@@ -258,6 +261,21 @@ def test_the_key_holds_schedules_for_equal_work_may_take_another_time(model: Loa
     assert written.schedules == "2: 2 2"
     assert written.macs == constant.macs
     assert written.digest != constant.digest
+
+
+def test_the_key_holds_what_a_few_threads_divide_among_them(model: LoadedModel) -> None:
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).eval().requires_grad_(False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        divisions = []
+        for divided in (False, True):
+            packed = replace(model, merged=pack(merge(network), divided=divided))
+            divisions.append(profile_key(packed, None, CPU, 4).division)
+    finally:
+        torch.set_num_threads(before)
+    assert divisions == ["images", "images and blocks"]
+    assert profile_key(model, None, CPU, 4).division == ""
 
 
 def test_the_key_holds_the_threads_that_were_set_last(model: LoadedModel) -> None:

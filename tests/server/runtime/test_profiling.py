@@ -73,6 +73,31 @@ def test_powers_of_two_and_the_largest_batch_are_timed(max_batch: int, sizes: tu
     assert batch_sizes(max_batch) == sizes
 
 
+@pytest.mark.parametrize(
+    ("max_batch", "sizes"),
+    [
+        (1, (1,)),
+        (2, (1, 2)),
+        (3, (1, 2, 3)),
+        (4, (1, 2, 3, 4)),
+        (8, (1, 2, 3, 4, 5, 8)),
+        (10, (1, 2, 3, 4, 5, 8, 9, 10)),
+    ],
+)
+def test_where_threads_share_images_one_more_than_each_power_is_timed_too(
+    max_batch: int, sizes: tuple[int, ...]
+) -> None:
+    assert batch_sizes(max_batch, shared=True) == sizes
+
+
+def test_a_model_whose_images_threads_share_is_timed_at_those_sizes(
+    model: LoadedModel, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.merged, "division", "images")
+    profile = measure(model, CPU, max_batch=8, budget=60, run=device)
+    assert list(profile.sizes) == device.sizes() == [1, 2, 3, 4, 5, 8]
+
+
 @given(
     st.integers(1, 6).flatmap(lambda n: st.lists(st.lists(st.floats(1e-6, 1e3), min_size=n, max_size=n), min_size=1))
 )
