@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tome_server.batches import Served
 from tome_server.config import ModelConfig, ServerConfig
-from tome_server.engine import Engine, Served
+from tome_server.engine import Engine
 from tome_server.errors import ConfigError, ModelLoadError, OutOfMemoryError, UnknownModelError
 from tome_server.models.hosted import HostedModel
 from tome_server.models.preprocess import Limits

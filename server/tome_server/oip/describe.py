@@ -4,7 +4,8 @@ import importlib.metadata
 import math
 from typing import Any
 
-from tome_server.engine import Engine, Served
+from tome_server.batches import Served
+from tome_server.engine import Engine
 from tome_server.observability.metrics import Metrics
 from tome_server.oip.images import INPUT
 from tome_server.oip.outputs import outputs_of

@@ -6,8 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from tome_server.batches import Served
 from tome_server.control import ModelControl
-from tome_server.engine import Engine, Reply, Request, Served
+from tome_server.engine import Engine, Reply, Request
 from tome_server.errors import InvalidRequestError, UnknownVersionError, UnsupportedError
 from tome_server.oip import describe
 from tome_server.oip.images import images_of

@@ -6,8 +6,9 @@ import numpy as np
 from google.protobuf.duration_pb2 import Duration
 
 from tome_api.v1 import inference_pb2 as pb
+from tome_server.batches import Served
 from tome_server.embeddings import embeddings
-from tome_server.engine import EncodedImage, Normalised, Pixels, Reply, Request, Served
+from tome_server.engine import EncodedImage, Normalised, Pixels, Reply, Request
 from tome_server.errors import InvalidRequestError
 from tome_server.models.hosted import HostedModel, MergeLevel
 
