@@ -1,7 +1,8 @@
 """What merging costs in quality, against the work and the time that it leaves: ways of spreading it over the blocks.
 
-For each r: r in every block (`constant`), falling to nothing with depth (`falling`), rising from nothing (`rising`),
-in all blocks but the first (`late`), and as the model's quality report has it from `tome-server tune` (`tuned`).
+For each r: r in every block (`constant`), falling to nothing with depth (`falling`), rising from nothing (`rising`);
+with as much work, in all blocks but the first (`late`) and in all but the first third (`later`); and as the model's
+quality report has it from `tome-server tune` (`tuned`).
 `macs` are those of r = 0 taken as 1; so are `time 1` and `time 8`, the seconds that batches of one and of eight take,
 medians of timings in turn in one run. `shifted` is the mean probability that goes to other classes than at r = 0, with
 its standard error, `vs constant` by how much more that is than with r in every block, with that difference's own, image
@@ -34,7 +35,14 @@ from tome_server.runtime.evaluation import class_ids_of
 CPU = torch.device("cpu")
 BATCH = 16
 BATCHES = (1, 8)
-COLOURS = {"constant": "#777777", "falling": "#d08a2e", "rising": "#b3589a", "late": "#4a8fc2", "tuned": "#1a7f37"}
+COLOURS = {
+    "constant": "#777777",
+    "falling": "#d08a2e",
+    "rising": "#b3589a",
+    "late": "#8fc1e3",
+    "later": "#2b6cb0",
+    "tuned": "#1a7f37",
+}
 
 
 @dataclass(frozen=True)
@@ -86,18 +94,26 @@ def ways_of(model: LoadedModel, rs: Sequence[int]) -> dict[tuple[str, int], Sche
         ways["constant", r] = Schedule.constant(r)
         ways["falling", r] = Schedule.linear(r)
         ways["rising", r] = Schedule.linear(r, 1.0)
-        ways["late", r] = late(model, r)
+        for name, start in (("late", 1), ("later", model.merged.depth // 3)):
+            if schedule := starting_at(model, r, start):
+                ways[name, r] = schedule
         if r in model.schedules:
             ways["tuned", r] = model.schedule(r)
     return ways
 
 
-def late(model: LoadedModel, r: int) -> Schedule:
-    """Return the constant r that starts at the second block and takes no more work than `r` in every block."""
+def starting_at(model: LoadedModel, r: int, start: int) -> Schedule | None:
+    """Return the least r that merges in no block before `start` and takes no more work than `r` in every block.
+
+    None if there is none.
+    """
     return next(
-        schedule
-        for more in range(r, 2 * r + 2)
-        if model.count(schedule := Schedule.constant(more, start=1)).total <= model.count(r).total
+        (
+            schedule
+            for more in range(r, model.largest_r + 1)
+            if model.count(schedule := Schedule.constant(more, start=start)).total <= model.count(r).total
+        ),
+        None,
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from benchmarks import pareto
 
+from tome_server.merging import Schedule
 from tome_server.models.datasets import Dataset, load_labelled
 from tome_server.models.loaded import LoadedModel, with_schedules
 from tome_server.models.loading import load
@@ -28,18 +29,28 @@ def images() -> Dataset:
 
 
 @pytest.mark.parametrize("r", [2, 8, 14])
-def test_starting_late_takes_no_more_work(model: LoadedModel, r: int) -> None:
-    schedule = pareto.late(model, r)
-    first, second, *_ = schedule.per_block(12)
-    assert first == 0 < r <= second
-    assert model.count(r + 1).total < model.count(schedule).total <= model.count(r).total
+@pytest.mark.parametrize("start", [1, 4])
+def test_starting_late_takes_no_more_work(model: LoadedModel, r: int, start: int) -> None:
+    schedule = pareto.starting_at(model, r, start)
+    assert schedule is not None
+    per_block = schedule.per_block(12)
+    assert set(per_block[:start]) == {0}
+    assert set(per_block[start:]) == {schedule.r}
+    assert schedule.r >= r
+    assert model.count(schedule).total <= model.count(r).total
+    less = Schedule.constant(schedule.r - 1, start=start)
+    assert model.count(less).total > model.count(r).total
+
+
+def test_starting_too_late_is_no_way(model: LoadedModel) -> None:
+    assert pareto.starting_at(model, 14, 11) is None
 
 
 def test_every_way_is_run_at_every_r_and_tuned_where_there_is_a_schedule(model: LoadedModel) -> None:
     ways = pareto.ways_of(model, [8, 14])
     assert next(iter(ways)) == ("none", 0)
-    assert [name for name, r in ways if r == 8] == ["constant", "falling", "rising", "late"]
-    assert [name for name, r in ways if r == 14] == ["constant", "falling", "rising", "late", "tuned"]
+    assert [name for name, r in ways if r == 8] == ["constant", "falling", "rising", "late", "later"]
+    assert [name for name, r in ways if r == 14] == ["constant", "falling", "rising", "late", "later", "tuned"]
     assert ways["tuned", 14].per_block(12) == TUNED
 
 
