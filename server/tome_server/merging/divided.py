@@ -9,13 +9,14 @@ from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from tome_server.merging.attention import attention
-from tome_server.merging.kernels import PackedLinear, layer_norm, scaled
+from tome_server.merging.kernels import PackedLinear, gamma_of, layer_norm, scaled
 from tome_server.merging.model import MergedModel
 from tome_server.merging.shared import SharedModel
+from tome_server.merging.support import VisionModel
 from tome_server.merging.vit import BlockLayers
 from tome_server.merging.workers import Workers
 
@@ -30,7 +31,7 @@ class DividedModel(SharedModel):
 
     division = "images and blocks"
 
-    def __init__(self, model: VisionTransformer, proportional_attention: bool, workers: Workers) -> None:
+    def __init__(self, model: VisionModel, proportional_attention: bool, workers: Workers) -> None:
         together = [DividedLayers(block, workers) for block in model.blocks]
         super().__init__(
             model,
@@ -103,8 +104,8 @@ def divide(block: Block, count: int) -> None:
     heads, dim = attn.num_heads, attn.head_dim
     by_kind = attn.qkv.weight.unflatten(0, (3, heads, dim))
     kind_bias = None if attn.qkv.bias is None else attn.qkv.bias.view(3, heads, dim)
-    proj, proj_bias = scaled(attn.proj, block.ls1)
-    fc2, fc2_bias = scaled(mlp.fc2, block.ls2)
+    proj, proj_bias = scaled(attn.proj, gamma_of(block.ls1))
+    fc2, fc2_bias = scaled(mlp.fc2, gamma_of(block.ls2))
 
     parts: tuple[list[PackedLinear], ...] = ([], [], [], [])
     for i, (own, hidden) in enumerate(zip(_shares(heads, count), _shares(mlp.fc1.out_features, count), strict=True)):

@@ -96,6 +96,8 @@ def fix_positions(model: Any, grid: tuple[int, int]) -> None:
 class EvaLayers:
     """timm's EvaBlock: norms come first."""
 
+    norms_first = True
+
     def __init__(self, block: EvaBlock) -> None:
         self.block = block
         self.attn: EvaAttention | AttentionRope = block.attn
@@ -112,9 +114,10 @@ class EvaLayers:
 
     def project_normed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """As project, of tokens that are normed already or never are."""
-        return self._qkv(x), None if self.gate is None else self.gate(x).sigmoid()
+        return self.qkv(x), None if self.gate is None else self.gate(x).sigmoid()
 
-    def _qkv(self, x: Tensor) -> Tensor:
+    def qkv(self, x: Tensor) -> Tensor:
+        """Return queries, keys and values alone."""
         attn = self.attn
         if attn.qkv is None:
             return torch.cat([attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)], dim=-1)
@@ -185,6 +188,7 @@ class EvaLayers:
 class EvaPostNormLayers(EvaLayers):
     """timm's EvaBlockPostNorm: norms come last, before the sum."""
 
+    norms_first = False
     block: EvaBlockPostNorm
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -15,9 +15,14 @@ from torch import Tensor, nn
 
 Function: TypeAlias = Callable[[Tensor], Tensor]
 
+# By the name of an activation what torch calls the way in which its GELU is computed.
+_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+
 
 class PackedLinear(nn.Module):
-    """A Linear layer with packed `weight` [out, in], optionally followed by GELU. For inference only.
+    """A Linear layer with packed `weight` [out, in], optionally followed by an activation. For inference only.
+
+    `activation` is none, gelu or gelu_tanh, its approximation by tanh.
 
     Laid out for one thread if torch uses one when it is made. MKL has such a product in float32 alone.
     """
@@ -44,12 +49,13 @@ class _OneDnn:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str) -> None:
         self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self._bias, self._activation = bias, activation
+        self._bias, self._activation = bias, "none" if activation == "none" else "gelu"
+        self._kind = _APPROXIMATE.get(activation, "none")
         # Found once: the look-up of an operator by its name is slow.
         self._kernel = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = self._kernel(x, self._weight, self._bias, self._activation, [], "none")
+        y: Tensor = self._kernel(x, self._weight, self._bias, self._activation, [], self._kind)
         return y
 
 
@@ -62,7 +68,7 @@ class _Mkl:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str) -> None:
         self._packed: Tensor = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), self.ROWS)
-        self._bias, self._gelu = bias, activation == "gelu"
+        self._bias, self._gelu = bias, _APPROXIMATE.get(activation)
         # The operator reads nothing but its shape where it is told the number of rows that there are.
         self._shape = weight.new_zeros(1, 1).expand(weight.shape)
         self._features = weight.shape[1]
@@ -70,7 +76,7 @@ class _Mkl:
 
     def __call__(self, x: Tensor) -> Tensor:
         y: Tensor = self._kernel(x, self._packed, self._shape, self._bias, x.numel() // self._features)
-        return torch.ops.aten.gelu_.default(y) if self._gelu else y
+        return y if self._gelu is None else torch.ops.aten.gelu_.default(y, approximate=self._gelu)
 
     @staticmethod
     def is_available() -> bool:
@@ -104,9 +110,13 @@ def layer_norm(norm: nn.LayerNorm) -> Function:
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
-def scaled(layer: nn.Linear, scale: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Return weight and bias of a layer that does what `layer` and `scale` after it do, a LayerScale or an Identity."""
-    if type(scale) is not LayerScale:
+def gamma_of(scale: nn.Module | None) -> Tensor | None:
+    """Return what a LayerScale multiplies by, None for any other module."""
+    return scale.get_parameter("gamma") if isinstance(scale, nn.Module) and type(scale) is LayerScale else None
+
+
+def scaled(layer: nn.Linear, gamma: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of a layer that does what `layer` does, times `gamma` [out] if there is one."""
+    if gamma is None:
         return layer.weight, layer.bias
-    gamma = scale.get_parameter("gamma")
     return layer.weight * gamma[:, None], None if layer.bias is None else layer.bias * gamma

@@ -2,27 +2,29 @@
 
 torch hands matrices to the kernels as they are, and the kernels copy the weights into their own layout on every
 call. That copy costs the same however few tokens are left, so the more is merged the more it weighs. Packing does it
-once; GELU and LayerScale move into the layers before them, and blocks without further parts call the kernels directly.
+once. `packed_blocks.py` says which layers of a block they are.
 """
 
 import copy
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from timm.layers import LayerNorm, Mlp
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
+from timm.models.naflexvit import NaFlexVit
+from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
 
 from tome_server.merging.divided import DividedLayers, DividedModel, divide
 from tome_server.merging.encoder import Embedded, Layers, alike, encode
 from tome_server.merging.geometry import default_size, patch_grid
-from tome_server.merging.kernels import Function, PackedLinear, layer_norm, scaled
+from tome_server.merging.kernels import PackedLinear
 from tome_server.merging.model import MergedModel
+from tome_server.merging.packed_blocks import pack_block
 from tome_server.merging.shared import SharedModel
+from tome_server.merging.support import VisionModel, layers_of
 from tome_server.merging.vit import BlockLayers
 from tome_server.merging.workers import Workers, workers
 
@@ -59,59 +61,15 @@ class PackedPatches(nn.Module):
         return embedded.transpose(1, 2).view(batch, -1, rows, columns)
 
 
-class PackedLayers(BlockLayers):
-    """Calls the kernels of a packed block without the modules around them.
-
-    Those are a dozen a block, most of them an Identity, and cost a single image 3 % of its time at DeiT-S's r = 16.
-    """
-
-    def __init__(self, block: Block) -> None:
-        super().__init__(block)
-        self._norm1, self._norm2 = layer_norm(block.norm1), layer_norm(block.norm2)
-        self._qkv: Function = block.attn.qkv.forward
-        self._proj: Function = block.attn.proj.forward
-        self._fc1: Function = block.mlp.fc1.forward
-        self._fc2: Function = block.mlp.fc2.forward
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As BlockLayers does."""
-        return self._qkv(self._norm1(x)), None
-
-    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """As BlockLayers does."""
-        return q, k
-
-    def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:  # noqa: ARG002  there is none
-        """As BlockLayers does."""
-        return x + self._proj(attended)
-
-    def add_mlp(self, x: Tensor) -> Tensor:
-        """As BlockLayers does."""
-        return x + self._fc2(self._fc1(self._norm2(x)))
-
-    @staticmethod
-    def fits(block: Block) -> bool:
-        """Return whether nothing else is in the block, whose layers are packed where that is possible."""
-        attn, mlp = block.attn, block.mlp
-        return (
-            _is_bare(block)
-            and type(mlp.act) is nn.Identity
-            and all(type(layer) is PackedLinear for layer in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))
-            and all(type(scale) is nn.Identity for scale in (block.ls1, block.ls2))
-        )
-
-
 def packable(merged: MergedModel) -> bool:
-    """Return whether packing applies: plain blocks for inference, on a CPU that torch has kernels for.
+    """Return whether packing applies: for inference, on a CPU that torch has kernels for.
 
     In float32, or in bfloat16 where the CPU computes in it.
     """
     parameters = list(merged.parameters())
     dtypes = {p.dtype for p in parameters}
     return (
-        type(merged.model) in (VisionTransformer, VisionTransformerDistilled)
-        and all(type(block) is Block for block in merged.model.blocks)
-        and all(p.device.type == "cpu" and not p.requires_grad for p in parameters)
+        all(p.device.type == "cpu" and not p.requires_grad for p in parameters)
         and not any(module.training for module in merged.modules())
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -128,8 +86,8 @@ def pack(merged: MergedModel, *, divided: bool | None = None) -> MergedModel:
     """
     if not packable(merged):
         raise ValueError(
-            "only plain blocks in float32 or bfloat16 on a CPU that computes in it, in eval mode and without "
-            "gradients, can be packed"
+            "only models in float32 or bfloat16 on a CPU that computes in it, in eval mode and without gradients, "
+            "can be packed"
         )
     model = _copy(merged.model)
     threads, proportional = torch.get_num_threads(), merged.proportional_attention
@@ -146,19 +104,10 @@ def _copy(module: Network) -> Network:
     return copy.deepcopy(module, {id(p): p for p in module.parameters()})
 
 
-def _pack(model: VisionTransformer) -> list[Layers]:
+def _pack(model: VisionModel) -> list[Layers]:
     """Put packed layers in the place of a model's own, and return its blocks taken apart."""
     _pack_patches(model)
-    return [_pack_block(block) for block in model.blocks]
-
-
-def _pack_block(block: Block) -> BlockLayers:
-    block.attn.qkv = _packed(block.attn.qkv)
-    block.attn.proj, block.ls1 = _packed_and_scaled(block.attn.proj, block.ls1)
-    if type(block.mlp) is Mlp:
-        block.mlp.fc1, block.mlp.act = _packed_with_gelu(block.mlp.fc1, block.mlp.act)
-        block.mlp.fc2, block.ls2 = _packed_and_scaled(block.mlp.fc2, block.ls2)
-    return PackedLayers(block) if PackedLayers.fits(block) else BlockLayers(block)
+    return [pack_block(layers) for layers in layers_of(model)]
 
 
 def _has_bfloat16() -> bool:
@@ -167,7 +116,7 @@ def _has_bfloat16() -> bool:
 
 
 def _for_workers(
-    model: VisionTransformer, proportional_attention: bool, several: Workers, divided: bool | None
+    model: VisionModel, proportional_attention: bool, several: Workers, divided: bool | None
 ) -> MergedModel:
     if divided is None:
         divided = _gain(model, several) >= LEAST_GAIN
@@ -180,7 +129,7 @@ def _for_workers(
 
 
 @torch.inference_mode()
-def _gain(model: VisionTransformer, several: Workers) -> float:
+def _gain(model: VisionModel, several: Workers) -> float:
     """Return how many times as fast a single image passes the first block, divided among workers, as it does whole.
 
     Merged about as much as in the middle of an r grid. To be called in the first of the workers.
@@ -191,7 +140,7 @@ def _gain(model: VisionTransformer, several: Workers) -> float:
     rows, columns = patch_grid(model, height, width)
     weight = model.blocks[0].attn.qkv.weight
     tokens = torch.randn(1, rows * columns + model.num_prefix_tokens, weight.shape[1], dtype=weight.dtype)
-    ways = [_one_block(layers, tokens) for layers in (_pack_block(whole), DividedLayers(parts, several))]
+    ways = [_one_block(layers, tokens) for layers in (pack_block(BlockLayers(whole)), DividedLayers(parts, several))]
     best = [float("inf")] * len(ways)
     # In turn; and of each the shortest time, since whatever else the processor does lengthens some.
     for _ in range(_ROUNDS):
@@ -211,8 +160,10 @@ def _one_block(block: Layers, tokens: torch.Tensor) -> Callable[[], object]:
     )
 
 
-def _divisible(block: Block, count: int) -> bool:
+def _divisible(block: Any, count: int) -> bool:
     """Return whether there is a part for each of `count` threads, and nothing but what PackedLayers knows."""
+    if type(block) is not Block:
+        return False
     attn, mlp = block.attn, block.mlp
     return (
         _is_bare(block)
@@ -223,28 +174,13 @@ def _divisible(block: Block, count: int) -> bool:
     )
 
 
-def _pack_patches(model: VisionTransformer) -> None:
-    if _is_plain(model.patch_embed.proj):
+def _pack_patches(model: VisionModel) -> None:
+    # NaFlexVit's layer is read by itself where patches are of another size.
+    if type(model) is not NaFlexVit and _is_plain(model.patch_embed.proj):
         model.patch_embed.proj = PackedPatches(model.patch_embed.proj)
 
 
-def _packed(layer: nn.Module) -> nn.Module:
-    return PackedLinear(layer.weight, layer.bias) if type(layer) is nn.Linear else layer
-
-
-def _packed_with_gelu(layer: nn.Module, act: nn.Module) -> tuple[nn.Module, nn.Module]:
-    if type(layer) is nn.Linear and _is_gelu(act):
-        return PackedLinear(layer.weight, layer.bias, "gelu"), nn.Identity()
-    return _packed(layer), act
-
-
-def _packed_and_scaled(layer: nn.Module, scale: nn.Module) -> tuple[nn.Module, nn.Module]:
-    if type(layer) is nn.Linear and type(scale) is LayerScale:
-        return PackedLinear(*scaled(layer, scale)), nn.Identity()
-    return _packed(layer), scale
-
-
-def _is_bare(block: Block) -> bool:
+def _is_bare(block: Any) -> bool:
     """Return whether there is nothing in a block beside its norms, linear layers, activation and scales."""
     attn, mlp = block.attn, block.mlp
     return (

@@ -21,6 +21,8 @@ def embed(model: VisionTransformer, images: Tensor) -> Embedded:
 class BlockLayers:
     """timm's Block, the plain one of ViT: norms come first."""
 
+    norms_first = True
+
     def __init__(self, block: Block) -> None:
         self.block = block
         self.attn: Attention = block.attn
@@ -36,7 +38,12 @@ class BlockLayers:
 
     def project_normed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """As project, of tokens that are normed already or never are."""
-        return self.attn.qkv(x), None if self.gate is None else self.gate(x).sigmoid()
+        return self.qkv(x), None if self.gate is None else self.gate(x).sigmoid()
+
+    def qkv(self, x: Tensor) -> Tensor:
+        """Return queries, keys and values alone."""
+        projected: Tensor = self.attn.qkv(x)
+        return projected
 
     def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and keys [B, heads, N, dim] after their norms, if they have any."""
@@ -81,6 +88,7 @@ class BlockLayers:
 class ResPostLayers(BlockLayers):
     """timm's ResPostBlock: norms come last, before the sum."""
 
+    norms_first = False
     block: ResPostBlock
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
