@@ -16,6 +16,12 @@ ARCHITECTURE = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """The same random numbers whatever ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> nn.Module:
     """timm's own model, of random weights; tests must leave it as it is."""

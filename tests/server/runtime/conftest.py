@@ -14,6 +14,12 @@ from tome_server.models.transform import ImageSettings
 LABELS = ("coat", "bag", "shirt", "boot")
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """The same random numbers whatever ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def model() -> LoadedModel:
     """16 patches, 4 classes, random weights."""
