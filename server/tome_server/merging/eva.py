@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import AttentionRope, RotaryEmbeddingDinoV3
+from timm.layers import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
@@ -61,16 +61,17 @@ def _rotates_half(attn: EvaAttention | AttentionRope) -> bool:
 
 
 class FixedPositions(nn.Module):
-    """timm's rotary embedding of DINOv3 with its table for one grid of patches at hand.
+    """One of timm's rotary embeddings with its table for one grid of patches at hand.
 
-    timm makes that table in every call, on the host, and copies it to the device.
+    timm makes most of them in every call, that of DINOv3 on the host, from where it is copied to the device.
+    `side_by_side` puts a channel's pair next to it, from half of the channels away.
     """
 
-    def __init__(self, rope: RotaryEmbeddingDinoV3, grid: tuple[int, int]) -> None:
+    def __init__(self, rope: nn.Module, grid: tuple[int, int], side_by_side: bool = False) -> None:
         super().__init__()
         self.rope: Any = rope
-        self._grid = grid
-        self._table: Tensor = rope.get_embed(shape=grid)
+        self._grid, self._side_by_side = grid, side_by_side
+        self._table = self._made(grid)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FixedPositions":
         # It goes where the model goes, but keeps its type: timm makes it float32 whatever the weights are.
@@ -79,18 +80,24 @@ class FixedPositions(nn.Module):
         return self
 
     def get_embed(self, shape: Sequence[int]) -> Tensor:
-        """Return the table for a grid of `shape`: [patches, 2 * dim]."""
-        table: Tensor = self._table if tuple(shape) == self._grid else self.rope.get_embed(shape=shape)
-        return table
+        """Return the table for a grid of `shape`: [patches, 2 * dim], or where positions are mixed timm's for those."""
+        return self._table if tuple(shape) == self._grid else self._made(shape)
+
+    def _made(self, shape: Sequence[int]) -> Tensor:
+        table: Tensor = self.rope.get_embed(shape=shape)
+        if not self._side_by_side:
+            return table
+        sin, cos = (part[..., : part.shape[-1] // 2].repeat_interleave(2, dim=-1) for part in table.chunk(2, dim=-1))
+        return torch.cat([sin, cos], dim=-1)
 
 
-def fix_positions(model: Any, grid: tuple[int, int]) -> None:
-    """Have an Eva's table of rotary positions for images of `grid` patches made once, if it is made in every call.
+def fix_positions(model: Any, grid: tuple[int, int], side_by_side: bool = False) -> None:
+    """Have an Eva's table of rotary positions for images of `grid` patches made once.
 
-    For inference only, and after `merge`: it changes `model`, though not what that computes.
+    For inference only: it changes `model`, though not what that computes, unless `side_by_side`, see FixedPositions.
     """
-    if type(model) is Eva and type(model.rope) is RotaryEmbeddingDinoV3 and model.dynamic_img_size:
-        model.rope = FixedPositions(model.rope, grid)
+    if type(model) is Eva and model.rope is not None and type(model.rope) is not FixedPositions:
+        model.rope = FixedPositions(model.rope, grid, side_by_side)
 
 
 class EvaLayers:

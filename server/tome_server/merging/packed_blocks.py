@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, GELUTanh, GluMlp, LayerNorm, Mlp, SwiGLU
+from timm.models.eva import Eva
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
 from tome_server.merging.encoder import Layers
-from tome_server.merging.eva import EvaLayers
+from tome_server.merging.eva import EvaLayers, fix_positions
+from tome_server.merging.geometry import default_size, patch_grid
 from tome_server.merging.kernels import Function, PackedLinear, gamma_of, layer_norm, scaled
 from tome_server.merging.parallel import ParallelScalingLayers, ParallelThingsLayers
+from tome_server.merging.support import VisionModel, layers_of
 from tome_server.merging.vit import BlockLayers
 
 # Modules that give in eval mode what they are given.
@@ -82,8 +85,22 @@ class Gate(nn.Module):
         return activated.mul_(value) if self._fresh else activated * value
 
 
-def pack_block(layers: Layers) -> Layers:
-    """Put packed weights into a block, and return it taken apart as before, or better."""
+def pack_blocks(model: VisionModel) -> list[Layers]:
+    """Put packed weights into a model's blocks, and return these taken apart."""
+    blocks = layers_of(model)
+    if type(model) is Eva and model.rope is not None:
+        beside = [_side_by_side(layers) for layers in blocks if isinstance(layers, EvaLayers)]
+        fix_positions(model, patch_grid(model, *default_size(model)), side_by_side=None not in beside)
+        if None not in beside:
+            return [pack_block(layers, rows) for layers, rows in zip(blocks, beside, strict=True)]
+    return [pack_block(layers) for layers in blocks]
+
+
+def pack_block(layers: Layers, rows: Tensor | None = None) -> Layers:
+    """Put packed weights into a block, and return it taken apart as before, or better.
+
+    `rows` is a new order of the queries', keys' and values' channels, for which pairs of them lie side by side.
+    """
     if isinstance(layers, ParallelScalingLayers):
         _pack_side_by_side(layers.block)
         return layers
@@ -96,7 +113,9 @@ def pack_block(layers: Layers) -> Layers:
     assert isinstance(layers, BlockLayers | EvaLayers)
     block: Any = layers.block
     first, second = ("gamma_1", "gamma_2") if isinstance(layers, EvaLayers) else ("ls1", "ls2")
-    _pack_attention(layers.attn, block, first)
+    _pack_attention(layers.attn, block, first, rows)
+    if isinstance(layers, EvaLayers) and rows is not None:
+        layers.rotate_half = block.attn.rotate_half = False
     block.mlp = _packed_mlp(block.mlp, block, second)
     # Such a scale is no module that can be called; it is left only behind a layer that is none of torch's own.
     scaled_apart = any(getattr(block, name, None) is not None for name in ("gamma_1", "gamma_2"))
@@ -131,9 +150,26 @@ def _bare(module: Any) -> Function:
     return function
 
 
-def _pack_attention(attn: Any, owner: Any, scale: str) -> None:
+def _side_by_side(layers: EvaLayers) -> Tensor | None:
+    """Return the order of channels in which pairs, now half of a head apart, lie side by side; None if that can't be.
+
+    Queries and keys find each other by it as before. Turning pairs then takes no copy of them.
+    """
+    attn, dim = layers.attn, layers.head_dim
+    normed = any(type(norm) is not nn.Identity for norm in (attn.q_norm, attn.k_norm))
+    if not layers.rotate_half or normed or _joined_projections(attn) is None:
+        return None
+    turned = (layers.heads + layers.key_heads) * dim
+    values = torch.arange(turned, turned + layers.key_heads * dim)
+    return torch.cat([torch.arange(turned).view(-1, 2, dim // 2).mT.flatten(), values])
+
+
+def _pack_attention(attn: Any, owner: Any, scale: str, rows: Tensor | None = None) -> None:
     if (whole := _joined_projections(attn)) is not None:
-        attn.qkv = PackedLinear(*whole)
+        weight, bias = whole
+        if rows is not None:
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        attn.qkv = PackedLinear(weight, bias)
         for name in ("q_proj", "k_proj", "v_proj", "q_bias", "k_bias", "v_bias"):
             if getattr(attn, name, None) is not None:
                 setattr(attn, name, None)

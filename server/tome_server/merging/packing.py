@@ -22,9 +22,9 @@ from tome_server.merging.encoder import Embedded, Layers, alike, encode
 from tome_server.merging.geometry import default_size, patch_grid
 from tome_server.merging.kernels import PackedLinear
 from tome_server.merging.model import MergedModel
-from tome_server.merging.packed_blocks import pack_block
+from tome_server.merging.packed_blocks import pack_block, pack_blocks
 from tome_server.merging.shared import SharedModel
-from tome_server.merging.support import VisionModel, layers_of
+from tome_server.merging.support import VisionModel
 from tome_server.merging.vit import BlockLayers
 from tome_server.merging.workers import Workers, workers
 
@@ -107,7 +107,7 @@ def _copy(module: Network) -> Network:
 def _pack(model: VisionModel) -> list[Layers]:
     """Put packed layers in the place of a model's own, and return its blocks taken apart."""
     _pack_patches(model)
-    return [pack_block(layers) for layers in layers_of(model)]
+    return pack_blocks(model)
 
 
 def _has_bfloat16() -> bool:

@@ -6,6 +6,7 @@ between them to merge, so tokens are merged after the block; where several atten
 are merged between, as ever.
 """
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ class ParallelThingsLayers:
     ) -> tuple[Tensor, Tensor]:
         """As encoder.Layers says, but of tokens not projected yet; keys [B, 1, N, dim] come summed over all heads."""
         found, keys = zip(*(self._attend(branch, qkv, bias, queries) for branch in self.block.attns), strict=True)
-        return torch.stack(found).sum(dim=0), torch.stack(keys).sum(dim=0)
+        return reduce(torch.add, found), reduce(torch.add, keys)
 
     @staticmethod
     def _attend(branch: Any, x: Tensor, bias: Tensor | None, queries: int | None) -> tuple[Tensor, Tensor]:
@@ -113,4 +114,5 @@ class ParallelThingsLayers:
 
     def add_mlp(self, x: Tensor) -> Tensor:
         """Return `x` with the sum of what the MLPs make of it added to it."""
-        return x + torch.stack([branch(x) for branch in self.block.ffns]).sum(dim=0)
+        made: Tensor = reduce(torch.add, [branch(x) for branch in self.block.ffns])
+        return x + made

@@ -52,6 +52,7 @@ _EVA_BLOCKS = (EvaBlock, EvaBlockPostNorm)
 _ROPES: list[type[nn.Module]] = [RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed]
 if hasattr(timm.layers, "RotaryEmbeddingMRope"):  # not in all versions of timm
     _ROPES.append(timm.layers.RotaryEmbeddingMRope)
+_ROPES.append(eva.FixedPositions)
 POOLS = ("token", "avg", "max", "avgmax", "map")
 
 

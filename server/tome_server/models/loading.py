@@ -78,7 +78,7 @@ def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) ->
         loaded = with_schedules(loaded, {**schedules, **spec.schedules})
     except (TypeError, ValueError) as error:
         raise ModelLoadError(f"{spec.quality or spec.name}: {error}") from error
-    # Last, for the model is now no longer one that `merge` takes.
+    # Last, for what is fixed is of the dtype that it is in.
     fix_positions(merged.model, loaded.patch_grid)
     return loaded
 
