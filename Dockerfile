@@ -17,7 +17,12 @@ ARG PIP_FIND_LINKS
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1
 WORKDIR /src
-RUN python -m venv --without-pip /opt/tome
+# For the part of the server that is written in C.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/* \
+    && python -m venv --without-pip /opt/tome
 
 # What the server needs, apart from the server: a change of its code leaves this layer, the large one, as it was.
 COPY pyproject.toml constraints.txt ./
@@ -38,7 +43,8 @@ COPY README.md LICENSE ./
 COPY protos protos
 COPY client client
 COPY server server
-RUN pip --python /opt/tome/bin/python install --no-deps .
+RUN pip --python /opt/tome/bin/python install --no-deps . \
+    && ls /opt/tome/lib/python*/site-packages/tome_server/merging/_native.abi3.so
 
 # What the image holds of Python, in CycloneDX: /opt/tome/sbom.cdx.json. Its maker stays outside of the image.
 RUN python -m venv --without-pip /opt/sbom \

@@ -24,9 +24,9 @@ from .chart import ROOT, Values, container, render, settings_text
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1800)]
 
-# Its Python, 3.11, is one that the project supports.
+# Its Python, 3.11, is one that the project supports. As in Docker's image its headers are there, and no compiler.
 DEBIAN, PYTHON = "bookworm", "3.11"
-PACKAGES = "python3,python3-venv,python3-pip,ca-certificates"
+PACKAGES = "python3,python3-venv,python3-pip,libpython3-dev,ca-certificates"
 BASE = f"docker.io/library/python:{PYTHON}-slim"
 TAG = "localhost/tome-serving:test"
 FOLDER = ROOT / "build/image"

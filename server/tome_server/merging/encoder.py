@@ -14,8 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from tome_server.merging import matching as by_torch
+from tome_server.merging import native
 from tome_server.merging.attention import BiasOf
-from tome_server.merging.matching import combine, match, moves
+from tome_server.merging.matching import moves
 from tome_server.merging.schedule import mergeable
 
 
@@ -234,16 +236,16 @@ def _merge(
     if not any(rs):
         return x
     parts = list(_split(x, [group.shape for group in groups]))
+    merging = native if native.serves(x) else by_torch
     for i, (group, wanted) in enumerate(zip(groups, rs, strict=True)):
         r = min(wanted, mergeable(group.shape[1], prefix))
         if r == 0:
             continue
-        # The sum over heads has the direction of their mean, which is all that cosine similarity sees.
-        matching = match(keys[i].sum(dim=1), r, prefix)
+        matching = merging.match(keys[i], r, prefix)
         if group.origin is not None:
             # A source that is merged leaves no trace: its destination stays where it is.
             group.origin = group.origin.flatten()[matching.order]
-        parts[i], group.sizes = combine(parts[i], group.sizes, matching)
+        parts[i], group.sizes = merging.combine(parts[i], group.sizes, matching)
         group.bias = None if bias_of is None else bias_of(group.sizes, x.dtype)
         if group.token_map is not None:
             group.token_map = moves(matching).gather(1, group.token_map)

@@ -28,29 +28,32 @@ class Matching:
     """[B, r] row, after the merge, of the token that each of them goes into."""
 
 
-def match(metric: Tensor, r: int, prefix: int) -> Matching:
+def match(keys: Tensor, r: int, prefix: int) -> Matching:
     """Choose the `r` tokens most like another token.
 
-    `metric` is [B, N, D], compared by cosine similarity. Every source proposes its most similar destination; the r
+    They are compared by the cosine similarity of the means of their `keys` [B, heads, N, D] over the heads, in float32
+    at least: in bfloat16 many would be equal that aren't. Every source proposes its most similar destination; the r
     strongest proposals are taken, the lowest position first where they tie. r is clamped to half of the tokens that
     aren't among the first `prefix`.
     """
-    batch, tokens, _ = metric.shape
+    batch, _, tokens, _ = keys.shape
     r = min(r, mergeable(tokens, prefix))
-    rows = torch.arange(batch * tokens, device=metric.device).view(batch, tokens)
+    rows = torch.arange(batch * tokens, device=keys.device).view(batch, tokens)
     if r == 0:
         return Matching(rows, rows[:, :0], rows[:, :0])
 
     first_source, first_destination = prefix + prefix % 2, prefix + 1 - prefix % 2
     sources, destinations = rows[:, first_source::2], rows[:, first_destination::2]
-    direction = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp_min(1e-12)
+    # The sum has the direction of the mean, which is all that cosine similarity sees.
+    total = keys.sum(dim=1, dtype=torch.promote_types(keys.dtype, torch.float32))
+    direction = total / torch.linalg.vector_norm(total, dim=-1, keepdim=True).clamp_min(1e-12)
     similarity = torch.bmm(direction[:, first_source::2], direction[:, first_destination::2].mT)
     best, choice = similarity.max(dim=-1)
     ranked = best.argsort(dim=-1, descending=True, stable=True)
     gone, stay = ranked[:, :r], ranked[:, r:].sort(dim=-1).values
 
     order = torch.cat([rows[:, :prefix], sources.gather(1, stay), destinations], dim=1)
-    first_row = torch.arange(0, batch * (tokens - r), tokens - r, device=metric.device).unsqueeze(1)
+    first_row = torch.arange(0, batch * (tokens - r), tokens - r, device=keys.device).unsqueeze(1)
     return Matching(order, sources.gather(1, gone), choice.gather(1, gone) + (first_row + prefix + stay.shape[1]))
 
 

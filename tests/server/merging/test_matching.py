@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tome_server.merging.matching import add_by_product, combine, match
+from tome_server.merging import matching
+from tome_server.merging.matching import Matching, add_by_product, combine
 
 from . import reference
 
@@ -24,6 +25,11 @@ def shapes(draw: st.DrawFn) -> tuple[int, int, int]:
     prefix = draw(prefixes)
     tokens = prefix + draw(st.integers(1, 60))
     return tokens, prefix, draw(st.integers(0, tokens))
+
+
+def match(metric: Tensor, r: int, prefix: int) -> Matching:
+    """Match by one head's keys."""
+    return matching.match(metric.unsqueeze(1), r, prefix)
 
 
 def metric_of(kind: str, batch: int, tokens: int, seed: int) -> Tensor:
@@ -246,9 +252,9 @@ def test_bf16_tokens_stay_close_to_the_same_merge_in_float64(tokens: int, prefix
     size = torch.ones(2, tokens)
     exact, exact_size = x.double(), size.double()
     for _ in range(5):
-        matching = match(metric[:, : x.shape[1]], 20, prefix)
-        x, size = combine(x, size, matching)
-        exact, exact_size = combine(exact, exact_size, matching)
+        matched = match(metric[:, : x.shape[1]], 20, prefix)
+        x, size = combine(x, size, matched)
+        exact, exact_size = combine(exact, exact_size, matched)
     assert x.dtype == torch.bfloat16
     assert x.isfinite().all()
     assert torch.equal(size.double(), exact_size)
@@ -282,17 +288,17 @@ def test_bf16_metrics_find_edges_nearly_as_strong_as_the_best(tokens: int, prefi
 @pytest.mark.parametrize(("tokens", "prefix"), REAL_COUNTS)
 @pytest.mark.parametrize("kind", ["random", "copies"])
 def test_the_product_that_cuda_adds_tokens_by_adds_what_index_add_adds(kind: str, tokens: int, prefix: int) -> None:
-    matching = match(metric_of(kind, 3, tokens, 0), tokens // 4, prefix)
-    left, r = matching.order.shape[1], matching.into.shape[1]
+    matched = match(metric_of(kind, 3, tokens, 0), tokens // 4, prefix)
+    left, r = matched.order.shape[1], matched.into.shape[1]
     x, step = torch.randn(3, left, 8, dtype=torch.float64), torch.randn(3, r, 8, dtype=torch.float64)
-    expected = x.flatten(0, 1).index_add(0, matching.into.flatten(), step.flatten(0, 1)).view_as(x)
-    torch.testing.assert_close(add_by_product(x, step, matching.into), expected)
+    expected = x.flatten(0, 1).index_add(0, matched.into.flatten(), step.flatten(0, 1)).view_as(x)
+    torch.testing.assert_close(add_by_product(x, step, matched.into), expected)
 
 
 def test_gradients_reach_every_token() -> None:
     x = torch.randn(2, 21, 4, dtype=torch.float64, requires_grad=True)
     size = torch.ones(2, 21, dtype=torch.float64)
-    matching = match(metric_of("random", 2, 21, seed=0), 6, 1)
-    assert torch.autograd.gradcheck(lambda tokens: combine(tokens, size, matching)[0], (x,))
-    combine(x, size, matching)[0].sum().backward()
+    matched = match(metric_of("random", 2, 21, seed=0), 6, 1)
+    assert torch.autograd.gradcheck(lambda tokens: combine(tokens, size, matched)[0], (x,))
+    combine(x, size, matched)[0].sum().backward()
     assert (x.grad > 0).all()
