@@ -96,7 +96,7 @@ def tune_model(config: ServerConfig, data: Path, tuning: Tuning) -> tuple[dict[s
     model = with_schedules(model, {**model.schedules, **better})
     levels = evaluate(model, held_out, model.rs, device, reference=float32_of(spec, device), progress=shown)
     report = quality_report(spec, model, levels, data.name, len(held_out), device)
-    how = {"images": len(searched), "trials": tuning.trials, "seed": tuning.seed}
+    how = {"images": len(searched), "held_out": len(held_out), "trials": tuning.trials, "seed": tuning.seed}
     return report | {"tuned": how | {"levels": [each.fields() for each in found]}}, found
 
 

@@ -216,7 +216,7 @@ def test_a_tuned_model_keeps_its_schedules_when_it_is_measured_again(
     printed = run("tune", *stored, "--r", "2,3", "--images", "60", "--held-out", "40", "--trials", "3")
     assert printed.count("  r in every block") == 2
     report = json.loads((models / "tiny/quality.json").read_text())
-    assert (report["images"], report["tuned"]["images"]) == (40, 20)
+    assert (report["images"], report["tuned"]["images"], report["tuned"]["held_out"]) == (40, 20, 40)
     found = {level["r"]: level["schedule"] for level in report["tuned"]["levels"] if level["kept"]}
     assert list(found) == [3]
     assert printed.count("left out") == 1

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tome_server.merging import Schedule, merge
 from tome_server.models.datasets import Dataset
 from tome_server.models.loaded import LoadedModel, loaded_model, with_schedules
 from tome_server.models.preprocess import Limits, Preprocess
+from tome_server.models.spec import BUNDLED
 from tome_server.models.transform import ImageSettings
 from tome_server.runtime.evaluation import evaluate
 from tome_server.runtime.tuning import LEAST_HELD_OUT, Kept, Tuned, divide, tune
@@ -132,6 +134,16 @@ def test_only_a_gain_of_two_standard_errors_is_kept(difference: float, error: fl
     assert each.better == each.fields()["kept"] == better
     assert f"{difference:+.5f} ± {error:.5f}" in table([each])
     assert ("left out" in table([each])) == (not better)
+
+
+def test_the_bundled_model_merges_by_schedules_that_were_kept_by_this_rule() -> None:
+    report = json.loads((BUNDLED / "fashion/quality.json").read_text())
+    found = {level["r"]: level for level in report["tuned"]["levels"]}
+    schedules = {level["r"]: level["schedule"] for level in report["levels"] if "schedule" in level}
+    assert schedules == {r: level["schedule"] for r, level in found.items()} != {}
+    for level in found.values():
+        own = {name: value for name, value in level.items() if name != "kept"}
+        assert Tuned(**own).better == level["kept"] is True
 
 
 def test_of_schedules_that_are_no_better_few_are_kept() -> None:
