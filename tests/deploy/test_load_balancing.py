@@ -21,9 +21,9 @@ from urllib.request import urlopen
 import grpc
 import pytest
 import yaml
-from conftest import ServerProcess, start_server, stop_server
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import HealthServicer
+from server_process import ServerProcess, start_server, stop_server
 
 from tome_client import Client
 
