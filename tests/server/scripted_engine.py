@@ -1,0 +1,97 @@
+"""A scripted engine for tests of what is around the device."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+import pytest
+from scripted import LATE, QUICK, RS, Bench, Clock, ScriptedDecoder, ScriptedDevice, profile_of, until
+
+from tome_server.engine import Engine
+from tome_server.models.hosted import HostedModel
+from tome_server.models.spec import Own
+from tome_server.observability.metrics import Metrics
+from tome_server.served import ServedModel
+
+
+@pytest.fixture
+async def clock() -> Clock:
+    return Clock(asyncio.get_running_loop())
+
+
+@pytest.fixture
+async def stopped(clock: Clock) -> Clock:
+    clock.stop()
+    return clock
+
+
+@pytest.fixture(scope="module")
+def bundled() -> HostedModel:
+    # Here, for most tests need neither.
+    import tome_server.timm_import  # noqa: F401  isort: skip
+    import torch
+
+    from tome_server.models.loading import load
+    from tome_server.models.spec import bundled_spec
+
+    return load(bundled_spec("fashion"), torch.device("cpu"))
+
+
+@pytest.fixture
+async def start(bundled: HostedModel, clock: Clock) -> AsyncIterator[Callable[..., Bench]]:
+    """Return a function that starts an engine; at the end no request may be left in any."""
+    benches: list[tuple[Bench, asyncio.Task[None]]] = []
+
+    def start(
+        policy: str = "max_batch",
+        unit: float = QUICK,
+        *,
+        max_batch: int = 8,
+        max_delay: float = 0.0,
+        max_pending: int = 1000,
+        threads: int = 2,
+        packed: bool = True,
+        second: Own = Own(),  # noqa: B008  (frozen)
+    ) -> Bench:
+        profile = profile_of(unit, max_batch, packed=packed)
+        device, decoder = ScriptedDevice(profile), ScriptedDecoder(bundled.preprocess.settings)
+        device.gate.set()
+        decoder.gate.set()
+        models = {
+            name: ServedModel(
+                replace(bundled, name=name, preprocess=decoder, default_budget=LATE), profile, policy, own=own
+            )
+            for name, own in (("first", Own()), ("second", second))
+        }
+        engine = Engine(
+            device,
+            Metrics(),
+            max_delay=max_delay,
+            max_pending=max_pending,
+            reply_margin=0.0001,
+            decode_threads=threads,
+            names=["first", "second", "third"],
+            models=models,
+        )
+        for name, served in models.items():
+            engine.metrics.serving(name, "vit", "cpu", "float32", "price", RS, served.model.largest_r)
+        benches.append((Bench(engine, device, decoder), asyncio.create_task(engine.run())))
+        return benches[-1][0]
+
+    yield start
+    for bench, running in benches:
+        bench.decoder.gate.set()
+        bench.device.gate.set()
+        assert not running.done()
+        # Threads that still decode for those who have gone give back what they took once they are done.
+        await until(lambda bench=bench: bench.device.running == 0 and not bench.device.slots)
+        bench.assert_idle()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        bench.engine.close()
+
+
+@pytest.fixture
+async def bench(start: Callable[..., Bench]) -> Bench:
+    return start()
