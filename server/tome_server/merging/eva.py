@@ -38,6 +38,9 @@ def rope_tables(model: Eva | NaFlexVit, rope: Tensor | Sequence[Tensor] | None, 
     """
     if rope is None:
         return None
+    fixed = getattr(model, "rope", None)
+    if type(fixed) is FixedPositions and rope is fixed.table and fixed.tables:
+        return fixed.tables
     prefix, halves = int(model.num_prefix_tokens), [_rotates_half(block.attn) for block in model.blocks]
     if mixed:
         return [_turns(own, half, prefix) for own, half in zip(rope, halves, strict=True)]
@@ -71,17 +74,20 @@ class FixedPositions(nn.Module):
         super().__init__()
         self.rope: Any = rope
         self._grid, self._side_by_side = grid, side_by_side
-        self._table = self._made(grid)
+        self.table = self._made(grid)
+        self.tables: list[Tensor] = []
+        """what `rope_tables` makes of it"""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FixedPositions":
         # It goes where the model goes, but keeps its type: timm makes it float32 whatever the weights are.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._table = self._table.to(fn(self._table).device)
+        device = fn(self.table).device
+        self.table, self.tables = self.table.to(device), [table.to(device) for table in self.tables]
         return self
 
     def get_embed(self, shape: Sequence[int]) -> Tensor:
         """Return the table for a grid of `shape`: [patches, 2 * dim], or where positions are mixed timm's for those."""
-        return self._table if tuple(shape) == self._grid else self._made(shape)
+        return self.table if tuple(shape) == self._grid else self._made(shape)
 
     def _made(self, shape: Sequence[int]) -> Tensor:
         table: Tensor = self.rope.get_embed(shape=shape)
@@ -98,6 +104,7 @@ def fix_positions(model: Any, grid: tuple[int, int], side_by_side: bool = False)
     """
     if type(model) is Eva and model.rope is not None and type(model.rope) is not FixedPositions:
         model.rope = FixedPositions(model.rope, grid, side_by_side)
+        model.rope.tables = rope_tables(model, model.rope.table, model.rope_mixed)
 
 
 class EvaLayers:

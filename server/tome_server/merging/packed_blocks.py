@@ -88,12 +88,13 @@ class Gate(nn.Module):
 def pack_blocks(model: VisionModel) -> list[Layers]:
     """Put packed weights into a model's blocks, and return these taken apart."""
     blocks = layers_of(model)
-    if type(model) is Eva and model.rope is not None:
-        beside = [_side_by_side(layers) for layers in blocks if isinstance(layers, EvaLayers)]
-        fix_positions(model, patch_grid(model, *default_size(model)), side_by_side=None not in beside)
-        if None not in beside:
-            return [pack_block(layers, rows) for layers, rows in zip(blocks, beside, strict=True)]
-    return [pack_block(layers) for layers in blocks]
+    if type(model) is not Eva or model.rope is None:
+        return [pack_block(layers) for layers in blocks]
+    rows = [_side_by_side(layers) for layers in blocks if isinstance(layers, EvaLayers)]
+    beside = all(order is not None for order in rows)
+    packed = [pack_block(layers, order if beside else None) for layers, order in zip(blocks, rows, strict=True)]
+    fix_positions(model, patch_grid(model, *default_size(model)), side_by_side=beside)
+    return packed
 
 
 def pack_block(layers: Layers, rows: Tensor | None = None) -> Layers:

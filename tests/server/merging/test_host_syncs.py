@@ -86,7 +86,7 @@ def test_normalising_waits_for_nothing() -> None:
         assert normalise(pixels, settings).dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["DINOv3", "Sapiens2, shared keys"])
+@pytest.mark.parametrize("name", ["DINOv3", "Sapiens2, shared keys", "RoPE, mixed"])
 def test_positions_are_made_once_for_images_of_one_size(name: str) -> None:
     kind = KINDS[name]
     merged, images = merge(kind.build(dtype=torch.float32)), kind.images(2, dtype=torch.float32)

@@ -136,6 +136,16 @@ def test_a_copy_of_a_packed_model_gives_the_same_results(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+def test_packed_positions_fit_images_of_any_size_and_copies() -> None:
+    kind = KINDS["DINOv3"]
+    merged, images = frozen(kind.build(dtype=torch.float32)), kind.images(dtype=torch.float32)
+    packed = pack(merged)
+    for given in (images, images[..., :40, :], images[..., :48]):
+        expected = merged(given, 2).logits
+        for model in (packed, copy.deepcopy(packed)):
+            assert (model(given, 2).logits - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
 @pytest.mark.skipif(not _has_bfloat16(), reason="the CPU computes nothing in bfloat16")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
