@@ -353,7 +353,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML settings; flags override them")
     parser.add_argument("--model", metavar="SOURCE", help="bundled:fashion (default) or a timm architecture")
-    parser.add_argument("--repository", type=Path, metavar="DIR", help="folder of models, each in its own; serves all")
+    parser.add_argument("--repository", type=Path, metavar="DIR", help="folder of models, each in its own")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="local weights, .safetensors or .pth")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="class names, one a line")
     parser.add_argument("--quality", type=Path, metavar="FILE", help="what `tome-server evaluate` wrote")
