@@ -91,7 +91,11 @@ def run_side(model: str, batch: int, threads: int) -> None:
 def measure(other: Path, model: str, batch: int, threads: int, rs: Sequence[int], rounds: int) -> list[Row]:
     """Time both sides in turn at each r."""
     with ExitStack() as stack:
-        before, ours = (stack.enter_context(side(checkout, model, batch, threads)) for checkout in (other, HERE))
+        sides = []
+        for checkout in (other, HERE):
+            sides.append(stack.enter_context(side(checkout, model, batch, threads)))
+            sides[-1].seconds(rs[0], 1)  # has measured how best to divide its work before the next one starts
+        before, ours = sides
         calls = {}
         for r in rs:
             ours.seconds(r, 2)  # the first calls make kernels

@@ -7,14 +7,14 @@ they find is added up.
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from tome_server.merging.attention import attention
 from tome_server.merging.kernels import PackedLinear, gamma_of, layer_norm, scaled
-from tome_server.merging.model import MergedModel
+from tome_server.merging.model import MergedModel, MergedOutput
 from tome_server.merging.shared import SharedModel
 from tome_server.merging.support import VisionModel
 from tome_server.merging.vit import BlockLayers
@@ -26,19 +26,23 @@ T = TypeVar("T")
 class DividedModel(SharedModel):
     """A model whose blocks are divided (`divide`) into as many parts as there are workers.
 
-    Images that don't go round, a single one above all, take all workers for each block.
+    Images that don't go round evenly, a single one above all, take all workers for each block.
     """
 
-    division = "images and blocks"
-
     def __init__(self, model: VisionModel, proportional_attention: bool, workers: Workers) -> None:
-        together = [DividedLayers(block, workers) for block in model.blocks]
+        layers = [DividedLayers(block, workers) for block in model.blocks]
+        all_workers = MergedModel(model, proportional_attention, layers).forward
+
+        def together(*args: Any, **kwargs: Any) -> MergedOutput:
+            return workers.each([partial(all_workers, *args, **kwargs)])[0]
+
         super().__init__(
             model,
             proportional_attention,
             [DividedLayers(block) for block in model.blocks],
             workers,
-            together=MergedModel(model, proportional_attention, together),
+            division="images and blocks",
+            together=together,
         )
 
 

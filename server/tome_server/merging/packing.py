@@ -19,21 +19,21 @@ from torch import Tensor, nn
 
 from tome_server.merging.divided import DividedLayers, DividedModel, divide
 from tome_server.merging.encoder import Embedded, Layers, alike, encode
-from tome_server.merging.geometry import default_size, patch_grid
+from tome_server.merging.geometry import default_size
 from tome_server.merging.kernels import PackedLinear
 from tome_server.merging.model import MergedModel
 from tome_server.merging.packed_blocks import pack_block, pack_blocks
 from tome_server.merging.shared import SharedModel
-from tome_server.merging.support import VisionModel
-from tome_server.merging.vit import BlockLayers
+from tome_server.merging.support import EMBED, LAYERS, VisionModel
 from tome_server.merging.workers import Workers, workers
 
 Network = TypeVar("Network", bound=nn.Module)
+T = TypeVar("T")
 
 # Measured with two; every further one waits the longer for Python's interpreter, which calls one kernel at a time.
 MOST_WORKERS = 4
-# How many times as fast a single image must be for its blocks to be divided: one part of a layer after the other takes
-# longer than the whole, and batches, whose images are shared out, pay for that.
+# How many times as fast a single image must be on all threads. Batches, whose images are shared out, pay for it: parts
+# of a layer one after the other take longer than the whole, as do weights that were packed for torch's threads on one.
 LEAST_GAIN = 1.2
 _ROUNDS = 10
 
@@ -80,23 +80,33 @@ def packable(merged: MergedModel) -> bool:
 def pack(merged: MergedModel, *, divided: bool | None = None) -> MergedModel:
     """Return a copy of `merged` whose blocks hold packed weights; all other parameters are shared.
 
-    Made for as many threads as torch is set to. Where all blocks are plain a few of them share out the images of a
-    batch; and where `divided`, each block of a single one. None measures on the first block whether that is worth it.
-    Results differ by rounding alone. Raises ValueError unless `packable`.
+    Made for as many threads as torch is set to. A few of them share out the images of a batch; and where `divided`,
+    all of them run what doesn't go round evenly, a single image above all: parts of each block where blocks are plain,
+    else of each operation, as torch does. None measures on the first block whether that is worth it. Results differ by
+    rounding alone. Raises ValueError unless `packable`.
     """
     if not packable(merged):
         raise ValueError(
             "only models in float32 or bfloat16 on a CPU that computes in it, in eval mode and without gradients, "
             "can be packed"
         )
-    model = _copy(merged.model)
-    threads, proportional = torch.get_num_threads(), merged.proportional_attention
-    if 1 < threads <= MOST_WORKERS and all(_divisible(block, threads) for block in model.blocks):
-        # There each thread is torch's only one, and weights are packed for that.
-        several = workers(threads)
-        [packed] = several.each([partial(_for_workers, model, proportional, several, divided)])
+    model, proportional = _copy(merged.model), merged.proportional_attention
+    threads = torch.get_num_threads()
+    if not 1 < threads <= MOST_WORKERS:
+        return MergedModel(model, proportional, _pack(model))
+    several = workers(threads)
+    if divided is None:
+        divided = _gain(model, several) >= LEAST_GAIN
+    # A worker is torch's only thread, and weights that are packed in one are packed for that.
+    if not divided:
+        [layers] = several.each([partial(_pack, model)])
+        return SharedModel(model, proportional, layers, several)
+    if _divisible(model, threads):
+        [packed] = several.each([partial(_divide, model, proportional, several)])
         return packed
-    return MergedModel(model, proportional, _pack(model))
+    layers = _pack(model)
+    together = MergedModel(model, proportional, layers).forward
+    return SharedModel(model, proportional, layers, several, division="images and operations", together=together)
 
 
 def _copy(module: Network) -> Network:
@@ -115,13 +125,7 @@ def _has_bfloat16() -> bool:
     return supported
 
 
-def _for_workers(
-    model: VisionModel, proportional_attention: bool, several: Workers, divided: bool | None
-) -> MergedModel:
-    if divided is None:
-        divided = _gain(model, several) >= LEAST_GAIN
-    if not divided:
-        return SharedModel(model, proportional_attention, _pack(model), several)
+def _divide(model: VisionModel, proportional_attention: bool, several: Workers) -> MergedModel:
     _pack_patches(model)
     for block in model.blocks:
         divide(block, several.count)
@@ -130,38 +134,50 @@ def _for_workers(
 
 @torch.inference_mode()
 def _gain(model: VisionModel, several: Workers) -> float:
-    """Return how many times as fast a single image passes the first block, divided among workers, as it does whole.
+    """Return how many times as fast a single image passes the first block on all threads, as on one.
 
-    Merged about as much as in the middle of an r grid. To be called in the first of the workers.
+    Merged about as much as in the middle of an r grid.
     """
-    whole, parts = _copy(model.blocks[0]), _copy(model.blocks[0])
-    divide(parts, several.count)
-    height, width = default_size(model)
-    rows, columns = patch_grid(model, height, width)
-    weight = model.blocks[0].attn.qkv.weight
-    tokens = torch.randn(1, rows * columns + model.num_prefix_tokens, weight.shape[1], dtype=weight.dtype)
-    ways = [_one_block(layers, tokens) for layers in (pack_block(BlockLayers(whole)), DividedLayers(parts, several))]
+
+    def in_worker(call: Callable[[], T]) -> T:
+        return several.each([call])[0]
+
+    def here(call: Callable[[], T]) -> T:
+        return call()
+
+    block, dtype = model.blocks[0], next(model.parameters()).dtype
+    image = torch.randn(1, model.in_chans, *default_size(model), dtype=dtype)
+    embedded = EMBED[type(model)](model, image)
+    whole = in_worker(lambda: pack_block(LAYERS[type(block)](_copy(block))))
+    ways: list[tuple[Callable[[Callable[[], float]], float], Layers]] = [(in_worker, whole)]
+    if _divisible(model, several.count):
+        parts = _copy(block)
+        in_worker(lambda: divide(parts, several.count))
+        ways.append((in_worker, DividedLayers(parts, several)))
+    else:
+        ways.append((here, pack_block(LAYERS[type(block)](_copy(block)))))
     best = [float("inf")] * len(ways)
     # In turn; and of each the shortest time, since whatever else the processor does lengthens some.
     for _ in range(_ROUNDS):
-        for i, run in enumerate(ways):
-            start = time.perf_counter()
-            run()
-            best[i] = min(best[i], time.perf_counter() - start)
+        for i, (run_in, layers) in enumerate(ways):
+            best[i] = min(best[i], run_in(partial(_seconds, layers, embedded, model.num_prefix_tokens)))
     return best[0] / best[1]
 
 
-def _one_block(block: Layers, tokens: torch.Tensor) -> Callable[[], object]:
-    """Return a call that runs the tokens of an image [1, N, D] through a block."""
-    embedded = Embedded(tokens)
-    batches = alike(embedded, {(tokens.shape[1] // 24,): [0]})
-    return lambda: encode(
-        embedded, [block], nn.Identity(), batches, prefix=0, bias_of=None, prefix_only=False, track=False
-    )
+def _seconds(block: Layers, embedded: Embedded, prefix: int) -> float:
+    """Return how long the tokens of one image take to pass a block."""
+    batches = alike(embedded, {(embedded.tokens.shape[1] // 24,): [0]})
+    start = time.perf_counter()
+    encode(embedded, [block], nn.Identity(), batches, prefix=prefix, bias_of=None, prefix_only=False, track=False)
+    return time.perf_counter() - start
 
 
-def _divisible(block: Any, count: int) -> bool:
-    """Return whether there is a part for each of `count` threads, and nothing but what PackedLayers knows."""
+def _divisible(model: VisionModel, count: int) -> bool:
+    """Return whether of each block there is a part for each of `count` threads, and nothing that has none."""
+    return all(_has_parts(block, count) for block in model.blocks)
+
+
+def _has_parts(block: Any, count: int) -> bool:
     if type(block) is not Block:
         return False
     attn, mlp = block.attn, block.mlp

@@ -3,8 +3,9 @@
 torch would divide single operations among them instead, which costs more the smaller these are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,15 +16,16 @@ from tome_server.merging.schedule import Schedule, as_schedule
 from tome_server.merging.support import VisionModel
 from tome_server.merging.workers import Workers
 
+Forward: TypeAlias = Callable[..., MergedOutput]
+
 
 class SharedModel(MergedModel):
-    """A model whose images are shared out among `workers`, as far as they go round; `together` has what is left over.
+    """A model whose images are shared out among `workers`; where they don't go round evenly, `together` has them all.
 
-    Where there is no `together`, some workers have one image more than others. Runs on workers if torch is set to more
-    than one thread when it is called, and otherwise in the calling thread.
+    `together` is MergedModel's forward pass in another way, said by `division`. Where there is none, some workers have
+    one image more than others. Runs so if torch is set to more than one thread when it is called, and otherwise in the
+    calling thread.
     """
-
-    division = "images"
 
     def __init__(
         self,
@@ -31,12 +33,14 @@ class SharedModel(MergedModel):
         proportional_attention: bool,
         layers: Sequence[Layers],
         workers: Workers,
-        together: MergedModel | None = None,
+        *,
+        division: str = "images",
+        together: Forward | None = None,
     ) -> None:
         super().__init__(model, proportional_attention, layers)
+        self.division = division
         self._workers = workers
-        # Its forward alone: as a module it would count the model's parameters again.
-        self._together = None if together is None else together.forward
+        self._together = together
 
     def forward(
         self,
@@ -51,14 +55,11 @@ class SharedModel(MergedModel):
         if torch.get_num_threads() == 1 or not isinstance(images, Tensor) or len(images) == 0:
             return run(images, r)
         order, count = self._order(r, self._checked(images)), self._workers.count
-        even = len(order) if self._together is None else len(order) // count * count
+        if self._together is not None and len(order) % count:
+            return self._together(images, r, return_tokens=return_tokens, return_token_map=return_token_map)
         # Each its share of the images that merge much and of those that merge little.
-        shares = [order[i:even:count] for i in range(min(count, even))]
+        shares = [order[i::count] for i in range(min(count, len(order)))]
         outputs = self._workers.each([partial(run, *_of(images, r, share)) for share in shares])
-        if self._together is not None and (rest := order[even:]):
-            together = partial(self._together, return_tokens=return_tokens, return_token_map=return_token_map)
-            outputs += self._workers.each([partial(together, *_of(images, r, rest))])
-            shares.append(rest)
         return _joined(outputs, [image for share in shares for image in share])
 
     def _order(self, r: int | Schedule | Sequence[int | Schedule], batch: int) -> Sequence[int]:
@@ -80,7 +81,7 @@ def _of(
 
 def _joined(outputs: Sequence[MergedOutput], order: Sequence[int]) -> MergedOutput:
     """Return what was found for all images, of which `outputs` have those in `order`, as they were in the batch."""
-    if len(outputs) == 1:  # in their own order: they were fewer than workers
+    if len(outputs) == 1:  # of a single image
         return outputs[0]
     back = sorted(range(len(order)), key=order.__getitem__)
     counts = [tokens for output in outputs for tokens in output.tokens_per_block]

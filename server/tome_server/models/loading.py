@@ -59,6 +59,8 @@ def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) ->
     merged = merged.to(getattr(torch, spec.dtype))
     if spec.dtype != "float32" and packable(merged):
         merged = pack(merged)
+    if merged.division:
+        log.info("%s: %d CPU threads divide %s, as measured", spec.name, torch.get_num_threads(), merged.division)
     quality, schedules = _quality(spec)
     loaded = loaded_model(
         merged,

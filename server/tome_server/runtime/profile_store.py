@@ -60,7 +60,7 @@ class ProfileKey:
     schedules: str = ""
     """tokens merged in each block, at those r of the grid where it isn't r in every block"""
     division: str = ""
-    """what a few threads divide among them: images, or images and blocks; empty where torch's divide operations"""
+    """what a few threads divide among them (merging/shared.py); empty where torch divides operations"""
 
     @property
     def digest(self) -> str:

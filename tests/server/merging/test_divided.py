@@ -13,6 +13,8 @@ from tome_server.merging.divided import DividedModel
 from tome_server.merging.shared import SharedModel
 from tome_server.merging.workers import workers
 
+from .small_models import OTHER_KINDS
+
 Pack = Callable[[MergedModel], MergedModel]
 
 
@@ -112,13 +114,29 @@ def test_its_operations_count_as_before(threads: int, pack: Pack) -> None:
     assert macs(pack(merged).model, 2) == macs(merged.model, 2)
 
 
-def test_blocks_with_fewer_heads_than_threads_or_further_parts_are_packed_whole(threads: int) -> None:
+def test_blocks_with_fewer_heads_than_threads_or_further_parts_have_their_operations_divided(threads: int) -> None:
     one_head = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=64, num_heads=1)
     for model in (one_head.eval().requires_grad_(False), small(qk_norm=True).model):
         packed = packing.pack(merge(model), divided=True)
-        images = torch.randn(3, 3, *model.patch_embed.img_size)
-        assert not isinstance(packed, DividedModel)
-        same(packed(images, 2).logits, merge(model)(images, 2).logits)
+        assert packed.division == "images and operations"
+        for batch in (threads + 1, 2 * threads):
+            images = torch.randn(batch, 3, *model.patch_embed.img_size)
+            same(packed(images, 2).logits, merge(model)(images, 2).logits)
+
+
+@pytest.mark.parametrize("name", ["DINOv3", "NaFlex", "norms after", "parallel scaling", "parallel things"])
+def test_images_of_every_family_are_shared_out(name: str, threads: int, pack: Pack) -> None:
+    kind = OTHER_KINDS[name]
+    merged = merge(kind.build(dtype=torch.float32).eval().requires_grad_(False))
+    packed, images = pack(merged), kind.images(dtype=torch.float32)
+    images = torch.cat([images] * 3)[: 2 * threads]
+    rs = [3, 0, 2, 3, 0, 2]
+    with torch.inference_mode():
+        for batch in (1, 2 * threads, threads + 1):
+            found, expected = packed(images[:batch], rs[:batch]), merged(images[:batch], rs[:batch])
+            assert found.tokens_per_block == expected.tokens_per_block
+            assert (found.logits - expected.logits).abs().max() < 1e-4 * expected.logits.abs().max()
+    assert 0 < packing._gain(merged.model, workers(threads)) < 1000
 
 
 @pytest.mark.parametrize(("gain", "divided"), [(1.0, False), (1.19, False), (1.2, True), (2.0, True)])
@@ -132,8 +150,7 @@ def test_blocks_are_divided_where_a_single_image_gains_enough(
 def test_what_a_single_image_gains_is_measured_and_changes_nothing(threads: int) -> None:
     merged, images = small(init_values=0.3), torch.randn(3, 3, 96, 96)
     before = merged(images, 2).logits
-    [gain] = workers(threads).each([lambda: packing._gain(merged.model, workers(threads))])
-    assert 0 < gain < 1000
+    assert 0 < packing._gain(merged.model, workers(threads)) < 1000
     assert torch.equal(merged(images, 2).logits, before)
     same(packing.pack(merged)(images, 2).logits, before)
 
