@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setting = {"model": args.model, "data": args.data.name, "images": len(images), "dtype": model.dtype,
                "threads": args.threads, "rounds": args.rounds, "torch": torch.__version__}  # fmt: skip
     if args.picture:
-        draw(rows, f"{args.model}, {len(images):,} images", args.picture)
+        draw(rows, f"{args.model} in {model.dtype}, {len(images):,} images", args.picture)
     if args.json:
         print(json.dumps({**setting, "rows": [asdict(row) for row in rows]}, indent=2))
     else:
