@@ -20,6 +20,7 @@ import tome_server.timm_import  # noqa: F401  isort: skip
 import torch
 
 from tome_server.errors import OutOfMemoryError
+from tome_server.merging import native
 from tome_server.models.hosted import HostedModel
 from tome_server.models.loaded import LoadedModel
 from tome_server.models.preprocess import Limits
@@ -37,6 +38,8 @@ from tome_server.runtime.work import BatchResult, Work
 from tome_server.scheduling.profile import Profile
 
 # Ticket of the call, or None for a line of the log; then value and error, of which one is None.
+log = logging.getLogger(__name__)
+
 _Answer: TypeAlias = tuple[int | None, object, Exception | None]
 
 
@@ -89,6 +92,8 @@ class DeviceProcess:
     def open(self, name: str) -> str:
         """Use a device, and say which that is."""
         self._device = choose_device(name)
+        if self._device.type == "cpu" and not native.BUILT:
+            log.warning("this was installed without a C compiler: merging is slower than it could be")
         return str(self._device)
 
     def load(self, key: str, spec: ModelSpec, limits: Limits, max_batch: int, folder: Path | None) -> HostedModel:

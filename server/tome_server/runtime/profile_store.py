@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tome_server.merging import native
 from tome_server.models.loaded import LoadedModel
 from tome_server.models.spec import weights_digest
 from tome_server.runtime.executor import run_batch
@@ -61,6 +62,8 @@ class ProfileKey:
     """tokens merged in each block, at those r of the grid where it isn't r in every block"""
     division: str = ""
     """what a few threads divide among them (merging/shared.py); empty where torch divides operations"""
+    merging: str = "torch"
+    """whose code matches and merges tokens: C, where it was built, or torch's operators"""
 
     @property
     def digest(self) -> str:
@@ -90,6 +93,7 @@ def profile_key(model: LoadedModel, checkpoint: Path | None, device: torch.devic
         rs=grid,
         schedules="; ".join(f"{r}: {' '.join(map(str, model.schedules[r]))}" for r in grid if r in model.schedules),
         division=model.merged.division,
+        merging="C" if native.BUILT and device.type == "cpu" else "torch",
     )
 
 

@@ -129,6 +129,7 @@ def test_others_may_read_a_profile(path: Path) -> None:
         ("max_batch", 8, "max_batch (4, not 8)"),
         ("rs", (0, 4), "rs ([0, 2], not [0, 4])"),
         ("division", "images", "division (, not images)"),
+        ("merging", "C", "merging (torch, not C)"),
     ],
 )
 def test_a_profile_of_another_set_up_is_refused_and_what_differs_is_said(
