@@ -52,7 +52,6 @@ _EVA_BLOCKS = (EvaBlock, EvaBlockPostNorm)
 _ROPES: list[type[nn.Module]] = [RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed]
 if hasattr(timm.layers, "RotaryEmbeddingMRope"):  # not in all versions of timm
     _ROPES.append(timm.layers.RotaryEmbeddingMRope)
-_ROPES.append(eva.FixedPositions)
 POOLS = ("token", "avg", "max", "avgmax", "map")
 
 
@@ -73,7 +72,7 @@ def check_supported(model: VisionModel) -> None:
         _require("patch_embed", model.patch_embed, PatchEmbed, HybridEmbed)
         blocks = _VIT_BLOCKS
     rope = getattr(model, "rope", None)
-    if rope is not None:
+    if rope is not None and type(rope) is not eva.FixedPositions:
         _require("rope", rope, *_ROPES)
     for i, block in enumerate(model.blocks):
         _require(f"blocks.{i}", block, *blocks)
