@@ -1,6 +1,7 @@
 """Fixtures that several packages' tests share: a real server process, and the sample images."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,10 @@ else:
     settings.register_profile("others", patient)
     settings.register_profile("same", patient, derandomize=True)
     settings.load_profile("same")
+
+# As the commands do, before torch is imported: threads that spin while they wait take a hundred times as long where
+# something else keeps one of them from running.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SAMPLES = Path(__file__).parents[1] / "server/tome_server/models/bundled/fashion/samples"
 
