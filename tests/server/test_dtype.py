@@ -25,7 +25,7 @@ def test_a_server_left_to_choose_computes_in_the_type_that_its_log_names(
         result = client.predict(next(iter(samples)), r=0, features=True)
     assert model.dtype == dtype
     # The bundled model's quality was measured in both.
-    assert model.r_grid[0].top1 == {"float32": 0.9049, "bfloat16": 0.9048}[dtype]
+    assert model.r_grid[0].top1 == {"float32": 0.9049, "bfloat16": 0.9052}[dtype]
     # What is computed in bfloat16 has nothing in the lower half of a float32.
     bits = np.array(result.features, np.float32).view(np.uint32)
     assert bool((bits & 0xFFFF).any()) == (dtype == "float32")

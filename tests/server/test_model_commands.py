@@ -353,7 +353,7 @@ def test_what_was_added_is_served(
         assert client.model("embedder").summary.description == "random"
         assert client.model("embedder").num_classes == 0
         fashion = client.model("fashion")
-        assert fashion.r_grid[0].top1 == {"float32": 0.9049, "bfloat16": 0.9048}[fashion.dtype]
+        assert fashion.r_grid[0].top1 == {"float32": 0.9049, "bfloat16": 0.9052}[fashion.dtype]
         file, label = next(iter(samples.items()))
         assert client.predict(file, model="fashion", budget=60, r=0).predictions[0].label == label
         embedded = client.predict(file, budget=60, features=True, normalize=True)  # by the first, which it is
