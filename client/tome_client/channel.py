@@ -16,10 +16,11 @@ DEFAULT_MAX_MESSAGE_BYTES: Final = 32 * 1024 * 1024
 # UNAVAILABLE: loading, draining or gone; another address may answer. CANCELLED: so does gRPC end
 # what has just arrived at a server that stops. RESOURCE_EXHAUSTED: the
 # queue is full; the server's grpc-retry-pushback-ms trailer, if it sends one, says when to come
-# back or, being negative, not to. Nothing else can go differently the second time.
+# back or, being negative, not to. Nothing else can go differently the second time. All pauses
+# together outlast a draining server, which refuses until what it has is answered.
 _RETRY_POLICY: Final = {
-    "maxAttempts": 4,
-    "initialBackoff": "0.05s",
+    "maxAttempts": 5,
+    "initialBackoff": "0.1s",
     "maxBackoff": "1s",
     "backoffMultiplier": 2,
     "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED", "RESOURCE_EXHAUSTED"],
