@@ -23,18 +23,18 @@ def pushback(milliseconds: int) -> tuple[tuple[str, str], ...]:
 
 
 @pytest.mark.parametrize("failure", [UNAVAILABLE, Failure(FULL), Failure(grpc.StatusCode.CANCELLED)])
-def test_a_busy_or_absent_server_is_tried_four_times(peer: Peer, failure: Failure) -> None:
-    peer.failures.extend([failure] * 3)
+def test_a_busy_or_absent_server_is_tried_five_times(peer: Peer, failure: Failure) -> None:
+    peer.failures.extend([failure] * 4)
     with Client(peer.target) as client:
         assert client.predict(b"").model == "first"
-    assert len(peer.calls) == 4
+    assert len(peer.calls) == 5
 
 
-def test_the_fifth_time_is_not_tried(peer: Peer) -> None:
-    peer.failures.extend([UNAVAILABLE] * 4)
+def test_the_sixth_time_is_not_tried(peer: Peer) -> None:
+    peer.failures.extend([UNAVAILABLE] * 5)
     with Client(peer.target) as client, pytest.raises(TomeError, match=r"UNAVAILABLE: .*scripted"):
         client.predict(b"")
-    assert len(peer.calls) == 4
+    assert len(peer.calls) == 5
 
 
 def test_a_retry_waits_as_long_as_the_server_asks(peer: Peer) -> None:
