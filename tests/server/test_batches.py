@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from scripted import LATE, QUICK, RS, SLOW, SOON, TOP, Bench, Clock, image_of, profile_of, refused, until, use
 
+from tome_server.engine import Reply
 from tome_server.errors import ModelFailedError, NoMemoryError
 from tome_server.models.hosted import HostedModel
 from tome_server.models.spec import Own
@@ -80,7 +81,8 @@ async def test_the_earliest_deadline_goes_first_whatever_its_model_and_r(start: 
 # Callers who go
 
 
-async def test_batch_mates_of_a_request_cancelled_on_the_device_are_answered(bench: Bench) -> None:
+async def a_batch_that_the_second_of_three_left(bench: Bench) -> list[asyncio.Task[Reply]]:
+    """The calls of a batch that is on the device, and stays there until its gate is opened."""
     holding = await bench.hold_device()
     tasks = await bench.in_order(1, 2, 3)
     bench.device.step()
@@ -89,6 +91,11 @@ async def test_batch_mates_of_a_request_cancelled_on_the_device_are_answered(ben
     tasks[1].cancel()
     with pytest.raises(asyncio.CancelledError):
         await tasks[1]
+    return tasks
+
+
+async def test_batch_mates_of_a_request_cancelled_on_the_device_are_answered(bench: Bench) -> None:
+    tasks = await a_batch_that_the_second_of_three_left(bench)
     assert bench.gauge("tome_requests_pending") == 2
     bench.device.gate.set()
     assert [image_of(reply) for reply in await asyncio.gather(tasks[0], tasks[2])] == [1, 3]
@@ -144,15 +151,8 @@ async def test_a_model_that_fails_goes_on_to_the_next_image(bench: Bench) -> Non
 
 
 async def test_what_was_cancelled_is_not_run_again_after_a_failure(bench: Bench) -> None:
-    holding = await bench.hold_device()
     bench.device.poison = {3}
-    tasks = await bench.in_order(1, 2, 3)
-    bench.device.step()
-    await holding
-    assert await bench.device.started.get() == (1, 2, 3)
-    tasks[1].cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await tasks[1]
+    tasks = await a_batch_that_the_second_of_three_left(bench)
     bench.device.gate.set()
     assert isinstance(await refused(tasks[2]), ModelFailedError)
     assert image_of(await tasks[0]) == 1

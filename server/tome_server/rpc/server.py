@@ -88,8 +88,8 @@ class RpcServer:
         end = loop.time() + grace
         self._health.stop()
         self._engine.drain()
-        # gRPC cancels what it has received and not yet handed over when it is told to stop, and clients don't retry
-        # what was cancelled. So it is told once all are answered, and have had time to ask again and be refused.
+        # gRPC cancels what it has received and not yet handed over when it is told to stop, and few clients retry what
+        # was cancelled. So it is told once all are answered, and have had time to ask again and be refused.
         with suppress(TimeoutError):
             async with asyncio.timeout_at(end):
                 await self._engine.answered()
