@@ -82,12 +82,15 @@ class Hosting:
 
     async def _start(self) -> None:
         await self._device.open(self._config.device)
+        sources = [_Source(spec) for spec in model_specs(self._config)]
+        # First, since models are made, and what else is chosen is measured, for so many.
         if self._config.threads:
             await self._device.set_threads(self._config.threads)
-        sources = [_Source(spec) for spec in model_specs(self._config)]
+        elif self._device.name == "cpu":
+            models = [(source.spec, self._max_batch(source.spec)) for source in sources]
+            with _fits("one of the models, each in batches of its largest size"):
+                await self._device.choose_threads(models, self._config.profiles)
         loaded = [await self._load(source.spec) for source in sources]
-        if not self._config.threads and self._device.name == "cpu":
-            await self._device.choose_threads(max(self._max_batch(source.spec) for source in sources))
         measured = [await self._measured(*each) for each in loaded]
         # All at once: requests for the first would disturb what is measured of the second.
         for source, served in zip(sources, measured, strict=True):

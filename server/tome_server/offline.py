@@ -124,24 +124,19 @@ def profile_model(
 ) -> tuple[str, ProfileKey, Profile, Path | None]:
     """Measure for `budget` seconds how long batches of a model take, and keep that for the server.
 
-    The model is the first configured, or `stored`. A dtype of auto is measured first.
+    The model is the first configured, or `stored`. What the server would choose by measuring is measured anew.
     Returns the model's name, what the profile holds for, the profile, and where it is kept: None if it can't be, which
     is logged. Raises ConfigError or ModelLoadError, in words for the operator.
     """
-    spec = stored or model_specs(config)[0]
-    device = choose_device(config.device)
+    specs = [stored] if stored else model_specs(config)
+    spec, device = specs[0], choose_device(config.device)
+    most = {spec.name: spec.own.max_batch or config.batching.max_batch for spec in specs}
     torch.set_num_threads(config.threads or available_cpus())
-    max_batch = spec.own.max_batch or config.batching.max_batch
-    model = load_chosen(
-        spec,
-        device,
-        max_batch=max_batch,
-        threads=(config.threads,) if config.threads else (1, available_cpus()),
-        folder=config.profiles,
-        anew=True,
-    )
     if config.threads is None and device.type == "cpu":
-        choose_threads([model], max_batch, device)
+        # For all of them, as the server does.
+        choose_threads([(spec, most[spec.name]) for spec in specs], config.profiles, anew=True)
+    max_batch = most[spec.name]
+    model = load_chosen(spec, device, max_batch=max_batch, folder=config.profiles, anew=True)
     model = with_graphs(model, device, max_batch=max_batch, memory=config.cuda_graph_memory)
     key = profile_key(model, spec.checkpoint, device, max_batch)
     profile = measure(model, device, max_batch=max_batch, budget=budget, progress=progress)

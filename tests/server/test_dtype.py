@@ -19,7 +19,7 @@ def test_a_server_left_to_choose_computes_in_the_type_that_its_log_names(
     [(dtype, why)] = re.findall(r"fashion runs in (\w+): ([^\"\n]+)", server.log.read_text())
     assert re.search(r"\d\.\d\d times as fast", why)
     # For the next start.
-    assert len(list(folder.glob("fashion-*.dtype"))) == 1
+    assert len(list(folder.glob("fashion-*.gains"))) == 1
     with Client(server.target, timeout=60) as client:
         model = client.model()
         result = client.predict(next(iter(samples)), r=0, features=True)

@@ -1,5 +1,8 @@
 """Models on their way into service, where the device has something against it."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import pytest
 
 from tome_server.config import ModelConfig, ServerConfig
@@ -7,6 +10,7 @@ from tome_server.engine import Engine
 from tome_server.errors import ConfigError, ModelLoadError, OutOfMemoryError
 from tome_server.hosting import Hosting, model_specs
 from tome_server.models.preprocess import Limits
+from tome_server.models.spec import ModelSpec
 from tome_server.observability.metrics import Metrics
 
 
@@ -64,6 +68,43 @@ async def test_a_model_is_given_room_and_limits_of_its_own_where_it_asks_for_the
         await Hosting(device, engine, config).start()
     engine.close()
     assert device.asked == [(limits, slots)]
+
+
+class CpuDevice(FullDevice):
+    """Likewise, but a CPU, whose threads are chosen."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.threads: list[object] = []
+
+    async def set_threads(self, threads: int) -> None:
+        assert self.asked == []
+        self.threads.append(threads)
+
+    async def choose_threads(self, models: Sequence[tuple[ModelSpec, int]], folder: Path | None) -> None:
+        assert self.asked == []
+        self.threads.append(([(spec.name, max_batch) for spec, max_batch in models], folder))
+
+
+@pytest.mark.parametrize(
+    ("settings", "threads"),
+    [({"threads": 3}, 3), ({"batching": {"max_batch": 5}}, ([("fashion", 5), ("small", 2)], Path("kept")))],
+)
+async def test_threads_are_chosen_or_set_before_any_model_is_loaded(
+    settings: dict[str, object], threads: object
+) -> None:
+    models = [{}, {"name": "small", "batching": {"max_batch": 2}}]
+    config = ServerConfig.model_validate({"models": models, "profiles": "kept", **settings})
+    device = CpuDevice()
+    names = [spec.name for spec in model_specs(config)]
+    engine = Engine(device, Metrics(), max_delay=0.0, max_pending=1, reply_margin=0.0, decode_threads=1, names=names)
+    with pytest.raises(ModelLoadError):
+        await Hosting(device, engine, config).start()
+    engine.close()
+    assert device.threads == [threads]
+    assert len(device.asked) == 1
 
 
 def test_a_model_that_takes_larger_images_than_messages_may_be_is_refused() -> None:

@@ -138,7 +138,7 @@ def test_the_bundled_model_can_be_added_and_measured(run: Run, models: Path) -> 
     assert table.startswith("batch ")
     [profile] = (models / "fashion/profiles").glob("*.json")
     # And which dtype is faster, which the server is to choose by.
-    assert len([*(models / "fashion/profiles").glob("fashion-*.dtype")]) == 1
+    assert len([*(models / "fashion/profiles").glob("fashion-*.gains")]) == 1
     assert json.loads(profile.read_text())["batch_sizes"] == [1, 2]
     described = json.loads(run("inspect", "fashion", "--repository", models, "--json"))
     assert described["classes"] == 10

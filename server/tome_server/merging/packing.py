@@ -61,19 +61,21 @@ class PackedPatches(nn.Module):
         return embedded.transpose(1, 2).view(batch, -1, rows, columns)
 
 
-def packable(merged: MergedModel) -> bool:
-    """Return whether packing applies: for inference, on a CPU that torch has kernels for.
+def packed_dtypes() -> tuple[torch.dtype, ...]:
+    """Return in which dtypes this CPU has kernels for packed weights: float32, and bfloat16 where it computes in it."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # type: ignore[no-untyped-call]
+        return ()
+    return (torch.float32, torch.bfloat16) if _has_bfloat16() else (torch.float32,)
 
-    In float32, or in bfloat16 where the CPU computes in it.
-    """
+
+def packable(merged: MergedModel) -> bool:
+    """Return whether packing applies: for inference, on a CPU that torch has kernels for in the model's dtype."""
     parameters = list(merged.parameters())
     dtypes = {p.dtype for p in parameters}
     return (
         all(p.device.type == "cpu" and not p.requires_grad for p in parameters)
         and not any(module.training for module in merged.modules())
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and (dtypes == {torch.float32} or (dtypes == {torch.bfloat16} and _has_bfloat16()))
+        and any(dtypes == {dtype} for dtype in packed_dtypes())
     )
 
 
@@ -82,7 +84,7 @@ def pack(merged: MergedModel, *, divided: bool | None = None) -> MergedModel:
 
     Made for as many threads as torch is set to. A few of them share out the images of a batch; and where `divided`,
     all of them run what doesn't go round evenly, a single image above all: parts of each block where blocks are plain,
-    else of each operation, as torch does. None measures on the first block whether that is worth it. Results differ by
+    else of each operation, as torch does. None measures whether that is worth it (`division_gain`). Results differ by
     rounding alone. Raises ValueError unless `packable`.
     """
     if not packable(merged):
@@ -90,13 +92,13 @@ def pack(merged: MergedModel, *, divided: bool | None = None) -> MergedModel:
             "only models in float32 or bfloat16 on a CPU that computes in it, in eval mode and without gradients, "
             "can be packed"
         )
+    if divided is None:
+        divided = few_threads() and division_gain(merged) >= LEAST_GAIN
     model, proportional = _copy(merged.model), merged.proportional_attention
     threads = torch.get_num_threads()
-    if not 1 < threads <= MOST_WORKERS:
+    if not few_threads():
         return MergedModel(model, proportional, _pack(model))
     several = workers(threads)
-    if divided is None:
-        divided = _gain(model, several) >= LEAST_GAIN
     # A worker is torch's only thread, and weights that are packed in one are packed for that.
     if not divided:
         [layers] = several.each([partial(_pack, model)])
@@ -109,35 +111,18 @@ def pack(merged: MergedModel, *, divided: bool | None = None) -> MergedModel:
     return SharedModel(model, proportional, layers, several, division="images and operations", together=together)
 
 
-def _copy(module: Network) -> Network:
-    """Return a copy that shares the parameters."""
-    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
-
-
-def _pack(model: VisionModel) -> list[Layers]:
-    """Put packed layers in the place of a model's own, and return its blocks taken apart."""
-    _pack_patches(model)
-    return pack_blocks(model)
-
-
-def _has_bfloat16() -> bool:
-    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return supported
-
-
-def _divide(model: VisionModel, proportional_attention: bool, several: Workers) -> MergedModel:
-    _pack_patches(model)
-    for block in model.blocks:
-        divide(block, several.count)
-    return DividedModel(model, proportional_attention, several)
+def few_threads() -> bool:
+    """Return whether torch is set to several threads, and so few that they divide a packed model's work."""
+    return 1 < torch.get_num_threads() <= MOST_WORKERS
 
 
 @torch.inference_mode()
-def _gain(model: VisionModel, several: Workers) -> float:
-    """Return how many times as fast a single image passes the first block on all threads, as on one.
+def division_gain(merged: MergedModel) -> float:
+    """Return how many times as fast a single image passes the first block on all of a few threads, as on one.
 
     Merged about as much as in the middle of an r grid.
     """
+    model, several = merged.model, workers(torch.get_num_threads())
 
     def in_worker(call: Callable[[], T]) -> T:
         return several.each([call])[0]
@@ -162,6 +147,29 @@ def _gain(model: VisionModel, several: Workers) -> float:
         for i, (run_in, layers) in enumerate(ways):
             best[i] = min(best[i], run_in(partial(_seconds, layers, embedded, model.num_prefix_tokens)))
     return best[0] / best[1]
+
+
+def _copy(module: Network) -> Network:
+    """Return a copy that shares the parameters."""
+    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+
+
+def _pack(model: VisionModel) -> list[Layers]:
+    """Put packed layers in the place of a model's own, and return its blocks taken apart."""
+    _pack_patches(model)
+    return pack_blocks(model)
+
+
+def _has_bfloat16() -> bool:
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return supported
+
+
+def _divide(model: VisionModel, proportional_attention: bool, several: Workers) -> MergedModel:
+    _pack_patches(model)
+    for block in model.blocks:
+        divide(block, several.count)
+    return DividedModel(model, proportional_attention, several)
 
 
 def _seconds(block: Layers, embedded: Embedded, prefix: int) -> float:

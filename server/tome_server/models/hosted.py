@@ -64,6 +64,8 @@ class HostedModel:
     """By r, the tokens that each block merges there, where that isn't r in every block. It takes no more work."""
     dtype: str = "float32"
     """Of weights and activations."""
+    division: str = ""
+    """What a few CPU threads divide among them; empty on one thread, on many, and on a GPU."""
     weights_bytes: int = 0
     """What its weights take, as they were loaded."""
     default_budget: float | None = None

@@ -29,6 +29,8 @@ class LoadedModel(HostedModel):
     """A hosted model that can run."""
 
     merged: MergedModel
+    division_gain: float | None = None
+    """How many times as fast a single image is on all CPU threads as on one, where `division` was chosen by that."""
     graphs: Forward | None = None
     """What was recorded of it, to be run in its place: see runtime/graphs.py."""
 
@@ -93,6 +95,7 @@ def loaded_model(
     labels: tuple[str, ...] = (),
     default_budget: float | None = None,
     quality: Mapping[int, Quality] | None = None,
+    division_gain: float | None = None,
 ) -> LoadedModel:
     """Return a model with what is to know about its network, counted from its shapes."""
     _, height, width = preprocess.settings.input_size
@@ -112,10 +115,12 @@ def loaded_model(
         costs=costs,
         rs=r_grid(costs),
         dtype=dtype,
+        division=merged.division,
         weights_bytes=weights_bytes,
         default_budget=default_budget,
         quality=dict(quality or {}),
         merged=merged,
+        division_gain=division_gain,
     )
 
 

@@ -3,8 +3,9 @@
 import difflib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,6 +22,7 @@ from tome_server.errors import ModelLoadError
 from tome_server.merging import MergedModel, UnsupportedModelError, merge, pack, packable
 from tome_server.merging.eva import fix_positions
 from tome_server.merging.geometry import default_size
+from tome_server.merging.packing import LEAST_GAIN, division_gain, few_threads
 from tome_server.merging.support import check_supported
 from tome_server.models.hosted import Quality
 from tome_server.models.loaded import LoadedModel, loaded_model, with_schedules
@@ -36,12 +38,18 @@ EQUAL = 1e-4
 LEAST_AGREEMENT = 0.995
 # A quality report, and by r what was measured and the schedules, where there are any.
 _Report: TypeAlias = tuple[dict[str, Any], dict[int, Quality], dict[int, tuple[int, ...]]]
+# Returns what a function that measures returns, or what it returned before.
+Recall: TypeAlias = Callable[[Callable[[], float]], float]
 
 
-def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) -> LoadedModel:
+def load(
+    spec: ModelSpec, device: torch.device, limits: Limits | None = None, *, recall: Recall = lambda measure: measure()
+) -> LoadedModel:
     """Load a model onto `device` and prove that it gives timm's own answer at r = 0. A dtype of auto is float32 here.
 
-    Raises ModelLoadError, in words for the operator, if any part of the spec can't be had or doesn't fit.
+    On a CPU it is made for as many threads as torch is set to; `recall` may know what these gain by dividing a single
+    image among them. Raises ModelLoadError, in words for the operator, if any part of the spec can't be had or doesn't
+    fit.
     """
     if spec.dtype == "auto":
         spec = in_dtype(spec, "float32")
@@ -52,15 +60,14 @@ def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) ->
     merged = merge(model, proportional_attention=spec.proportional_attention)
     plain = merged.model
     settings = _settings(spec, model)
-    if spec.dtype == "float32" and packable(merged):
-        merged = pack(merged)
+    gain = None
+    if spec.dtype == "float32":
+        merged, gain = _packed(merged, recall)
     _check_equal(plain, merged, settings, device)
     # Only now, for the rounding of lesser types would hide what the check looks for.
     merged = merged.to(getattr(torch, spec.dtype))
-    if spec.dtype != "float32" and packable(merged):
-        merged = pack(merged)
-    if merged.division:
-        log.info("%s: %d CPU threads divide %s, as measured", spec.name, torch.get_num_threads(), merged.division)
+    if spec.dtype != "float32":
+        merged, gain = _packed(merged, recall)
     quality, schedules = _quality(spec)
     loaded = loaded_model(
         merged,
@@ -75,6 +82,7 @@ def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) ->
         labels=_labels(spec, model),
         default_budget=spec.default_budget,
         quality=quality,
+        division_gain=gain,
     )
     try:
         loaded = with_schedules(loaded, {**schedules, **spec.schedules})
@@ -83,6 +91,16 @@ def load(spec: ModelSpec, device: torch.device, limits: Limits | None = None) ->
     # Last, for what is fixed is of the dtype that it is in.
     fix_positions(merged.model, loaded.patch_grid)
     return loaded
+
+
+def _packed(merged: MergedModel, recall: Recall) -> tuple[MergedModel, float | None]:
+    """Return `merged` with packed weights if it can have them, and by what gain few threads divide single images."""
+    if not packable(merged):
+        return merged, None
+    if not few_threads():
+        return pack(merged), None
+    gain = recall(partial(division_gain, merged))
+    return pack(merged, divided=gain >= LEAST_GAIN), gain
 
 
 def create(spec: ModelSpec) -> VisionTransformer:

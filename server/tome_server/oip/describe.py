@@ -76,6 +76,8 @@ def model_config(served: Served, engine: Engine) -> dict[str, Any]:
         "priority": "taken and ignored: the earliest deadline goes first",
         "r_grid": ", ".join(map(str, served.rs)),
     }
+    if model.division:
+        about["threads_divide"] = model.division
     defaults = {name: getattr(own, name) for name in ("default_min_r", "default_max_r", "default_min_quality")}
     about |= {name: f"{value:g}" for name, value in defaults.items() if value is not None}
     return {

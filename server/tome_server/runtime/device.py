@@ -80,6 +80,11 @@ class Device:
         """Use so many CPU threads."""
         await self._call("set_threads", threads)
 
+    async def choose_threads(self, models: Sequence[tuple[ModelSpec, int]], folder: Path | None = None) -> int:
+        """Do what the function `choose_threads` does, before any model is loaded. Raises ModelLoadError."""
+        threads: int = await self._call("choose_threads", models, folder)
+        return threads
+
     async def load(
         self, key: str, spec: ModelSpec, limits: Limits, slots: int, *, max_batch: int = 1, folder: Path | None = None
     ) -> HostedModel:
@@ -99,11 +104,6 @@ class Device:
         """Forget a model that no batch is run of any more."""
         del self._images[key]
         await self._call("unload", key)
-
-    async def choose_threads(self, max_batch: int) -> int:
-        """Measure which number of CPU threads runs the loaded models fastest, use it, and return it."""
-        threads: int = await self._call("choose_threads", max_batch)
-        return threads
 
     async def record(self, key: str, *, max_batch: int, memory: int) -> None:
         """On CUDA, record graphs of a loaded model's batches in at most so many bytes; else do nothing."""

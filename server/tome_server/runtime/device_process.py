@@ -37,9 +37,9 @@ from tome_server.runtime.threads import choose_threads
 from tome_server.runtime.work import BatchResult, Work
 from tome_server.scheduling.profile import Profile
 
-# Ticket of the call, or None for a line of the log; then value and error, of which one is None.
 log = logging.getLogger(__name__)
 
+# Ticket of the call, or None for a line of the log; then value and error, of which one is None.
 _Answer: TypeAlias = tuple[int | None, object, Exception | None]
 
 
@@ -53,7 +53,6 @@ class DeviceProcess:
         self._images: dict[str, Mapped] = {}
         self._device = torch.device("cpu")
         self._threads = available_cpus()
-        self._threads_open = True
         # Held by a batch, and while CUDA graphs are recorded, so that neither comes into the other.
         self._running = threading.Lock()
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
@@ -99,14 +98,7 @@ class DeviceProcess:
     def load(self, key: str, spec: ModelSpec, limits: Limits, max_batch: int, folder: Path | None) -> HostedModel:
         """Load a model and run it once, so that the first request doesn't pay for what torch sets up lazily."""
         torch.set_num_threads(self._threads)
-        model = load_chosen(
-            spec,
-            self._device,
-            limits,
-            max_batch=max_batch,
-            threads=(1, self._threads) if self._threads_open else (self._threads,),
-            folder=folder,
-        )
+        model = load_chosen(spec, self._device, limits, max_batch=max_batch, folder=folder)
         for level in {model.grid[0], model.grid[-1]}:
             self._run_empty(model, 1, level.r)
         self._models[key] = model
@@ -118,13 +110,12 @@ class DeviceProcess:
 
     def set_threads(self, threads: int) -> None:
         """Use so many CPU threads."""
-        self._threads, self._threads_open = threads, False
+        self._threads = threads
         torch.set_num_threads(threads)
 
-    def choose_threads(self, max_batch: int) -> int:
-        """Measure which number of CPU threads is best, and use it."""
-        self._threads = choose_threads(list(self._models.values()), max_batch, self._device)
-        self._threads_open = False
+    def choose_threads(self, models: Sequence[tuple[ModelSpec, int]], folder: Path | None) -> int:
+        """Use the number of CPU threads that is best for models, each with its largest batch."""
+        self._threads = choose_threads(models, folder)
         return self._threads
 
     def record(self, key: str, max_batch: int, memory: int) -> None:

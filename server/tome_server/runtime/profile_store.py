@@ -202,12 +202,17 @@ def obtain_profile(
         except ProfileError as error:
             reasons.append(str(error))
         else:
-            log.info("profile of %s read from %s", model.name, path)
+            log.info("profile of %s read from %s: %s", model.name, path, _mixed(profile))
             return profile
     log.info("measuring how fast %s is, for about %.0f s: %s", model.name, budget, "; ".join(reasons))
     profile = measure(model, device, max_batch=max_batch, budget=budget, run=run)
     keep_profile(folder, model.name, key, profile)
+    log.info("profile of %s measured: %s", model.name, _mixed(profile))
     return profile
+
+
+def _mixed(profile: Profile) -> str:
+    return f"batches of several r run {'packed' if profile.packed else 'split'}"
 
 
 def keep_profile(folder: Path | None, name: str, key: ProfileKey, profile: Profile) -> Path | None:

@@ -3,47 +3,79 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from tome_server.models.loaded import LoadedModel
+from tome_server.models.loading import load
+from tome_server.models.spec import ModelSpec
 from tome_server.runtime.cpus import available_cpus
 from tome_server.runtime.executor import run_batch
+from tome_server.runtime.gains import Gains, model_gains, speed_key
 from tome_server.runtime.work import Work
 
 log = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
 
-def choose_threads(models: Sequence[LoadedModel], max_batch: int, device: torch.device) -> int:
-    """Set torch's threads to what runs one image and a full batch of each model fastest, and return that."""
 
-    def run() -> None:
-        for model in models:
-            image = torch.zeros(model.preprocess.settings.input_size, dtype=torch.uint8)
-            for size in (1, max_batch):
-                run_batch(model, [Work(image, top_k=1)] * size, model.grid[len(model.grid) // 2].r, device)
+def choose_threads(models: Sequence[tuple[ModelSpec, int]], folder: Path | None = None, *, anew: bool = False) -> int:
+    """Set torch's threads to one or to all CPUs, as runs `models` faster, and return how many that is.
 
-    threads = fastest_threads(run, available_cpus())
+    Of each model, given with its largest batch, one image and such a batch are timed, in float32 where its dtype is
+    auto: that is chosen later, for these threads. What was measured is kept in `folder` (None: the default one) for the
+    next time; `anew` measures in any case. Raises what `load` raises.
+    """
+    most = available_cpus()
+    torch.set_num_threads(most)
+    if most == 1:
+        log.info("1 CPU thread, for this is the only CPU")
+        return 1
+    parts = [speed_key(spec, CPU, most, max_batch) | {"dtype": spec.dtype} for spec, max_batch in models]
+    shipped = models[0][0].profiles if len(models) == 1 else None
+    gains = Gains("server", {"models": parts}, folder, shipped, anew=anew)
+
+    def measure() -> float:
+        seconds = [_seconds(spec, max_batch, most, folder, anew) for spec, max_batch in models]
+        return sum(each[1] for each in seconds) / sum(each[most] for each in seconds)
+
+    gain = gains.recall(f"{most} threads", measure)
+    threads = most if gain > 1 else 1
     torch.set_num_threads(threads)
-    log.info("%d CPU threads, as measured", threads)
+    log.info("%d CPU threads: %d are %.2f times as fast as one", threads, most, gain)
     return threads
 
 
-def fastest_threads(run: Callable[[], None], most: int, rounds: int = 3) -> int:
-    """Measure `run` on one torch thread and on `most`, in turn, and return which is faster.
+def _seconds(spec: ModelSpec, max_batch: int, most: int, folder: Path | None, anew: bool) -> dict[int, float]:
+    """Return how long a model takes on one thread and on `most`. It is gone when the next is loaded."""
+    dtype = "float32" if spec.dtype == "auto" else spec.dtype
+    model = load(spec, CPU, recall=model_gains(spec, CPU, max_batch, folder, anew=anew).divided(dtype))
+    return seconds_on((1, most), partial(_run, model, max_batch))
+
+
+def _run(model: LoadedModel, max_batch: int) -> None:
+    work = Work(torch.zeros(model.preprocess.settings.input_size, dtype=torch.uint8), top_k=1)
+    for size in (1, max_batch):
+        run_batch(model, [work] * size, model.grid[len(model.grid) // 2].r, CPU)
+
+
+def seconds_on(counts: Sequence[int], run: Callable[[], None], rounds: int = 3) -> dict[int, float]:
+    """Return the least seconds that `run` takes, by how many threads torch is set to; measured in turn.
 
     Threads that sleep between operations, as ours do so as not to starve others, are slow to wake: for a small model
     that costs more than a second thread gains.
     """
-    if most == 1:
-        return 1
-    best = dict.fromkeys((1, most), float("inf"))
+    best = dict.fromkeys(counts, float("inf"))
     before = torch.get_num_threads()
-    for _ in range(rounds):
-        for threads in best:
-            torch.set_num_threads(threads)
-            start = time.perf_counter()
-            run()
-            best[threads] = min(best[threads], time.perf_counter() - start)
-    torch.set_num_threads(before)
-    return min(best, key=lambda threads: best[threads])
+    try:
+        for _ in range(rounds):
+            for threads in best:
+                torch.set_num_threads(threads)
+                start = time.perf_counter()
+                run()
+                best[threads] = min(best[threads], time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
+    return best

@@ -136,21 +136,21 @@ def test_images_of_every_family_are_shared_out(name: str, threads: int, pack: Pa
             found, expected = packed(images[:batch], rs[:batch]), merged(images[:batch], rs[:batch])
             assert found.tokens_per_block == expected.tokens_per_block
             assert (found.logits - expected.logits).abs().max() < 1e-4 * expected.logits.abs().max()
-    assert 0 < packing._gain(merged.model, workers(threads)) < 1000
+    assert 0 < packing.division_gain(merged) < 1000
 
 
 @pytest.mark.parametrize(("gain", "divided"), [(1.0, False), (1.19, False), (1.2, True), (2.0, True)])
 def test_blocks_are_divided_where_a_single_image_gains_enough(
     gain: float, divided: bool, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "_gain", lambda *_: gain)
+    monkeypatch.setattr(packing, "division_gain", lambda _: gain)
     assert isinstance(packing.pack(small()), DividedModel) == divided
 
 
 def test_what_a_single_image_gains_is_measured_and_changes_nothing(threads: int) -> None:
     merged, images = small(init_values=0.3), torch.randn(3, 3, 96, 96)
     before = merged(images, 2).logits
-    assert 0 < packing._gain(merged.model, workers(threads)) < 1000
+    assert 0 < packing.division_gain(merged) < 1000
     assert torch.equal(merged(images, 2).logits, before)
     same(packing.pack(merged)(images, 2).logits, before)
 

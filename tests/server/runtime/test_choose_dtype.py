@@ -1,10 +1,10 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -16,11 +16,15 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tome_server.errors import ModelLoadError
+from tome_server.merging import MergedModel, native, packing
+from tome_server.merging.packing import packed_dtypes
+from tome_server.models import loading
 from tome_server.models.loaded import LoadedModel
 from tome_server.models.loading import LEAST_AGREEMENT, load
 from tome_server.models.spec import Dtype, ModelSpec, in_dtype, qualities, quality_file, weights_digest
-from tome_server.runtime import choose_dtype
+from tome_server.runtime import choose_dtype, gains
 from tome_server.runtime.choose_dtype import LEAST_GAIN, LEAST_IMAGES, choose, load_chosen, measure_gain
+from tome_server.runtime.profile_store import profile_key
 from tome_server.runtime.work import BatchResult, Work
 
 CPU = torch.device("cpu")
@@ -82,15 +86,15 @@ def test_nothing_is_measured_where_agreement_does_not_suffice(agreement: float, 
 
 
 class Device:
-    """Says that a batch takes so many seconds, by dtype and threads, for each image; and remembers what was run."""
+    """Says that a batch takes so many seconds, by dtype, for each image; and remembers what was run."""
 
-    def __init__(self, seconds: dict[tuple[str, int], float]) -> None:
-        self.seconds = seconds
+    def __init__(self, float32: float, bfloat16: float) -> None:
+        self.seconds = {"float32": float32, "bfloat16": bfloat16}
         self.sizes: list[int] = []
 
     def __call__(self, model: LoadedModel, batch: Sequence[Work[Any]], *_: object, **__: object) -> BatchResult:
         self.sizes.append(len(batch))
-        return BatchResult((), len(batch) * self.seconds[model.dtype, torch.get_num_threads()])
+        return BatchResult((), len(batch) * self.seconds[model.dtype])
 
 
 @pytest.fixture(scope="module")
@@ -98,34 +102,25 @@ def both(spec: ModelSpec) -> dict[Dtype, LoadedModel]:
     return {dtype: load(in_dtype(spec, dtype), CPU) for dtype in ("float32", "bfloat16")}
 
 
-def measured(
-    both: dict[Dtype, LoadedModel], device: Device, threads: Sequence[int] = (1,), max_batch: int = 8
-) -> float:
-    return measure_gain(both, CPU, max_batch=max_batch, threads=threads, run=device)
-
-
-def test_each_type_is_measured_with_the_threads_that_suit_it(both: dict[Dtype, LoadedModel]) -> None:
-    before = torch.get_num_threads()
-    device = Device({("float32", 1): 0.04, ("float32", 2): 0.03, ("bfloat16", 1): 0.02, ("bfloat16", 2): 0.05})
-    assert measured(both, device, threads=(1, 2)) == pytest.approx(1.5)
-    assert torch.get_num_threads() == before
+def measured(both: dict[Dtype, LoadedModel], device: Device, max_batch: int = 8) -> float:
+    return measure_gain(both, CPU, max_batch=max_batch, run=device)
 
 
 @pytest.mark.parametrize(("seconds", "size"), [(0.001, 8), (0.04, 8), (0.08, 4), (0.3, 1)])
 def test_batches_are_as_large_as_time_allows(both: dict[Dtype, LoadedModel], seconds: float, size: int) -> None:
-    device = Device({("float32", 1): seconds, ("bfloat16", 1): seconds / 2})
+    device = Device(seconds, seconds / 2)
     assert measured(both, device) == pytest.approx(2)
     assert max(device.sizes) == size
 
 
 def test_a_single_image_is_all_that_a_server_without_batches_is_measured_with(both: dict[Dtype, LoadedModel]) -> None:
-    device = Device({("float32", 1): 0.002, ("bfloat16", 1): 0.001})
+    device = Device(0.002, 0.001)
     assert measured(both, device, max_batch=1) == pytest.approx(2)
     assert set(device.sizes) == {1}
 
 
 def test_a_type_that_the_processor_emulates_is_given_up_soon(both: dict[Dtype, LoadedModel]) -> None:
-    device = Device({("float32", 1): 0.001, ("bfloat16", 1): 0.1})
+    device = Device(0.001, 0.1)
     assert measured(both, device) == pytest.approx(0.01)
     assert device.sizes == [1, 1, 1, 1]
 
@@ -153,7 +148,7 @@ def gain(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], list[str]]:
 
 
 def chosen(spec: ModelSpec, folder: Path, **changes: Any) -> LoadedModel:
-    settings: dict[str, Any] = {"max_batch": 4, "threads": (1,), "folder": folder} | changes
+    settings: dict[str, Any] = {"max_batch": 4, "folder": folder} | changes
     return load_chosen(spec, CPU, **settings)
 
 
@@ -260,11 +255,10 @@ def test_it_is_measured_once_for_what_speed_depends_on(
     # Weights that were trained further are as fast, but what bfloat16 costs them is another matter.
     assert chosen(reported(spec, tmp_path, levels=[{"r": 0, "agreement": 0.9}]), tmp_path).dtype == "float32"
     assert len(asked) == 1
-    for changes in ({"max_batch": 2}, {"threads": (2,)}, {"threads": (1, 2)}, {"anew": True}):
+    for changes in ({"max_batch": 2}, {"anew": True}):
         chosen(spec, tmp_path, **changes)
-    assert len(asked) == 5
     chosen(spec, tmp_path / "elsewhere")
-    assert len(asked) == 6
+    assert len(asked) == 4
 
 
 def test_what_came_with_the_model_is_taken(
@@ -277,27 +271,124 @@ def test_what_came_with_the_model_is_taken(
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"gain": 2}', '{"key": {}, "gain": 2}', "damaged gain"])
-def test_what_was_kept_and_is_damaged_is_measured_again(
-    spec: ModelSpec, gain: Callable[[object], list[str]], tmp_path: Path, content: str
+def test_it_is_measured_again_where_merging_or_packing_or_threads_have_changed(
+    spec: ModelSpec,
+    gain: Callable[[object], list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    two_threads: None,
 ) -> None:
     asked = gain(2.0)
     chosen(spec, tmp_path)
-    [kept] = tmp_path.glob("tiny-*.dtype")
-    whole = json.loads(kept.read_text())
-    kept.write_text(json.dumps(whole | {"gain": "fast"}) if content == "damaged gain" else content)
-    assert chosen(spec, tmp_path).dtype == "bfloat16"
+    with monkeypatch.context() as changed:
+        changed.setattr(native, "BUILT", not native.BUILT)
+        chosen(spec, tmp_path)
     assert len(asked) == 2
-    assert json.loads(kept.read_text()) == whole
+    with monkeypatch.context() as changed:
+        for module in (packing, gains):
+            changed.setattr(module, "packed_dtypes", lambda: ())
+        chosen(spec, tmp_path)
+    assert len(asked) == 3
+    torch.set_num_threads(1)
+    chosen(spec, tmp_path)
+    assert len(asked) == 4
+    torch.set_num_threads(2)
+    chosen(spec, tmp_path)
+    assert len(asked) == 4
 
 
-def test_a_folder_that_cannot_be_written_is_warned_of(
-    spec: ModelSpec, gain: Callable[[object], list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+# What a few threads divide
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def dividing(monkeypatch: pytest.MonkeyPatch, two_threads: None) -> Callable[[float], list[torch.dtype]]:
+    """Return a function that has dividing an image measured to gain so much; its list grows by the dtype with each."""
+
+    def stand_in(gain: float) -> list[torch.dtype]:
+        asked: list[torch.dtype] = []
+
+        def measure(merged: MergedModel) -> float:
+            asked.append(next(merged.parameters()).dtype)
+            return gain
+
+        monkeypatch.setattr(loading, "division_gain", measure)
+        return asked
+
+    return stand_in
+
+
+@pytest.mark.parametrize(("gain", "later", "division"), [(1.19, 1.2, "images"), (1.2, 1.19, "images and blocks")])
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_what_threads_divide_stays_the_same_from_start_to_start_however_busy_the_machine_is(
+    spec: ModelSpec,
+    dividing: Callable[[float], list[torch.dtype]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    gain: float,
+    later: float,
+    division: str,
+    dtype: Literal["auto", "float32"],
 ) -> None:
-    gain(2.0)
-    (tmp_path / "file").write_text("")
-    assert chosen(spec, tmp_path / "file").dtype == "bfloat16"
-    assert "how fast tiny is in bfloat16 isn't kept, and will be measured again: " in caplog.text
+    caplog.set_level(logging.INFO)
+    spec = replace(spec, dtype=dtype, quality_bfloat16=None)
+    said = f"tiny: 2 CPU threads divide {division}: one image is {gain:.2f} times as fast on all of them as on one"
+    asked = dividing(gain)
+    first = chosen(spec, tmp_path)
+    assert asked == [torch.float32]
+    asked = dividing(later)
+    second = chosen(spec, tmp_path)
+    assert [first.division, second.division] == [division] * 2
+    assert profile_key(first, None, CPU, 4) == profile_key(second, None, CPU, 4)
+    assert asked == []
+    assert caplog.text.count(said) == 2
+    # Until all is measured anew.
+    assert chosen(spec, tmp_path, anew=True).division != division
+    assert chosen(spec, tmp_path).division != division
+
+
+@pytest.mark.skipif(torch.bfloat16 not in packed_dtypes(), reason="the CPU computes nothing in bfloat16")
+def test_dtypes_are_compared_with_what_threads_divide_in_each_and_that_one_serves(
+    spec: ModelSpec, dividing: Callable[[float], list[torch.dtype]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[dict[Dtype, LoadedModel]] = []
+
+    def measure(models: dict[Dtype, LoadedModel], *_: object, **__: object) -> float:
+        compared.append(dict(models))
+        return 2.0
+
+    monkeypatch.setattr(choose_dtype, "measure_gain", measure)
+    asked = dividing(1.5)
+    model = chosen(spec, tmp_path)
+    assert asked == [torch.float32, torch.bfloat16]
+    assert [(dtype, one.division) for dtype, one in compared[0].items()] == [
+        ("float32", "images and blocks"),
+        ("bfloat16", "images and blocks"),
+    ]
+    assert model is compared[0]["bfloat16"]
+    dividing(1.0)
+    again = chosen(spec, tmp_path)
+    assert (again.dtype, again.division) == ("bfloat16", "images and blocks")
+    assert len(compared) == 1
+
+
+def test_one_thread_divides_nothing_and_the_log_does_not_speak_of_it(
+    spec: ModelSpec, dividing: Callable[[float], list[torch.dtype]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    asked = dividing(2.0)
+    torch.set_num_threads(1)
+    model = chosen(replace(spec, dtype="float32"), tmp_path)
+    assert (asked, model.division, model.division_gain) == ([], "", None)
+    assert "divide" not in caplog.text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_cannot_be_loaded_is_refused_as_ever(spec: ModelSpec, tmp_path: Path) -> None:
@@ -308,4 +399,4 @@ def test_a_model_that_cannot_be_loaded_is_refused_as_ever(spec: ModelSpec, tmp_p
 
 
 def test_the_real_measurement_gives_a_ratio(both: dict[Dtype, LoadedModel]) -> None:
-    assert 0 < measure_gain(both, CPU, max_batch=2, threads=(1,), budget=0.1) < 1000
+    assert 0 < measure_gain(both, CPU, max_batch=2, budget=0.1) < 1000

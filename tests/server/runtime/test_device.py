@@ -97,7 +97,10 @@ async def test_images_as_they_are_get_there_what_they_get_here(device: Device, i
 
 async def test_what_is_known_of_a_model_is_what_is_known_here(device: Device) -> None:
     there = await device.load("again", replace(SPEC, name="again"), Limits(), SLOTS)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as there
     here = load(replace(SPEC, name="again"), CPU).described
+    torch.set_num_threads(before)
     assert type(there) is HostedModel
     assert there.preprocess.settings == here.preprocess.settings
     assert replace(there, preprocess=here.preprocess) == here

@@ -323,11 +323,14 @@ def test_a_model_is_measured_once(
     first = obtain(model, folder)
     assert [(call["max_batch"], call["budget"]) for call in measured] == [(2, 3)]
     [file] = folder.iterdir()
-    assert caplog.messages == [f"measuring how fast tiny is, for about 3 s: there is no {file}"]
+    assert caplog.messages == [
+        f"measuring how fast tiny is, for about 3 s: there is no {file}",
+        "profile of tiny measured: batches of several r run packed",
+    ]
     caplog.clear()
     assert obtain(model, folder) == first
     assert len(measured) == 1
-    assert caplog.messages == [f"profile of tiny read from {file}"]
+    assert caplog.messages == [f"profile of tiny read from {file}: batches of several r run packed"]
 
 
 def test_a_profile_that_came_with_the_model_is_read_and_never_written(
@@ -340,13 +343,13 @@ def test_a_profile_that_came_with_the_model_is_read_and_never_written(
     assert obtain(model, own, shipped) == profile
     assert len(measured) == 1
     assert not own.exists()
-    assert caplog.messages[-1] == f"profile of tiny read from {file}"
+    assert caplog.messages[-1] == f"profile of tiny read from {file}: batches of several r run packed"
     file.write_text("{")
     obtain(model, own, shipped)
     assert len(measured) == 2
     assert file.read_text() == "{"
     assert len(list(own.iterdir())) == 1
-    assert f"there is no {own / file.name}; {file} is no JSON" in caplog.messages[-1]
+    assert f"there is no {own / file.name}; {file} is no JSON" in caplog.messages[-2]
 
 
 def test_a_profile_of_another_set_up_is_measured_again_and_what_differs_is_logged(
@@ -364,7 +367,7 @@ def test_a_profile_of_another_set_up_is_measured_again_and_what_differs_is_logge
     caplog.clear()
     obtain(model, tmp_path)
     assert len(measured) == 2
-    [message] = caplog.messages
+    message, _ = caplog.messages
     assert message.endswith(f"was measured with other torch (1.1, not {torch.__version__})")
     obtain(model, tmp_path)
     assert len(measured) == 2

@@ -1,14 +1,24 @@
+import logging
 import math
 import os
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
-from tome_server.runtime import cpus
+import tome_server.timm_import  # noqa: F401  isort: skip
+import timm
+import torch
+from safetensors.torch import save_file
+
+from tome_server.errors import ModelLoadError
+from tome_server.models.spec import ModelSpec
+from tome_server.runtime import cpus, threads
 from tome_server.runtime.cpus import available_cpus
-from tome_server.runtime.threads import fastest_threads
+from tome_server.runtime.threads import choose_threads, seconds_on
 
 
 @pytest.fixture
@@ -69,20 +79,117 @@ def test_this_machine_has_a_cpu() -> None:
     assert cpus._quota(Path("/nowhere"), Path("/nowhere")) == math.inf
 
 
-@pytest.mark.parametrize(("slow", "best"), [(1, 2), (2, 1)])
-def test_the_thread_count_that_runs_faster_is_chosen_and_none_is_set(
-    slow: int, best: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = [0.0]
+def test_thread_counts_are_measured_in_turn_and_none_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order = [0.0], list[int]()
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
     def run() -> None:
-        clock[0] += 2.0 if torch.get_num_threads() == slow else 1.0
+        order.append(torch.get_num_threads())
+        # The first of all sets up what later ones have.
+        clock[0] += {1: 1.0, 2: 2.0}[order[-1]] + (10.0 if len(order) < 3 else 0.0)
 
     before = torch.get_num_threads()
-    assert fastest_threads(run, most=2) == best
+    assert seconds_on((1, 2), run) == {1: 1.0, 2: 2.0}
     assert torch.get_num_threads() == before
+    assert order == [1, 2] * 3
 
 
-def test_a_single_cpu_is_not_measured() -> None:
-    assert fastest_threads(lambda: pytest.fail("ran"), most=1) == 1
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
+    """Return a function that says how many CPUs there are, and what a model takes on one thread and on all.
+
+    Its list grows by the dtype of each model that is measured.
+    """
+    before = torch.get_num_threads()
+
+    def stand_in(cpus: int, *seconds: tuple[float, float]) -> list[str]:
+        asked: list[str] = []
+
+        def measure(counts: tuple[int, int], run: Callable[[], None]) -> dict[int, float]:
+            assert torch.get_num_threads() == cpus  # what the model was made for
+            run()
+            asked.append(run.args[0].dtype)  # type: ignore[attr-defined]
+            return dict(zip(counts, seconds[len(asked) - 1], strict=True))
+
+        monkeypatch.setattr(threads, "available_cpus", lambda: cpus)
+        monkeypatch.setattr(threads, "seconds_on", measure)
+        return asked
+
+    yield stand_in
+    torch.set_num_threads(before)
+
+
+def tiny(folder: Path, name: str = "tiny", **options: Any) -> ModelSpec:
+    kwargs = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 4}
+    checkpoint = folder / f"{name}.safetensors"
+    if not checkpoint.exists():
+        save_file(timm.create_model("vit_tiny_patch16_224", **kwargs).state_dict(), checkpoint)
+    return ModelSpec(name=name, architecture="vit_tiny_patch16_224", kwargs=kwargs, checkpoint=checkpoint, **options)
+
+
+@pytest.mark.parametrize(("one", "two", "best"), [(2.0, 1.0, 2), (1.0, 2.0, 1), (1.0, 1.0, 1)])
+def test_the_thread_count_that_runs_faster_is_set_and_stays_however_busy_the_machine_is(
+    machine: Callable[..., list[str]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    one: float,
+    two: float,
+    best: int,
+) -> None:
+    caplog.set_level(logging.INFO)
+    models, said = [(tiny(tmp_path), 4)], f"{best} CPU threads: 2 are {one / two:.2f} times as fast as one"
+    folder = tmp_path / "kept"
+    assert machine(2, (one, two)) == []
+    assert choose_threads(models, folder) == torch.get_num_threads() == best
+    busy = machine(2, (two, one))
+    torch.set_num_threads(3)
+    assert choose_threads(models, folder) == torch.get_num_threads() == best
+    assert busy == []
+    assert caplog.messages.count(said) == 2
+    # Until it is measured anew.
+    if one != two:
+        assert choose_threads(models, folder, anew=True) != best
+        assert choose_threads(models, folder) != best
+
+
+def test_threads_are_measured_for_all_models_together_each_in_the_type_it_is_to_run_in(
+    machine: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    first, second = tiny(tmp_path), tiny(tmp_path, "second", dtype="bfloat16")
+    asked = machine(2, (1.0, 2.0), (4.0, 2.0))
+    assert choose_threads([(first, 4), (second, 1)], tmp_path / "kept") == 2
+    assert asked == ["float32", "bfloat16"]
+    for other in ([(first, 4)], [(first, 4), (second, 2)], [(first, 4), (replace(second, dtype="float32"), 1)]):
+        asked = machine(2, *[(1.0, 2.0)] * 2)
+        assert choose_threads(other, tmp_path / "kept") == 1
+        assert len(asked) == len(other)
+
+
+def test_what_came_with_the_only_model_is_taken(machine: Callable[..., list[str]], tmp_path: Path) -> None:
+    machine(2, (2.0, 1.0))
+    spec = tiny(tmp_path, profiles=tmp_path / "came")
+    choose_threads([(spec, 4)], tmp_path / "came")
+    asked = machine(2, (1.0, 2.0))
+    assert choose_threads([(spec, 4)], tmp_path / "own") == 2
+    assert asked == []
+
+
+def test_a_model_that_cannot_be_loaded_is_refused(machine: Callable[..., list[str]], tmp_path: Path) -> None:
+    machine(2)
+    with pytest.raises(ModelLoadError, match="is no file"):
+        choose_threads([(replace(tiny(tmp_path), checkpoint=tmp_path / "gone"), 4)], tmp_path)
+
+
+def test_a_single_cpu_is_not_measured(machine: Callable[..., list[str]], tmp_path: Path) -> None:
+    asked = machine(1)
+    assert choose_threads([(tiny(tmp_path), 4)], tmp_path / "kept") == torch.get_num_threads() == 1
+    assert asked == []
+    assert not (tmp_path / "kept").exists()
+
+
+def test_the_real_measurement_chooses_one_or_all(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert choose_threads([(tiny(tmp_path), 2)], tmp_path / "kept") in (1, available_cpus())
+    finally:
+        torch.set_num_threads(before)
