@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tome_server.merging import native
+from tome_server.merging import attention, native
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -91,7 +91,8 @@ def test_the_wheel_holds_every_file_of_the_packages_and_no_other(wheel: set[str]
 def test_the_wheel_holds_what_is_compiled_for_any_python(wheel: set[str]) -> None:
     if shutil.which("cc") is None:
         pytest.skip("needs a C compiler")
-    assert [name for name in wheel if name.endswith(".so")] == ["tome_server/merging/_native.abi3.so"]
+    compiled = {f"tome_server/merging/{name}.abi3.so" for name in ("_native", "_attention")}
+    assert {name for name in wheel if name.endswith(".so")} == compiled
 
 
 def test_what_is_compiled_is_there_where_it_can_be() -> None:
@@ -99,6 +100,7 @@ def test_what_is_compiled_is_there_where_it_can_be() -> None:
     if shutil.which("cc") is None:
         pytest.skip("needs a C compiler")
     assert native.BUILT
+    assert attention.BUILT
 
 
 @pytest.mark.parametrize(

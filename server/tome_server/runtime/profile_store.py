@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tome_server.merging import native
+from tome_server.merging import attention, native
 from tome_server.models.loaded import LoadedModel
 from tome_server.models.spec import weights_digest
 from tome_server.runtime.executor import run_batch
@@ -64,6 +64,8 @@ class ProfileKey:
     """what a few threads divide among them (merging/shared.py); empty where torch divides operations"""
     merging: str = "torch"
     """whose code matches and merges tokens: C, where it was built, or torch's operators"""
+    attention: str = "torch"
+    """whose attention runs on one thread: C, where it was built for such a processor, or torch's"""
 
     @property
     def digest(self) -> str:
@@ -94,6 +96,7 @@ def profile_key(model: LoadedModel, checkpoint: Path | None, device: torch.devic
         schedules="; ".join(f"{r}: {' '.join(map(str, model.schedules[r]))}" for r in grid if r in model.schedules),
         division=model.merged.division,
         merging="C" if native.BUILT and device.type == "cpu" else "torch",
+        attention="C" if attention.WIDE and device.type == "cpu" else "torch",
     )
 
 

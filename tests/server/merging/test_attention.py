@@ -1,8 +1,13 @@
-"""Sizes folded into the keys against sizes as a mask."""
+"""Attention: sizes folded into the keys against sizes as a mask, and the C code against torch's."""
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
 
+from tome_server.merging import attention as module
 from tome_server.merging import merge
 from tome_server.merging.attention import attention, size_bias, size_column
 
@@ -62,3 +67,137 @@ def test_folding_rounds_no_more_than_a_mask_does(dtype: torch.dtype) -> None:
         for bias in (size_bias(sizes, dtype), size_column(sizes, dtype))
     )
     assert column <= 1.5 * mask
+
+
+# In C
+
+
+wide = pytest.mark.skipif(not module.WIDE, reason="needs a CPU with AVX-512, and a C compiler at installation")
+layouts = st.sampled_from(["of a projection", "contiguous", "dim first", "heads shared"])
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same [B, heads, N, dim], otherwise in memory; of shared heads all are as the first."""
+    if layout == "of a projection":
+        projected = torch.full((x.shape[0], x.shape[2], 3, *x.shape[1::2]), torch.nan)
+        projected[:, :, 1] = x.transpose(1, 2)
+        return projected.permute(2, 0, 3, 1, 4)[1]
+    if layout == "heads shared":
+        return x[:, :1].expand(x.shape)
+    return x.contiguous() if layout == "contiguous" else x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+
+
+@pytest.fixture
+def in_c(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What the C code has given, call by call."""
+    given: list[Tensor] = []
+    run = module._in_c
+
+    def record(*args: object) -> Tensor:
+        given.append(run(*args))  # type: ignore[arg-type]
+        return given[-1]
+
+    monkeypatch.setattr(module, "_in_c", record)
+    return given
+
+
+@wide
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.integers(1, 200),
+    st.integers(1, 150),
+    st.tuples(layouts, layouts, layouts),
+    st.sampled_from(["none", "sizes", "of one image"]),
+    st.sampled_from([0.01, 1.0, 30.0]),
+    st.integers(0, 2**32 - 1),
+)
+def test_attention_in_c_is_that_of_torch(
+    batch: int,
+    heads: int,
+    queries: int,
+    tokens: int,
+    dim: int,
+    laid: tuple[str, str, str],
+    biased: str,
+    strength: float,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (
+        laid_out(torch.randn(batch, heads, n, dim, generator=generator), layout)
+        for n, layout in zip((queries, tokens, tokens), laid, strict=True)
+    )
+    bias = None
+    if biased != "none":
+        sizes = torch.randint(1, 40, (batch if biased == "sizes" else 1, tokens), generator=generator).float()
+        bias = size_bias(sizes, torch.float32)
+    scale = strength * dim**-0.5
+    found = module._in_c(q, k, v, bias, scale)
+    exact = F.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), None if bias is None else bias.double(), scale=scale
+    )
+    by_torch = F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+    # Where logits are large their own rounding shows, in torch's as well.
+    tolerance = 4 * float((by_torch - exact).abs().max()) + 4e-6
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=tolerance)
+
+
+@wide
+def test_attention_is_in_c_for_inference_in_float32_on_one_thread(in_c: list[Tensor]) -> None:
+    q, k, v = torch.randn(3, 1, 2, 9, 16)
+
+    def attend(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> Tensor:
+        return attention(q.to(dtype), k.to(dtype), v.to(dtype), None, dropout=dropout, scale=0.25)
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        attend()
+        assert len(in_c) == 1
+        attend(torch.float64)
+        attend(torch.bfloat16)
+        attend(dropout=0.5)
+        q.requires_grad_(True)
+        attend().sum().backward()
+        assert len(in_c) == 1
+        with torch.inference_mode():
+            attend()
+        assert len(in_c) == 2
+        torch.set_num_threads(2)
+        with torch.inference_mode():
+            attend()
+        assert len(in_c) == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+@wide
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["queries", "keys", "values"])
+def test_what_is_not_a_number_reaches_in_c_those_that_it_reaches_by_torch(bad: float, where: str) -> None:
+    q, k, v = torch.randn(3, 2, 3, 21, 16, generator=torch.Generator().manual_seed(0)).abs()
+    {"queries": q, "keys": k, "values": v}[where][1, 2, 20, 3] = bad
+    found, expected = module._in_c(q, k, v, None, 0.25), F.scaled_dot_product_attention(q, k, v, scale=0.25)
+    assert not expected.isfinite().all()
+    assert torch.equal(found.isfinite(), expected.isfinite())
+
+
+@wide
+def test_a_key_of_no_weight_at_all_leaves_the_others_theirs() -> None:
+    q, k, v = torch.randn(3, 1, 1, 7, 16).abs()
+    k[0, 0, 6] = -torch.inf
+    torch.testing.assert_close(
+        module._in_c(q, k, v, None, 0.25), attention(q, k[:, :, :6], v[:, :, :6], None, dropout=0.0, scale=0.25)
+    )
+
+
+@wide
+def test_an_image_attends_the_same_in_any_batch() -> None:
+    q, k, v = torch.randn(3, 5, 2, 37, 24)
+    bias = size_bias(torch.randint(1, 9, (5, 37)).float(), torch.float32)
+    together = module._in_c(q, k, v, bias, 0.2)
+    for i in range(5):
+        alone = module._in_c(q[i : i + 1], k[i : i + 1], v[i : i + 1], bias[i : i + 1], 0.2)
+        assert torch.equal(alone[0], together[i])

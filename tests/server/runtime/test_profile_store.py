@@ -130,6 +130,7 @@ def test_others_may_read_a_profile(path: Path) -> None:
         ("rs", (0, 4), "rs ([0, 2], not [0, 4])"),
         ("division", "images", "division (, not images)"),
         ("merging", "C", "merging (torch, not C)"),
+        ("attention", "C", "attention (torch, not C)"),
     ],
 )
 def test_a_profile_of_another_set_up_is_refused_and_what_differs_is_said(
