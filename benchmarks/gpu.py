@@ -5,7 +5,8 @@ For each batch size these sides, each timed once a round, all in turn:
 - `timm`, and `timm compiled` (torch.compile, static shapes);
 - `ours r`, launched kernel by kernel, and `graph r`, by a CUDA graph of it;
 - `graph folded r`, with sizes folded into the keys, for FlashAttention, in place of a mask;
-- `served r`: all that a server does for a batch, from bytes in host memory to classes, with graphs.
+- `served r`: all that a server does for a batch, from bytes in host memory to classes, with graphs;
+- `served ahead r`: the same, where another thread brings the next batch's images to the device meanwhile.
 
 `ms` is the median over the rounds. `vs r = 0` is how many times faster a side is than the same at the first r in the
 same round, `vs timm` than the faster of timm's two sides: median, and quartiles. Weights are random: they don't change
@@ -19,9 +20,11 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import cycle
 
 import tome_server.timm_import  # noqa: F401  isort: skip
 
@@ -38,6 +41,8 @@ from tome_server.models.preprocess import Limits, Preprocess
 from tome_server.models.transform import ImageSettings
 from tome_server.runtime.executor import run_batch
 from tome_server.runtime.graphs import CudaRecorder, GraphedModel
+from tome_server.runtime.shared_images import SharedImages
+from tome_server.runtime.uploads import Uploads
 from tome_server.runtime.work import Work
 
 Side = Callable[[], object]
@@ -126,7 +131,29 @@ def _sides(
         sides |= {f"graph {r}": partial(graphs, images, r) for r in rs}
         sides |= {f"graph folded {r}": partial(folded_graphs, images, r) for r in rs}
         model = replace(model, graphs=graphs)
-    return sides | {f"served {r}": partial(run_batch, model, works, r, device) for r in rs}
+    sides |= {f"served {r}": partial(run_batch, model, works, r, device) for r in rs}
+    return sides | {f"served ahead {r}": _ahead(model, pixels, r, device) for r in rs}
+
+
+def _ahead(model: LoadedModel, pixels: torch.Tensor, r: int, device: torch.device) -> Side:
+    """Return what runs batches of `pixels`, each of which was brought to the device while the one before ran."""
+    batch = len(pixels)
+    shared = SharedImages(pixels.shape[1:], 2 * batch)
+    slots = [shared.put(each.numpy()) for each in (*pixels, *pixels)]
+    turns = cycle((slots[:batch], slots[batch:]))
+    uploads, thread = Uploads(shared.mapped, device), ThreadPoolExecutor(1)
+    following = next(turns)
+
+    def run() -> None:
+        nonlocal following
+        now, following = following, next(turns)
+        works = [Work(uploads.take(slot.place), top_k=5) for slot in now]
+        bringing = [thread.submit(uploads.bring, slot.place) for slot in following]
+        run_batch(model, works, r, device)
+        for brought in bringing:
+            brought.result()
+
+    return run
 
 
 def _graphs(model: LoadedModel, images: torch.Tensor, rs: Sequence[int]) -> GraphedModel:

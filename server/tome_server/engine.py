@@ -352,6 +352,7 @@ class Engine:
             self._batches.check(served, Waiting(None, *limits))
             async with asyncio.timeout_at(request.deadline - self.reply_margin):
                 slot = await self._decode(served, request)
+                self.device.bring(served.key, slot)
                 work = Work(slot, top_k, request.features, request.token_map, request.logits, request.patches)
                 job = Job(served, bounds.exact, work, asyncio.get_running_loop().create_future(), _now())
                 answer = await self._batches.answer(Waiting(job, *limits))

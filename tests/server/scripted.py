@@ -62,6 +62,8 @@ class ScriptedDevice:
     running: int = 0
     slots: set["ScriptedSlot"] = field(default_factory=set)
     """of the images that it holds"""
+    brought: set["ScriptedSlot"] = field(default_factory=set)
+    """of the images that it was told to bring to the device ahead of their batch"""
     dead: bool = False
 
     def put(self, _: str, image: int) -> "ScriptedSlot":
@@ -69,10 +71,14 @@ class ScriptedDevice:
         self.slots.add(slot)
         return slot
 
+    def bring(self, _: str, slot: "ScriptedSlot") -> None:
+        assert slot in self.slots
+        self.brought.add(slot)
+
     async def run(
         self, model: str, batch: Sequence[Work["ScriptedSlot"]], rs: Sequence[int], packed: bool
     ) -> BatchResult:
-        assert {work.image for work in batch} <= self.slots
+        assert {work.image for work in batch} <= self.slots & self.brought
         images = tuple(work.image.image for work in batch)
         assert len(images) == len(rs) <= self.profile.max_batch
         for image in images:

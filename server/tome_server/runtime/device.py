@@ -124,6 +124,11 @@ class Device:
         """Take an image for a loaded model, [C, H, W] as its Preprocess made it, that `run` will be called for."""
         return self._images[key].put(image)
 
+    def bring(self, key: str, slot: Slot) -> None:
+        """Have an image copied to a GPU ahead of its batch, while others run; where there is no GPU, do nothing."""
+        if self.name.startswith("cuda") and not self._connection.closed:
+            self._send(None, "bring", key, slot.place)
+
     async def run(self, key: str, batch: Sequence[Work[Slot]], rs: Sequence[int], packed: bool) -> BatchResult:
         """Do what `run_batch` does. Raises what the model raises."""
         placed = [work.on(work.image.place) for work in batch]
@@ -160,11 +165,15 @@ class Device:
             return future
         ticket = next(self._tickets)
         self._calls[ticket] = future
+        self._send(ticket, call, *args)
+        return future
+
+    def _send(self, ticket: int | None, call: str, *args: object) -> None:
+        """Send a call, whose answer has this ticket; None if there is none."""
         try:
             self._connection.send((ticket, call, args))
         except OSError:
             self._lose()
-        return future
 
     def _read(self) -> None:
         try:

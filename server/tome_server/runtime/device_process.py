@@ -32,8 +32,9 @@ from tome_server.runtime.executor import run_batch
 from tome_server.runtime.graphs import with_graphs
 from tome_server.runtime.memory import lacks_memory
 from tome_server.runtime.profile_store import obtain_profile
-from tome_server.runtime.shared_images import Mapped, Place, receive
+from tome_server.runtime.shared_images import Place, receive
 from tome_server.runtime.threads import choose_threads
+from tome_server.runtime.uploads import Uploads
 from tome_server.runtime.work import BatchResult, Work
 from tome_server.scheduling.profile import Profile
 
@@ -44,30 +45,38 @@ _Answer: TypeAlias = tuple[int | None, object, Exception | None]
 
 
 class DeviceProcess:
-    """Models on a device. Batches run in the calling thread, what takes longer beside them, one at a time."""
+    """Models on a device.
+
+    The calling thread only listens, and brings images to the device while batches run. These run in a thread of their
+    own one after the other, and so does what takes longer.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._sending = threading.Lock()
         self._models: dict[str, LoadedModel] = {}
-        self._images: dict[str, Mapped] = {}
+        self._images: dict[str, Uploads] = {}
         self._device = torch.device("cpu")
         self._threads = available_cpus()
         # Held by a batch, and while CUDA graphs are recorded, so that neither comes into the other.
         self._running = threading.Lock()
+        self._batches = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
         logging.getLogger("tome_server").setLevel(connection.recv())
         logging.getLogger().addHandler(_ServerLog(self._send))
 
     def answer_calls(self) -> None:
-        """Answer until the other end is closed."""
+        """Answer until the other end is closed, and then end the batch that runs."""
         while True:
             try:
                 ticket, call, args = self._connection.recv()
             except (EOFError, OSError):
+                self._batches.shutdown(cancel_futures=True)
                 return
-            if call == "run":
-                self._answer(ticket, self.run, args)
+            if call == "bring":
+                self.bring(*args)
+            elif call == "run":
+                self._batches.submit(self._answer, ticket, self.run, args)
             elif call == "share":
                 # What is shared follows in the same stream, so that nothing else may read it meanwhile.
                 self._answer(ticket, self.share, args)
@@ -80,13 +89,20 @@ class DeviceProcess:
             torch.set_num_threads(self._threads)
         images = self._images[key]
         r = rs[0] if len(set(rs)) == 1 else rs
-        works = [work.on(torch.from_numpy(images.at(work.image))) for work in batch]
         with self._running:
+            works = [work.on(images.take(work.image)) for work in batch]
             return run_batch(self._models[key], works, r, self._device, packed=packed)
 
     def share(self, key: str, shape: Sequence[int], slots: int) -> None:
         """Take the memory that a model's images will lie in."""
-        self._images[key] = receive(self._connection, shape, slots)
+        self._images[key] = Uploads(receive(self._connection, shape, slots), self._device)
+
+    def bring(self, key: str, place: Place) -> None:
+        """Begin to copy an image to the device. Whatever stands against it, it then goes with its batch."""
+        try:
+            self._images[key].bring(place)
+        except Exception:
+            log.debug("an image is not brought to the device ahead of its batch", exc_info=True)
 
     def open(self, name: str) -> str:
         """Use a device, and say which that is."""

@@ -78,8 +78,8 @@ def _input(model: LoadedModel, images: Sequence[Tensor], device: torch.device) -
     if len({image.dtype for image in images}) > 1:
         # Tensors that came normalised beside images that didn't.
         return torch.cat([_input(model, [image], device) for image in images])
-    if device.type != "cuda":
-        return model.input(torch.stack(list(images)), device)
+    if device.type != "cuda" or any(image.is_cuda for image in images):
+        return model.input(torch.stack([image.to(device) for image in images]), device)
     # From pinned memory the copy needn't be waited for; torch keeps that memory until it is done, and for later.
     staged = torch.empty(len(images), *images[0].shape, dtype=images[0].dtype, pin_memory=True)
     return model.input(torch.stack(list(images), out=staged), device)

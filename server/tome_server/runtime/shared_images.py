@@ -48,7 +48,8 @@ class SharedImages:
         self.slots = slots
         self._file = _memory_file()
         os.ftruncate(self._file, _size(self.shape, slots))
-        self._images = Mapped(self._file, self.shape, slots)
+        self.mapped = Mapped(self._file, self.shape, slots)
+        """as this process sees it"""
         # The last one given back comes first, so that no more memory is touched than need be.
         self._free = deque(range(slots))
 
@@ -60,7 +61,7 @@ class SharedImages:
     def put(self, image: NDArray[np.uint8] | NDArray[np.float32]) -> Slot:
         """Copy an image, of the shape that all have, into a slot. Raises IndexError if none is free."""
         place = Place(self._free.pop(), image.dtype == np.uint8)
-        self._images.at(place)[:] = image
+        self.mapped.at(place)[:] = image
         return Slot(self, place)
 
     def take_back(self, index: int) -> None:

@@ -18,6 +18,8 @@ from tome_server.models.spec import Dtype, bundled_spec
 from tome_server.models.transform import ImageSettings
 from tome_server.runtime.executor import run_batch
 from tome_server.runtime.graphs import CudaRecorder, GraphedModel, recorded_sizes, with_graphs
+from tome_server.runtime.shared_images import SharedImages
+from tome_server.runtime.uploads import Uploads
 from tome_server.runtime.work import Work
 
 from .outputs import assert_close, equal
@@ -194,3 +196,24 @@ def test_the_bundled_model_classifies_its_samples_as_on_the_cpu() -> None:
         expected = run_batch(on_cpu, works, r, torch.device("cpu"))
         given = run_batch(on_cuda, works, r, CUDA)
         assert [x.class_ids for x in given.results] == [x.class_ids for x in expected.results]
+
+
+def test_images_brought_ahead_give_what_those_give_that_go_with_their_batch() -> None:
+    model = load(bundled_spec("fashion"), CUDA)
+    shape = model.preprocess.settings.input_size
+    shared = SharedImages(shape, 3)
+    uploads = Uploads(shared.mapped, CUDA)
+    for seed in range(20):
+        pixels = torch.randint(256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+        slots = [shared.put(image.numpy()) for image in pixels]
+        for slot in slots:
+            uploads.bring(slot.place)
+        given = run_batch(model, [Work(uploads.take(slot.place), top_k=3) for slot in slots], 4, CUDA)
+        # Once more: none of them lies on the device any more, as far as `take` knows, and then one of three does.
+        uploads.bring(slots[1].place)
+        mixed = run_batch(model, [Work(uploads.take(slot.place), top_k=3) for slot in slots], 4, CUDA)
+        expected = run_batch(model, [Work(image, top_k=3) for image in pixels], 4, CUDA)
+        assert given.results == expected.results
+        assert mixed.results == expected.results
+        for slot in slots:
+            slot.drop()

@@ -66,6 +66,33 @@ def address_space(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
 
 
+async def test_an_image_that_was_brought_ahead_is_run_as_it_was_then(
+    device: Device, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [work] = put(device, images[:1])
+    expected = (await device.run("fashion", [work], [4], True)).results
+    # What a GPU's name is to the caller; the process copies to the device that it has.
+    monkeypatch.setattr(device, "name", "cuda")
+    device.bring("fashion", work.image)
+    await device.warm("fashion", max_batch=1, seconds=0)  # answered after what was sent before it was read
+    device._images["fashion"].mapped.at(work.image.place)[:] = 0
+    assert (await device.run("fashion", [work], [4], True)).results == expected
+    assert (await device.run("fashion", [work], [4], True)).results != expected
+    work.image.drop()
+
+
+async def test_an_image_that_can_not_be_brought_ahead_goes_with_its_batch(
+    device: Device, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [work] = put(device, images[:1])
+    expected = (await device.run("fashion", [work], [4], True)).results
+    monkeypatch.setattr(device, "name", "cuda")
+    monkeypatch.setitem(device._images, "another", device._images["fashion"])
+    device.bring("another", work.image)  # a model that isn't loaded
+    assert (await device.run("fashion", [work], [4], True)).results == expected
+    work.image.drop()
+
+
 @pytest.mark.parametrize(("rs", "packed"), [([4, 4, 4], True), ([0, 4, 4], True), ([0, 4, 4], False)])
 async def test_a_batch_gives_there_what_it_gives_here(
     device: Device, images: torch.Tensor, rs: list[int], packed: bool
