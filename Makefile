@@ -99,7 +99,7 @@ clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # One installation, redone when what is installed changes.
-$(STAMP): pyproject.toml constraints.txt $(wildcard server/tome_server/merging/*.c)
+$(STAMP): pyproject.toml constraints.txt $(wildcard server/tome_server/merging/*.[ch])
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	touch $@

@@ -83,7 +83,7 @@ def test_the_wheel_holds_every_file_of_the_packages_and_no_other(wheel: set[str]
         path.relative_to(folder).as_posix()
         for folder in (REPOSITORY / name for name in ("protos", "server", "client"))
         for path in folder.glob("tome_*/**/*")
-        if path.is_file() and "__pycache__" not in path.parts and path.suffix not in (".c", ".so")
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix not in (".c", ".h", ".so")
     }
     assert {name for name in wheel if not name.endswith(".so")} == sources
 

@@ -1,4 +1,4 @@
-def supported() -> bool: ...
+def supported() -> tuple[bool, bool]: ...
 def attend(
     queries: int,
     keys: int,
@@ -10,5 +10,6 @@ def attend(
     keys_apart: tuple[int, ...],
     values_apart: tuple[int, ...],
     scale: float,
+    bf16: bool,
     /,
 ) -> None: ...

@@ -78,7 +78,7 @@ def profile_key(model: LoadedModel, checkpoint: Path | None, device: torch.devic
 
     `checkpoint` is what the model was loaded from, None for pretrained weights from the hub, which go by their name.
     """
-    grid = tuple(level.r for level in model.grid)
+    grid, dtype = tuple(level.r for level in model.grid), next(model.merged.parameters()).dtype
     return ProfileKey(
         model=model.architecture,
         weights=weights_digest(checkpoint) if checkpoint else f"hub:{model.architecture}",
@@ -86,7 +86,7 @@ def profile_key(model: LoadedModel, checkpoint: Path | None, device: torch.devic
         macs=tuple(model.cost(r).total for r in grid),
         proportional_attention=model.merged.proportional_attention,
         device=device_name(device) + (" with CUDA graphs" if model.graphs else ""),
-        dtype=str(next(model.merged.parameters()).dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         threads=_threads() if device.type == "cpu" else 0,
         torch=torch.__version__,
         timm=importlib.metadata.version("timm"),
@@ -96,7 +96,7 @@ def profile_key(model: LoadedModel, checkpoint: Path | None, device: torch.devic
         schedules="; ".join(f"{r}: {' '.join(map(str, model.schedules[r]))}" for r in grid if r in model.schedules),
         division=model.merged.division,
         merging="C" if native.BUILT and device.type == "cpu" else "torch",
-        attention="C" if attention.WIDE and device.type == "cpu" else "torch",
+        attention="C" if dtype in attention.IN_C and device.type == "cpu" else "torch",
     )
 
 

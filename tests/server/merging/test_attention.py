@@ -72,14 +72,21 @@ def test_folding_rounds_no_more_than_a_mask_does(dtype: torch.dtype) -> None:
 # In C
 
 
-wide = pytest.mark.skipif(not module.WIDE, reason="needs a CPU with AVX-512, and a C compiler at installation")
+NEEDS = "needs a CPU with AVX-512, in bfloat16 with AMX, and a C compiler at installation"
+in_each_type = pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(dtype, marks=pytest.mark.skipif(dtype not in module.IN_C, reason=NEEDS), id=str(dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
+)
 layouts = st.sampled_from(["of a projection", "contiguous", "dim first", "heads shared"])
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
     """The same [B, heads, N, dim], otherwise in memory; of shared heads all are as the first."""
     if layout == "of a projection":
-        projected = torch.full((x.shape[0], x.shape[2], 3, *x.shape[1::2]), torch.nan)
+        projected = torch.full((x.shape[0], x.shape[2], 3, *x.shape[1::2]), torch.nan, dtype=x.dtype)
         projected[:, :, 1] = x.transpose(1, 2)
         return projected.permute(2, 0, 3, 1, 4)[1]
     if layout == "heads shared":
@@ -101,7 +108,7 @@ def in_c(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return given
 
 
-@wide
+@in_each_type
 @given(
     st.integers(1, 3),
     st.integers(1, 3),
@@ -114,6 +121,7 @@ def in_c(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     st.integers(0, 2**32 - 1),
 )
 def test_attention_in_c_is_that_of_torch(
+    dtype: torch.dtype,
     batch: int,
     heads: int,
     queries: int,
@@ -126,29 +134,32 @@ def test_attention_in_c_is_that_of_torch(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (
-        laid_out(torch.randn(batch, heads, n, dim, generator=generator), layout)
+        laid_out(torch.randn(batch, heads, n, dim, generator=generator).to(dtype), layout)
         for n, layout in zip((queries, tokens, tokens), laid, strict=True)
     )
     bias = None
     if biased != "none":
         sizes = torch.randint(1, 40, (batch if biased == "sizes" else 1, tokens), generator=generator).float()
-        bias = size_bias(sizes, torch.float32)
+        bias = size_bias(sizes, dtype)
     scale = strength * dim**-0.5
     found = module._in_c(q, k, v, bias, scale)
     exact = F.scaled_dot_product_attention(
         q.double(), k.double(), v.double(), None if bias is None else bias.double(), scale=scale
     )
     by_torch = F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
-    # Where logits are large their own rounding shows, in torch's as well.
+    # Where logits are large their own rounding shows, in torch's as well. In bfloat16 weights are rounded, and results.
     tolerance = 4 * float((by_torch - exact).abs().max()) + 4e-6
+    if dtype == torch.bfloat16:
+        tolerance = 2**-7 * float(v.abs().max())
+    assert found.dtype == dtype
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=tolerance)
 
 
-@wide
-def test_attention_is_in_c_for_inference_in_float32_on_one_thread(in_c: list[Tensor]) -> None:
-    q, k, v = torch.randn(3, 1, 2, 9, 16)
+@in_each_type
+def test_attention_is_in_c_for_inference_on_one_thread(in_c: list[Tensor], dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(3, 1, 2, 9, 16).to(dtype)
 
-    def attend(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> Tensor:
+    def attend(dtype: torch.dtype = dtype, dropout: float = 0.0) -> Tensor:
         return attention(q.to(dtype), k.to(dtype), v.to(dtype), None, dropout=dropout, scale=0.25)
 
     threads = torch.get_num_threads()
@@ -157,7 +168,7 @@ def test_attention_is_in_c_for_inference_in_float32_on_one_thread(in_c: list[Ten
         attend()
         assert len(in_c) == 1
         attend(torch.float64)
-        attend(torch.bfloat16)
+        attend(torch.float16)
         attend(dropout=0.5)
         q.requires_grad_(True)
         attend().sum().backward()
@@ -173,30 +184,32 @@ def test_attention_is_in_c_for_inference_in_float32_on_one_thread(in_c: list[Ten
         torch.set_num_threads(threads)
 
 
-@wide
+@in_each_type
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", ["queries", "keys", "values"])
-def test_what_is_not_a_number_reaches_in_c_those_that_it_reaches_by_torch(bad: float, where: str) -> None:
-    q, k, v = torch.randn(3, 2, 3, 21, 16, generator=torch.Generator().manual_seed(0)).abs()
+def test_what_is_not_a_number_reaches_in_c_those_that_it_reaches_by_torch(
+    bad: float, where: str, dtype: torch.dtype
+) -> None:
+    q, k, v = torch.randn(3, 2, 3, 21, 16, generator=torch.Generator().manual_seed(0)).abs().to(dtype)
     {"queries": q, "keys": k, "values": v}[where][1, 2, 20, 3] = bad
     found, expected = module._in_c(q, k, v, None, 0.25), F.scaled_dot_product_attention(q, k, v, scale=0.25)
     assert not expected.isfinite().all()
     assert torch.equal(found.isfinite(), expected.isfinite())
 
 
-@wide
-def test_a_key_of_no_weight_at_all_leaves_the_others_theirs() -> None:
-    q, k, v = torch.randn(3, 1, 1, 7, 16).abs()
+@in_each_type
+def test_a_key_of_no_weight_at_all_leaves_the_others_theirs(dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(3, 1, 1, 7, 16).abs().to(dtype)
     k[0, 0, 6] = -torch.inf
     torch.testing.assert_close(
         module._in_c(q, k, v, None, 0.25), attention(q, k[:, :, :6], v[:, :, :6], None, dropout=0.0, scale=0.25)
     )
 
 
-@wide
-def test_an_image_attends_the_same_in_any_batch() -> None:
-    q, k, v = torch.randn(3, 5, 2, 37, 24)
-    bias = size_bias(torch.randint(1, 9, (5, 37)).float(), torch.float32)
+@in_each_type
+def test_an_image_attends_the_same_in_any_batch(dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(3, 5, 2, 37, 24).to(dtype)
+    bias = size_bias(torch.randint(1, 9, (5, 37)).float(), dtype)
     together = module._in_c(q, k, v, bias, 0.2)
     for i in range(5):
         alone = module._in_c(q[i : i + 1], k[i : i + 1], v[i : i + 1], bias[i : i + 1], 0.2)

@@ -153,7 +153,7 @@ def counted(model: nn.Module, *arguments: Any, **options: Any) -> int:
     """MACs that torch's own counter sees, with attention in separate matrix products of torch's."""
     model.requires_grad_(False)  # the counter's module hooks trip over views of parameters
     counter = FlopCounterMode(display=False)
-    in_c = patch.object(attention, "WIDE", new=False)
+    in_c = patch.object(attention, "IN_C", new=frozenset())
     with in_c, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(*arguments, **options)
     return counter.get_total_flops() // 2
