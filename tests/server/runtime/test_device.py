@@ -19,10 +19,12 @@ import tome_server.timm_import  # noqa: F401  isort: skip
 import torch
 
 from tome_server.errors import DeviceDiedError, ModelLoadError, OutOfMemoryError
+from tome_server.merging.packing import MOST_WORKERS
 from tome_server.models.hosted import HostedModel
 from tome_server.models.loading import load
 from tome_server.models.preprocess import Limits
 from tome_server.models.spec import bundled_spec
+from tome_server.runtime.cpus import available_cpus
 from tome_server.runtime.device import Device
 from tome_server.runtime.device_process import _sendable
 from tome_server.runtime.executor import run_batch
@@ -197,6 +199,18 @@ async def test_a_profile_is_measured_there_and_kept(device: Device, tmp_path: Pa
     assert measured.max_batch == 1
     assert read.p50[0][0] == pytest.approx(measured.p50[0][0], rel=1e-4)
     await device.warm("fashion", max_batch=1, seconds=0.1)
+
+
+async def test_threads_are_chosen_there_before_models_are_loaded_for_them(tmp_path: Path) -> None:
+    device = Device()
+    try:
+        threads = await device.choose_threads([(SPEC, 2)], tmp_path)
+        assert threads in (1, available_cpus())
+        assert await device.choose_threads([(SPEC, 2)], tmp_path) == threads
+        model = await device.load("fashion", SPEC, Limits(), SLOTS, max_batch=2, folder=tmp_path)
+        assert bool(model.division) == (1 < threads <= MOST_WORKERS)
+    finally:
+        await device.kill()
 
 
 async def test_its_log_is_the_servers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
