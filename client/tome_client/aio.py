@@ -52,11 +52,17 @@ class AsyncClient:
         timeout: float | None = None,
         metadata: Iterable[tuple[str, str | bytes]] = (),
         retries: bool = True,
+        health_checks: bool = False,
         max_send_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         max_receive_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
         credentials = channel_credentials(tls, root_certificates, client_certificate, client_key)
-        options = channel_options(retries=retries, max_send_bytes=max_send_bytes, max_receive_bytes=max_receive_bytes)
+        options = channel_options(
+            retries=retries,
+            health_checks=health_checks,
+            max_send_bytes=max_send_bytes,
+            max_receive_bytes=max_receive_bytes,
+        )
         self._channel = (
             grpc.aio.insecure_channel(target, options)
             if credentials is None

@@ -17,7 +17,7 @@ DEFAULT_MAX_MESSAGE_BYTES: Final = 32 * 1024 * 1024
 # what has just arrived at a server that stops. RESOURCE_EXHAUSTED: the
 # queue is full; the server's grpc-retry-pushback-ms trailer, if it sends one, says when to come
 # back or, being negative, not to. Nothing else can go differently the second time. All pauses
-# together outlast a draining server, which refuses until what it has is answered.
+# together, a fifth less at the least, outlast the second for which a draining server refuses.
 _RETRY_POLICY: Final = {
     "maxAttempts": 5,
     "initialBackoff": "0.1s",
@@ -81,9 +81,14 @@ def _bearer(token: str) -> str:
     return f"Bearer {token}"
 
 
-def channel_options(*, retries: bool, max_send_bytes: int, max_receive_bytes: int) -> list[tuple[str, Any]]:
+def channel_options(
+    *, retries: bool, health_checks: bool, max_send_bytes: int, max_receive_bytes: int
+) -> list[tuple[str, Any]]:
     """Returns the channel arguments that both clients use."""
     service_config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
+    if health_checks:
+        # Of the server as a whole, which every health service knows.
+        service_config["healthCheckConfig"] = {"serviceName": ""}
     if retries:
         service_config["methodConfig"] = [{"name": [{}], "retryPolicy": _RETRY_POLICY}]
         service_config["retryThrottling"] = _RETRY_THROTTLING

@@ -35,7 +35,7 @@ class Client:
     """A connection to a tome-serving server. Any number of threads may share one.
 
     A call that fails with UNAVAILABLE or RESOURCE_EXHAUSTED, or that the server cancels, is tried
-    up to four times, waiting as long as the server asks for or else longer each time; its timeout
+    up to five times in all, waiting as long as the server asks for or else longer each time; its timeout
     bounds all tries together.
 
     Args:
@@ -50,6 +50,9 @@ class Client:
             It is the gRPC deadline, which the server sees too. Streams don't take it.
         metadata: Sent with every call.
         retries: False to try every call once.
+        health_checks: True to leave out servers that report that they aren't serving, because they
+            load or drain, before a call meets them. For targets that resolve to the servers
+            themselves: behind a proxy, the health of one of them would stand for all.
         max_send_bytes: The largest request that can be sent.
         max_receive_bytes: The largest answer that is accepted.
 
@@ -70,11 +73,17 @@ class Client:
         timeout: float | None = None,
         metadata: Iterable[tuple[str, str | bytes]] = (),
         retries: bool = True,
+        health_checks: bool = False,
         max_send_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         max_receive_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
         credentials = channel_credentials(tls, root_certificates, client_certificate, client_key)
-        options = channel_options(retries=retries, max_send_bytes=max_send_bytes, max_receive_bytes=max_receive_bytes)
+        options = channel_options(
+            retries=retries,
+            health_checks=health_checks,
+            max_send_bytes=max_send_bytes,
+            max_receive_bytes=max_receive_bytes,
+        )
         self._channel = (
             grpc.insecure_channel(target, options)
             if credentials is None

@@ -1,4 +1,4 @@
-"""How the commands connect: server, TLS and token, from the command line and the environment."""
+"""How the commands connect: server, TLS, token and health checks, from the command line and the environment."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class Connection(TypedDict):
     client_certificate: bytes | None
     client_key: bytes | None
     token: str | None
+    health_checks: bool
 
 
 def connection_options(default: str | None = None) -> argparse.ArgumentParser:
@@ -49,6 +50,12 @@ def connection_options(default: str | None = None) -> argparse.ArgumentParser:
         metavar="FILE",
         help=f"file with the bearer token to send (default: the token in ${TOKEN}, if set)",
     )
+    options.add_argument(
+        "--health-checks",
+        action="store_true",
+        default=default or False,
+        help="leave out servers that report that they load or drain; not through a proxy",
+    )
     return options
 
 
@@ -65,4 +72,5 @@ def connection(args: argparse.Namespace) -> Connection:
         client_certificate=args.certificate.read_bytes() if args.certificate else None,
         client_key=args.key.read_bytes() if args.key else None,
         token=(args.token_file.read_text() if args.token_file else os.environ.get(TOKEN, "")).strip() or None,
+        health_checks=args.health_checks,
     )

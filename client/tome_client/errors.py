@@ -15,6 +15,8 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 # What gRPC says of a call that it gave up itself; a server's own refusal has details.
 _GRPC_TIMED_OUT = "Deadline Exceeded"
+# And how it ends what it says of servers that were left out for their health.
+_GRPC_UNHEALTHY = "backend unhealthy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,9 @@ def error_from_rpc(error: grpc.RpcError, target: str) -> TomeError:
     """Returns the error that a failed call to `target` ended with."""
     code = error.code()
     message = error.details() or "no message"
-    if code is grpc.StatusCode.UNAVAILABLE:
+    if code is grpc.StatusCode.UNAVAILABLE and message.endswith(_GRPC_UNHEALTHY):
+        message = f"{target} is unavailable: no server there is serving; what was reached is loading or stopping"
+    elif code is grpc.StatusCode.UNAVAILABLE:
         message = f"{target} is unavailable: {message}"
     elif code is grpc.StatusCode.DEADLINE_EXCEEDED and message == _GRPC_TIMED_OUT:
         message = f"no answer from {target} within the timeout"

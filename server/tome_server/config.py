@@ -96,7 +96,7 @@ class ConnectionsConfig(Strict):
     """What one client's connection may do."""
 
     max_concurrent_streams: Count = 1024
-    """Calls at once on one connection; clients keep back more."""
+    """Calls at once on one connection, a Watch of its health among them; clients keep back more."""
     max_connections: Count | None = None
     """gRPC connections at once; more are closed as they come. By default as many as there may be open files."""
     max_age: Annotated[Duration, Field(gt=0)] | None = None

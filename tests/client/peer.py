@@ -15,6 +15,8 @@ from google.protobuf import any_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import status_pb2
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health import HealthServicer
 from grpc_status import rpc_status
 from typing_extensions import override
 
@@ -53,7 +55,7 @@ class Peer(inference_pb2_grpc.InferenceServicer):
     and one for "fatal" ends the stream.
     """
 
-    def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
+    def __init__(self, credentials: grpc.ServerCredentials | None = None, health: HealthServicer | None = None) -> None:
         self.calls: list[Call] = []
         self.failures: deque[Failure | None] = deque()
         self.hold = threading.Event()
@@ -62,6 +64,8 @@ class Peer(inference_pb2_grpc.InferenceServicer):
         self.cancelled = threading.Event()
         self._server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.max_receive_message_length", -1)])
         inference_pb2_grpc.add_InferenceServicer_to_server(self, self._server)
+        if health:
+            health_pb2_grpc.add_HealthServicer_to_server(health, self._server)
         self.port = (
             self._server.add_secure_port("localhost:0", credentials)
             if credentials

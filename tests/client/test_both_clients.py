@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import HealthServicer
 
 from tome_client import AsyncClient, Client, PredictOptions, StreamItem, StreamResult, TomeError
 
@@ -252,3 +255,37 @@ async def test_a_function_is_asked_for_the_token_at_each_call(connect: type[Asyn
         await client.predict(b"")
         await client.predict(b"")
     assert [call.metadata["authorization"] for call in peer.calls] == ["Bearer first-token", "Bearer second-token"]
+
+
+@pytest.mark.parametrize("retries", [True, False])
+async def test_a_server_that_is_not_serving_is_not_asked_until_it_is(connect: type[AsyncClient], retries: bool) -> None:
+    health = HealthServicer()
+    health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+    with Peer(health=health) as peer:
+        async with connect(peer.target, retries=retries, health_checks=True) as client, asyncio.timeout(60):
+            with pytest.raises(TomeError) as caught:
+                await client.predict(b"")
+            assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+            assert caught.value.message == (
+                f"{peer.target} is unavailable: no server there is serving; what was reached is loading or stopping"
+            )
+            assert not peer.calls
+            health.set("", health_pb2.HealthCheckResponse.SERVING)
+            while not peer.calls:
+                with contextlib.suppress(TomeError):
+                    assert (await client.predict(b"")).model == "first"
+
+
+async def test_of_two_servers_the_one_that_is_serving_is_asked(connect: type[AsyncClient]) -> None:
+    health = HealthServicer()
+    with Peer() as staying, Peer(health=health) as leaving:
+        target = f"ipv4:{staying.target},{leaving.target}"
+        async with connect(target, retries=False, health_checks=True) as client, asyncio.timeout(60):
+            while not (staying.calls and leaving.calls):
+                await client.predict(b"")
+            health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+            unasked = 0
+            while unasked < 10:
+                before = len(leaving.calls)
+                await client.predict(b"")
+                unasked = unasked + 1 if len(leaving.calls) == before else 0

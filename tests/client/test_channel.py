@@ -8,6 +8,8 @@ from pathlib import Path
 import grpc
 import pytest
 import trustme
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import HealthServicer
 
 from tome_client import Client, StreamItem, TomeError, __version__
 from tome_client.channel import channel_credentials
@@ -177,6 +179,20 @@ def test_a_server_is_trusted_by_the_root_certificates_given(certificate: tuple[b
         own = grpc.ssl_channel_credentials(chain)
         with Client(peer.target, tls=own) as client:
             assert client.predict(b"").model == "first"
+
+
+def test_health_is_asked_for_as_securely(certificate: tuple[bytes, bytes]) -> None:
+    key, chain = certificate
+    health = HealthServicer()
+    with Peer(grpc.ssl_server_credentials([(key, chain)]), health) as peer:
+        with Client(peer.target, root_certificates=chain, health_checks=True) as client:
+            assert client.predict(b"").model == "first"
+        health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        with (
+            Client(peer.target, root_certificates=chain, retries=False, health_checks=True) as client,
+            pytest.raises(TomeError, match="no server there is serving"),
+        ):
+            client.predict(b"")
 
 
 @pytest.mark.parametrize("tls", [True, False])

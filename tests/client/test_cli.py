@@ -9,6 +9,8 @@ from pathlib import Path
 import grpc
 import pytest
 import trustme
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import HealthServicer
 from PIL import Image
 
 from tome_client import __version__
@@ -49,6 +51,16 @@ def test_the_connections_options_may_stand_before_and_after_the_command() -> Non
         args = argument_parser().parse_args(argv)
         assert (args.tls, args.ca) == (True, Path("f"))
     assert argument_parser().parse_args(["models"]).tls is False
+
+
+def test_health_checks_are_made_where_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    health = HealthServicer()
+    with Peer(health=health) as peer:
+        target = ["--target", peer.target, "--health-checks"]
+        assert main(["models", *target]) == 0
+        health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        assert main(["models", *target]) == 1
+    assert "no server there is serving" in capsys.readouterr().err
 
 
 def test_predictions_are_shown_as_a_table(image: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,7 +122,12 @@ def balanced_by_the_client(_folder: Path, addresses: list[str]) -> Iterator[str]
 
 
 PROXIES = {"envoy": envoy, "nginx": nginx}
-PATHS = {"client": balanced_by_the_client, **{name: way for name, way in PROXIES.items() if program(name)}}
+WATCHING = "watching client"
+PATHS = {
+    "client": balanced_by_the_client,
+    WATCHING: balanced_by_the_client,
+    **{name: way for name, way in PROXIES.items() if program(name)},
+}
 
 
 @pytest.fixture(scope="module")
@@ -168,12 +173,13 @@ class Load:
 
     target: str
     image: bytes
+    health_checks: bool
     ended: Counter[str] = field(default_factory=Counter)
     stop: threading.Event = field(default_factory=threading.Event)
 
     def run(self, most: int | None = None) -> "Load":
         """Ask `most` times, or until stopped."""
-        with Client(self.target) as client, ThreadPoolExecutor(WORKERS) as workers:
+        with Client(self.target, health_checks=self.health_checks) as client, ThreadPoolExecutor(WORKERS) as workers:
             # Once its connections are there; a balancer that has one of three uses that one.
             until(lambda: client.models(), "an answer")
             time.sleep(0.5)
@@ -207,7 +213,7 @@ def test_a_proxy_is_among_the_paths(proxy: str, fleet: Fleet) -> None:
 def test_each_server_gets_an_even_share(fleet: Fleet, image: bytes) -> None:
     for name, target in fleet.targets.items():
         before = fleet.answered()
-        load = Load(target, image).run(COUNTED)
+        load = Load(target, image, name == WATCHING).run(COUNTED)
         assert load.ended == {"answered": COUNTED}, name
         shares = [now - then for now, then in zip(fleet.answered(), before, strict=True)]
         assert sum(shares) == COUNTED
@@ -266,7 +272,7 @@ def test_envoy_retries_however_many_calls_meet_a_server_that_is_gone(tmp_path: P
 
 
 def test_nothing_is_lost_when_one_server_is_killed_and_one_drains(fleet: Fleet, image: bytes) -> None:
-    loads = {name: Load(target, image) for name, target in fleet.targets.items()}
+    loads = {name: Load(target, image, name == WATCHING) for name, target in fleet.targets.items()}
     killed, drained, left = fleet.servers
 
     def more(by: int) -> Callable[[], bool]:

@@ -96,7 +96,16 @@ def test_who_does_not_read_a_streams_answers_is_read_from_no_further(busy: Any, 
 
 
 def test_a_server_told_to_stop_at_full_load_loses_no_request(busy: Any, good: pb.PredictRequest) -> None:
-    """Each is answered, or told that the server stops; and what the server says it answered has arrived."""
+    """Each is answered, or told that the server stops; and what the server says it answered has arrived.
+
+    Clients try again what gRPC cancels, as the documented service config has them do: calls that arrive in the moment
+    in which the server sends its connections away.
+    """
+    policy = {
+        "maxAttempts": 5, "initialBackoff": "0.1s", "maxBackoff": "1s", "backoffMultiplier": 2,
+        "retryableStatusCodes": ["CANCELLED"],
+    }  # fmt: skip
+    options = [("grpc.service_config", json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": policy}]}))]
     ends: queue.SimpleQueue[str] = queue.SimpleQueue()
     before = scrape(busy.metrics_url).total("tome_requests_total", code="OK")
     stop = threading.Event()
@@ -112,7 +121,8 @@ def test_a_server_told_to_stop_at_full_load_loses_no_request(busy: Any, good: pb
                 if refused.code is grpc.StatusCode.UNAVAILABLE:
                     return
 
-    with connected(busy.target) as stub:
+    with grpc.insecure_channel(busy.target, options) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
         clients = [threading.Thread(target=ask, args=(stub,)) for _ in range(80)]
         for client in clients:
             client.start()

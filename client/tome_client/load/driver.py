@@ -116,6 +116,7 @@ async def run_load(
     client_key: bytes | None = None,
     token: str | Callable[[], str] | None = None,
     metadata: Iterable[tuple[str, str | bytes]] = (),
+    health_checks: bool = False,
     progress: Callable[[Progress], None] | None = None,
     stop: asyncio.Event | None = None,
 ) -> LoadResult:
@@ -127,7 +128,7 @@ async def run_load(
     Args:
         target: "host:port", or any gRPC target.
         plan: What to send.
-        tls: As Client's; so are the certificates, `token` and `metadata`. A token is asked for once.
+        tls: As Client's; so are the certificates, `token`, `metadata` and `health_checks`. A token is asked for once.
         progress: Called a few times a second.
         stop: Ends the run early when set.
 
@@ -138,7 +139,10 @@ async def run_load(
     credentials = channel_credentials(tls, root_certificates, client_certificate, client_key)
     options = [
         *channel_options(
-            retries=False, max_send_bytes=DEFAULT_MAX_MESSAGE_BYTES, max_receive_bytes=DEFAULT_MAX_MESSAGE_BYTES
+            retries=False,
+            health_checks=health_checks,
+            max_send_bytes=DEFAULT_MAX_MESSAGE_BYTES,
+            max_receive_bytes=DEFAULT_MAX_MESSAGE_BYTES,
         ),
         # Channels to one server would share a connection.
         ("grpc.use_local_subchannel_pool", 1),

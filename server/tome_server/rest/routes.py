@@ -139,9 +139,10 @@ class Protocol:
                 self._idle.set()
 
     async def drain(self, grace: float) -> None:
-        """Wait until all requests are answered, or for `grace` seconds."""
+        """Wait until the engine drains and all requests are answered, or for `grace` seconds."""
         try:
             async with asyncio.timeout(grace):
+                await self._service.engine.draining.wait()
                 await self._idle.wait()
         except TimeoutError:
             pass

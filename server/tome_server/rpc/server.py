@@ -22,8 +22,12 @@ from tome_server.rpc.tokens import Tokens
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 # Room for what goes with an image of the largest size, so that one somewhat above it gets our own, clearer refusal.
 MESSAGE_SLACK = 2
+# Seconds from NOT_SERVING to the first refusal: clients that watch health have gone elsewhere by then.
+NOTICE = 0.2
 # Seconds in which calls that have arrived are taken from gRPC's hands, and refused, before the server stops.
 SETTLE = 0.2
+# Seconds of refusals at most. The pauses between the tries of the client's retry policy add up to more.
+REFUSING = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,9 @@ class RpcServer:
         self._server = grpc.aio.server(
             interceptors=[AccessInterceptor(settings.tokens, engine.metrics)], options=server_options(settings)
         )
-        self._health = health.HealthServicer(("", SERVICE, oip_servicer.SERVICE))
+        # A Watch keeps its stream for as long as the connection lasts: a second must be left for calls.
+        watched = settings.max_concurrent_streams != 1
+        self._health = health.HealthServicer(("", SERVICE, oip_servicer.SERVICE), watched)
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(engine), self._server)
         open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
             oip_servicer.OpenInferenceServicer(oip), self._server
@@ -86,15 +92,22 @@ class RpcServer:
         """Report NOT_SERVING, refuse new calls, and end once calls in flight are answered, or after `grace` seconds."""
         loop = asyncio.get_running_loop()
         end = loop.time() + grace
-        self._health.stop()
+        if self._health.serving:
+            self._health.stop()
+            await asyncio.sleep(min(NOTICE, grace))
         self._engine.drain()
-        # gRPC cancels what it has received and not yet handed over when it is told to stop, and few clients retry what
-        # was cancelled. So it is told once all are answered, and have had time to ask again and be refused.
+        # Told to stop, gRPC sends connections away, but cancels what it has received and not yet handed over, and few
+        # clients retry what was cancelled. So it is told once all are answered, and have had time to ask again and be
+        # refused; but who holds on to this connection isn't refused for as long as a long answer takes.
         with suppress(TimeoutError):
-            async with asyncio.timeout_at(end):
+            async with asyncio.timeout_at(min(end, loop.time() + REFUSING)):
                 await self._engine.answered()
                 await asyncio.sleep(SETTLE)
-        await self._server.stop(max(0.0, end - loop.time()))
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._server.stop(max(0.0, end - loop.time())))
+            # Once connections are told to go away, so that none is watched again.
+            await asyncio.sleep(0)
+            self._health.close()
 
     def _listen(self, settings: RpcSettings) -> int:
         if settings.tls is None:
@@ -114,7 +127,7 @@ def server_options(settings: RpcSettings) -> list[tuple[str, int]]:
         # Who connects and says nothing is not waited for any longer; by default two minutes.
         ("grpc.server_handshake_timeout_ms", 10_000),
         # Clients may ping every 20 s, also between calls, to keep a path through a NAT or proxy open.
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
     if settings.max_concurrent_streams is not None:

@@ -104,8 +104,9 @@ def test_every_method_takes_calls_with_a_token_and_no_others(
 
 
 def test_the_client_library_sends_its_token(guarded: Any, good: pb.PredictRequest) -> None:
-    with Client(guarded.target, token=ALICE) as client:
-        assert client.predict(good.image).predictions
+    for health_checks in (False, True):
+        with Client(guarded.target, token=ALICE, health_checks=health_checks) as client:
+            assert client.predict(good.image).predictions
     with Client(guarded.target, token=EVE) as client, pytest.raises(TomeError, match="UNAUTHENTICATED"):
         client.predict(good.image)
 
