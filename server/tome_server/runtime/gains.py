@@ -8,14 +8,14 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tome_server.merging import native
+from tome_server.merging import attention, native
 from tome_server.merging.packing import packed_dtypes
 from tome_server.models.loading import Recall
 from tome_server.models.spec import ModelSpec
@@ -35,14 +35,19 @@ def speed_key(spec: ModelSpec, device: torch.device, threads: int, max_batch: in
         "device": device_name(device),
         "threads": threads if on_cpu else 0,
         "max_batch": max_batch,
-        "packed": [str(dtype).removeprefix("torch.") for dtype in packed_dtypes()] if on_cpu else [],
+        "packed": _names(packed_dtypes()) if on_cpu else [],
         "merging": "C" if native.BUILT and on_cpu else "torch",
+        "attention in C": _names(attention.IN_C) if on_cpu else [],
         "torch": torch.__version__,
         "timm": importlib.metadata.version("timm"),
         "tome_serving": importlib.metadata.version("tome-serving"),
     }
     plain: dict[str, Any] = json.loads(json.dumps(key, default=str))
     return plain
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> list[str]:
+    return sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def model_gains(
