@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from tome_client.arguments import add_merging_arguments, duration, merging_optio
 from tome_client.client import Client
 from tome_client.connection import connection, connection_options
 from tome_client.errors import TomeError
+from tome_client.json_text import json_text
 from tome_client.load.command import add_load_command
 from tome_client.requests import PredictOptions, StreamItem
 from tome_client.results import PredictResult
@@ -70,7 +70,7 @@ def argument_parser() -> argparse.ArgumentParser:
     command.add_argument("--budget", type=duration, metavar="TIME", help="longest to wait, such as 50ms or 0.2s")
     add_merging_arguments(command)
     command.add_argument("--top-k", type=int, default=3, metavar="K", help="classes to show (default: %(default)s)")
-    command.add_argument("--json", action="store_true", help="print a JSON array")
+    command.add_argument("--json", action="store_true", help="print a JSON array; what is no finite number is null")
 
     command = commands.add_parser("models", parents=[parent], help="list or describe models")
     command.set_defaults(run=models)
@@ -102,7 +102,7 @@ def predict(args: argparse.Namespace) -> int:
         if one.error:
             print(f"tome-client: {one.image}: {_one_line(one.error)}", file=sys.stderr)
     if args.json:
-        print(json.dumps([one.fields() for one in outcomes], indent=2))
+        print(json_text([one.fields() for one in outcomes]))
     elif any(one.result for one in outcomes):
         print(prediction_table((one.image, one.result, one.round_trip) for one in outcomes if one.result))
     return int(any(one.error for one in outcomes))
@@ -119,7 +119,7 @@ def models(args: argparse.Namespace) -> int:
             model = client.model(args.name)
             fields = asdict(model)
             text = model_details(model)
-    print(json.dumps(fields, indent=2) if args.json else text)
+    print(json_text(fields) if args.json else text)
     return 0
 
 

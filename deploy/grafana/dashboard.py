@@ -387,18 +387,27 @@ def load() -> list[Panel]:
             [Query(f"{pending} / {limit}", "{{instance}}")],
             "percentunit",
         ),
-        lines("Batch size", "Mean images in a batch.", [Query(mean("tome_batch_size"))]),
+        lines("Batch size", "Mean images in a batch.", [Query(mean("tome_batch_size"))], width=6),
         lines(
             "Device busy",
             "Share of time in which each server's device runs batches.",
             [Query(busy, "{{instance}}")],
             "percentunit",
+            width=6,
         ),
         lines(
             "Wasted compute",
             "Share of the device's time spent on requests that nobody waited for any more when it ended.",
             [Query(quotient("tome_compute_wasted_seconds_total", "tome_compute_seconds_total"))],
             "percentunit",
+            width=6,
+        ),
+        lines(
+            "Batches halved",
+            "Batches that the device lacked the memory for. After one the server makes them no larger than what was "
+            "left, until the model is loaded anew: lower max_batch, or look for what else fills the device.",
+            [Query(total(f"increase(tome_halved_batches_total{{{', '.join(CHOSEN)}}}[$__rate_interval])"))],
+            width=6,
         ),
     ]
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import HealthServicer
 from PIL import Image
 
+from tome_api.v1 import inference_pb2
 from tome_client import __version__
 from tome_client.cli import argument_parser, main
 
-from .peer import Failure, Peer
+from .peer import Failure, Peer, answer
 
 
 @pytest.fixture
@@ -100,6 +102,23 @@ def test_json_is_one_array_in_the_order_of_the_command_line(image: str, capsys: 
     assert second["result"] is None
     assert second["error"]["code"] == "INVALID_ARGUMENT"
     assert "nowhere.png: INVALID_ARGUMENT: " in err
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+def test_a_score_that_is_no_number_is_null_in_json(
+    image: str, score: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(request: inference_pb2.PredictRequest) -> inference_pb2.PredictResponse:
+        response = answer(request)
+        response.predictions[0].score = score
+        return response
+
+    monkeypatch.setattr(f"{Peer.__module__}.answer", damaged)
+    assert main(["predict", image, "--json"]) == 0
+    out = capsys.readouterr().out
+    assert "NaN" not in out
+    assert "Infinity" not in out
+    assert [one["score"] for one in json.loads(out)[0]["result"]["predictions"]] == [None, 0.25]
 
 
 def test_each_failure_is_one_line_and_the_rest_are_answered(image: str, capsys: pytest.CaptureFixture[str]) -> None:

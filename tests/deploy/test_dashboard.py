@@ -80,7 +80,8 @@ def test_the_data_source_servers_and_models_can_be_chosen() -> None:
 
 def test_what_was_promised_is_shown() -> None:
     shown = {series for _, expression in QUERIES for series in selected(expression)}
-    for series in ("merge_r_bucket", "speedup_ratio_bucket", "flops_saved_total", "tokens_merged_total"):
+    promised = ("merge_r_bucket", "speedup_ratio_bucket", "flops_saved_total", "tokens_merged_total")
+    for series in (*promised, "halved_batches_total"):
         assert f"tome_{series}" in shown
     (heat,) = (panel for panel in PANELS if panel["type"] == "heatmap")
     assert heat["targets"][0]["format"] == "heatmap"

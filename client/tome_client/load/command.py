@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from tome_client.arguments import add_merging_arguments, duration, merging_options, share
 from tome_client.connection import connection
+from tome_client.json_text import json_text
 from tome_client.load.arrivals import Trace, parse_arrivals
 from tome_client.load.driver import LoadResult, Progress, event_loop, run_load
 from tome_client.load.images import read_samples
@@ -225,7 +225,7 @@ def _report_run(args: argparse.Namespace, result: LoadResult) -> int:
     summary = summarize(result)
     _warn(lag_warning(summary))
     if args.json:
-        print(json.dumps(run_fields(result, summary), indent=2))
+        print(json_text(run_fields(result, summary)))
     else:
         print(summary_text(summary))
     _write_report(args, result, summary)
@@ -240,7 +240,7 @@ def _report_run(args: argparse.Namespace, result: LoadResult) -> int:
 def _report_search(args: argparse.Namespace, found: SearchResult) -> int:
     best = found.best and summarize(found.best)
     if args.json:
-        print(json.dumps(search_fields(found), indent=2))
+        print(json_text(search_fields(found)))
     else:
         print(f"\n{search_text(found)}")
     if found.best and best:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tome_client.durations import milliseconds
+from tome_client.json_text import json_text
 from tome_client.load.driver import LoadResult, Outcome
 from tome_client.load.record import plan_fields, run_fields, write_requests
 from tome_client.load.summary import LoadSummary
@@ -62,7 +63,7 @@ def write_report(folder: Path, result: LoadResult, summary: LoadSummary, target:
         OSError: A file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(run_fields(result, summary), indent=2) + "\n")
+    (folder / "report.json").write_text(json_text(run_fields(result, summary)) + "\n")
     write_requests(folder / "requests.csv", result.outcomes)
     index = folder / "index.html"
     index.write_text(page(result, summary, target), encoding="utf-8")
