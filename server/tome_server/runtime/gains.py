@@ -5,7 +5,6 @@ measuring again could turn it; and what was profiled before wouldn't hold any mo
 """
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -15,11 +14,11 @@ from typing import Any
 
 import torch
 
-from tome_server.merging import attention, native
+from tome_server.merging import attention
 from tome_server.merging.packing import packed_dtypes
 from tome_server.models.loading import Recall
 from tome_server.models.spec import ModelSpec
-from tome_server.runtime.profile_store import ProfileError, default_folder, device_name, file_name, write_whole
+from tome_server.runtime.profile_store import ProfileError, code, default_folder, device_name, file_name, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +35,8 @@ def speed_key(spec: ModelSpec, device: torch.device, threads: int, max_batch: in
         "threads": threads if on_cpu else 0,
         "max_batch": max_batch,
         "packed": _names(packed_dtypes()) if on_cpu else [],
-        "merging": "C" if native.BUILT and on_cpu else "torch",
-        "attention in C": _names(attention.IN_C) if on_cpu else [],
-        "torch": torch.__version__,
-        "timm": importlib.metadata.version("timm"),
-        "tome_serving": importlib.metadata.version("tome-serving"),
+        "attention": _names(attention.IN_C) if on_cpu else [],
+        **code(device),
     }
     plain: dict[str, Any] = json.loads(json.dumps(key, default=str))
     return plain

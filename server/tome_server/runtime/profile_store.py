@@ -88,16 +88,23 @@ def profile_key(model: LoadedModel, checkpoint: Path | None, device: torch.devic
         device=device_name(device) + (" with CUDA graphs" if model.graphs else ""),
         dtype=str(dtype).removeprefix("torch."),
         threads=_threads() if device.type == "cpu" else 0,
-        torch=torch.__version__,
-        timm=importlib.metadata.version("timm"),
-        tome_serving=importlib.metadata.version("tome-serving"),
         max_batch=max_batch,
         rs=grid,
         schedules="; ".join(f"{r}: {' '.join(map(str, model.schedules[r]))}" for r in grid if r in model.schedules),
         division=model.merged.division,
-        merging="C" if native.BUILT and device.type == "cpu" else "torch",
         attention="C" if dtype in attention.IN_C and device.type == "cpu" else "torch",
+        **code(device),
     )
+
+
+def code(device: torch.device) -> dict[str, str]:
+    """Return whose code runs whatever the model, as keys name it: versions, and whether merging is in C."""
+    return {
+        "merging": "C" if native.BUILT and device.type == "cpu" else "torch",
+        "torch": torch.__version__,
+        "timm": importlib.metadata.version("timm"),
+        "tome_serving": importlib.metadata.version("tome-serving"),
+    }
 
 
 def device_name(device: torch.device) -> str:

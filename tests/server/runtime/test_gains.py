@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tome_server.merging import native
+from tome_server.merging import attention, native
 from tome_server.models.spec import ModelSpec
 from tome_server.runtime import gains
 from tome_server.runtime.gains import Gains, model_gains, speed_key
@@ -151,7 +151,9 @@ def test_the_key_holds_all_that_speed_depends_on(monkeypatch: pytest.MonkeyPatch
     ]
     monkeypatch.setattr(native, "BUILT", not native.BUILT)
     keys.append(key())
-    monkeypatch.setattr(gains, "packed_dtypes", lambda: ())
+    monkeypatch.setattr(gains, "packed_dtypes", lambda: (torch.float64,))
+    keys.append(key())
+    monkeypatch.setattr(attention, "IN_C", {torch.float64})
     keys.append(key())
     monkeypatch.setattr(gains, "device_name", lambda _: "another processor")
     keys.append(key())
