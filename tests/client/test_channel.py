@@ -1,3 +1,5 @@
+import json
+import re
 import shutil
 import subprocess
 import time
@@ -12,10 +14,11 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import HealthServicer
 
 from tome_client import Client, StreamItem, TomeError, __version__
-from tome_client.channel import channel_credentials
+from tome_client.channel import channel_credentials, channel_options
 
 from .peer import Failure, Peer
 
+PAGE = Path(__file__).parents[2] / "docs/load-balancing.md"
 UNAVAILABLE = Failure(grpc.StatusCode.UNAVAILABLE)
 FULL = grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -109,6 +112,14 @@ def test_retries_cease_while_most_calls_fail(peer: Peer) -> None:
                 client.predict(b"")
     # Four tries each until half of the hundred tokens are spent, then one each.
     assert 100 < len(peer.calls) < 150
+
+
+@pytest.mark.parametrize("health_checks", [False, True])
+def test_the_service_config_is_the_documented_one(health_checks: bool) -> None:
+    blocks = re.findall(r"```json\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    documented, checks = map(json.loads, blocks)
+    options = dict(channel_options(retries=True, health_checks=health_checks, max_send_bytes=1, max_receive_bytes=1))
+    assert json.loads(options["grpc.service_config"]) == documented | (checks if health_checks else {})
 
 
 def test_calls_go_round_the_servers() -> None:
