@@ -17,7 +17,7 @@ DEFAULT_MAX_MESSAGE_BYTES: Final = 32 * 1024 * 1024
 # what has just arrived at a server that stops. RESOURCE_EXHAUSTED: the
 # queue is full; the server's grpc-retry-pushback-ms trailer, if it sends one, says when to come
 # back or, being negative, not to. Nothing else can go differently the second time. All pauses
-# together, a fifth less at the least, outlast the second for which a draining server refuses.
+# together, 1.2 s at the least, outlast the half second for which a draining server refuses.
 _RETRY_POLICY: Final = {
     "maxAttempts": 5,
     "initialBackoff": "0.1s",

@@ -26,8 +26,9 @@ MESSAGE_SLACK = 2
 NOTICE = 0.2
 # Seconds in which calls that have arrived are taken from gRPC's hands, and refused, before the server stops.
 SETTLE = 0.2
-# Seconds of refusals at most. The pauses between the tries of the client's retry policy add up to more.
-REFUSING = 1.0
+# Seconds of refusals at most. The pauses between the tries of the client's retry policy add up to over twice that, and
+# what its throttle lets it fail until then are some hundred calls, of which every second or third comes here.
+REFUSING = 0.5
 
 
 @dataclass(frozen=True)
