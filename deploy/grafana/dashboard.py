@@ -414,13 +414,25 @@ def load() -> list[Panel]:
 
 def prediction() -> list[Panel]:
     """Whether the server knows how long its batches take: all promises rest on that."""
+    promises = "tome_latency_promises_total"
+    kept = total(rate(promises, 'promise="kept"')) + " / " + total(rate(promises))
     return [
+        lines(
+            "Promises kept",
+            "Share of the batches that took no longer than was promised, which is what 95 in 100 should: lower for "
+            "long, and requests that were taken miss their deadlines.",
+            [Query(kept)],
+            "percentunit",
+            most=1,
+            width=6,
+        ),
         lines(
             "Prediction error",
             "Time that batches took over the time they were expected to; 1 is exact.",
             quantiles("tome_latency_prediction_ratio", 0.1, 0.5, 0.9),
             "x",
             least=None,
+            width=6,
         ),
         lines(
             "Drift from the profile",
@@ -428,11 +440,13 @@ def prediction() -> list[Panel]:
             [Query(f"tome_latency_drift_ratio{{{', '.join(CHOSEN)}}}", "{{instance}} {{model}}")],
             "x",
             least=None,
+            width=6,
         ),
         lines(
             "Decisions without the policy",
             "A second, because it raised or broke a bound; the log says why.",
             [Query(total(rate("tome_policy_failures_total")))],
+            width=6,
         ),
     ]
 

@@ -49,7 +49,7 @@ def test_a_query_reads_series_that_exist_of_what_was_chosen_and_its_panel_says_s
             chosen = {matcher.name: matcher.value for matcher in selector.matchers.matchers}
             assert chosen.pop("job") == "$job"
             assert chosen.pop("model", None) == (None if "requests_pending" in series else "$model")
-            assert not chosen
+            assert chosen in ({}, {"promise": "kept"} if series == "tome_latency_promises_total" else {})
 
 
 def test_panels_have_a_title_a_text_and_a_place_of_their_own() -> None:
