@@ -27,14 +27,12 @@ static PyObject *attend(PyObject *module, PyObject *arguments)
     p.values = (const void *)(uintptr_t)values;
     p.bias = (const float *)(uintptr_t)bias;
     p.out = (void *)(uintptr_t)out;
-    char *room = aligned_alloc(64, bf16 ? half_room(&p) : float_room(&p));
+    const Way *way = bf16 ? &in_half : &in_float;
+    char *room = aligned_alloc(64, way->room(&p));
     if (room == NULL)
         return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
-    if (bf16)
-        attend_half(&p, room);
-    else
-        attend_float(&p, room);
+    way->attend(&p, room);
     Py_END_ALLOW_THREADS
     free(room);
     Py_RETURN_NONE;
@@ -43,7 +41,8 @@ static PyObject *attend(PyObject *module, PyObject *arguments)
 static PyObject *supported(PyObject *module, PyObject *arguments)
 {
     (void)module, (void)arguments;
-    return Py_BuildValue("(NN)", PyBool_FromLong(float_is_supported()), PyBool_FromLong(half_is_supported()));
+    return Py_BuildValue("(NN)", PyBool_FromLong(in_float.is_supported != NULL && in_float.is_supported()),
+                         PyBool_FromLong(in_half.is_supported != NULL && in_half.is_supported()));
 }
 
 static PyMethodDef functions[] = {

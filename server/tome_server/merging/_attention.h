@@ -20,13 +20,15 @@ typedef struct {
     float scale;
 } Problem;
 
-/* Each way: whether the processor can, how many bytes of room it needs, at a multiple of 64, and attention itself. */
-int float_is_supported(void);
-int64_t float_room(const Problem *p);
-void attend_float(const Problem *p, char *room);
-int half_is_supported(void);
-int64_t half_room(const Problem *p);
-void attend_half(const Problem *p, char *room);
+/* Attention in one type: whether the processor can, how many bytes of room it needs, at a multiple of 64, and attention
+   itself. All of them NULL where it was compiled for no such processor. */
+typedef struct {
+    int (*is_supported)(void);
+    int64_t (*room)(const Problem *p);
+    void (*attend)(const Problem *p, char *room);
+} Way;
+
+extern const Way in_float, in_half;
 
 #if defined(__GNUC__) && defined(__x86_64__)
 #include <immintrin.h>

@@ -43,7 +43,7 @@ WIDE static void lay_out_values(const float *from, int64_t apart, int64_t tokens
 
 /* out [ROWS, vectors] = begin [vectors], the same for each row, + left [ROWS, depth] panel [depth, vectors] */
 INLINE void multiply(const float *left, int64_t left_apart, const __m512 *panel, int64_t depth, const int vectors,
-                       const __m512 *begin, __m512 *out, int64_t out_apart)
+                     const __m512 *begin, __m512 *out, int64_t out_apart)
 {
     __m512 sums[ROWS][VECTORS];
 #pragma GCC unroll 6
@@ -74,7 +74,7 @@ INLINE void multiply(const float *left, int64_t left_apart, const __m512 *panel,
 /* out [ROWS, width] = begin [width] + left [ROWS, depth] right [depth, width], of which `right` is laid out in panels.
    Widths, and how far apart rows of `left` and `out` are, in registers. */
 WIDE static void product(const __m512 *left, int64_t left_apart, const __m512 *right, int64_t depth, int64_t width,
-                               const __m512 *begin, __m512 *out)
+                         const __m512 *begin, __m512 *out)
 {
     const float *rows = (const float *)left;
     int64_t apart = left_apart * LANES;
@@ -116,13 +116,13 @@ WIDE static float weigh(__m512 *logits, int64_t vectors)
     return _mm512_reduce_add_ps(sum);
 }
 
-int64_t float_room(const Problem *p)
+static int64_t room_for(const Problem *p)
 {
     int64_t across = parts(p->tokens, LANES), deep = parts(p->dim, LANES);
     return (across * (p->dim + 1 + ROWS) + deep * (p->tokens + 1 + 2 * ROWS)) * sizeof(__m512);
 }
 
-WIDE void attend_float(const Problem *p, char *room)
+WIDE static void attend(const Problem *p, char *room)
 {
     int64_t across = parts(p->tokens, LANES), deep = parts(p->dim, LANES), apart = p->of_queries.token;
     __m512 *keys = (__m512 *)room, *values = keys + across * p->dim, *raised = values + deep * p->tokens;
@@ -135,7 +135,7 @@ WIDE void attend_float(const Problem *p, char *room)
             const float *asking = (const float *)p->queries + place(p->of_queries, image, head);
             lay_out_keys((const float *)p->keys + place(p->of_keys, image, head), p->of_keys.token, p->tokens, p->dim, keys);
             lay_out_values((const float *)p->values + place(p->of_values, image, head), p->of_values.token, p->tokens,
-                         p->dim, values);
+                           p->dim, values);
             for (int64_t row = 0; row < p->rows; row += ROWS) {
                 /* Rows that there are not are copies of the last. */
                 for (int64_t i = 0; i < ROWS; i++)
@@ -160,27 +160,15 @@ WIDE void attend_float(const Problem *p, char *room)
     }
 }
 
-int float_is_supported(void)
+static int is_supported(void)
 {
     return __builtin_cpu_supports("avx512f") != 0;
 }
 
+const Way in_float = {is_supported, room_for, attend};
+
 #else
 
-int float_is_supported(void)
-{
-    return 0;
-}
-
-int64_t float_room(const Problem *p)
-{
-    (void)p;
-    return 0;
-}
-
-void attend_float(const Problem *p, char *room)
-{
-    (void)p, (void)room;
-}
+const Way in_float = {0};
 
 #endif

@@ -69,8 +69,8 @@ TILED static void lay_out_values(const Half *from, int64_t apart, int64_t tokens
 
 /* out [16, 16 * count] = left [16, 32 * depth] right [depth, count tiles]; `out` and `left` have rows of so many bytes */
 static inline __attribute__((always_inline)) TILED void multiply(const Half *left, int64_t left_bytes, const Half *right,
-                                                                  int64_t depth, const int count, float *out,
-                                                                  int64_t out_bytes)
+                                                                 int64_t depth, const int count, float *out,
+                                                                 int64_t out_bytes)
 {
     /* Tiles go by numbers that are known when this is compiled: 0 to 3 have the sums. */
     _tile_zero(0);
@@ -166,13 +166,13 @@ static Halves halves(const Problem *p)
     return h;
 }
 
-int64_t half_room(const Problem *p)
+static int64_t room_for(const Problem *p)
 {
     Halves h = halves(p);
     return h.keys + h.values + h.weights + h.queries + h.logits + h.found + h.raised;
 }
 
-TILED void attend_half(const Problem *p, char *room)
+TILED static void attend(const Problem *p, char *room)
 {
     const Halves h = halves(p);
     Half *keys = (Half *)room, *values = (Half *)(room += h.keys), *weights = (Half *)(room += h.values);
@@ -192,9 +192,9 @@ TILED void attend_half(const Problem *p, char *room)
         for (int64_t head = 0; head < p->heads; head++) {
             const Half *asking = (const Half *)p->queries + place(p->of_queries, image, head);
             lay_out_keys((const Half *)p->keys + place(p->of_keys, image, head), p->of_keys.token, p->tokens, p->dim,
-                      h.across, keys);
+                         h.across, keys);
             lay_out_values((const Half *)p->values + place(p->of_values, image, head), p->of_values.token, p->tokens,
-                        p->dim, h.pairs, values);
+                           p->dim, h.pairs, values);
             for (int64_t row = 0; row < p->rows; row += TILE_ROWS) {
                 /* Rows that there are not are copies of the last. */
                 for (int64_t i = 0; i < TILE_ROWS; i++)
@@ -206,7 +206,7 @@ TILED void attend_half(const Problem *p, char *room)
                 float sums[TILE_ROWS];
                 for (int64_t i = 0; i < TILE_ROWS; i++)
                     sums[i] = weigh(logits + i * h.across * LANES, raised, p->scale * PER_NAT, h.across,
-                                           weights + i * h.pairs * DEPTH);
+                                    weights + i * h.pairs * DEPTH);
                 product(weights, values, h.pairs, h.wide, found);
                 for (int64_t i = 0; i < least(TILE_ROWS, p->rows - row); i++)
                     for (int64_t d = 0; d < h.wide * LANES; d += LANES) {
@@ -220,7 +220,7 @@ TILED void attend_half(const Problem *p, char *room)
     _tile_release();
 }
 
-int half_is_supported(void)
+static int is_supported(void)
 {
     /* Linux gives tiles to processes that ask for them (arch_prctl(2): ARCH_REQ_XCOMP_PERM, of XTILEDATA). */
     return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -228,22 +228,10 @@ int half_is_supported(void)
            syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 }
 
+const Way in_half = {is_supported, room_for, attend};
+
 #else
 
-int half_is_supported(void)
-{
-    return 0;
-}
-
-int64_t half_room(const Problem *p)
-{
-    (void)p;
-    return 0;
-}
-
-void attend_half(const Problem *p, char *room)
-{
-    (void)p, (void)room;
-}
+const Way in_half = {0};
 
 #endif

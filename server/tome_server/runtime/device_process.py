@@ -108,7 +108,7 @@ class DeviceProcess:
         """Use a device, and say which that is."""
         self._device = choose_device(name)
         if self._device.type == "cpu" and not native.BUILT:
-            log.warning("this was installed without a C compiler: merging is slower than it could be")
+            log.warning("this was installed without a C compiler: models run slower than they could")
         return str(self._device)
 
     def load(self, key: str, spec: ModelSpec, limits: Limits, max_batch: int, folder: Path | None) -> HostedModel:
