@@ -6,6 +6,7 @@ configurations; only addresses are changed.
 
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.request import urlopen
@@ -25,7 +26,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import HealthServicer
 from server_process import ServerProcess, start_server, stop_server
 
-from tome_client import Client
+from tome_client import Client, TomeError
 
 from .prometheus import free_port, until
 
@@ -167,6 +168,13 @@ def healthy(target: str, service: str = "") -> bool:
             return False
 
 
+def listening(target: str) -> bool:
+    host, port = target.split(":")
+    with suppress(ConnectionRefusedError), socket.create_connection((host, int(port))):
+        return True
+    return False
+
+
 @dataclass
 class Load:
     """Clients with default settings that ask one call after the other until they are told to stop."""
@@ -244,6 +252,41 @@ def test_nginx_asks_a_server_that_has_just_failed_when_no_other_is_left(tmp_path
             assert healthy(target), (tmp_path / "nginx.log").read_text()
         finally:
             back.stop(None).wait()
+
+
+@pytest.mark.skipif(not program("nginx"), reason=f"needs nginx: {INSTALL['nginx']}")
+def test_nginx_says_unavailable_where_a_server_dies_of_a_call_and_clients_retry(tmp_path: Path, image: bytes) -> None:
+    calls, attempts = 8, 5
+    died = []
+
+    def die(listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                with listener.accept()[0] as connection:
+                    received = b""
+                    while image not in received and (more := connection.recv(65536)):
+                        received += more
+                    died.append(image in received)
+
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(SERVERS)]
+        for listener in listeners:
+            threading.Thread(target=die, args=(listener,)).start()
+            stack.callback(listener.shutdown, socket.SHUT_RDWR)
+        addresses = [f"127.0.0.1:{listener.getsockname()[1]}" for listener in listeners]
+        target = stack.enter_context(nginx(tmp_path, addresses))
+        until(lambda: listening(target), "nginx listens")
+        client = stack.enter_context(Client(target))
+
+        def ask(_: int) -> str:
+            with pytest.raises(TomeError) as refused:
+                client.predict(image, timeout=60)
+            return str(refused.value)
+
+        with ThreadPoolExecutor(calls) as callers:
+            (said,) = set(callers.map(ask, range(calls)))
+    assert said.endswith("nginx can't reach a server, or lost it before it answered")
+    assert sum(died) == calls * attempts
 
 
 @pytest.mark.skipif(not program("envoy"), reason=f"needs envoy: {INSTALL['envoy']}")
