@@ -218,6 +218,17 @@ def test_a_proxy_is_among_the_paths(proxy: str, fleet: Fleet) -> None:
     assert proxy in fleet.targets
 
 
+@pytest.mark.parametrize("proxy", PROXIES)
+def test_a_proxy_passes_no_watch_on_for_one_servers_health_is_not_that_of_all(proxy: str, fleet: Fleet) -> None:
+    if not program(proxy):
+        pytest.skip(f"needs {proxy}: {INSTALL[proxy]}")
+    with grpc.insecure_channel(fleet.targets[proxy]) as channel:
+        watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
+        with pytest.raises(grpc.RpcError) as refused:
+            next(watched)
+    assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
 def test_each_server_gets_an_even_share(fleet: Fleet, image: bytes) -> None:
     for name, target in fleet.targets.items():
         before = fleet.answered()
