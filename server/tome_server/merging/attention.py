@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tome_server.merging.native import are_recorded
+
 try:
     from tome_server.merging import _attention
 except ImportError:
@@ -67,14 +69,15 @@ def _folded(q: Tensor, k: Tensor, v: Tensor, column: Tensor, dropout: float, sca
 def _fits_in_c(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> bool:
     """Return whether the C code attends for these: for inference, on one thread of a CPU that it is written for."""
     tensors = (q, k, v) if bias is None else (q, k, v, bias)
+    # Asked first: torch.compile can't follow the number of threads.
     return (
-        q.dtype in IN_C
+        not are_recorded()
+        and q.dtype in IN_C
         and dropout == 0.0
         and all(type(t) is Tensor and t.dtype == q.dtype and t.device.type == "cpu" for t in tensors)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         and k.numel() > 0
         and torch.get_num_threads() == 1
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -236,7 +236,7 @@ def _merge(
     if not any(rs):
         return x
     parts = list(_split(x, [group.shape for group in groups]))
-    merging = native if native.serves(x) else by_torch
+    merging = native if native.serves(x, *keys) else by_torch
     for i, (group, wanted) in enumerate(zip(groups, rs, strict=True)):
         r = min(wanted, mergeable(group.shape[1], prefix))
         if r == 0:

@@ -162,7 +162,7 @@ class EvaLayers:
         dropout = attn.attn_drop.p if attn.training else 0.0
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out = attention(q, k, v, bias, dropout=dropout, scale=attn.scale)
-        return out.transpose(1, 2).reshape(batch, -1, self.heads * self.head_dim), content.transpose(1, 2)
+        return out.transpose(1, 2).flatten(2), content.transpose(1, 2)
 
     def _rotated(self, x: Tensor, rope: Tensor) -> Tensor:
         """Return `x` [B, N, heads, dim] with each pair of its channels, as a complex number, times that of `rope`.

@@ -42,19 +42,33 @@ def match(keys: Tensor, r: int, prefix: int) -> Matching:
     if r == 0:
         return Matching(rows, rows[:, :0], rows[:, :0])
 
-    first_source, first_destination = prefix + prefix % 2, prefix + 1 - prefix % 2
-    sources, destinations = rows[:, first_source::2], rows[:, first_destination::2]
-    # The sum has the direction of the mean, which is all that cosine similarity sees.
-    total = keys.sum(dim=1, dtype=torch.promote_types(keys.dtype, torch.float32))
+    # The sum has the direction of the mean, which is all that cosine similarity sees. Choices have no gradients.
+    total = keys.detach().sum(dim=1, dtype=torch.promote_types(keys.dtype, torch.float32))
     direction = total / torch.linalg.vector_norm(total, dim=-1, keepdim=True).clamp_min(1e-12)
-    similarity = torch.bmm(direction[:, first_source::2], direction[:, first_destination::2].mT)
-    best, choice = similarity.max(dim=-1)
+    best, choice = similarities(direction, prefix).max(dim=-1)
     ranked = best.argsort(dim=-1, descending=True, stable=True)
     gone, stay = ranked[:, :r], ranked[:, r:].sort(dim=-1).values
 
+    sources, destinations = _alternating(rows, prefix)
     order = torch.cat([rows[:, :prefix], sources.gather(1, stay), destinations], dim=1)
     first_row = torch.arange(0, batch * (tokens - r), tokens - r, device=keys.device).unsqueeze(1)
     return Matching(order, sources.gather(1, gone), choice.gather(1, gone) + (first_row + prefix + stay.shape[1]))
+
+
+def similarities(direction: Tensor, prefix: int) -> Tensor:
+    """Return the cosine similarity of every source to every destination, [B, sources, destinations].
+
+    `direction` [B, N, D] has vectors of length 1. Their products are of its type under autocast too.
+    """
+    sources, destinations = _alternating(direction, prefix)
+    # Autocast leaves calls alone that say where their result goes.
+    products = direction.new_empty(len(direction), sources.shape[1], destinations.shape[1])
+    return torch.bmm(sources, destinations.mT, out=products)
+
+
+def _alternating(x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """Return what `x` [B, N, ...] has of sources and of destinations."""
+    return x[:, prefix + prefix % 2 :: 2], x[:, prefix + 1 - prefix % 2 :: 2]
 
 
 def combine(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:

@@ -137,7 +137,7 @@ class MergedModel(nn.Module):
             return {as_schedule(r).per_block(self.depth): range(batch)}
         if len(r) != batch:
             raise ValueError(f"r must be one for all images or one for each of the {batch}, not {len(r)}")
-        schedules: dict[tuple[int, ...], Sequence[int]] = {}
+        schedules: dict[tuple[int, ...], Sequence[int]] = {} if batch else {(0,) * self.depth: ()}
         for image, own in enumerate(r):
             per_block = as_schedule(own).per_block(self.depth)
             schedules[per_block] = [*schedules.get(per_block, ()), image]

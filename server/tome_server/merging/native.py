@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tome_server.merging import matching as by_torch
-from tome_server.merging.matching import Matching
+from tome_server.merging.matching import Matching, similarities
 from tome_server.merging.schedule import mergeable
 
 try:
@@ -20,16 +20,24 @@ else:
     BUILT = True
 
 
-def serves(x: Tensor) -> bool:
-    """Return whether tokens like `x` can be matched and merged here: on the CPU and without gradients."""
+def serves(*tensors: Tensor) -> bool:
+    """Return whether such tokens and keys can be matched and merged here: on the CPU and without gradients."""
     return (
         BUILT
-        and type(x) is Tensor
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and not torch.compiler.is_compiling()
+        and all(
+            type(x) is Tensor
+            and x.device.type == "cpu"
+            and x.dtype in (torch.float32, torch.bfloat16)
+            and not (x.requires_grad and torch.is_grad_enabled())
+            for x in tensors
+        )
+        and not are_recorded()
     )
+
+
+def are_recorded() -> bool:
+    """Return whether torch's operators are recorded, to be run again without the C code that is called between them."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def match(keys: Tensor, r: int, prefix: int) -> Matching:
@@ -41,13 +49,14 @@ def match(keys: Tensor, r: int, prefix: int) -> Matching:
     if keys.stride(3) != 1:
         keys = keys.contiguous()
     by_image, by_head, by_token, _ = keys.stride()
-    direction = torch.empty(batch, tokens, dim)
+    # Here and below type and device are said: torch's defaults for new tensors may be others.
+    direction = keys.new_empty(batch, tokens, dim, dtype=torch.float32)
     bf16 = keys.dtype == torch.bfloat16
     _native.directions(
         keys.data_ptr(), direction.data_ptr(), (batch, heads, tokens, dim), (by_image, by_head, by_token), bf16
     )
-    similarity = torch.bmm(direction[:, prefix + prefix % 2 :: 2], direction[:, prefix + 1 - prefix % 2 :: 2].mT)
-    rows = torch.empty(batch * (tokens + r), dtype=torch.int64)
+    similarity = similarities(direction, prefix)
+    rows = keys.new_empty(batch * (tokens + r), dtype=torch.int64)
     order, merged, into = torch.split(rows, [batch * (tokens - r), batch * r, batch * r])
     shape = batch, similarity.shape[1], similarity.shape[2]
     _native.match(similarity.data_ptr(), order.data_ptr(), merged.data_ptr(), into.data_ptr(), shape, r, prefix)

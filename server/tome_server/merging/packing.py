@@ -56,9 +56,9 @@ class PackedPatches(nn.Module):
         rows, columns = height // self._height, width // self._width
         images = images[:, :, : rows * self._height, : columns * self._width]
         patches = images.reshape(batch, channels, rows, self._height, columns, self._width)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         embedded: Tensor = self.linear(patches)
-        return embedded.transpose(1, 2).view(batch, -1, rows, columns)
+        return embedded.transpose(1, 2).view(batch, self.linear.out_features, rows, columns)
 
 
 def packed_dtypes() -> tuple[torch.dtype, ...]:

@@ -52,7 +52,7 @@ class ParallelScalingLayers:
         q, k = block.q_norm(q[:, :, :queries]), block.k_norm(k)
         dropout = block.attn_drop.p if block.training else 0.0
         out = attention(q, k, v, bias, dropout=dropout, scale=block.scale)
-        return out.transpose(1, 2).reshape(batch, -1, self.heads * self.head_dim), k
+        return out.transpose(1, 2).flatten(2), k
 
     def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:
         """Return `x` with all that the block found added to it; `beside` is the MLP's hidden channels."""
@@ -104,7 +104,7 @@ class ParallelThingsLayers:
         q, k = attn.q_norm(q[:, :, :queries]), attn.k_norm(k)
         dropout = attn.attn_drop.p if attn.training else 0.0
         out = attention(q, k, v, bias, dropout=dropout, scale=attn.scale)
-        out = attn.norm(out.transpose(1, 2).reshape(batch, -1, attn.num_heads * attn.head_dim))
+        out = attn.norm(out.transpose(1, 2).flatten(2))
         found: Tensor = branch.drop_path(branch.ls(attn.proj_drop(attn.proj(out))))
         return found, k.sum(dim=1, keepdim=True)
 

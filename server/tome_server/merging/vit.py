@@ -64,7 +64,7 @@ class BlockLayers:
 
         dropout = attn.attn_drop.p if attn.training else 0.0
         out = attention(q, k, v, bias, dropout=dropout, scale=attn.scale)
-        return out.transpose(1, 2).reshape(batch, -1, self.heads * self.head_dim), k
+        return out.transpose(1, 2).flatten(2), k
 
     def attention_output(self, attended: Tensor, gate: Tensor | None) -> Tensor:
         """Return what attention itself gives, [..., channels]."""

@@ -1,5 +1,7 @@
 """`match` and `combine` against their definition, and against a reference in plain loops."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tome_server.merging import matching
+from tome_server.merging import matching, native
 from tome_server.merging.matching import Matching, add_by_product, combine
 
 from . import reference
@@ -283,6 +285,18 @@ def test_bf16_metrics_find_edges_nearly_as_strong_as_the_best(tokens: int, prefi
     exact = metric[0].double().numpy()
     best = strength(reference.match(exact, r, prefix))
     assert strength(contents(metric, r, prefix)[0]) == pytest.approx(best, abs=0.004)
+
+
+@pytest.mark.parametrize("matched_by", [matching.match, native.match])
+def test_autocast_rounds_no_similarity(matched_by: Callable[[Tensor, int, int], Matching]) -> None:
+    if matched_by is native.match and not native.BUILT:
+        pytest.skip("was installed without a C compiler")
+    keys = metric_of("random", 2, 65, 3).float().unsqueeze(1)
+    expected = matching.match(keys, 16, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        matched = matched_by(keys, 16, 1)
+    for name in ("order", "merged", "into"):
+        assert torch.equal(getattr(matched, name), getattr(expected, name)), name
 
 
 @pytest.mark.parametrize(("tokens", "prefix"), REAL_COUNTS)

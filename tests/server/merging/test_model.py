@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,16 @@ from timm.layers import Attention, AttentionPoolLatent, DiffAttention, DropPath
 from timm.models.vision_transformer import Block, DiffParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
 
-from tome_server.merging import MergedOutput, Schedule, UnsupportedModelError, merge, tokens_per_block, unmerge
+from tome_server.merging import (
+    MergedModel,
+    MergedOutput,
+    Schedule,
+    UnsupportedModelError,
+    merge,
+    pack,
+    tokens_per_block,
+    unmerge,
+)
 
 from . import reference
 from .outputs import equal
@@ -373,7 +383,39 @@ def test_runs_under_autocast(name: str, r: int) -> None:
             torch.testing.assert_close(out.logits, expected, rtol=0, atol=0.05 * scale)
 
 
+# Graphs of it
+
+
+def test_traced_it_gives_for_other_images_what_it_gives_for_them() -> None:
+    kind = KINDS["class token"]
+    model = merge(kind.build(dtype=torch.float32).requires_grad_(False))
+    images, others = (kind.images(2, dtype=torch.float32, seed=seed) for seed in (1, 2))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(lambda x: model(x, 6).logits, images, check_trace=False)
+        torch.testing.assert_close(traced(others), model(others, 6).logits)
+
+
+def test_it_is_compiled_as_a_single_graph() -> None:
+    kind = KINDS["class token"]
+    model = merge(kind.build(dtype=torch.float32).requires_grad_(False))
+    images = kind.images(2, dtype=torch.float32)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images, [6, 2]).logits, model(images, [6, 2]).logits)
+
+
 # Input
+
+
+@pytest.mark.parametrize("pack", [lambda merged: merged, pack], ids=["plain", "packed"])
+@pytest.mark.parametrize("r", [0, 6, []])
+def test_no_images_give_no_answers(r: int | list[int], pack: Callable[[MergedModel], MergedModel]) -> None:
+    kind = KINDS["avg pool"]
+    merged = pack(merge(kind.build(dtype=torch.float32).requires_grad_(False)))
+    out = merged(kind.images(0, dtype=torch.float32), r)
+    assert out.logits.shape == (0, 7)
+    assert out.tokens_per_block == ()
 
 
 @pytest.mark.parametrize("r", [0, 6])

@@ -82,6 +82,25 @@ def test_the_first_of_equal_proposals_is_chosen_at_any_width(count: int) -> None
     assert matched.into.tolist() == [[count - count // 2] * (count // 2)]
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])
+def test_torchs_defaults_for_new_tensors_do_not_matter(default: torch.dtype | str) -> None:
+    keys, x, size = torch.randn(2, 3, 41, 8), torch.randn(2, 41, 5), torch.ones(2, 41)
+    expected = native.match(keys, 12, 1)
+    before = torch.get_default_dtype()
+    try:
+        if isinstance(default, torch.dtype):
+            torch.set_default_dtype(default)
+        with torch.device("meta" if default == "meta" else "cpu"):
+            matched = native.match(keys, 12, 1)
+            merged, sizes = native.combine(x, size, matched)
+    finally:
+        torch.set_default_dtype(before)
+    assert_matched_alike(matched, expected)
+    expected_merged, expected_sizes = matching.combine(x, size, expected)
+    torch.testing.assert_close(merged, expected_merged)
+    assert torch.equal(sizes, expected_sizes)
+
+
 def test_keys_that_are_no_numbers_cost_nothing_but_sense() -> None:
     keys = torch.full((2, 2, 21, 8), float("nan"))
     keys[1] = torch.randn(2, 21, 8)
@@ -119,6 +138,13 @@ def test_bfloat16_is_rounded_as_torch_rounds_it() -> None:
 )
 def test_what_it_serves(x: Tensor, served: bool) -> None:
     assert native.serves(x) is served
+
+
+def test_tokens_are_served_only_with_keys_that_are() -> None:
+    x = torch.zeros(1)
+    assert native.serves(x, x.bfloat16())
+    assert not native.serves(x, x.half())
+    assert not native.serves(x, torch.zeros(1, requires_grad=True))
 
 
 def test_gradients_that_nobody_takes_are_no_hindrance() -> None:
