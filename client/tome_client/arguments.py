@@ -10,7 +10,7 @@ from tome_client.requests import PredictOptions
 
 def add_merging_arguments(command: argparse.ArgumentParser) -> None:
     """Adds which model to ask, and the bounds in which the server may merge."""
-    command.add_argument("--model", default="", metavar="NAME", help="default: the server's first")
+    command.add_argument("--model", default="", metavar="NAME", help="which model (default: the server's first)")
     command.add_argument("--r", type=int, metavar="N", help="merge exactly N tokens in each block")
     command.add_argument("--min-r", type=int, metavar="N", help="let the server merge no fewer")
     command.add_argument("--max-r", type=int, metavar="N", help="let the server merge no more")
@@ -22,6 +22,13 @@ def add_merging_arguments(command: argparse.ArgumentParser) -> None:
 def merging_options(args: argparse.Namespace) -> PredictOptions:
     """Returns what the arguments of `add_merging_arguments` ask for."""
     return PredictOptions(model=args.model, r=args.r, min_r=args.min_r, max_r=args.max_r, min_quality=args.min_quality)
+
+
+def error_text(error: Exception) -> str:
+    """Returns what an error says; of a file, its name and what the system says of it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def duration(text: str) -> float:

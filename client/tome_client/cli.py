@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from tome_client.arguments import add_merging_arguments, duration, merging_options
+from tome_client.arguments import add_merging_arguments, duration, error_text, merging_options
 from tome_client.client import Client
 from tome_client.connection import connection, connection_options
 from tome_client.errors import TomeError
@@ -37,13 +37,21 @@ Exits with 0 if all was answered, 1 if anything failed, 2 if the command line is
 """
 
 
+# By what gRPC says.
+_HINTS = {
+    "Failed to connect": "is a server running there? tome-server serve starts one, --target names another",
+    "DNS resolution failed": "--target names the server, as HOST:PORT",
+    "WRONG_VERSION_NUMBER": "the server there speaks plain text: leave out --tls and --ca",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     args = argument_parser().parse_args(argv)
     try:
         status: int = args.run(args)
     except (TomeError, ImportError, OSError, ValueError) as error:
-        print(f"tome-client: {_one_line(error)}", file=sys.stderr)
+        print(f"tome-client: {_one_line(error)}{_hint(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -54,6 +62,7 @@ def argument_parser() -> argparse.ArgumentParser:
     """Returns the parser; what it parses has the command as `run`."""
     parser = argparse.ArgumentParser(
         prog="tome-client",
+        usage="%(prog)s [options] COMMAND ...",
         description="Asks a tome-serving server to classify images within a latency budget.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -62,17 +71,37 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tome-client {__version__}")
     # After a command too, where what is not given must not undo what stood before it.
     parent = connection_options(default=argparse.SUPPRESS)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    # Else the usage above would stand in front of each command.
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", prog=parser.prog)
 
-    command = commands.add_parser("predict", parents=[parent], help="classify images")
+    command = commands.add_parser(
+        "predict",
+        parents=[parent],
+        usage="%(prog)s [options] IMAGE [IMAGE ...]",
+        help="classify images",
+        description="Classifies images, all of them over one stream, and shows for each what the server merged to be "
+        "in time. One that can't be answered within --budget is refused at once, with the smallest latency possible.",
+    )
     command.set_defaults(run=predict)
     command.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG, WebP or BMP file")
-    command.add_argument("--budget", type=duration, metavar="TIME", help="longest to wait, such as 50ms or 0.2s")
+    command.add_argument(
+        "--budget",
+        type=duration,
+        metavar="TIME",
+        help="longest the server may take for each, such as 50ms or 0.2s (default: what the model's settings say)",
+    )
     add_merging_arguments(command)
     command.add_argument("--top-k", type=int, default=3, metavar="K", help="classes to show (default: %(default)s)")
     command.add_argument("--json", action="store_true", help="print a JSON array; what is no finite number is null")
 
-    command = commands.add_parser("models", parents=[parent], help="list or describe models")
+    command = commands.add_parser(
+        "models",
+        parents=[parent],
+        usage="%(prog)s [options] [NAME]",
+        help="list or describe models",
+        description="Lists the models of a server or, given a name, tells what one takes and what each r of it costs "
+        "and keeps.",
+    )
     command.set_defaults(run=models)
     command.add_argument("name", nargs="?", metavar="NAME", help="describe this model in full")
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -80,6 +109,7 @@ def argument_parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "visualize",
         parents=[parent],
+        usage="%(prog)s [options] -o FILE IMAGE",
         help="draw which patches were merged",
         description="Draws the model's input beside its merged tokens: every patch in the mean "
         "colour of the patches it was merged with, lines between tokens. Needs Pillow: "
@@ -87,8 +117,10 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=visualize)
     command.add_argument("image", metavar="IMAGE", help="an image file")
-    command.add_argument("--model", default="", metavar="NAME", help="default: the server's first")
-    command.add_argument("--r", type=int, metavar="N", help="tokens to merge in each block")
+    command.add_argument("--model", default="", metavar="NAME", help="which model (default: the server's first)")
+    command.add_argument(
+        "--r", type=int, metavar="N", help="tokens to merge in each block (default: the server chooses)"
+    )
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="picture to write")
 
     add_load_command(commands, parent)
@@ -100,7 +132,7 @@ def predict(args: argparse.Namespace) -> int:
     outcomes = _classify(args)
     for one in outcomes:
         if one.error:
-            print(f"tome-client: {one.image}: {_one_line(one.error)}", file=sys.stderr)
+            print(f"tome-client: {one.image}: {_one_line(one.error)}{_hint(one.error)}", file=sys.stderr)
     if args.json:
         print(json_text([one.fields() for one in outcomes]))
     elif any(one.result for one in outcomes):
@@ -193,7 +225,12 @@ def _client(args: argparse.Namespace) -> Client:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return " ".join(error_text(error).split())
+
+
+def _hint(error: Exception | None) -> str:
+    """Returns what may mend it, of what stands in the way of a connection."""
+    return next((f"; {hint}" for part, hint in _HINTS.items() if part in str(error)), "")
 
 
 def _error_fields(error: TomeError) -> dict[str, Any]:

@@ -23,7 +23,8 @@ class Connection(TypedDict):
 
 def connection_options(default: str | None = None) -> argparse.ArgumentParser:
     """Returns a parent parser of the arguments; what is not given becomes `default`."""
-    options = argparse.ArgumentParser(add_help=False)
+    parent = argparse.ArgumentParser(add_help=False)
+    options = parent.add_argument_group("connection")
     options.add_argument(
         "--target",
         default=default or os.environ.get("TOME_TARGET") or "localhost:8500",
@@ -56,7 +57,7 @@ def connection_options(default: str | None = None) -> argparse.ArgumentParser:
         default=default or False,
         help="leave out servers that report that they load or drain; not through a proxy",
     )
-    return options
+    return parent
 
 
 def connection(args: argparse.Namespace) -> Connection:

@@ -15,6 +15,8 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 # What gRPC says of a call that it gave up itself; a server's own refusal has details.
 _GRPC_TIMED_OUT = "Deadline Exceeded"
+# What it puts before the reason why no connection could be made.
+_GRPC_UNREACHED = "connections to all backends failing; last error: "
 # And how it ends what it says of servers that were left out for their health.
 _GRPC_UNHEALTHY = "backend unhealthy"
 
@@ -88,7 +90,7 @@ def error_from_rpc(error: grpc.RpcError, target: str) -> TomeError:
     if code is grpc.StatusCode.UNAVAILABLE and message.endswith(_GRPC_UNHEALTHY):
         message = f"{target} is unavailable: no server there is serving; what was reached is loading or stopping"
     elif code is grpc.StatusCode.UNAVAILABLE:
-        message = f"{target} is unavailable: {message}"
+        message = f"{target} is unavailable: {message.removeprefix(_GRPC_UNREACHED)}"
     elif code is grpc.StatusCode.DEADLINE_EXCEEDED and message == _GRPC_TIMED_OUT:
         message = f"no answer from {target} within the timeout"
     try:

@@ -102,7 +102,10 @@ def stream_request(item: StreamItem, max_bytes: int) -> PredictStreamRequest:
     """
     try:
         request = predict_request(item.image, item.options)
-    except (OSError, TypeError, ValueError) as error:
+    except OSError as error:
+        text = f"the file can't be read: {error.strerror or error}"
+        raise TomeError(grpc.StatusCode.INVALID_ARGUMENT, text) from error
+    except (TypeError, ValueError) as error:
         raise TomeError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from error
     message = PredictStreamRequest(id=item.id, request=request)
     if (size := message.ByteSize()) > max_bytes:

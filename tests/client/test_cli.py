@@ -125,7 +125,7 @@ def test_each_failure_is_one_line_and_the_rest_are_answered(image: str, capsys: 
     assert main(["predict", image, "nowhere.png"]) == 1
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2
-    assert err == ("tome-client: nowhere.png: INVALID_ARGUMENT: [Errno 2] No such file or directory: 'nowhere.png'\n")
+    assert err == ("tome-client: nowhere.png: INVALID_ARGUMENT: the file can't be read: No such file or directory\n")
 
 
 def test_a_refused_image_names_code_and_message(image: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,9 +173,18 @@ def test_a_failed_call_is_one_line(peer: Peer, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == "tome-client: NOT_FOUND: no such model\n"
 
 
+def test_where_no_connection_can_be_made_the_way_out_is_said(
+    image: str, peer: Peer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", image, "--target", "localhost:1"]) == 1
+    assert "Connection refused (111); is a server running there? tome-server serve" in capsys.readouterr().err
+    assert main(["models", "--target", peer.target, "--tls"]) == 1
+    assert capsys.readouterr().err.endswith("; the server there speaks plain text: leave out --tls and --ca\n")
+
+
 def test_a_missing_certificate_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "--ca", "nowhere.pem"]) == 1
-    assert "No such file or directory: 'nowhere.pem'" in capsys.readouterr().err
+    assert "nowhere.pem: No such file or directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -206,6 +215,21 @@ def test_help_has_examples_and_the_exit_statuses(capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     assert "tome-client predict shirt.png" in out
     assert "Exits with 0" in out
+
+
+@pytest.mark.parametrize("command", ["predict", "models", "visualize", "load"])
+def test_a_commands_help_begins_with_its_own_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert len(out.partition("\n\n")[0].splitlines()) == 1
+    assert out.index("--model" if command != "models" else "--json") < out.index("connection:") < out.index("--tls")
+
+
+def test_the_package_runs_as_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "tome_client", "predict"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "tome-client predict: error: the following arguments are required: IMAGE" in done.stderr
 
 
 def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

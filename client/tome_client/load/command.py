@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from tome_client.arguments import add_merging_arguments, duration, merging_options, share
+from tome_client.arguments import add_merging_arguments, duration, error_text, merging_options, share
 from tome_client.connection import connection
 from tome_client.json_text import json_text
 from tome_client.load.arrivals import Trace, parse_arrivals
@@ -64,6 +64,7 @@ def add_load_command(
     command = commands.add_parser(
         "load",
         parents=[parent],
+        usage="%(prog)s --images DIR --rate N --budget TIME [options]",
         help="measure a server under load",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
@@ -140,7 +141,7 @@ def _run(command: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         if args.report:
             args.report.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        command.error(str(error))
+        command.error(error_text(error))
     if args.report:
         # Here because matplotlib, which it imports, is not part of the plain install; and not after the run.
         import tome_client.load.report  # noqa: F401
