@@ -31,9 +31,10 @@ def size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
     """Return log(size) of tokens [B, N] as a mask [B, 1, 1, N], to be added to the logits."""
     bias = size.log().to(dtype)
     if size.is_cuda:
-        # Memory-efficient attention there wants the rows of a mask to start at multiples of 8 elements.
+        # Memory-efficient attention there wants all strides of a mask to be multiples of 8 elements, or copies it in
+        # each block: also those of the new dimensions, which are what the rows are long when these are made.
         tokens = size.shape[1]
-        bias = F.pad(bias, (0, -tokens % _ALIGNED))[:, :tokens]
+        return F.pad(bias, (0, -tokens % _ALIGNED))[:, None, None, :tokens]
     return bias[:, None, None, :]
 
 

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,6 +35,7 @@ from tome_server.runtime.memory import lacks_memory
 from tome_server.runtime.profile_store import obtain_profile
 from tome_server.runtime.shared_images import Place, receive
 from tome_server.runtime.threads import choose_threads
+from tome_server.runtime.turns import Turns
 from tome_server.runtime.uploads import Uploads
 from tome_server.runtime.work import BatchResult, Work
 from tome_server.scheduling.profile import Profile
@@ -58,8 +60,8 @@ class DeviceProcess:
         self._images: dict[str, Uploads] = {}
         self._device = torch.device("cpu")
         self._threads = available_cpus()
-        # Held by a batch, and while CUDA graphs are recorded, so that neither comes into the other.
-        self._running = threading.Lock()
+        # Held by a batch, and while a CUDA graph is recorded, so that neither comes into the other.
+        self._running = Turns()
         self._batches = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
         logging.getLogger("tome_server").setLevel(connection.recv())
@@ -163,21 +165,48 @@ class DeviceProcess:
 
     def _run_empty(self, model: LoadedModel, size: int, r: int) -> None:
         image = torch.zeros(model.preprocess.settings.input_size, dtype=torch.uint8)
-        run_batch(model, [Work(image, top_k=1)] * size, r, self._device)
+        run = partial(run_batch, model, [Work(image, top_k=1)] * size, r, self._device)
+        if self._device.type == "cuda":
+            # CUDA's libraries set themselves up in each thread anew.
+            self._batches.submit(run).result()
+        else:
+            run()
 
     def _answer(self, ticket: int, call: Callable[..., object], args: Sequence[object]) -> None:
         try:
             answer: _Answer = (ticket, call(*args), None)
         except Exception as error:
             answer = (ticket, None, _sendable(error))
+        usable = True
         # Now that the error is gone, whose traceback held what had been allocated until then.
-        if isinstance(answer[2], OutOfMemoryError) and self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        if answer[2] is not None and self._device.type == "cuda":
+            with self._running:  # either would break a recording off
+                usable = is_usable(self._device)
+                if usable and isinstance(answer[2], OutOfMemoryError):
+                    torch.cuda.empty_cache()
         self._send(answer)
+        if not usable:
+            log.critical("%s can't be used by this process any more, which ends", self._device)
+            os._exit(1)
 
     def _send(self, answer: _Answer) -> None:
         with self._sending:
             self._connection.send(answer)
+
+
+def is_usable(device: torch.device) -> bool:
+    """Return whether a CUDA device does what this process asks of it.
+
+    After some errors, as of a kernel that reads what isn't there, it does nothing any more until the process ends.
+    """
+    for _ in range(2):  # the first may be told of another error, which is over
+        try:
+            torch.cuda.synchronize(device)
+        except Exception:
+            log.debug("%s fails", device, exc_info=True)
+        else:
+            return True
+    return False
 
 
 class _ServerLog(QueueHandler):

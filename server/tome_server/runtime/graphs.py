@@ -11,9 +11,11 @@ didn't suffice for.
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor
 from tome_server.errors import OutOfMemoryError
 from tome_server.merging.model import MergedOutput
 from tome_server.models.loaded import Forward, LoadedModel
+from tome_server.runtime.memory import lacks_memory
 
 log = logging.getLogger(__name__)
 
@@ -113,9 +116,9 @@ class GraphedModel:
                 if not self._same(images, r, recorded):
                     log.error("the CUDA graph of %d images at r = %d is wrong, and isn't used", size, r)
                     return "failed"
-        except (OutOfMemoryError, torch.OutOfMemoryError):
-            return "full"
-        except Exception:
+        except Exception as error:
+            if _for_memory(error):
+                return "full"
             log.exception("no CUDA graph can be made of %d images at r = %d; they run without", size, r)
             return "failed"
         self._recorded[size, r] = recorded
@@ -160,24 +163,39 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _recordings(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, call: Callable[[], MergedOutput]) -> tuple[MergedOutput, Callable[[], None]]:
         """As Recorder says."""
-        with torch.cuda.device(self._device):
+        # The stream is entered although it is the thread's own already: a recording that is broken off leaves another.
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream()):
             here = torch.cuda.current_stream()
             self._stream.wait_stream(here)
             with torch.cuda.stream(self._stream):
                 # What libraries set up at first use can't be recorded.
-                for _ in range(2):
+                call()
+                # What waits for the device would break the recording off, after which torch is hardly usable.
+                with _waiting_forbidden():
                     call()
             here.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            # thread_local: what other threads do meanwhile isn't for the recording to forbid.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                output = call()
+            try:
+                # thread_local: what other threads do meanwhile isn't for the recording to forbid.
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    output = call()
+            except BaseException:
+                self._break_off()
+                raise
             return output, graph.replay
+
+    def _break_off(self) -> None:
+        # torch ends a recording before it tells its allocator so, and where the former fails not at all: the allocator
+        # would never give memory back to the driver again.
+        device = torch.cuda.current_device()
+        with suppress(RuntimeError):  # it was told
+            torch._C._cuda_endAllocateToPool(device, self._pool)
+            torch._C._cuda_releasePool(device, self._pool)
 
     def taken(self) -> int:
         """As Recorder says: by the driver's count, which includes what the graphs themselves take."""
@@ -192,6 +210,39 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.device(self._device):
             torch.cuda.empty_cache()
+
+
+@cache
+def _recordings(device: torch.device) -> torch.cuda.Stream:
+    """Return a stream to record on.
+
+    One for all models: torch has 32 and gives them again after that, to record on one where images are copied. And
+    memory that cuBLAS takes for each stream, 32 MiB on the H100, is taken once.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _waiting_forbidden() -> Iterator[None]:
+    """Have torch raise RuntimeError for what waits for a CUDA device, whatever the thread, as far as it notices."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        # That it doesn't notice everything.
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _for_memory(error: BaseException | None) -> bool:
+    """Return whether memory ran out, in the beginning: what then ends a recording may say something else."""
+    while error is not None:
+        if isinstance(error, OutOfMemoryError) or (isinstance(error, Exception) and lacks_memory(error)):
+            return True
+        error = error.__context__
+    return False
 
 
 def recorded_sizes(max_batch: int) -> tuple[int, ...]:
@@ -230,13 +281,17 @@ def recorded(
 ) -> LoadedModel:
     """Return `model` so that it runs by what `recorder` records of it; as it is if that is nothing."""
     began = time.monotonic()
-    before = recorder.taken()
     sizes, rs = recorded_sizes(max_batch), [level.r for level in model.grid]
-    images = torch.zeros(
-        max_batch, *model.preprocess.settings.input_size, device=device, dtype=getattr(torch, model.dtype)
-    )
-    graphed = GraphedModel(model.run, images, recorder)
-    graphed.record(sizes, rs, memory, alone)
+    try:
+        before = recorder.taken()
+        images = torch.zeros(
+            max_batch, *model.preprocess.settings.input_size, device=device, dtype=getattr(torch, model.dtype)
+        )
+        graphed = GraphedModel(model.run, images, recorder)
+        graphed.record(sizes, rs, memory, alone)
+    except Exception:
+        log.exception("no CUDA graphs can be made of %s; it runs without", model.name)
+        return model
     if not graphed.kinds:
         log.warning("no CUDA graph of %s fits; it runs without", model.name)
         return model

@@ -1,6 +1,9 @@
 """The merged model on a CUDA device. `make gpu` runs these; elsewhere they are deselected."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import timm
@@ -10,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tome_server.merging import merge
 from tome_server.merging.attention import attention, size_bias, size_column
 from tome_server.merging.eva import fix_positions
+from tome_server.merging.model import MergedOutput
 from tome_server.models.bundled import BUNDLED
 from tome_server.models.loaded import loaded_model
 from tome_server.models.loading import load
@@ -32,7 +36,7 @@ CUDA = torch.device("cuda")
 
 @pytest.mark.parametrize("tokens_across", [8, 12, 14, 16])
 @pytest.mark.parametrize("r", [0, 3, 8])
-def test_float32_gives_what_the_cpu_gives(tokens_across: int, r: int) -> None:
+def test_float64_gives_what_the_cpu_gives(tokens_across: int, r: int) -> None:
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=16 * tokens_across, depth=4).eval().double()
     images = torch.randn(4, 3, 16 * tokens_across, 16 * tokens_across, dtype=torch.float64)
@@ -185,6 +189,109 @@ def test_a_dinov3_runs_by_graphs() -> None:
     images = torch.randn(2, 3, 64, 64, device=CUDA)
     with torch.inference_mode():
         assert torch.equal(graphed.run(images, 0).logits, loaded.run(images, 0).logits)
+
+
+def test_a_model_that_waits_is_not_recorded_and_the_next_one_is() -> None:
+    plain = load(bundled_spec("fashion"), CUDA)
+    recorder, images = CudaRecorder(CUDA), torch.zeros(2, *plain.preprocess.settings.input_size, device=CUDA)
+
+    def waits() -> MergedOutput:
+        output = plain.run(images, 0)
+        output.logits.sum().item()
+        return output
+
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            recorder.record(waits)
+        assert torch.cuda.get_sync_debug_mode() == 0
+        output, replay = recorder.record(lambda: plain.run(images, 0))
+        replay()
+        assert torch.equal(output.logits, plain.run(images, 0).logits)
+
+
+def test_a_recording_that_is_broken_off_leaves_torch_as_it_was() -> None:
+    plain = load(bundled_spec("fashion"), CUDA)
+    recorder, images = CudaRecorder(CUDA), torch.zeros(2, *plain.preprocess.settings.input_size, device=CUDA)
+    before = torch.cuda.current_stream(CUDA)
+
+    def breaks_off() -> MergedOutput:
+        if torch.cuda.is_current_stream_capturing():
+            torch.ones(1, device=CUDA).item()
+        return plain.run(images, 0)
+
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError):
+            recorder.record(breaks_off)
+        assert torch.cuda.current_stream(CUDA) == before
+        recorder.forget()
+        torch.cuda.empty_cache()  # which torch's allocator refuses while it believes that something is recorded
+        output, replay = recorder.record(lambda: plain.run(images, 0))
+        replay()
+        assert torch.equal(output.logits, plain.run(images, 0).logits)
+
+
+def test_memory_that_runs_out_while_recording_is_found_to_be_that() -> None:
+    plain = load(bundled_spec("fashion"), CUDA)
+
+    def greedy(images: torch.Tensor, r: int = 0, **options: bool) -> MergedOutput:
+        if len(images) > 2 and torch.cuda.is_current_stream_capturing():
+            torch.empty(2**50, dtype=torch.uint8, device=CUDA)
+        return plain.run(images, r, **options)
+
+    images = torch.zeros(4, *plain.preprocess.settings.input_size, device=CUDA)
+    graphs = GraphedModel(greedy, images, CudaRecorder(CUDA))
+    graphs.record([1, 2, 3, 4], [0], 2**30, nullcontext())
+    assert graphs.kinds == ((1, 0), (2, 0))
+
+
+def test_images_can_be_brought_while_a_graph_is_recorded() -> None:
+    plain = load(bundled_spec("fashion"), CUDA)
+    shape = plain.preprocess.settings.input_size
+    shared = SharedImages(shape, 16)
+    uploads, stop, brought = Uploads(shared.mapped, CUDA), threading.Event(), []
+    slots = [shared.put(torch.full(shape, i, dtype=torch.uint8).numpy()) for i in range(16)]
+
+    def bring() -> None:
+        while not stop.is_set():
+            for slot in slots:
+                uploads.bring(slot.place)
+            brought.append(len(slots))
+
+    with ThreadPoolExecutor(1) as thread:
+        bringing = thread.submit(bring)
+        try:
+            graphed = with_graphs(plain, CUDA, max_batch=8, memory=2**30)
+        finally:
+            stop.set()
+        bringing.result()
+    assert isinstance(graphed.graphs, GraphedModel)
+    assert graphed.graphs.kinds == tuple((size, r) for size in recorded_sizes(8) for r in plain.rs)
+    assert brought
+    for i, slot in enumerate(slots):
+        assert torch.equal(uploads.take(slot.place).cpu(), torch.full(shape, i, dtype=torch.uint8))
+
+
+def test_an_image_is_brought_to_memory_that_nothing_reads_any_more() -> None:
+    shape = (3, 224, 224)
+    shared = SharedImages(shape, 1)
+    slot = shared.put(torch.full(shape, 255, dtype=torch.uint8).numpy())
+    uploads = Uploads(shared.mapped, CUDA)
+    freed = torch.zeros(shape, dtype=torch.uint8, device=CUDA)
+    torch.cuda._sleep(200_000_000)  # cycles: what follows waits for some 0.1 s
+    read = freed.clone()
+    del freed
+    uploads.bring(slot.place)
+    assert int(read.max()) == 0
+    assert int(uploads.take(slot.place).min()) == 255
+
+
+def test_the_mask_of_sizes_is_not_copied_to_be_aligned() -> None:
+    sizes = torch.randint(1, 20, (4, 197), device=CUDA).float()
+    for dtype in (torch.float32, torch.bfloat16):
+        bias = size_bias(sizes, dtype)
+        assert bias.shape == (4, 1, 1, 197)
+        assert bias.stride(3) == 1
+        assert not any(bias.stride(dim) % 8 for dim in range(3))
 
 
 def test_the_bundled_model_classifies_its_samples_as_on_the_cpu() -> None:

@@ -26,7 +26,7 @@ from tome_server.models.preprocess import Limits
 from tome_server.models.spec import bundled_spec
 from tome_server.runtime.cpus import available_cpus
 from tome_server.runtime.device import Device
-from tome_server.runtime.device_process import _sendable
+from tome_server.runtime.device_process import _sendable, is_usable
 from tome_server.runtime.executor import run_batch
 from tome_server.runtime.shared_images import Slot
 from tome_server.runtime.work import Work
@@ -181,6 +181,21 @@ async def test_out_of_memory_is_one_error_whoever_says_it(error: Exception) -> N
     sent = pickle.loads(pickle.dumps(_sendable(error)))
     assert type(sent) is OutOfMemoryError
     assert str(sent) in ("CUDA out of memory. Tried to allocate 2.00 GiB.", "MemoryError")
+
+
+@pytest.mark.parametrize(("errors", "usable"), [(0, True), (1, True), (2, False)])
+async def test_a_gpu_that_fails_at_whatever_it_is_asked_is_of_no_use(
+    errors: int, usable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.device] = []
+
+    def synchronize(device: torch.device) -> None:
+        asked.append(device)
+        if len(asked) <= errors:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert is_usable(torch.device("cuda")) == usable
 
 
 async def test_a_caller_that_leaves_does_not_disturb_the_next(device: Device, images: torch.Tensor) -> None:

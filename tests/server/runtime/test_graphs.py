@@ -224,6 +224,39 @@ def test_a_recording_that_fails_is_the_last_and_those_before_it_are_used(
     assert graphed.run(torch.rand(3, 3, 16, 16), 0).logits.shape[0] == 3
 
 
+def test_memory_that_runs_out_is_told_from_other_errors_whatever_ends_the_recording(
+    model: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken_off() -> Exception:
+        try:
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            finally:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        except RuntimeError as error:
+            return error
+
+    for error in (RuntimeError("CUDA error: out of memory"), broken_off()):
+        recorder = Again()
+        recorder.fail = lambda size, error=error: error if size > 2 else None
+        assert {size for size, _ in graphs_of(made(model, recorder)).kinds} == {1, 2}
+    assert not caplog.text
+
+
+def test_a_device_that_fails_while_it_is_asked_for_its_memory_leaves_the_model_as_it_is(
+    model: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> int:
+        raise RuntimeError("INTERNAL ASSERT FAILED")
+
+    for name in ("taken", "forget"):
+        recorder = Again()
+        recorder.fail = lambda _: RuntimeError("operation not permitted when stream is capturing")
+        setattr(recorder, name, fail)
+        assert made(model, recorder) is model
+    assert caplog.text.count("RuntimeError: INTERNAL ASSERT FAILED") == 2
+
+
 def test_a_model_that_cannot_be_recorded_runs_without_and_says_so_once(
     model: LoadedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
