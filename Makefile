@@ -88,12 +88,18 @@ nightly: DEBIAN += buildah debootstrap
 nightly: $(STAMP) $(BIN)/helm tools  ## the slow tests as well
 	$(BIN)/python -m pytest -m 'not cuda' --hypothesis-profile others
 
-# The project's pytest settings name plugins that such a machine may lack, so they are left out (-c /dev/null).
-gpu:  ## CUDA tests and benchmarks with the python3 at hand; installs nothing, needs no network
-	PYTHONPATH=protos:server:client python3 -m pytest -c /dev/null --rootdir . -p no:cacheprovider -m cuda tests/server/merging/test_cuda.py
-	PYTHONPATH=protos:server:client python3 -m benchmarks.gpu
-	PYTHONPATH=protos:server:client python3 -m benchmarks.gpu --model deit_small_patch16_224 --r 0,8,13,16
-	PYTHONPATH=protos:server:client python3 -m benchmarks.merging --device cuda --dtype float32 --threads 1 --batch 1,8,64
+# The project's pytest settings name plugins that such a machine may lack, so they are left out (-c /dev/null). What fails
+# doesn't keep the rest from running: such machines are lent by the minute.
+gpu: export PYTHONPATH := protos:server:client
+gpu:  ## CUDA tests and benchmarks with the python3 at hand (PYTHON); installs nothing, needs no network
+	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"torch {torch.__version__} sees no CUDA device")'
+	@status=0; run() { echo "$$*"; "$$@" || status=1; }; \
+	run $(PYTHON) -m pytest -c /dev/null --rootdir . -p no:cacheprovider -o 'markers=cuda: needs a CUDA device' -m cuda \
+	  tests/server/merging/test_cuda.py; \
+	run $(PYTHON) -m benchmarks.gpu; \
+	run $(PYTHON) -m benchmarks.gpu --model deit_small_patch16_224 --r 0,8,13,16; \
+	run $(PYTHON) -m benchmarks.merging --device cuda --dtype float32 --threads 1 --batch 1,8,64; \
+	exit $$status
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

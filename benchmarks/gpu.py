@@ -5,6 +5,8 @@ For each batch size these sides, each timed once a round, all in turn:
 - `timm`, and `timm compiled` (torch.compile, static shapes);
 - `ours r`, launched kernel by kernel, and `graph r`, by a CUDA graph of it;
 - `graph folded r`, with sizes folded into the keys, for FlashAttention, in place of a mask;
+- `graph cudnn r`, with attention by cuDNN, where torch prefers that: timm's sides have what torch prefers, a server and
+  all other sides of ours do without (`runtime/choose_device.py` says why);
 - `served r`: all that a server does for a batch, from bytes in host memory to classes, with graphs;
 - `served ahead r`: the same, where another thread brings the next batch's images to the device meanwhile.
 
@@ -19,9 +21,9 @@ import json
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import cycle
@@ -68,12 +70,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     plain = timm.create_model(args.model).to(device, dtype).eval().requires_grad_(False)
     model, folded = (_loaded(plain, args.model, args.dtype, fold) for fold in (False, True))
-    rows: list[Row] = []
-    progress = tqdm(total=len(args.batch) * args.rounds, unit="round", disable=not sys.stderr.isatty())
-    with torch.inference_mode(), progress:
-        for batch in args.batch:
-            sides = _sides(plain, model, folded, device, batch, args.r, args.compile)
-            rows += _rows(batch, args.r[0], measure(sides, args.rounds, progress.update))
     setting = {
         "command": " ".join(["python -m benchmarks.gpu", *(sys.argv[1:] if argv is None else argv)]),
         "model": args.model,
@@ -85,14 +81,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         "python": platform.python_version(),
         "rounds": args.rounds,
     }
+    if not args.json:
+        print("\n".join(f"{name}: {value}" for name, value in setting.items()) + "\n")
+        print("| batch | side | ms | images/s | vs r = 0 | vs timm |\n|---|---|---|---|---|---|", flush=True)
+    rows: list[Row] = []
+    progress = tqdm(total=len(args.batch) * args.rounds, unit="round", disable=not sys.stderr.isatty())
+    with torch.inference_mode(), progress:
+        for batch in args.batch:
+            sides = _sides(plain, model, folded, device, batch, args.r, args.compile)
+            timed = _rows(batch, args.r[0], measure(sides, args.rounds, progress.update))
+            rows += timed
+            if not args.json:
+                # As they come: what is lent for minutes may be gone before the last.
+                print("\n".join(map(_line, timed)), flush=True)
     if args.json:
         print(json.dumps({**setting, "rows": [asdict(row) for row in rows]}, indent=2))
-        return
-    print("\n".join(f"{name}: {value}" for name, value in setting.items()) + "\n")
-    print("| batch | side | ms | images/s | vs r = 0 | vs timm |\n|---|---|---|---|---|---|")
-    for row in rows:
-        ratios = " | ".join(_shown(spread) for spread in (row.vs_first, row.vs_timm))
-        print(f"| {row.batch} | {row.side} | {row.ms:.3f} | {row.images_per_second:.0f} | {ratios} |")
 
 
 def _loaded(plain: torch.nn.Module, name: str, dtype: str, fold_sizes: bool) -> LoadedModel:
@@ -125,14 +128,39 @@ def _sides(
         except Exception as error:
             # A machine without a compiler still has all the rest to tell.
             print(f"timm compiled is left out: {error}".partition("\n")[0], file=sys.stderr)
-    sides |= {f"ours {r}": partial(model.run, images, r) for r in rs}
+    ours: dict[str, Side] = {f"ours {r}": partial(model.run, images, r) for r in rs}
     if device.type == "cuda":
-        graphs, folded_graphs = (_graphs(each, images, rs) for each in (model, folded))
-        sides |= {f"graph {r}": partial(graphs, images, r) for r in rs}
-        sides |= {f"graph folded {r}": partial(folded_graphs, images, r) for r in rs}
-        model = replace(model, graphs=graphs)
-    sides |= {f"served {r}": partial(run_batch, model, works, r, device) for r in rs}
-    return sides | {f"served ahead {r}": _ahead(model, pixels, r, device) for r in rs}
+        with _without_cudnn():
+            kinds = {"graph": _graphs(model, images, rs), "graph folded": _graphs(folded, images, rs)}
+        kinds["graph cudnn"] = _graphs(model, images, rs)
+        for kind, graphs in kinds.items():
+            if graphs is None:
+                print(f"{kind} is left out for {batch} images: it can't be recorded", file=sys.stderr)
+                continue
+            ours |= {f"{kind} {r}": partial(graphs, images, r) for r in rs}
+        model = replace(model, graphs=kinds["graph"])
+    ours |= {f"served {r}": partial(run_batch, model, works, r, device) for r in rs}
+    ours |= {f"served ahead {r}": _ahead(model, pixels, r, device) for r in rs}
+    return sides | {name: _as_served(side) for name, side in ours.items()}
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Have torch attend as in a server, which `choose_device` sees to there."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def _as_served(side: Side) -> Side:
+    def run() -> object:
+        with _without_cudnn():
+            return side()
+
+    return run
 
 
 def _ahead(model: LoadedModel, pixels: torch.Tensor, r: int, device: torch.device) -> Side:
@@ -156,13 +184,11 @@ def _ahead(model: LoadedModel, pixels: torch.Tensor, r: int, device: torch.devic
     return run
 
 
-def _graphs(model: LoadedModel, images: torch.Tensor, rs: Sequence[int]) -> GraphedModel:
-    """Record batches like `images` at each r. Raises RuntimeError if that can't be done."""
+def _graphs(model: LoadedModel, images: torch.Tensor, rs: Sequence[int]) -> GraphedModel | None:
+    """Record batches like `images` at each r; None if one can't be, and the log says why."""
     graphs = GraphedModel(model.run, torch.zeros_like(images), CudaRecorder(images.device))
     graphs.record([len(images)], rs, sys.maxsize, nullcontext())
-    if graphs.kinds != tuple((len(images), r) for r in sorted(rs)):
-        raise RuntimeError("not every batch could be recorded as a CUDA graph; the log says why")
-    return graphs
+    return graphs if graphs.kinds == tuple((len(images), r) for r in sorted(rs)) else None
 
 
 def measure(
@@ -206,6 +232,11 @@ def _spread(theirs: Sequence[float], ours: Sequence[float]) -> Spread:
         return (ratios[0],) * 3
     low, median, high = statistics.quantiles(ratios, n=4)
     return low, median, high
+
+
+def _line(row: Row) -> str:
+    ratios = " | ".join(_shown(spread) for spread in (row.vs_first, row.vs_timm))
+    return f"| {row.batch} | {row.side} | {row.ms:.3f} | {row.images_per_second:.0f} | {ratios} |"
 
 
 def _shown(spread: Spread | None) -> str:
