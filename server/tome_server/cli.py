@@ -59,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         # The plain install is the client alone, and still has this command.
         sys.exit(f"tome-server: {error}; the server needs: pip install 'tome-serving[server]'")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f"tome-server: {error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -84,12 +88,11 @@ def _demo(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from tome_server.offline import evaluate_model
 
-    if args.output and not args.output.parent.is_dir():
-        raise ConfigError(f"--output: there is no folder {args.output.parent}")
+    _check_place("--output", args.output)
     report = evaluate_model(_config(args), args.data, limit=args.limit, grid=args.r)
     text = json.dumps(report, indent=2) + "\n"
     if args.output:
-        args.output.write_text(text)
+        _write(args.output, text)
     else:
         sys.stdout.write(text)
     return 0
@@ -99,13 +102,12 @@ def _tune(args: argparse.Namespace) -> int:
     from tome_server.offline import Tuning, tune_model
     from tome_server.runtime.tuning_table import table
 
-    if args.output and not args.output.parent.is_dir():
-        raise ConfigError(f"--output: there is no folder {args.output.parent}")
+    _check_place("--output", args.output)
     tuning = Tuning(args.r, args.target_macs, args.images, args.held_out, args.trials, args.blocks, args.seed)
     report, found = tune_model(_config(args), args.data, tuning)
     text = json.dumps(report, indent=2) + "\n"
     if args.output:
-        args.output.write_text(text)
+        _write(args.output, text)
         sys.stdout.write(table(found))
     else:
         sys.stdout.write(text)
@@ -113,8 +115,7 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _profile(args: argparse.Namespace) -> int:
-    if args.output and not args.output.parent.is_dir():
-        raise ConfigError(f"--output: there is no folder {args.output.parent}")
+    _check_place("--output", args.output)
     picture = _drawing("tome_server.runtime.profile_picture", "--picture", args.picture) if args.picture else None
     from tome_server.offline import profile_model
     from tome_server.runtime.profile_store import profile_text
@@ -124,7 +125,7 @@ def _profile(args: argparse.Namespace) -> int:
     text = profile_text(key, profile)
     sys.stdout.write(text if args.json else table(profile))
     if args.output:
-        args.output.write_text(text)
+        _write(args.output, text)
     if picture:
         picture.draw(profile, f"{name} on {key.device}, {key.dtype}", args.picture)
     print(f"measured {name} in {key.dtype}", file=sys.stderr)
@@ -167,10 +168,30 @@ def _plan(args: argparse.Namespace) -> int:
     return 0 if replicas else 1
 
 
-def _drawing(module: str, flag: str, path: Path) -> ModuleType:
-    """Import what draws the picture at `path`: before the work, so that none is done for one that can't be drawn."""
+def _check_place(flag: str, path: Path | None) -> None:
+    """Raises ConfigError for a file that can't be written where it is wanted, before the work that fills it."""
+    if path is None:
+        return
     if not path.parent.is_dir():
         raise ConfigError(f"{flag}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ConfigError(f"{flag}: {path} is a folder; name a file in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{flag}: {path} can't be written")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write what may have taken long to find; raises ConfigError if it can't be, and leaves it on standard output."""
+    try:
+        path.write_text(text)
+    except OSError as error:
+        sys.stdout.write(text)
+        raise ConfigError(f"--output: {path}: {error.strerror}; what it was to hold is printed instead") from error
+
+
+def _drawing(module: str, flag: str, path: Path) -> ModuleType:
+    """Import what draws the picture at `path`: before the work, so that none is done for one that can't be drawn."""
+    _check_place(flag, path)
     try:
         drawing = importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -355,7 +355,12 @@ def _print_table(levels: "Sequence[Mapping[str, Any]]") -> None:
 
 
 def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    from tome_server.runtime.profile_store import ProfileError, write_whole
+
+    try:
+        write_whole(path, json.dumps(content, indent=2) + "\n")
+    except ProfileError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _log() -> None:

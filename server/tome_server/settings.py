@@ -23,6 +23,11 @@ _WORDS = {
     "path_type": "must be a path",
     "missing": "is missing",
 }
+_BOUNDS = {
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than_equal": "must be at most {le:g}",
+}
 
 
 def parse_duration(value: object) -> object:
@@ -88,11 +93,22 @@ def read_settings(path: Path, kind: type[Settings]) -> Settings:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: text that isn't UTF-8, and dates that don't exist
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        raise ConfigError(f"{path}{_place(error)}: not valid YAML: {_problem(error)}") from error
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(path, root, kind, *fault) for fault in faults(error))) from error
+
+
+def _place(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f":{mark.line + 1}" if mark else ""
+
+
+def _problem(error: Exception) -> str:
+    """Return what is wrong in one line: PyYAML's own text draws it below."""
+    said = [getattr(error, "context", None), getattr(error, "problem", None)]
+    return ", ".join(part for part in said if part) or str(error).partition("\n")[0]
 
 
 def faults(error: ValidationError) -> Iterator[tuple[tuple[str | int, ...], str | None]]:
@@ -104,6 +120,10 @@ def faults(error: ValidationError) -> Iterator[tuple[tuple[str | int, ...], str 
         if any(len(other["loc"]) > len(location) and other["loc"][: len(location)] == location for other in found):
             continue
         what = _WORDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
+        if bound := _BOUNDS.get(fault["type"]):
+            what = bound.format(**fault["ctx"])
+        elif fault["type"] == "literal_error":
+            what = f"{fault['input']!r} is none of {fault['ctx']['expected']}"
         yield location, None if fault["type"] == "extra_forbidden" else what
 
 

@@ -61,7 +61,7 @@ def test_a_port_in_use_is_said_in_a_sentence(taken: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.splitlines()[-1] == f"tome-server: can't listen on {taken}: is the port in use?"
+    assert done.stderr.splitlines()[-1] == f"tome-server: can't listen on {taken}: Address already in use"
     assert "Traceback" not in done.stderr
 
 
@@ -104,6 +104,10 @@ def test_what_cannot_be_served_is_said_in_a_sentence(taken: str, tmp_path: Path)
             *base, "--model", "vit_tiny_patch16_22",
         ],
         "can't be built with pretrained weights from the hub: ": [*base, "--model", "vit_tiny_patch16_224"],
+        "can't listen on 192.0.2.1:0: Cannot assign requested address": ["--listen", "192.0.2.1:0", "--metrics", "off"],
+        "no-such.json can't be read: No such file or directory": [
+            *base, "--model", "vit_tiny_patch16_224", "--dtype", "float32", "--quality", "no-such.json",
+        ],
         "no-such.pem: No such file or directory": [
             "--config", config("no-tls", tls={"certificate": "no-such.pem", "key": "junk.key"}),
         ],

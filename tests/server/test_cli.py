@@ -157,12 +157,12 @@ def test_a_repository_is_served_beside_the_models_that_are_named(monkeypatch: py
         (["--drain-timeout", "-1s"], "--drain-timeout: '-1s' is no duration; write for example 50ms, 1.5s or 2m"),
         (["--listen", "8500"], "--listen: '8500' is no address; write for example 0.0.0.0:8500"),
         (["--metrics", "on"], "--metrics: 'on' is no address; write for example 0.0.0.0:8500"),
-        (["--max-batch", "0"], "--max-batch: Input should be greater than or equal to 1"),
-        (["--max-pending", "-1"], "--max-pending: Input should be greater than or equal to 1"),
-        (["--threads", "0"], "--threads: Input should be greater than or equal to 1"),
-        (["--default-budget", "0s"], "--default-budget: Input should be greater than 0"),
+        (["--max-batch", "0"], "--max-batch: must be at least 1"),
+        (["--max-pending", "-1"], "--max-pending: must be at least 1"),
+        (["--threads", "0"], "--threads: must be at least 1"),
+        (["--default-budget", "0s"], "--default-budget: must be above 0"),
         (["--default-budget", "8h"], "--default-budget: '8h' is no duration; write for example 50ms, 1.5s or 2m"),
-        (["--profile-time", "0s"], "--profile-time: Input should be greater than 0"),
+        (["--profile-time", "0s"], "--profile-time: must be above 0"),
         (
             ["--policy", "best"],
             "--policy: 'best' is no policy; there are price, fixed:R, max_accuracy, max_batch, slackfit",
@@ -387,6 +387,28 @@ def test_tune_does_not_begin_what_it_could_not_write(tuned: list[tuple[Any, ...]
     message = failure("tune", "--data", "images", "--output", str(tmp_path / "gone" / "quality.json"))
     assert message == f"tome-server: --output: there is no folder {tmp_path / 'gone'}"
     assert tuned == []
+
+
+def test_what_could_not_be_written_in_the_end_is_printed(
+    capsys: pytest.CaptureFixture[str], evaluated: list[tuple[Any, ...]]
+) -> None:
+    message = failure("evaluate", "--data", "images", "--output", "/dev/full")
+    said = "--output: /dev/full: No space left on device; what it was to hold is printed instead"
+    assert message == f"tome-server: {said}"
+    assert json.loads(capsys.readouterr().out) == {"levels": []}
+    assert len(evaluated) == 1
+
+
+@pytest.mark.parametrize("flags", [["evaluate", "--data", "images"], ["tune", "--data", "images"], ["profile"]])
+def test_a_folder_is_no_output(flags: list[str], tmp_path: Path) -> None:
+    message = failure(*flags, "--output", str(tmp_path))
+    assert message == f"tome-server: --output: {tmp_path} is a folder; name a file in it"
+
+
+def test_a_file_that_stands_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    message = failure("models", "add", "bundled:fashion", "--to", str(tmp_path / "file"))
+    assert message == f"tome-server: {tmp_path / 'file'}: File exists"
 
 
 def test_images_that_cannot_be_read_are_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +288,14 @@ def test_anchors_and_merge_keys_work(file: Path) -> None:
     ],
 )
 def test_what_is_no_yaml_is_refused(file: Path, text: str | bytes) -> None:
-    assert refusal(file, text).startswith("FILE: not valid YAML: ")
+    said = refusal(file, text)
+    assert re.match(r"FILE(:[12])?: not valid YAML: .", said)
+    assert "\n  in " not in said
+
+
+def test_what_is_no_yaml_names_the_line(file: Path) -> None:
+    said = "while parsing a flow sequence, expected ',' or ']', but got ':'"
+    assert refusal(file, "listen: a:1\nmodels: [\nthreads: 1:\n") == f"FILE:3: not valid YAML: {said}"
 
 
 def test_a_file_that_holds_itself_is_refused(file: Path) -> None:

@@ -276,7 +276,10 @@ def test_what_cannot_be_added_leaves_nothing(
     cases: list[tuple[list[object], str]] = [
         (["vit_tiny_patch16_225", *flags], "timm has no model named 'vit_tiny_patch16_225'"),
         ([ARCHITECTURE, *flags, "--weights", "/gone.pth"], "/gone.pth is no file"),
-        ([ARCHITECTURE, *flags], "pretrained weights from the hub: no network; name a local checkpoint instead"),
+        (
+            [ARCHITECTURE, *flags],
+            "pretrained weights from the hub: no network. Where the hub can't be reached, give local",
+        ),
         ([ARCHITECTURE, "--to", models, "--weights", backbone], "doesn't fit vit_tiny_patch16_224: missing: "),
         ([ARCHITECTURE, *flags, "--weights", backbone, "--name", "../x"], "'../x' is no name of a model"),
         (

@@ -53,6 +53,8 @@ def load(
     """
     if spec.dtype == "auto":
         spec = in_dtype(spec, "float32")
+    if spec.quality is not None:
+        _read_report(spec.quality)  # what can't be read is said before weights are downloaded
     model = create(spec)
     if spec.checkpoint is not None:
         put_weights(model, read_checkpoint(spec.checkpoint), spec.checkpoint, spec.architecture)
@@ -111,8 +113,8 @@ def create(spec: ModelSpec) -> VisionTransformer:
     if not timm.is_model(spec.architecture):
         name = spec.architecture.split(".")[0]
         close = difflib.get_close_matches(name, timm.list_models(), 3) or timm.list_models(f"{name}*")[:3]
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ModelLoadError(f"timm has no model named {spec.architecture!r}{hint}")
+        meant = f"did you mean {' or '.join(close)}?" if close else "tome-server models supported lists those there are"
+        raise ModelLoadError(f"timm has no model named {spec.architecture!r}; {meant}")
     try:
         if spec.checkpoint is None:
             _check_before_download(spec)
@@ -124,10 +126,11 @@ def create(spec: ModelSpec) -> VisionTransformer:
         raise ModelLoadError(f"{spec.architecture} can't be merged: {error}") from error
     except Exception as error:
         # Whatever the hub's client raises without a network, or timm for arguments that don't fit.
-        what = "be built" if spec.checkpoint else "be built with pretrained weights from the hub"
+        if spec.checkpoint:
+            raise ModelLoadError(f"{spec.architecture} can't be built: {error}") from error
         raise ModelLoadError(
-            f"{spec.architecture} can't {what}: {error}"
-            + ("" if spec.checkpoint else "; name a local checkpoint instead")
+            f"{spec.architecture} can't be built with pretrained weights from the hub: {str(error).rstrip('.')}. "
+            "Where the hub can't be reached, give local weights: --checkpoint of serve, --weights of models add"
         ) from error
     return model
 
@@ -152,7 +155,10 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         weights = load_state_dict(str(path), device="cpu", weights_only=True)
         return {key: value for key, value in weights.items() if isinstance(value, torch.Tensor)}
     except Exception as error:
-        raise ModelLoadError(f"checkpoint {path} can't be read: {str(error) or repr(error)}") from error
+        raise ModelLoadError(
+            f"checkpoint {path} can't be read: {str(error) or repr(error)}; "
+            "it must be .safetensors, or what torch.save wrote of tensors alone"
+        ) from error
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Path, architecture: str) -> None:
@@ -182,7 +188,8 @@ def _labels(spec: ModelSpec, model: VisionTransformer) -> tuple[str, ...]:
         try:
             labels = tuple(spec.labels.read_text(encoding="utf-8").splitlines())
         except (OSError, UnicodeDecodeError) as error:
-            raise ModelLoadError(f"labels {spec.labels} can't be read: {error}") from error
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ModelLoadError(f"labels {spec.labels} can't be read: {why}") from error
         if len(labels) != model.num_classes:
             raise ModelLoadError(f"{spec.labels} has {len(labels)} labels; {spec.name} has {model.num_classes} classes")
         return labels
@@ -221,7 +228,9 @@ def _read_report(path: Path) -> _Report:
         report = json.loads(path.read_text())
         levels = {int(level["r"]): _level_quality(level) for level in report["levels"]}
         schedules = {int(level["r"]): tuple(level["schedule"]) for level in report["levels"] if "schedule" in level}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise ModelLoadError(f"quality report {path} can't be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise ModelLoadError(f"quality report {path} can't be read: {error!r}") from error
     return report, levels, schedules
 

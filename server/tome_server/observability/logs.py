@@ -4,7 +4,7 @@ import asyncio
 import logging
 import sys
 from collections import Counter
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any, Literal, TextIO, TypeAlias
 
 import structlog
@@ -137,10 +137,15 @@ class Summary:
                 "mean_batch": round(len(answers) / batches, 2),
                 "mean_r": round(sum(answer.r for answer in answers) / len(answers), 2),
                 "flops_saved_share": round(saved / (done + saved), 4),
-                "p50_ms": _ms(totals[len(totals) // 2]),
-                "p99_ms": _ms(totals[int(0.99 * (len(totals) - 1))]),
+                "p50_ms": _ms(_percentile(totals, 50)),
+                "p99_ms": _ms(_percentile(totals, 99)),
             }
         log.info("served", **facts, **others)
+
+
+def _percentile(ascending: Sequence[float], percent: int) -> float:
+    """Return the least value that `percent` % of all do not exceed, as the load generator reckons it."""
+    return ascending[-(-percent * len(ascending) // 100) - 1]
 
 
 def _ms(seconds: float) -> float:

@@ -156,15 +156,18 @@ def ready_only(body: bytes) -> bool:
     return _parse(body, _Index).ready if body else False
 
 
-def _parse(text: bytes, kind: type[M]) -> M:
-    if len(text) > MOST_JSON:
-        raise TooLargeError(f"{len(text):,} bytes of JSON; at most {MOST_JSON:,} are taken, more as binary data behind")
+def _parse(body: bytes, kind: type[M]) -> M:
+    if len(body) > MOST_JSON:
+        raise TooLargeError(f"{len(body):,} bytes of JSON; at most {MOST_JSON:,} are taken, more as binary data behind")
     try:
-        return kind.model_validate(json.loads(text))
+        return kind.model_validate(json.loads(body))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise InvalidRequestError(shown(where)[1:-1] or "request", first["msg"]) from error
+    except UnicodeDecodeError as error:
+        text = "is not JSON; an encoded image alone goes with the header Inference-Header-Content-Length: 0"
+        raise InvalidRequestError("request", text) from error
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError("request", f"is not JSON: {error}"[:200]) from error
 

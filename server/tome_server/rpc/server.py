@@ -1,6 +1,7 @@
 """The gRPC server: services, health, reflection, limits."""
 
 import asyncio
+import socket
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -78,7 +79,7 @@ class RpcServer:
         try:
             self.port = self._listen(settings)
         except RuntimeError as error:
-            raise PortInUseError(f"can't listen on {settings.address}: is the port in use?") from error
+            raise PortInUseError(f"can't listen on {settings.address}: {_why_not(settings.address)}") from error
         self.address = f"{host}:{self.port}"
 
     async def start(self) -> None:
@@ -116,6 +117,18 @@ class RpcServer:
         certificates = Certificates(settings.tls)
         self._engine.metrics.certificate(certificates.expiry)
         return self._server.add_secure_port(settings.address, certificates.credentials())
+
+
+def _why_not(address: str) -> str:
+    """Return what stands against listening on an address, which gRPC doesn't tell."""
+    host, _, port = address.rpartition(":")
+    try:
+        family, *_, place = socket.getaddrinfo(host.strip("[]") or None, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as trial:
+            trial.bind(place)
+    except OSError as error:
+        return error.strerror or str(error)
+    return "is the port in use?"
 
 
 def server_options(settings: RpcSettings) -> list[tuple[str, int]]:

@@ -66,6 +66,8 @@ class DeviceProcess:
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
         logging.getLogger("tome_server").setLevel(connection.recv())
         logging.getLogger().addHandler(_ServerLog(self._send))
+        # The hub's client, which timm has imported, would write each of its lines a second time, past the server's log.
+        logging.getLogger("huggingface_hub").handlers.clear()
 
     def answer_calls(self) -> None:
         """Answer until the other end is closed, and then end the batch that runs."""
