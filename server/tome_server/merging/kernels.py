@@ -30,6 +30,7 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self._kind = weight.detach().new_empty(0)
         bias = None if bias is None else bias.detach()
         alone = torch.get_num_threads() == 1 and weight.dtype == torch.float32
         product = _faster() if alone else _OneDnn
@@ -38,6 +39,13 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], as nn.Linear."""
         return self._run(x)
+
+    def _apply(self, fn: Function, recurse: bool = True) -> "PackedLinear":
+        """Refuse what would have other weights in another dtype or on another device than these."""
+        wanted = fn(self._kind)
+        if (wanted.dtype, wanted.device) != (self._kind.dtype, self._kind.device):
+            raise RuntimeError("packed weights stay in their dtype and on the CPU: convert the model, then pack it")
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
         """Return itself: nothing in it changes, and packed weights stay where they were laid out."""
@@ -92,7 +100,8 @@ def _faster() -> type[_OneDnn] | type[_Mkl]:
     """
     if not _Mkl.is_available():
         return _OneDnn
-    weight, x = torch.ones(384, 1536), torch.ones(64, 1536)
+    weight = torch.ones(384, 1536, dtype=torch.float32, device="cpu")
+    x = weight[:64].clone()
     products = [kind(weight, None, "none") for _ in range(8) for kind in (_OneDnn, _Mkl)]
     # Of each product its shortest time: whatever else the processor does lengthens some.
     best = [float("inf")] * len(products)

@@ -161,8 +161,8 @@ def _side_by_side(layers: EvaLayers) -> Tensor | None:
     if not layers.rotate_half or normed or _joined_projections(attn) is None:
         return None
     turned = (layers.heads + layers.key_heads) * dim
-    values = torch.arange(turned, turned + layers.key_heads * dim)
-    return torch.cat([torch.arange(turned).view(-1, 2, dim // 2).mT.flatten(), values])
+    order = torch.arange(turned + layers.key_heads * dim, device="cpu")
+    return torch.cat([order[:turned].view(-1, 2, dim // 2).mT.flatten(), order[turned:]])
 
 
 def _pack_attention(attn: Any, owner: Any, scale: str, rows: Tensor | None = None) -> None:

@@ -85,7 +85,8 @@ def pack(merged: MergedModel, *, divided: bool | None = None) -> MergedModel:
     Made for as many threads as torch is set to. A few of them share out the images of a batch; and where `divided`,
     all of them run what doesn't go round evenly, a single image above all: parts of each block where blocks are plain,
     else of each operation, as torch does. None measures whether that is worth it (`division_gain`). Results differ by
-    rounding alone. Raises ValueError unless `packable`.
+    rounding alone. What changes in a weight afterwards doesn't change the copy, which can't be converted or moved.
+    Raises ValueError unless `packable`.
     """
     if not packable(merged):
         raise ValueError(
@@ -131,7 +132,7 @@ def division_gain(merged: MergedModel) -> float:
         return call()
 
     block, dtype = model.blocks[0], next(model.parameters()).dtype
-    image = torch.randn(1, model.in_chans, *default_size(model), dtype=dtype)
+    image = torch.randn(1, model.in_chans, *default_size(model), dtype=dtype, device="cpu")
     embedded = EMBED[type(model)](model, image)
     whole = in_worker(lambda: pack_block(LAYERS[type(block)](_copy(block))))
     ways: list[tuple[Callable[[Callable[[], float]], float], Layers]] = [(in_worker, whole)]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tome_server.merging import MergedModel, macs, merge, pack, packable
-from tome_server.merging.kernels import PackedLinear, _Mkl, _OneDnn
+from tome_server.merging.kernels import PackedLinear, _faster, _Mkl, _OneDnn
 from tome_server.merging.packing import PackedPatches, _has_bfloat16
 
 from .small_models import KINDS, Kind
@@ -91,6 +91,35 @@ def test_a_model_of_which_a_part_is_in_training_mode_is_not_packed() -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval().requires_grad_(False)
     model.blocks[1].train()
     assert not packable(merge(model))
+
+
+@pytest.mark.parametrize("name", ["class token", "NaFlex", "DINOv3"])
+def test_a_packed_model_is_neither_converted_nor_moved(name: str) -> None:
+    merged, images = frozen(KINDS[name].build(dtype=torch.float32)), KINDS[name].images(dtype=torch.float32)
+    packed = pack(merged)
+    expected = packed(images, 3).logits
+    for change in (lambda m: m.bfloat16(), lambda m: m.double(), lambda m: m.to("meta")):
+        with pytest.raises(RuntimeError, match="packed weights stay"):
+            change(copy.deepcopy(packed.model.blocks))
+    assert torch.equal(packed.float().to("cpu")(images, 3).logits, expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_torchs_defaults_for_new_tensors_do_not_matter(threads: int) -> None:
+    kind = KINDS["class token"]
+    merged, images = frozen(kind.build(dtype=torch.float32)), kind.images(dtype=torch.float32)
+    before = torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_num_threads(threads)
+    _faster.cache_clear()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            packed = pack(merged)
+        torch.set_default_dtype(before[1])
+        torch.testing.assert_close(packed(images, 3).logits, merged(images, 3).logits, rtol=1e-3, atol=1e-4)
+    finally:
+        torch.set_num_threads(before[0])
+        torch.set_default_dtype(before[1])
 
 
 @pytest.mark.parametrize("size", [(32, 48), (35, 50)])
