@@ -250,18 +250,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    serve = commands.add_parser("serve", help="serve models until SIGTERM", description="Serve models until SIGTERM.")
+    serve = commands.add_parser(
+        "serve",
+        usage="%(prog)s [options]",
+        help="serve models until SIGTERM",
+        description="Serve models until SIGTERM: the bundled one unless told otherwise. A line of JSON on standard "
+        "output says when it is ready, and at which addresses. What has no flag is set in --config's file, see "
+        "tome-server settings.",
+    )
     _add_model_flags(serve)
     serve.add_argument("--listen", metavar="HOST:PORT", help="gRPC address (default: 0.0.0.0:8500; port 0: a free one)")
     serve.add_argument("--metrics", metavar="HOST:PORT", help="Prometheus address (default: 0.0.0.0:8501), or off")
     serve.add_argument("--max-batch", type=int, metavar="N", help="images in a batch (default: 8)")
     serve.add_argument("--max-delay", metavar="TIME", help="wait for batch-mates on an idle device (default: 0ms)")
     serve.add_argument("--max-pending", type=int, metavar="N", help="requests held at once (default: 256)")
-    serve.add_argument("--policy", help="price (default), fixed:R, max_accuracy, max_batch or slackfit")
+    serve.add_argument("--policy", metavar="NAME", help="price (default), fixed:R, max_accuracy, max_batch or slackfit")
     serve.add_argument("--profiles", type=Path, metavar="DIR", help="where measured latencies are kept")
     serve.add_argument("--profile-time", metavar="TIME", help="how long to measure them if none fit (default: 5s)")
     serve.add_argument("--drain-timeout", metavar="TIME", help="time for calls in flight after SIGTERM (default: 30s)")
-    serve.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    serve.add_argument(
+        "--log-level", default="info", choices=["debug", "info", "warning", "error"], help="info (default)"
+    )
     serve.add_argument("--log-format", choices=["auto", "json", "text"], help="auto (default): text at a terminal")
     serve.set_defaults(run=_serve)
 
@@ -275,6 +284,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser(
         "evaluate",
+        usage="%(prog)s --data PATH [options]",
         help="measure top-1 and agreement with r = 0 at each r",
         description="Measure top-1 (where images are labelled) and agreement with r = 0 at each r of a model's grid.",
     )
@@ -290,6 +300,7 @@ def _parser() -> argparse.ArgumentParser:
 
     tune = commands.add_parser(
         "tune",
+        usage="%(prog)s --data PATH [options]",
         help="find how much each block should merge at each r",
         description="Search how many tokens each block should merge at each r, so that answers stay nearer to those at "
         "r = 0 than with r in every block, for no more work. Half of the images are searched on, the others measured "
@@ -304,6 +315,7 @@ def _parser() -> argparse.ArgumentParser:
 
     profile = commands.add_parser(
         "profile",
+        usage="%(prog)s [options]",
         help="measure how long batches take at each r",
         description="Measure how long batches of each size take at each r of a model's grid, and keep that where the "
         "server looks for it at its start.",
@@ -332,6 +344,7 @@ def _parser() -> argparse.ArgumentParser:
     ))  # fmt: skip
     _add_plan(commands.add_parser(
         "plan",
+        usage="%(prog)s --rate N --budget TIME [options]",
         help="how many replicas a load takes, and at what quality",
         description="Say how many replicas it takes to answer a load in time, and at what quality, by simulation;\n"
         "and how many it would take without merging, and merging the most. Exits with 1 if no number does.",
@@ -371,14 +384,17 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.set_defaults(run=_plan)
 
 
-def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+def _add_model_flags(command: argparse.ArgumentParser) -> None:
+    parser = command.add_argument_group("model and device")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML settings; flags override them")
-    parser.add_argument("--model", metavar="SOURCE", help="bundled:fashion (default) or a timm architecture")
-    parser.add_argument("--repository", type=Path, metavar="DIR", help="folder of models, each in its own")
+    parser.add_argument("--model", metavar="SOURCE", help="bundled:fashion (default), or timm's name of a model")
+    parser.add_argument("--repository", type=Path, metavar="DIR", help="folder of models, each in a folder of its own")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="local weights, .safetensors or .pth")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="class names, one a line")
-    parser.add_argument("--quality", type=Path, metavar="FILE", help="what `tome-server evaluate` wrote")
+    parser.add_argument(
+        "--quality", type=Path, metavar="FILE", help="what tome-server evaluate wrote: what each r is worth"
+    )
     parser.add_argument("--default-budget", metavar="TIME", help="budget of requests that set none (default: 1s)")
-    parser.add_argument("--dtype", help="auto (default), float32, bfloat16 or float16")
+    parser.add_argument("--dtype", metavar="TYPE", help="auto (default), float32, bfloat16 or float16")
     parser.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads for the model (default: measured)")
