@@ -4,6 +4,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tome_server.models.preprocess import Limits
 from tome_server.models.spec import QUALITY, Dtype, ModelSpec, in_dtype, quality_beside
 from tome_server.runtime.executor import run_batch
 from tome_server.runtime.gains import model_gains
+from tome_server.runtime.graphs import with_one_graph
 from tome_server.runtime.memory import lacks_memory
 from tome_server.runtime.profiling import Run, batch_sizes
 from tome_server.runtime.work import Work
@@ -75,12 +77,13 @@ def load_chosen(
     max_batch: int,
     folder: Path | None = None,
     anew: bool = False,
+    alone: AbstractContextManager[object] | None = None,
 ) -> LoadedModel:
     """Do what `load` does, having found out what a dtype of auto stands for; the log says what was chosen and why.
 
     Speed is measured with as many threads as torch is set to, each dtype with what these divide in it: what then
-    serves. It is kept in `folder` (None: the default one) for the next time; `anew` measures in any case. Raises what
-    `load` raises.
+    serves. It is kept in `folder` (None: the default one) for the next time; `anew` measures in any case. `alone` is
+    entered while nothing else may run on the device. Raises what `load` raises.
     """
     gains = model_gains(spec, device, max_batch, folder, anew=anew)
     loaded: dict[Dtype, LoadedModel] = {}
@@ -92,7 +95,10 @@ def load_chosen(
     def measure() -> float:
         for dtype in ("float32", "bfloat16"):
             loaded[dtype] = load_in(dtype)
-        return measure_gain(loaded, device, max_batch=max_batch)
+        return measure_gain(loaded, device, max_batch=max_batch, graphed=graphed)
+
+    def graphed(model: LoadedModel, size: int, r: int) -> LoadedModel:
+        return with_one_graph(model, device, size, r, alone or nullcontext())
 
     def gain() -> float | None:
         try:
@@ -128,17 +134,20 @@ def measure_gain(
     max_batch: int,
     budget: float = BUDGET,
     run: Run = run_batch,
+    graphed: Callable[[LoadedModel, int, int], LoadedModel] = lambda model, size, r: model,  # noqa: ARG005
 ) -> float:
     """Return how many times as fast as in float32 a model is in bfloat16.
 
     Both run in turn, in batches as large as `budget` seconds allow, up to `max_batch`, at the middle of the r grid.
+    `graphed` gives what runs batches of a size at an r as they will be served: on a GPU they would otherwise take what
+    Python takes, whatever the type.
     """
     grid = models["float32"].grid
+    r = grid[len(grid) // 2].r
     image = torch.randint(256, models["float32"].preprocess.settings.input_size, dtype=torch.uint8)
     work = Work(image, top_k=1)
 
     def once(size: int) -> dict[Dtype, float]:
-        r = grid[len(grid) // 2].r
         return {dtype: run(model, [work] * size, r, device, packed=True).seconds for dtype, model in models.items()}
 
     began = time.perf_counter()
@@ -148,12 +157,13 @@ def measure_gain(
         return ratio
     # A batch takes half to all of the time of its images one by one; the first makes kernels again.
     passes = 3 * sum(best.values())
-    sizes = [size for size in batch_sizes(max_batch) if size > 1 and size * passes <= 2 * budget]
-    if sizes:
-        once(sizes[-1])
-        best = once(sizes[-1])
+    size = max([size for size in batch_sizes(max_batch) if size * passes <= 2 * budget], default=1)
+    models = {dtype: graphed(model, size, r) for dtype, model in models.items()}
+    if size > 1:
+        once(size)
+        best = once(size)
     for _ in range(_MOST_ROUNDS):
-        again = once(sizes[-1] if sizes else 1)
+        again = once(size)
         best = {dtype: min(seconds, again[dtype]) for dtype, seconds in best.items()}
         if time.perf_counter() - began > budget:
             break

@@ -118,7 +118,7 @@ class DeviceProcess:
     def load(self, key: str, spec: ModelSpec, limits: Limits, max_batch: int, folder: Path | None) -> HostedModel:
         """Load a model and run it once, so that the first request doesn't pay for what torch sets up lazily."""
         torch.set_num_threads(self._threads)
-        model = load_chosen(spec, self._device, limits, max_batch=max_batch, folder=folder)
+        model = load_chosen(spec, self._device, limits, max_batch=max_batch, folder=folder, alone=self._running)
         for level in {model.grid[0], model.grid[-1]}:
             self._run_empty(model, 1, level.r)
         self._models[key] = model

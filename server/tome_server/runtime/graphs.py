@@ -9,6 +9,7 @@ didn't suffice for.
 """
 
 import logging
+import sys
 import threading
 import time
 import warnings
@@ -193,7 +194,7 @@ class CudaRecorder:
         # torch ends a recording before it tells its allocator so, and where the former fails not at all: the allocator
         # would never give memory back to the driver again.
         device = torch.cuda.current_device()
-        with suppress(RuntimeError):  # it was told
+        with suppress(RuntimeError, AttributeError):  # it was told, or this torch has no such call
             torch._C._cuda_endAllocateToPool(device, self._pool)
             torch._C._cuda_releasePool(device, self._pool)
 
@@ -271,6 +272,16 @@ def with_graphs(
     return recorded(model, CudaRecorder(device), device, max_batch, memory, alone or nullcontext())
 
 
+def with_one_graph(
+    model: LoadedModel, device: torch.device, size: int, r: int, alone: AbstractContextManager[object]
+) -> LoadedModel:
+    """Return `model` so that batches of `size` images run at `r` by a CUDA graph; as it is where that can't be."""
+    if device.type != "cuda":
+        return model
+    graphed = _graphed(model, CudaRecorder(device), device, [size], [r], sys.maxsize, alone)
+    return model if graphed is None else replace(model, graphs=graphed)
+
+
 def recorded(
     model: LoadedModel,
     recorder: Recorder,
@@ -280,24 +291,39 @@ def recorded(
     alone: AbstractContextManager[object],
 ) -> LoadedModel:
     """Return `model` so that it runs by what `recorder` records of it; as it is if that is nothing."""
-    began = time.monotonic()
     sizes, rs = recorded_sizes(max_batch), [level.r for level in model.grid]
+    graphed = _graphed(model, recorder, device, sizes, rs, memory, alone)
+    return model if graphed is None else replace(model, graphs=graphed)
+
+
+def _graphed(
+    model: LoadedModel,
+    recorder: Recorder,
+    device: torch.device,
+    sizes: Sequence[int],
+    rs: Sequence[int],
+    memory: int,
+    alone: AbstractContextManager[object],
+) -> GraphedModel | None:
+    """Return what could be recorded, None if that is nothing; the log says which."""
+    began = time.monotonic()
     try:
         before = recorder.taken()
         images = torch.zeros(
-            max_batch, *model.preprocess.settings.input_size, device=device, dtype=getattr(torch, model.dtype)
+            max(sizes), *model.preprocess.settings.input_size, device=device, dtype=getattr(torch, model.dtype)
         )
         graphed = GraphedModel(model.run, images, recorder)
         graphed.record(sizes, rs, memory, alone)
+        took = recorder.taken() - before
     except Exception:
         log.exception("no CUDA graphs can be made of %s; it runs without", model.name)
-        return model
+        return None
     if not graphed.kinds:
         log.warning("no CUDA graph of %s fits; it runs without", model.name)
-        return model
+        return None
     log.info(
-        "%d of %d CUDA graphs of %s, up to %d images, in %.0f MiB and %.1f s",
-        len(graphed.kinds), len(sizes) * len(rs), model.name, graphed.kinds[-1][0],
-        (recorder.taken() - before) / 2**20, time.monotonic() - began,
+        "%d of %d CUDA graphs of %s in %s, up to %d images, in %.0f MiB and %.1f s",
+        len(graphed.kinds), len(sizes) * len(rs), model.name, model.dtype, graphed.kinds[-1][0],
+        took / 2**20, time.monotonic() - began,
     )  # fmt: skip
-    return replace(model, graphs=graphed)
+    return graphed

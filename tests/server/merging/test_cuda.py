@@ -71,6 +71,12 @@ OF_EACH_FAMILY = (
 )
 
 
+# timm makes positions on the host, in every call, unless they are fixed.
+FROM_THE_HOST = ("DINOv3", "Sapiens2, shared keys")
+# timm makes positions on the device, and in float32 also where all else is float64.
+IN_FLOAT32 = ("RoPE, mixed", "NaFlex, axial")
+
+
 @pytest.mark.parametrize("name", OF_EACH_FAMILY)
 def test_every_family_gives_what_the_cpu_gives(name: str) -> None:
     kind = OTHER_KINDS[name]
@@ -78,7 +84,7 @@ def test_every_family_gives_what_the_cpu_gives(name: str) -> None:
     with torch.inference_mode():
         expected = merge(model)(images, rs, return_tokens=True, return_token_map=True)
         given = merge(model.to(CUDA))(images.to(CUDA), rs, return_tokens=True, return_token_map=True)
-    assert_close(given, expected, 1e-8)
+    assert_close(given, expected, 1e-5 if name in IN_FLOAT32 else 1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -124,15 +130,16 @@ def test_folded_sizes_go_through_flash_attention_and_give_what_a_mask_gives(toke
         assert (given.double() - exact).norm() / exact.norm() < 2e-2
 
 
-@pytest.mark.parametrize("name", [name for name in OF_EACH_FAMILY if name != "DINOv3"])
+@pytest.mark.parametrize("name", [name for name in OF_EACH_FAMILY if name not in FROM_THE_HOST])
 def test_a_forward_pass_has_the_host_wait_for_nothing(name: str) -> None:
     kind = OTHER_KINDS[name]
     model, images = merge(kind.build(dtype=torch.float32).to(CUDA)), kind.images(4, dtype=torch.float32).to(CUDA)
     check_no_waiting(lambda: model(images, [9, 0, 5, 9], return_tokens=True, return_token_map=True))
 
 
-def test_with_fixed_positions_a_dinov3_has_the_host_wait_for_nothing() -> None:
-    kind = OTHER_KINDS["DINOv3"]
+@pytest.mark.parametrize("name", FROM_THE_HOST)
+def test_with_fixed_positions_the_host_waits_for_nothing(name: str) -> None:
+    kind = OTHER_KINDS[name]
     model, images = merge(kind.build(dtype=torch.float32).to(CUDA)), kind.images(4, dtype=torch.float32).to(CUDA)
     fix_positions(model.model, (8, 8))
     check_no_waiting(lambda: model(images, 9))

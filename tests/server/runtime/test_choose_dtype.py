@@ -119,6 +119,27 @@ def test_a_single_image_is_all_that_a_server_without_batches_is_measured_with(bo
     assert set(device.sizes) == {1}
 
 
+@pytest.mark.parametrize(("seconds", "size"), [(0.001, 8), (0.3, 1)])
+def test_a_gpu_is_asked_for_a_graph_of_the_batch_that_is_measured_and_judged_by_it(
+    both: dict[Dtype, LoadedModel], seconds: float, size: int
+) -> None:
+    """As a GPU does, batches take the same in both types but by graphs."""
+    device, asked = Device(seconds, seconds), list[tuple[str, int, int]]()
+
+    def graphed(model: LoadedModel, size: int, r: int) -> LoadedModel:
+        asked.append((model.dtype, size, r))
+        return replace(model, graphs=model.merged)
+
+    def run(model: LoadedModel, batch: Sequence[Work[Any]], *_: object, **__: object) -> BatchResult:
+        result = device(model, batch)
+        by_graph = {"float32": 1 / 2, "bfloat16": 1 / 8}
+        return replace(result, seconds=result.seconds * by_graph[model.dtype]) if model.graphs else result
+
+    assert measure_gain(both, CPU, max_batch=8, run=run, graphed=graphed) == pytest.approx(4)
+    grid = both["float32"].grid
+    assert asked == [(dtype, size, grid[len(grid) // 2].r) for dtype in ("float32", "bfloat16")]
+
+
 def test_a_type_that_the_processor_emulates_is_given_up_soon(both: dict[Dtype, LoadedModel]) -> None:
     device = Device(0.001, 0.1)
     assert measured(both, device) == pytest.approx(0.01)
