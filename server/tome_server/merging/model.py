@@ -39,6 +39,8 @@ class MergedModel(nn.Module):
     """One of timm's Vision Transformers run with token merging. Made by `merge`.
 
     Shares the model's parameters and changes nothing in it. Holds no state of a call: threads may share one.
+    Takes the place of the model's own forward pass, of its blocks' and of their attention's: hooks of these aren't
+    called, those of the layers within are.
     """
 
     division = ""

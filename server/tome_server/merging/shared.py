@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tome_server.merging.encoder import Layers
 from tome_server.merging.model import MergedModel, MergedOutput, in_order
+from tome_server.merging.native import are_recorded
 from tome_server.merging.schedule import Schedule, as_schedule
 from tome_server.merging.support import VisionModel
 from tome_server.merging.workers import Workers
@@ -52,7 +53,8 @@ class SharedModel(MergedModel):
     ) -> MergedOutput:
         """As MergedModel does."""
         run = partial(super().forward, return_tokens=return_tokens, return_token_map=return_token_map)
-        if torch.get_num_threads() == 1 or not isinstance(images, Tensor) or len(images) == 0:
+        # Recorded is what the calling thread does.
+        if are_recorded() or torch.get_num_threads() == 1 or not isinstance(images, Tensor) or len(images) == 0:
             return run(images, r)
         order, count = self._order(r, self._checked(images)), self._workers.count
         if self._together is not None and len(order) % count:

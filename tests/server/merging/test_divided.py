@@ -97,6 +97,22 @@ def test_calls_from_several_threads_do_not_disturb_each_other(threads: int, pack
             same(logits, expected[r])
 
 
+class Logits(torch.nn.Module):
+    def __init__(self, merged: MergedModel) -> None:
+        super().__init__()
+        self.merged = merged
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.merged(images, 6).logits
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_it_can_be_exported(threads: int, pack: Pack) -> None:
+    model, images, others = Logits(pack(small())), torch.randn(2, 3, 96, 96), torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        same(torch.export.export(model, (images,)).module()(others), model(others))
+
+
 def test_what_is_wrong_with_a_batch_is_said_as_ever(threads: int, pack: Pack) -> None:
     packed = pack(small())
     with pytest.raises(ValueError, match="images must be"):
