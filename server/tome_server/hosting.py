@@ -103,7 +103,8 @@ class Hosting:
                 return _checked(spec, self._config)
         repository = Repository(self._config.repository) if self._config.repository else None
         if repository is None or name not in repository.names():
-            raise UnknownModelError(name[:100], [*self._engine.names, *(repository.names() if repository else ())])
+            known = dict.fromkeys([*self._engine.names, *(repository.names() if repository else ())])
+            raise UnknownModelError(name[:100], list(known))
         return _checked(repository.spec(name), self._config)
 
     async def _replace(self, source: "_Source") -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from tome_server.config import ModelConfig, ServerConfig
 from tome_server.engine import Engine
-from tome_server.errors import ConfigError, ModelLoadError, OutOfMemoryError
+from tome_server.errors import ConfigError, ModelLoadError, OutOfMemoryError, UnknownModelError
 from tome_server.hosting import Hosting, model_specs
 from tome_server.models.preprocess import Limits
 from tome_server.models.spec import ModelSpec
@@ -40,6 +40,18 @@ async def test_a_model_that_the_device_has_no_memory_for_is_refused_in_words() -
         ModelLoadError, match=r"^the device has not the memory for fashion: CUDA out of memory\. Tried to allocate"
     ):
         await Hosting(device, engine, config).start()
+    engine.close()
+
+
+async def test_a_model_that_is_nowhere_is_refused_with_each_that_there_is_once(tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+    engine = Engine(
+        FullDevice(), Metrics(), max_delay=0.0, max_pending=1, reply_margin=0.0, decode_threads=1, names=["dogs", "own"]
+    )
+    hosting = Hosting(FullDevice(), engine, ServerConfig(repository=tmp_path, models=[]))
+    with pytest.raises(UnknownModelError, match=r"no model is named 'birds'; this server hosts dogs, own, cats$"):
+        await hosting.load("birds")
     engine.close()
 
 
