@@ -103,8 +103,15 @@ def code(device: torch.device) -> dict[str, str]:
         "merging": "C" if native.BUILT and device.type == "cpu" else "torch",
         "torch": torch.__version__,
         "timm": importlib.metadata.version("timm"),
-        "tome_serving": importlib.metadata.version("tome-serving"),
+        "tome_serving": _own_version(),
     }
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("tome-serving")
+    except importlib.metadata.PackageNotFoundError:  # run from its source, not installed
+        return "0+unknown"
 
 
 def device_name(device: torch.device) -> str:

@@ -1,9 +1,11 @@
 """The merged model on a CUDA device. `make gpu` runs these; elsewhere they are deselected."""
 
+import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import timm
@@ -18,8 +20,11 @@ from tome_server.models.bundled import BUNDLED
 from tome_server.models.loaded import loaded_model
 from tome_server.models.loading import load
 from tome_server.models.preprocess import Limits, Preprocess
-from tome_server.models.spec import Dtype, bundled_spec
+from tome_server.models.spec import Dtype, DtypeSetting, bundled_spec
 from tome_server.models.transform import ImageSettings
+from tome_server.runtime.choose_device import choose_device
+from tome_server.runtime.choose_dtype import load_chosen
+from tome_server.runtime.device import Device
 from tome_server.runtime.executor import run_batch
 from tome_server.runtime.graphs import CudaRecorder, GraphedModel, recorded_sizes, with_graphs
 from tome_server.runtime.shared_images import SharedImages
@@ -32,6 +37,11 @@ from .small_models import OTHER_KINDS
 pytestmark = pytest.mark.cuda
 
 CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _as_served() -> None:
+    choose_device("cuda")
 
 
 @pytest.mark.parametrize("tokens_across", [8, 12, 14, 16])
@@ -310,6 +320,50 @@ def test_the_bundled_model_classifies_its_samples_as_on_the_cpu() -> None:
         expected = run_batch(on_cpu, works, r, torch.device("cpu"))
         given = run_batch(on_cuda, works, r, CUDA)
         assert [x.class_ids for x in given.results] == [x.class_ids for x in expected.results]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_the_process_of_a_gpu_loads_records_measures_and_runs(dtype: DtypeSetting, tmp_path: Path) -> None:
+    spec, on_cpu = bundled_spec("fashion", dtype), load(bundled_spec("fashion", "float32"), torch.device("cpu"))
+    samples = sorted((BUNDLED / "fashion" / "samples").glob("*.png"))
+    images = [on_cpu.preprocess.encoded(path.read_bytes()) for path in samples]
+    rs = [on_cpu.rs[i % len(on_cpu.rs)] for i in range(len(images))]
+
+    async def run() -> list[tuple[int, ...]]:
+        device, most = Device(), len(images)
+        try:
+            await device.open("cuda")
+            await device.load("fashion", spec, Limits(), most, max_batch=most, folder=tmp_path)
+            await device.record("fashion", max_batch=most, memory=2**30)
+            profile = await device.profile("fashion", spec, max_batch=most, budget=1.0, folder=tmp_path)
+            assert profile.max_batch == most
+            await device.warm("fashion", max_batch=most, seconds=1.0)
+            works = [Work(device.put("fashion", image), top_k=1) for image in images]
+            for work in works:
+                device.bring("fashion", work.image)
+            alike = await device.run("fashion", works, [rs[0]] * most, True)
+            mixed = [await device.run("fashion", works, rs, packed) for packed in (True, False)]
+            with pytest.raises(ValueError, match="must be one for each"):
+                await device.run("fashion", works, rs[1:], False)
+            again = await device.run("fashion", works, [rs[0]] * most, True)
+            assert again.results == alike.results
+            return [result.class_ids for each in (alike, *mixed) for result in each.results]
+        finally:
+            await device.close()
+
+    works = [Work(torch.from_numpy(image), top_k=1) for image in images]
+    alike, mixed = (run_batch(on_cpu, works, each, torch.device("cpu")).results for each in (rs[0], rs))
+    given, expected = asyncio.run(run()), [result.class_ids for result in (*alike, *mixed, *mixed)]
+    # One may be classified otherwise: it takes but the last bit to have another token merged.
+    assert sum(one != other for one, other in zip(given, expected, strict=True)) <= 1
+
+
+def test_dtypes_are_compared_by_graphs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    loaded = load_chosen(bundled_spec("fashion"), CUDA, max_batch=8, folder=tmp_path)
+    assert loaded.graphs is None
+    for dtype in ("float32", "bfloat16"):
+        assert f"1 of 1 CUDA graphs of fashion in {dtype}, up to 8 images" in caplog.text
 
 
 def test_images_brought_ahead_give_what_those_give_that_go_with_their_batch() -> None:

@@ -1,3 +1,4 @@
+import importlib.metadata
 import json
 import logging
 import os
@@ -464,3 +465,17 @@ def test_without_a_folder_named_it_is_the_default_one(
 
 def test_the_text_is_the_files(path: Path, key: ProfileKey) -> None:
     assert profile_text(key, PROFILE) == path.read_text()
+
+
+def test_what_is_run_from_its_source_has_no_version_and_a_profile_all_the_same(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = importlib.metadata.version
+
+    def of_others(name: str) -> str:
+        if name == "tome-serving":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", of_others)
+    assert profile_key(model, None, torch.device("cpu"), 4).tome_serving == "0+unknown"
