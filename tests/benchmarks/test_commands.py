@@ -44,3 +44,15 @@ def test_a_checkout_is_compared_with_itself() -> None:
     rows = report("versions", "--other", here, *model)["rows"]
     assert [row["r"] for row in rows] == [0, 8]
     assert all(row["other_ms"] > 0 and row["ours_ms"] > 0 and row["speedup"] > 0 for row in rows)
+
+
+def test_what_a_request_costs_is_measured_at_both_servers_for_each_kind_of_image() -> None:
+    told = report("requests", "--rounds", "1", "--calls", "40", "--callers", "4")
+    kinds = ["PNG 28x28", "JPEG 224x224", "JPEG 500x375", "pixels 64x64"]
+    assert [(cost["kind"], cost["server"]) for cost in told] == [
+        (kind, by) for kind in kinds for by in ("bare", "tome")
+    ]
+    for cost in told:
+        assert cost["rate"] > 0
+        assert 0 < cost["loop"] < cost["process"]
+        assert (cost["models"] > 0) == (cost["server"] == "tome")

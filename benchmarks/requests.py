@@ -1,0 +1,230 @@
+"""What a request costs a server besides its model, and so how many a second one server can take.
+
+Two servers, each in a process of its own and in turn asked by the same client: `tome`, which hosts a model so small
+that all else counts, and `bare`, a gRPC server in Python that reads the same message and answers the same reply at
+once. Each takes encoded images of several sizes and ready pixels, `--callers` at a time.
+
+`requests/s` is what the client got answered; it has one core at most. `loop` is the time that the server's event loop
+had a processor for, in ms a request, which is what bounds a server; `process` that of all its threads, those that
+decode among them; `models` that of the process that runs the models. Medians over rounds, least and most beside them.
+
+Needs Linux, and cores that nobody else uses: a shared one makes everything dearer.
+"""
+
+import argparse
+import asyncio
+import io
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import benchmarks.environment  # noqa: F401  isort: skip  (before torch)
+
+import grpc
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from tome_api.v1 import inference_pb2 as pb
+from tome_api.v1 import inference_pb2_grpc
+from tome_client import AsyncClient
+
+PATIENCE = 120.0
+# A ViT of two blocks, 64 wide.
+MODEL = {"img_size": 64, "depth": 2, "embed_dim": 64, "num_heads": 2}
+# Width and height of the images, and what they are sent as.
+KINDS = {"PNG 28x28": (28, 28), "JPEG 224x224": (224, 224), "JPEG 500x375": (500, 375), "pixels 64x64": (64, 64)}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that is ready."""
+
+    target: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One round of one kind of image at one server. Milliseconds a request."""
+
+    server: str
+    kind: str
+    rate: float
+    """requests a second"""
+    loop: float
+    process: float
+    models: float
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _arguments().parse_args(argv)
+    if args.bare:
+        asyncio.run(_serve_bare())
+        return
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        servers = {
+            "bare": stack.enter_context(_started([sys.executable, "-m", "benchmarks.requests", "--bare"])),
+            "tome": stack.enter_context(_started(_tome(Path(folder), args.callers))),
+        }
+        costs = asyncio.run(_measured(servers, args))
+    if args.json:
+        print(json.dumps([asdict(cost) for cost in costs], indent=2))
+    else:
+        print(f"rounds {args.rounds}  calls {args.calls}  callers {args.callers}")
+        print(_table(costs))
+
+
+async def _measured(servers: dict[str, Server], args: argparse.Namespace) -> list[Cost]:
+    costs = []
+    with tqdm(total=(args.rounds + 1) * len(KINDS) * len(servers), disable=not sys.stderr.isatty()) as bar:
+        for turn in range(args.rounds + 1):
+            for kind, size in KINDS.items():
+                for name, server in servers.items():
+                    cost = await _cost(name, server, kind, _image(kind, size), args.calls, args.callers)
+                    if turn:  # the first warms up
+                        costs.append(cost)
+                    bar.update()
+    return costs
+
+
+async def _cost(
+    name: str, server: Server, kind: str, image: "bytes | np.typing.NDArray[np.uint8]", calls: int, callers: int
+) -> Cost:
+    left = iter(range(calls))
+    async with AsyncClient(server.target, timeout=PATIENCE) as client:
+
+        async def ask() -> None:
+            for _ in left:
+                await client.predict(image, top_k=5)
+
+        await client.predict(image)
+        before, began = _used(server.pid), time.perf_counter()
+        await asyncio.gather(*(ask() for _ in range(callers)))
+        seconds, after = time.perf_counter() - began, _used(server.pid)
+    each = [1e3 * (later - earlier) / calls for earlier, later in zip(before, after, strict=True)]
+    return Cost(name, kind, calls / seconds, *each)
+
+
+def _used(pid: int) -> tuple[float, float, float]:
+    """Return the seconds of processor that a server's first thread had, all its threads, and those of its children."""
+
+    def of(process: int) -> dict[int, float]:
+        threads = Path(f"/proc/{process}/task").iterdir()
+        return {int(thread.name): int((thread / "schedstat").read_text().split()[0]) / 1e9 for thread in threads}
+
+    own = of(pid)
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return own[pid], sum(own.values()), sum(sum(of(int(child)).values()) for child in children)
+
+
+def _image(kind: str, size: tuple[int, int]) -> "bytes | np.typing.NDArray[np.uint8]":
+    """Return a picture of soft colours, encoded or not; the same one each time."""
+    coarse = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+    if kind.startswith("pixels"):
+        return np.asarray(picture)
+    file = io.BytesIO()
+    picture.save(file, kind.split()[0], quality=90)
+    return file.getvalue()
+
+
+def _tome(folder: Path, callers: int) -> list[str]:
+    """Make a repository of the small model, and return the command that serves it."""
+    weights, models = folder / "weights.safetensors", folder / "models"
+    torch.manual_seed(0)
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=10, **MODEL).state_dict(), weights)
+    server = [sys.executable, "-m", "tome_server"]
+    add = ["models", "add", "vit_tiny_patch16_224", "--name", "small", "--to", models, "--weights", weights]
+    add += ["--kwargs", json.dumps(MODEL), "--license", "none", "--no-profile", "--threads", "1"]
+    subprocess.run([*server, *add], check=True, stdout=subprocess.DEVNULL)
+    serve = ["serve", "--repository", str(models), "--listen", "127.0.0.1:0", "--metrics", "off", "--threads", "1"]
+    serve += ["--max-batch", "32", "--max-pending", str(2 * callers), "--profiles", str(folder)]
+    return [*server, *serve, "--profile-time", "1s", "--log-level", "warning"]
+
+
+@contextmanager
+def _started(command: Sequence[str]) -> Iterator[Server]:
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            sys.exit("a server did not start")
+        yield Server(json.loads(line)["ready"]["grpc"], process.pid)
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+
+
+async def _serve_bare() -> None:
+    """Answer every prediction with the same reply, until ended."""
+    reply = pb.PredictResponse(
+        model="small",
+        predictions=[pb.Prediction(class_id=place, score=0.1) for place in range(5)],
+        merging=pb.Merging(r=1, tokens_in=17, tokens_out=15, flops=10**7, flops_saved=10**6),
+        timing=pb.Timing(batch_size=8),
+    )
+    for name in ("decode", "queue", "compute", "total", "slack", "predicted"):
+        getattr(reply.timing, name).FromMicroseconds(1234)
+
+    class Bare(inference_pb2_grpc.InferenceServicer):
+        async def Predict(self, _request: pb.PredictRequest, _context: object) -> pb.PredictResponse:  # noqa: N802
+            answer = pb.PredictResponse()
+            answer.CopyFrom(reply)
+            return answer
+
+    server = grpc.aio.server()
+    inference_pb2_grpc.add_InferenceServicer_to_server(Bare(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(json.dumps({"ready": {"grpc": f"127.0.0.1:{port}"}}), flush=True)
+    await server.wait_for_termination()
+
+
+_COLUMNS: dict[str, tuple[Callable[[Cost], float], int]] = {
+    "requests/s": (lambda cost: cost.rate, 0),
+    "loop": (lambda cost: cost.loop, 3),
+    "process": (lambda cost: cost.process, 3),
+    "models": (lambda cost: cost.models, 3),
+}
+
+
+def _table(costs: Sequence[Cost]) -> str:
+    lines = [f"{'':<14}{'':<6}" + "".join(f"{name:>26}" for name in _COLUMNS)]
+    for kind in KINDS:
+        for server in ("bare", "tome"):
+            own = [cost for cost in costs if (cost.kind, cost.server) == (kind, server)]
+            cells = []
+            for value, digits in _COLUMNS.values():
+                values = [value(cost) for cost in own]
+                spread = f"[{min(values):,.{digits}f}, {max(values):,.{digits}f}]"
+                cells.append(f"{f'{statistics.median(values):,.{digits}f} {spread}':>26}")
+            lines.append(f"{kind:<14}{server:<6}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.requests", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--calls", type=int, default=4000, help="in a round of each (default: %(default)s)")
+    parser.add_argument("--callers", type=int, default=64, help="calls at once (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    main()
