@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import IO
+from typing import IO, Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -49,8 +49,10 @@ class Row:
 
 def run(as_json: bool = False) -> int:
     """Run the demo and print what came back. Returns the exit status: 0 only if all of it worked."""
+    _tell("starting a server of the bundled model; the first time it measures the model, for some seconds")
     try:
         with _server() as ready:
+            _tell(f"ready after {ready['seconds']:.1f} s; sending it images at several r, then with ever less time")
             with Client(ready["grpc"], timeout=30) as client:
                 grid = [level.r for level in client.model().r_grid]
                 rows = list(_classify(client, _spread(grid)))
@@ -101,12 +103,17 @@ class Race:
     flops_saved: int
 
 
+def _tell(what: str) -> None:
+    """Say what takes so long, beside what is shown in the end."""
+    print(f"tome-server demo: {what}", file=sys.stderr, flush=True)
+
+
 class _DemoError(Exception):
     """A step that did not work."""
 
 
 @contextmanager
-def _server() -> Iterator[dict[str, str]]:
+def _server() -> Iterator[dict[str, Any]]:
     """Run a server of the bundled model in its own process, on free ports; yields its line of readiness."""
     command = [sys.executable, "-m", "tome_server", "serve", "--model", "bundled:fashion"]
     # Where this machine was never measured, roughly will do. In bfloat16, merging gains this small model little.

@@ -19,6 +19,8 @@ def report() -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert "tome-server demo: starting a server" in done.stderr
+    assert "tome-server demo: ready after " in done.stderr
     return json.loads(done.stdout)
 
 

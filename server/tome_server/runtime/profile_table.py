@@ -17,7 +17,7 @@ def table(profile: Profile) -> str:
         ]
     if any(more == less for row in profile.p50 for less, more in pairwise(row)):
         lines.append(
-            "where neighbours are equal, the greater r cost no less, and is predicted at what the lesser costs"
+            "where neighbours are equal, the larger r was no faster, and is predicted to take as long as the smaller"
         )
     if profile.packed:
         more = f"{profile.extra_group * 1e3:.1f} ms"

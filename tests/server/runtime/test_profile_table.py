@@ -34,6 +34,6 @@ def test_how_batches_of_several_r_run_is_said() -> None:
 
 def test_an_r_that_gains_nothing_is_said_to_be_predicted_at_the_lesser_ones_cost() -> None:
     lowered = replace(PROFILE, p50=((0.0121, 0.0121), (0.2, 0.1)))
-    note = "where neighbours are equal, the greater r cost no less, and is predicted at what the lesser costs"
+    note = "where neighbours are equal, the larger r was no faster, and is predicted to take as long as the smaller"
     assert note in table(lowered).splitlines()
     assert note not in table(PROFILE)
