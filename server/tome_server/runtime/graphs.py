@@ -159,6 +159,10 @@ class GraphedModel:
         return None if size is None else self._recorded[size, r]
 
 
+# Kept for torch's allocator of host memory, which may yet ask them whether they are being recorded.
+_broken_off: list[torch.cuda.CUDAGraph] = []
+
+
 class CudaRecorder:
     """Records on a CUDA device; all that it records shares one pool of memory."""
 
@@ -186,17 +190,18 @@ class CudaRecorder:
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                     output = call()
             except BaseException:
-                self._break_off()
+                self._break_off(graph)
                 raise
             return output, graph.replay
 
-    def _break_off(self) -> None:
-        # torch ends a recording before it tells its allocator so, and where the former fails not at all: the allocator
-        # would never give memory back to the driver again.
+    def _break_off(self, graph: torch.cuda.CUDAGraph) -> None:
+        # torch ends a recording before it tells its allocators so, and where the former fails not at all: that of the
+        # device would never give memory back to the driver again.
         device = torch.cuda.current_device()
         with suppress(RuntimeError, AttributeError):  # it was told, or this torch has no such call
             torch._C._cuda_endAllocateToPool(device, self._pool)
             torch._C._cuda_releasePool(device, self._pool)
+            _broken_off.append(graph)
 
     def taken(self) -> int:
         """As Recorder says: by the driver's count, which includes what the graphs themselves take."""
