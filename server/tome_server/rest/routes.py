@@ -1,7 +1,6 @@
 """What is answered at which path: convert, call, convert back."""
 
 import asyncio
-import math
 from collections.abc import Coroutine
 from typing import TypeVar
 
@@ -217,7 +216,7 @@ def _time_remaining(header: str | None) -> float | None:
     try:
         milliseconds = float(header)
     except ValueError:
-        milliseconds = math.nan
+        raise InvalidRequestError(TIMEOUT, f"must be a number of milliseconds, not {shown(header)}") from None
     return seconds_of(milliseconds, TIMEOUT)
 
 

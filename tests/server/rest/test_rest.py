@@ -247,7 +247,8 @@ def test_the_deadline_is_the_least_of_header_and_parameters(base: str, files: li
     for wrong in ("soon", "0", "-1", "nan", "1e300"):
         refused = infer(base, message, {"X-Request-Timeout-Ms": wrong})
         assert refused.status == 400
-        assert refused.error.startswith("X-Request-Timeout-Ms: must be above 0")
+        must = "a number of milliseconds, not 'soon'" if wrong == "soon" else "above 0"
+        assert refused.error.startswith(f"X-Request-Timeout-Ms: must be {must}")
 
 
 GOOD: dict[str, Any] = images([0] * (28 * 28 * 3), "UINT8", [1, 28, 28, 3])
