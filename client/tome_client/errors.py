@@ -90,7 +90,7 @@ def error_from_rpc(error: grpc.RpcError, target: str) -> TomeError:
     if code is grpc.StatusCode.UNAVAILABLE and message.endswith(_GRPC_UNHEALTHY):
         message = f"{target} is unavailable: no server there is serving; what was reached is loading or stopping"
     elif code is grpc.StatusCode.UNAVAILABLE:
-        message = f"{target} is unavailable: {message.removeprefix(_GRPC_UNREACHED)}"
+        message = f"{target} is unavailable: {message.removeprefix(_GRPC_UNREACHED).removeprefix('UNKNOWN: ')}"
     elif code is grpc.StatusCode.DEADLINE_EXCEEDED and message == _GRPC_TIMED_OUT:
         message = f"no answer from {target} within the timeout"
     try:
