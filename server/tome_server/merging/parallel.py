@@ -14,7 +14,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock
 from torch import Tensor
 
-from tome_server.merging.attention import attention
+from tome_server.merging.vit import self_attention
 
 
 class ParallelScalingLayers:
@@ -46,13 +46,7 @@ class ParallelScalingLayers:
         queries: int | None,
     ) -> tuple[Tensor, Tensor]:
         """As encoder.Layers says."""
-        block = self.block
-        batch, tokens, _ = qkv.shape
-        q, k, v = qkv.view(batch, tokens, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = block.q_norm(q[:, :, :queries]), block.k_norm(k)
-        dropout = block.attn_drop.p if block.training else 0.0
-        out = attention(q, k, v, bias, dropout=dropout, scale=block.scale)
-        return out.transpose(1, 2).flatten(2), k
+        return self_attention(self.block, qkv, bias, queries)
 
     def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:
         """Return `x` with all that the block found added to it; `beside` is the MLP's hidden channels."""
@@ -98,14 +92,8 @@ class ParallelThingsLayers:
     @staticmethod
     def _attend(branch: Any, x: Tensor, bias: Tensor | None, queries: int | None) -> tuple[Tensor, Tensor]:
         attn: Attention = branch.attn
-        batch, tokens, _ = x.shape
-        qkv = attn.qkv(branch.norm(x)).view(batch, tokens, 3, attn.num_heads, attn.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = attn.q_norm(q[:, :, :queries]), attn.k_norm(k)
-        dropout = attn.attn_drop.p if attn.training else 0.0
-        out = attention(q, k, v, bias, dropout=dropout, scale=attn.scale)
-        out = attn.norm(out.transpose(1, 2).flatten(2))
-        found: Tensor = branch.drop_path(branch.ls(attn.proj_drop(attn.proj(out))))
+        out, k = self_attention(attn, attn.qkv(branch.norm(x)), bias, queries)
+        found: Tensor = branch.drop_path(branch.ls(attn.proj_drop(attn.proj(attn.norm(out)))))
         return found, k.sum(dim=1, keepdim=True)
 
     def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:  # noqa: ARG002  there is none

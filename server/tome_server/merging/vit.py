@@ -5,7 +5,7 @@ and attention weighs each token by the patches it stands for.
 """
 
 from timm.layers import Attention
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import Block, ParallelScalingBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from tome_server.merging.attention import attention
@@ -16,6 +16,22 @@ def embed(model: VisionTransformer, images: Tensor) -> Embedded:
     """Return `images` [B, C, H, W] as tokens."""
     x = model._pos_embed(model.patch_embed(images))
     return Embedded(model.norm_pre(model.patch_drop(x)))
+
+
+def self_attention(
+    part: Attention | ParallelScalingBlock, qkv: Tensor, bias: Tensor | None, queries: int | None
+) -> tuple[Tensor, Tensor]:
+    """Attend among tokens of `qkv` [B, N, 3 * heads * dim] with the heads, norms and dropout of a `part` of a block.
+
+    `bias` and `queries` are as encoder.Layers says. Returns [B, queries or N, heads * dim], and the keys
+    [B, heads, N, dim].
+    """
+    batch, tokens, _ = qkv.shape
+    q, k, v = qkv.view(batch, tokens, 3, part.num_heads, part.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = part.q_norm(q[:, :, :queries]), part.k_norm(k)
+    dropout = part.attn_drop.p if part.training else 0.0
+    out = attention(q, k, v, bias, dropout=dropout, scale=part.scale)
+    return out.transpose(1, 2).flatten(2), k
 
 
 class BlockLayers:
@@ -45,10 +61,6 @@ class BlockLayers:
         projected: Tensor = self.attn.qkv(x)
         return projected
 
-    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return queries and keys [B, heads, N, dim] after their norms, if they have any."""
-        return self.attn.q_norm(q), self.attn.k_norm(k)
-
     def attend(
         self,
         qkv: Tensor,
@@ -57,14 +69,7 @@ class BlockLayers:
         queries: int | None,
     ) -> tuple[Tensor, Tensor]:
         """As encoder.Layers says."""
-        attn = self.attn
-        batch, tokens, _ = qkv.shape
-        q, k, v = qkv.view(batch, tokens, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.normed(q[:, :, :queries], k)
-
-        dropout = attn.attn_drop.p if attn.training else 0.0
-        out = attention(q, k, v, bias, dropout=dropout, scale=attn.scale)
-        return out.transpose(1, 2).flatten(2), k
+        return self_attention(self.attn, qkv, bias, queries)
 
     def attention_output(self, attended: Tensor, gate: Tensor | None) -> Tensor:
         """Return what attention itself gives, [..., channels]."""
