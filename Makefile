@@ -82,6 +82,7 @@ bench: $(STAMP)  ## every benchmark, each printing all sides from one run (about
 	$(BIN)/python -m benchmarks.autoscaling
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.server
+	$(BIN)/python -m benchmarks.requests
 	$(BIN)/python -m benchmarks.threads
 
 nightly: DEBIAN += buildah debootstrap
@@ -89,7 +90,7 @@ nightly: $(STAMP) $(BIN)/helm tools  ## the slow tests as well
 	$(BIN)/python -m pytest -m 'not cuda' --hypothesis-profile others
 
 # The project's pytest settings name plugins that such a machine may lack, so they are left out (-c /dev/null). What fails
-# doesn't keep the rest from running: such machines are lent by the minute.
+# doesn't keep the rest from running: such machines are paid for by the minute.
 gpu: export PYTHONPATH := protos:server:client
 gpu:  ## CUDA tests and benchmarks with the python3 at hand (PYTHON); installs nothing, needs no network
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"torch {torch.__version__} sees no CUDA device")'
