@@ -147,23 +147,24 @@ def measured(
 ) -> list[Row]:
     """Run all images in all ways, and return one row for each."""
     class_ids = class_ids_of(model, images)
-    given: dict[tuple[str, int], list[torch.Tensor]] = {way: [] for way in ways}
+    # In one piece each: thousands of small ones among a forward's large ones would keep these from being given back.
+    given = {way: torch.empty(len(images), model.num_classes) for way in ways}
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:
         for start in range(0, len(images), BATCH):
             part = images.subset(range(start, min(start + BATCH, len(images))))
             prepared = np.stack([model.preprocess.image(image) for image, _ in part])
             inputs = model.input(torch.from_numpy(prepared), CPU)
             for way, schedule in ways.items():
-                given[way].append(model.merged(inputs, schedule).logits.float().softmax(dim=1))
+                given[way][start : start + len(part)] = model.merged(inputs, schedule).logits.float().softmax(dim=1)
             bar.update(len(part))
-    plain = torch.cat(given["none", 0])
+    plain = given["none", 0]
     labels = None if images.labels is None else torch.tensor([class_ids[label] for label in images.labels])
-    shifts = {way: (torch.cat(own) - plain).abs().sum(dim=1) / 2 for way, own in given.items()}
+    shifts = {way: (own - plain).abs().sum(dim=1) / 2 for way, own in given.items()}
     rows = []
     for (name, r), schedule in ways.items():
         shifted = shifts[name, r]
         difference = shifted - shifts.get(("constant", r), shifted)
-        classes = torch.cat(given[name, r]).argmax(dim=1)
+        classes = given[name, r].argmax(dim=1)
         rows.append(
             Row(
                 way=name,
