@@ -6,6 +6,7 @@ import logging
 import random
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,7 +145,7 @@ def tune(args: argparse.Namespace) -> int:
     assert spec.checkpoint is not None
     tuning = Tuning(args.r, args.target_macs, args.images, args.held_out, args.trials, args.blocks, args.seed)
     report, found = tune_model(_settings(spec, args), args.data, tuning)
-    _write_json(quality_file(spec.checkpoint.parent, spec.dtype), report)
+    _write_report(spec, report)
     sys.stdout.write(table(found))
     if spec.dtype == "auto" and spec.quality_bfloat16 is not None:
         print(
@@ -299,9 +300,20 @@ def _measure_quality(spec: "ModelSpec", args: argparse.Namespace) -> None:
     """Evaluate a stored model and keep the report with it."""
     from tome_server.offline import evaluate_model
 
+    _write_report(spec, evaluate_model(_settings(spec, args), args.data, limit=args.limit))
+
+
+def _write_report(spec: "ModelSpec", report: "Mapping[str, Any]") -> None:
+    """Keep a stored model's quality report with it; say so if the one that it replaces told of more images."""
     assert spec.checkpoint is not None
     file = quality_file(spec.checkpoint.parent, spec.dtype)
-    _write_json(file, evaluate_model(_settings(spec, args), args.data, limit=args.limit))
+    before: Any = None
+    with suppress(OSError, ValueError):
+        before = json.loads(file.read_text())
+    _write_json(file, report)
+    match before, report:
+        case {"images": int(most), "data": str(old)}, {"images": int(images), "data": str(new)} if images < most:
+            print(f"{file.name} was of {most:,} images of {old}, and is now of {images:,} of {new}", file=sys.stderr)
 
 
 def _measure_latencies(spec: "ModelSpec", args: argparse.Namespace) -> "Profile":

@@ -203,6 +203,28 @@ def test_quality_is_measured_when_images_are_given(run: Run, models: Path, backb
     assert listed.count("yes") == 2
 
 
+def test_a_report_that_replaces_one_of_more_images_says_so(
+    run: Run, models: Path, backbone: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*flags: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["models", "evaluate", *map(str, stored), *flags])
+        assert caught.value.code == 0
+        return capsys.readouterr().err
+
+    add(run, models, backbone, "--name", "tiny")
+    stored = ["tiny", "--repository", models, "--data", photos, "--threads", "1"]
+    run("fit-head", *stored, "--no-profile")
+    assert "is now of" not in told()
+    said = f"quality.json was of 60 images of {photos.name}, and is now of 20 of {photos.name}\n"
+    assert said in told("--limit", "20")
+    assert "is now of" not in told("--limit", "20")
+    report = models / "tiny/quality.json"
+    report.write_text("broken")
+    assert "is now of" not in told("--limit", "10")
+    assert json.loads(report.read_text())["images"] == 10
+
+
 def test_a_tuned_model_keeps_its_schedules_when_it_is_measured_again(
     run: Run, models: Path, backbone: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
