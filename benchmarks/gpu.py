@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             timed = _rows(batch, args.r[0], measure(sides, args.rounds, progress.update))
             rows += timed
             if not args.json:
-                # As they come: what is lent for minutes may be gone before the last.
+                # As they come, so that a run that is cut short leaves those that it has.
                 print("\n".join(map(_line, timed)), flush=True)
     if args.json:
         print(json.dumps({**setting, "rows": [asdict(row) for row in rows]}, indent=2))

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import benchmarks.environment  # noqa: F401  isort: skip  (before torch)
 
@@ -31,6 +32,7 @@ import grpc
 import numpy as np
 import timm
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -44,6 +46,9 @@ PATIENCE = 120.0
 MODEL = {"img_size": 64, "depth": 2, "embed_dim": 64, "num_heads": 2}
 # Width and height of the images, and what they are sent as.
 KINDS = {"PNG 28x28": (28, 28), "JPEG 224x224": (224, 224), "JPEG 500x375": (500, 375), "pixels 64x64": (64, 64)}
+
+# An encoded image, or its pixels [H, W, 3].
+Picture: TypeAlias = bytes | NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,7 @@ async def _measured(servers: dict[str, Server], args: argparse.Namespace) -> lis
     return costs
 
 
-async def _cost(
-    name: str, server: Server, kind: str, image: "bytes | np.typing.NDArray[np.uint8]", calls: int, callers: int
-) -> Cost:
+async def _cost(name: str, server: Server, kind: str, image: Picture, calls: int, callers: int) -> Cost:
     left = iter(range(calls))
     async with AsyncClient(server.target, timeout=PATIENCE) as client:
 
@@ -128,7 +131,7 @@ def _used(pid: int) -> tuple[float, float, float]:
     return own[pid], sum(own.values()), sum(sum(of(int(child)).values()) for child in children)
 
 
-def _image(kind: str, size: tuple[int, int]) -> "bytes | np.typing.NDArray[np.uint8]":
+def _image(kind: str, size: tuple[int, int]) -> Picture:
     """Return a picture of soft colours, encoded or not; the same one each time."""
     coarse = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
