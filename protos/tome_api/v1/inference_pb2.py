@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btome_api/v1/inference.proto\x12\x0btome_api.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\"\xb5\x03\n\x0ePredictRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x05image\x18\x02 \x01(\x0cH\x00\x12%\n\x06tensor\x18\x03 \x01(\x0b\x32\x13.tome_api.v1.TensorH\x00\x12\x31\n\x0elatency_budget\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x01r\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05min_r\x18\x06 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05max_r\x18\x07 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x08 \x01(\x05H\x04\x88\x01\x01\x12\x17\n\x0freturn_features\x18\t \x01(\x08\x12\x18\n\x10return_token_map\x18\n \x01(\x08\x12\x18\n\x0bmin_quality\x18\x0b \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x15return_patch_features\x18\x0c \x01(\x08\x12\x1a\n\x12normalize_features\x18\r \x01(\x08\x12\x18\n\x10\x66loat16_features\x18\x0e \x01(\x08\x42\x07\n\x05inputB\x04\n\x02_rB\x08\n\x06_min_rB\x08\n\x06_max_rB\x08\n\x06_top_kB\x0e\n\x0c_min_quality\"\xc0\x01\n\x06Tensor\x12/\n\tdata_type\x18\x01 \x01(\x0e\x32\x1c.tome_api.v1.Tensor.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"h\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x03\"\xb2\x02\n\x0fPredictResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\x0bpredictions\x18\x02 \x03(\x0b\x32\x17.tome_api.v1.Prediction\x12%\n\x07merging\x18\x03 \x01(\x0b\x32\x14.tome_api.v1.Merging\x12#\n\x06timing\x18\x04 \x01(\x0b\x32\x13.tome_api.v1.Timing\x12\x10\n\x08\x66\x65\x61tures\x18\x05 \x03(\x02\x12(\n\ttoken_map\x18\x06 \x01(\x0b\x32\x15.tome_api.v1.TokenMap\x12-\n\x10\x66\x65\x61tures_float16\x18\x07 \x01(\x0b\x32\x13.tome_api.v1.Tensor\x12+\n\x0epatch_features\x18\x08 \x01(\x0b\x32\x13.tome_api.v1.Tensor\"<\n\nPrediction\x12\x10\n\x08\x63lass_id\x18\x01 \x01(\x05\x12\r\n\x05label\x18\x02 \x01(\t\x12\r\n\x05score\x18\x03 \x01(\x02\"_\n\x07Merging\x12\t\n\x01r\x18\x01 \x01(\x05\x12\x11\n\ttokens_in\x18\x02 \x01(\x05\x12\x12\n\ntokens_out\x18\x03 \x01(\x05\x12\r\n\x05\x66lops\x18\x04 \x01(\x03\x12\x13\n\x0b\x66lops_saved\x18\x05 \x01(\x03\"\x9f\x02\n\x06Timing\x12)\n\x06\x64\x65\x63ode\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05queue\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x63ompute\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05slack\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nbatch_size\x18\x06 \x01(\x05\x12,\n\tpredicted\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"B\n\x08TokenMap\x12\x13\n\x0bgrid_height\x18\x01 \x01(\x05\x12\x12\n\ngrid_width\x18\x02 \x01(\x05\x12\r\n\x05token\x18\x03 \x03(\x05\"P\n\x14PredictStreamRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12,\n\x07request\x18\x02 \x01(\x0b\x32\x1b.tome_api.v1.PredictRequest\"\x84\x01\n\x15PredictStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x30\n\x08response\x18\x02 \x01(\x0b\x32\x1c.tome_api.v1.PredictResponseH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"\x13\n\x11ListModelsRequest\"?\n\x12ListModelsResponse\x12)\n\x06models\x18\x01 \x03(\x0b\x32\x19.tome_api.v1.ModelSummary\"V\n\x0cModelSummary\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\x08\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.tome_api.v1.Model\"\xa1\x02\n\x05Model\x12*\n\x07summary\x18\x01 \x01(\x0b\x32\x19.tome_api.v1.ModelSummary\x12&\n\x05input\x18\x02 \x01(\x0b\x32\x17.tome_api.v1.ImageInput\x12\x0e\n\x06labels\x18\x03 \x03(\t\x12\x13\n\x0bnum_classes\x18\x04 \x01(\x05\x12\x13\n\x0b\x66\x65\x61ture_dim\x18\x05 \x01(\x05\x12\'\n\x06r_grid\x18\x07 \x03(\x0b\x32\x17.tome_api.v1.MergeLevel\x12\x0e\n\x06policy\x18\x08 \x01(\t\x12\x31\n\x0e\x64\x65\x66\x61ult_budget\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x64type\x18\n \x01(\tJ\x04\x08\x06\x10\x07R\tdefault_r\"\x94\x01\n\nImageInput\x12\x10\n\x08\x63hannels\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\r\n\x05width\x18\x03 \x01(\x05\x12\x0c\n\x04mean\x18\x04 \x03(\x02\x12\x0b\n\x03std\x18\x05 \x03(\x02\x12\x15\n\rinterpolation\x18\x06 \x01(\t\x12\x10\n\x08\x63rop_pct\x18\x07 \x01(\x02\x12\x11\n\tcrop_mode\x18\x08 \x01(\t\"\xa7\x01\n\nMergeLevel\x12\t\n\x01r\x18\x01 \x01(\x05\x12\x0c\n\x04macs\x18\x02 \x01(\x03\x12\x12\n\ntokens_out\x18\x03 \x01(\x05\x12\x11\n\x04top1\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tagreement\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12*\n\x07latency\x18\x06 \x01(\x0b\x32\x19.google.protobuf.DurationB\x07\n\x05_top1B\x0c\n\n_agreement2\xc5\x02\n\tInference\x12\x44\n\x07Predict\x12\x1b.tome_api.v1.PredictRequest\x1a\x1c.tome_api.v1.PredictResponse\x12Z\n\rPredictStream\x12!.tome_api.v1.PredictStreamRequest\x1a\".tome_api.v1.PredictStreamResponse(\x01\x30\x01\x12M\n\nListModels\x12\x1e.tome_api.v1.ListModelsRequest\x1a\x1f.tome_api.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.tome_api.v1.GetModelRequest\x1a\x1d.tome_api.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btome_api/v1/inference.proto\x12\x0btome_api.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\"\xca\x03\n\x0ePredictRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x05image\x18\x02 \x01(\x0cH\x00\x12%\n\x06tensor\x18\x03 \x01(\x0b\x32\x13.tome_api.v1.TensorH\x00\x12\x31\n\x0elatency_budget\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x01r\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05min_r\x18\x06 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05max_r\x18\x07 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x08 \x01(\x05H\x04\x88\x01\x01\x12\x17\n\x0freturn_features\x18\t \x01(\x08\x12\x18\n\x10return_token_map\x18\n \x01(\x08\x12\x18\n\x0bmin_quality\x18\x0b \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x15return_patch_features\x18\x0c \x01(\x08\x12\x1a\n\x12normalize_features\x18\r \x01(\x08\x12\x18\n\x10\x66loat16_features\x18\x0e \x01(\x08\x12\x13\n\x0bno_deadline\x18\x0f \x01(\x08\x42\x07\n\x05inputB\x04\n\x02_rB\x08\n\x06_min_rB\x08\n\x06_max_rB\x08\n\x06_top_kB\x0e\n\x0c_min_quality\"\xc0\x01\n\x06Tensor\x12/\n\tdata_type\x18\x01 \x01(\x0e\x32\x1c.tome_api.v1.Tensor.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"h\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x03\"\xb2\x02\n\x0fPredictResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\x0bpredictions\x18\x02 \x03(\x0b\x32\x17.tome_api.v1.Prediction\x12%\n\x07merging\x18\x03 \x01(\x0b\x32\x14.tome_api.v1.Merging\x12#\n\x06timing\x18\x04 \x01(\x0b\x32\x13.tome_api.v1.Timing\x12\x10\n\x08\x66\x65\x61tures\x18\x05 \x03(\x02\x12(\n\ttoken_map\x18\x06 \x01(\x0b\x32\x15.tome_api.v1.TokenMap\x12-\n\x10\x66\x65\x61tures_float16\x18\x07 \x01(\x0b\x32\x13.tome_api.v1.Tensor\x12+\n\x0epatch_features\x18\x08 \x01(\x0b\x32\x13.tome_api.v1.Tensor\"<\n\nPrediction\x12\x10\n\x08\x63lass_id\x18\x01 \x01(\x05\x12\r\n\x05label\x18\x02 \x01(\t\x12\r\n\x05score\x18\x03 \x01(\x02\"_\n\x07Merging\x12\t\n\x01r\x18\x01 \x01(\x05\x12\x11\n\ttokens_in\x18\x02 \x01(\x05\x12\x12\n\ntokens_out\x18\x03 \x01(\x05\x12\r\n\x05\x66lops\x18\x04 \x01(\x03\x12\x13\n\x0b\x66lops_saved\x18\x05 \x01(\x03\"\x9f\x02\n\x06Timing\x12)\n\x06\x64\x65\x63ode\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05queue\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x63ompute\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05slack\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nbatch_size\x18\x06 \x01(\x05\x12,\n\tpredicted\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"B\n\x08TokenMap\x12\x13\n\x0bgrid_height\x18\x01 \x01(\x05\x12\x12\n\ngrid_width\x18\x02 \x01(\x05\x12\r\n\x05token\x18\x03 \x03(\x05\"P\n\x14PredictStreamRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12,\n\x07request\x18\x02 \x01(\x0b\x32\x1b.tome_api.v1.PredictRequest\"\x84\x01\n\x15PredictStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x30\n\x08response\x18\x02 \x01(\x0b\x32\x1c.tome_api.v1.PredictResponseH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"\x13\n\x11ListModelsRequest\"?\n\x12ListModelsResponse\x12)\n\x06models\x18\x01 \x03(\x0b\x32\x19.tome_api.v1.ModelSummary\"V\n\x0cModelSummary\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\x08\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.tome_api.v1.Model\"\xa1\x02\n\x05Model\x12*\n\x07summary\x18\x01 \x01(\x0b\x32\x19.tome_api.v1.ModelSummary\x12&\n\x05input\x18\x02 \x01(\x0b\x32\x17.tome_api.v1.ImageInput\x12\x0e\n\x06labels\x18\x03 \x03(\t\x12\x13\n\x0bnum_classes\x18\x04 \x01(\x05\x12\x13\n\x0b\x66\x65\x61ture_dim\x18\x05 \x01(\x05\x12\'\n\x06r_grid\x18\x07 \x03(\x0b\x32\x17.tome_api.v1.MergeLevel\x12\x0e\n\x06policy\x18\x08 \x01(\t\x12\x31\n\x0e\x64\x65\x66\x61ult_budget\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x64type\x18\n \x01(\tJ\x04\x08\x06\x10\x07R\tdefault_r\"\x94\x01\n\nImageInput\x12\x10\n\x08\x63hannels\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\r\n\x05width\x18\x03 \x01(\x05\x12\x0c\n\x04mean\x18\x04 \x03(\x02\x12\x0b\n\x03std\x18\x05 \x03(\x02\x12\x15\n\rinterpolation\x18\x06 \x01(\t\x12\x10\n\x08\x63rop_pct\x18\x07 \x01(\x02\x12\x11\n\tcrop_mode\x18\x08 \x01(\t\"\xa7\x01\n\nMergeLevel\x12\t\n\x01r\x18\x01 \x01(\x05\x12\x0c\n\x04macs\x18\x02 \x01(\x03\x12\x12\n\ntokens_out\x18\x03 \x01(\x05\x12\x11\n\x04top1\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tagreement\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12*\n\x07latency\x18\x06 \x01(\x0b\x32\x19.google.protobuf.DurationB\x07\n\x05_top1B\x0c\n\n_agreement2\xc5\x02\n\tInference\x12\x44\n\x07Predict\x12\x1b.tome_api.v1.PredictRequest\x1a\x1c.tome_api.v1.PredictResponse\x12Z\n\rPredictStream\x12!.tome_api.v1.PredictStreamRequest\x1a\".tome_api.v1.PredictStreamResponse(\x01\x30\x01\x12M\n\nListModels\x12\x1e.tome_api.v1.ListModelsRequest\x1a\x1f.tome_api.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.tome_api.v1.GetModelRequest\x1a\x1d.tome_api.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,41 +34,41 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tome_api.v1.inference_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREDICTREQUEST']._serialized_start=102
-  _globals['_PREDICTREQUEST']._serialized_end=539
-  _globals['_TENSOR']._serialized_start=542
-  _globals['_TENSOR']._serialized_end=734
-  _globals['_TENSOR_DATATYPE']._serialized_start=630
-  _globals['_TENSOR_DATATYPE']._serialized_end=734
-  _globals['_PREDICTRESPONSE']._serialized_start=737
-  _globals['_PREDICTRESPONSE']._serialized_end=1043
-  _globals['_PREDICTION']._serialized_start=1045
-  _globals['_PREDICTION']._serialized_end=1105
-  _globals['_MERGING']._serialized_start=1107
-  _globals['_MERGING']._serialized_end=1202
-  _globals['_TIMING']._serialized_start=1205
-  _globals['_TIMING']._serialized_end=1492
-  _globals['_TOKENMAP']._serialized_start=1494
-  _globals['_TOKENMAP']._serialized_end=1560
-  _globals['_PREDICTSTREAMREQUEST']._serialized_start=1562
-  _globals['_PREDICTSTREAMREQUEST']._serialized_end=1642
-  _globals['_PREDICTSTREAMRESPONSE']._serialized_start=1645
-  _globals['_PREDICTSTREAMRESPONSE']._serialized_end=1777
-  _globals['_LISTMODELSREQUEST']._serialized_start=1779
-  _globals['_LISTMODELSREQUEST']._serialized_end=1798
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1800
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1863
-  _globals['_MODELSUMMARY']._serialized_start=1865
-  _globals['_MODELSUMMARY']._serialized_end=1951
-  _globals['_GETMODELREQUEST']._serialized_start=1953
-  _globals['_GETMODELREQUEST']._serialized_end=1985
-  _globals['_GETMODELRESPONSE']._serialized_start=1987
-  _globals['_GETMODELRESPONSE']._serialized_end=2040
-  _globals['_MODEL']._serialized_start=2043
-  _globals['_MODEL']._serialized_end=2332
-  _globals['_IMAGEINPUT']._serialized_start=2335
-  _globals['_IMAGEINPUT']._serialized_end=2483
-  _globals['_MERGELEVEL']._serialized_start=2486
-  _globals['_MERGELEVEL']._serialized_end=2653
-  _globals['_INFERENCE']._serialized_start=2656
-  _globals['_INFERENCE']._serialized_end=2981
+  _globals['_PREDICTREQUEST']._serialized_end=560
+  _globals['_TENSOR']._serialized_start=563
+  _globals['_TENSOR']._serialized_end=755
+  _globals['_TENSOR_DATATYPE']._serialized_start=651
+  _globals['_TENSOR_DATATYPE']._serialized_end=755
+  _globals['_PREDICTRESPONSE']._serialized_start=758
+  _globals['_PREDICTRESPONSE']._serialized_end=1064
+  _globals['_PREDICTION']._serialized_start=1066
+  _globals['_PREDICTION']._serialized_end=1126
+  _globals['_MERGING']._serialized_start=1128
+  _globals['_MERGING']._serialized_end=1223
+  _globals['_TIMING']._serialized_start=1226
+  _globals['_TIMING']._serialized_end=1513
+  _globals['_TOKENMAP']._serialized_start=1515
+  _globals['_TOKENMAP']._serialized_end=1581
+  _globals['_PREDICTSTREAMREQUEST']._serialized_start=1583
+  _globals['_PREDICTSTREAMREQUEST']._serialized_end=1663
+  _globals['_PREDICTSTREAMRESPONSE']._serialized_start=1666
+  _globals['_PREDICTSTREAMRESPONSE']._serialized_end=1798
+  _globals['_LISTMODELSREQUEST']._serialized_start=1800
+  _globals['_LISTMODELSREQUEST']._serialized_end=1819
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1821
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1884
+  _globals['_MODELSUMMARY']._serialized_start=1886
+  _globals['_MODELSUMMARY']._serialized_end=1972
+  _globals['_GETMODELREQUEST']._serialized_start=1974
+  _globals['_GETMODELREQUEST']._serialized_end=2006
+  _globals['_GETMODELRESPONSE']._serialized_start=2008
+  _globals['_GETMODELRESPONSE']._serialized_end=2061
+  _globals['_MODEL']._serialized_start=2064
+  _globals['_MODEL']._serialized_end=2353
+  _globals['_IMAGEINPUT']._serialized_start=2356
+  _globals['_IMAGEINPUT']._serialized_end=2504
+  _globals['_MERGELEVEL']._serialized_start=2507
+  _globals['_MERGELEVEL']._serialized_end=2674
+  _globals['_INFERENCE']._serialized_start=2677
+  _globals['_INFERENCE']._serialized_end=3002
 # @@protoc_insertion_point(module_scope)

@@ -12,7 +12,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PredictRequest(_message.Message):
-    __slots__ = ("model", "image", "tensor", "latency_budget", "r", "min_r", "max_r", "top_k", "return_features", "return_token_map", "min_quality", "return_patch_features", "normalize_features", "float16_features")
+    __slots__ = ("model", "image", "tensor", "latency_budget", "r", "min_r", "max_r", "top_k", "return_features", "return_token_map", "min_quality", "return_patch_features", "normalize_features", "float16_features", "no_deadline")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,7 @@ class PredictRequest(_message.Message):
     RETURN_PATCH_FEATURES_FIELD_NUMBER: _ClassVar[int]
     NORMALIZE_FEATURES_FIELD_NUMBER: _ClassVar[int]
     FLOAT16_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    NO_DEADLINE_FIELD_NUMBER: _ClassVar[int]
     model: str
     image: bytes
     tensor: Tensor
@@ -41,7 +42,8 @@ class PredictRequest(_message.Message):
     return_patch_features: bool
     normalize_features: bool
     float16_features: bool
-    def __init__(self, model: _Optional[str] = ..., image: _Optional[bytes] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., latency_budget: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., r: _Optional[int] = ..., min_r: _Optional[int] = ..., max_r: _Optional[int] = ..., top_k: _Optional[int] = ..., return_features: bool = ..., return_token_map: bool = ..., min_quality: _Optional[float] = ..., return_patch_features: bool = ..., normalize_features: bool = ..., float16_features: bool = ...) -> None: ...
+    no_deadline: bool
+    def __init__(self, model: _Optional[str] = ..., image: _Optional[bytes] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., latency_budget: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., r: _Optional[int] = ..., min_r: _Optional[int] = ..., max_r: _Optional[int] = ..., top_k: _Optional[int] = ..., return_features: bool = ..., return_token_map: bool = ..., min_quality: _Optional[float] = ..., return_patch_features: bool = ..., normalize_features: bool = ..., float16_features: bool = ..., no_deadline: bool = ...) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("data_type", "shape", "data")
