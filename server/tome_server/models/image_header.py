@@ -22,6 +22,9 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SCALES = (8, 4, 2, 1)
 """A JPEG is decoded straight to one of these fractions of its size."""
 
+WHOLE_PIXELS = 2**23
+"""Decoded images of more pixels are resized one channel after the other, which takes longer and less memory."""
+
 _MIB = 2**20
 
 _MOST_SEGMENTS = 512
@@ -75,14 +78,13 @@ class ImageHeader:
         scale = self.scale(shortest)
         width, height = -(-self.width // scale), -(-self.height // scale)
         growth = max(1.0, shortest / min(width, height))
-        # Resizing goes through an image that has the new width and the old height; see `transform`.
-        resizing = 4 * shortest * max(width, height) * growth
         return int(
-            width * height * self.pixel_bytes
+            width * height * (self.pixel_bytes + 1)  # a channel of the upright image
+            + min(width * height, WHOLE_PIXELS) * 3  # all three, if the image is small
             + self.width * self.height * self.working_bytes
-            + resizing
+            + 4 * shortest * max(width, height) * growth  # between resizing one side and the other, or afterwards
             + self.encoded_bytes
-            + 16 * _MIB  # strips of pixels on their way to RGB, and what decoders take however small the image
+            + 24 * _MIB  # strips, and what decoders take however small the image is
         )
 
 

@@ -1,22 +1,22 @@
 """From an encoded image, pixels or a ready tensor to a model's input, with bounds on what a request may cost."""
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from tome_server.errors import InvalidRequestError
+from tome_server.models.bare_image import bare
+from tome_server.models.decoding import decode
+from tome_server.models.image_header import ImageHeader, read_header
 from tome_server.models.transform import ImageSettings, transform
+from tome_server.models.upright import Upright
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-
-# Pillow's own guard warns at a size of its choosing and is process-wide; `max_pixels` below is checked on the header,
-# before anything is decoded.
-Image.MAX_IMAGE_PIXELS = None
+MOST_RLE_PIXELS = 4_000_000
+"""Pillow unpacks run-length encoded BMPs in Python, at about a tenth of a microsecond a pixel."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Limits:
     """Encoded size, or size of a tensor."""
     max_pixels: int = 50_000_000
     """Width times height, before and after resizing."""
+    max_decode_bytes: int = 320 * 2**20
+    """Memory to decode and prepare it, as its header foretells."""
 
 
 class Preprocess:
@@ -38,41 +40,42 @@ class Preprocess:
     def __init__(self, settings: ImageSettings, limits: Limits) -> None:
         self.settings = settings
         self.limits = limits
-        # timm resizes the shorter side to this, or to less where height and width differ, then crops.
-        self._resized = math.floor(max(settings.input_size[1:]) / settings.crop_pct)
+        self.shortest = math.floor(max(settings.input_size[1:]) / settings.crop_pct)
+        """Pixels: timm resizes the shorter side to this, or to less where height and width differ, then crops."""
 
     def encoded(self, data: bytes) -> NDArray[np.uint8]:
         """Decode and prepare a JPEG, PNG, WebP or BMP image: [C, H, W] uint8.
 
-        EXIF orientation is honoured; transparency is laid on white. Raises InvalidRequestError if it can't be decoded,
-        is animated, or is larger than the limits.
+        EXIF orientation is honoured, transparency is laid on white, and nothing else that lies beside the pixels is
+        read. Raises InvalidRequestError if the image can't be decoded, is animated, or is larger than the limits.
         """
-        if not data:
-            raise InvalidRequestError("image", "is empty")
         self._check_bytes("image", len(data))
-        try:
-            image = Image.open(io.BytesIO(data), formats=(*FORMATS, "GIF"))
-        except Exception as error:
-            raise InvalidRequestError("image", f"is not a {_listed(FORMATS)} image") from error
-        # A photo with a preview or a depth map beside it is a JPEG of format MPO; its first frame is the photo.
-        if image.format not in (*FORMATS, "MPO"):
-            raise InvalidRequestError("image", f"is a {image.format}; accepted are {_listed(FORMATS)}")
-        if getattr(image, "is_animated", False) and image.format != "MPO":
-            raise InvalidRequestError("image", "is animated; send one frame")
-        self._check_pixels("image", image.width, image.height)
-        # A JPEG decodes several times faster straight to the smallest of its scales that is still large enough.
-        image.draft(None, (self._resized, self._resized))
-        try:
-            # Hostile bytes make Pillow's plugins raise almost anything.
-            image.load()
-            flat = _flatten(ImageOps.exif_transpose(image))
-        except Exception as error:
-            raise InvalidRequestError("image", f"is damaged: {error}") from error
-        return self._prepare(flat)
+        header = read_header(data)
+        self.check(header)
+        return transform(decode(bare(data, header), header, self.shortest, self._mode("image")), self.settings)
+
+    def check(self, header: ImageHeader) -> None:
+        """Raise InvalidRequestError if an image with this header is larger than the limits."""
+        self._check_pixels("image", header.width, header.height)
+        if header.kind == "RLE BMP" and header.width * header.height > MOST_RLE_PIXELS:
+            raise InvalidRequestError(
+                "image",
+                f"is a run-length encoded BMP of {header.width}×{header.height} pixels; "
+                f"at most {MOST_RLE_PIXELS:,} pixels are accepted in that encoding",
+            )
+        needed = header.decode_bytes(self.shortest)
+        if needed > self.limits.max_decode_bytes:
+            raise InvalidRequestError(
+                "image",
+                f"is a {header.kind} of {header.width}×{header.height} pixels, which takes {_mib(needed)} to decode; "
+                f"at most {_mib(self.limits.max_decode_bytes)} are given to one image; send it smaller, or as a "
+                "baseline JPEG",
+            )
 
     def image(self, image: Image.Image) -> NDArray[np.uint8]:
         """Prepare a decoded image of any mode: [C, H, W] uint8."""
-        return self._prepare(_flatten(ImageOps.exif_transpose(image)))
+        image.load()
+        return transform(Upright(image, None, self._mode("image"), _orientation(image)), self.settings)
 
     def pixels(self, shape: Sequence[int], data: bytes) -> NDArray[np.uint8]:
         """Prepare RGB pixels, [H, W, 3] uint8: [C, H, W] uint8. Raises InvalidRequestError if they don't fit."""
@@ -80,7 +83,8 @@ class Preprocess:
             raise InvalidRequestError("tensor.shape", f"must be [height, width, 3] for uint8, not {list(shape)}")
         self._check_length(shape, data, 1)
         self._check_pixels("tensor.shape", shape[1], shape[0])
-        return self._prepare(Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape)))
+        image = Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape))
+        return transform(Upright(image, None, self._mode("tensor.shape"), 1), self.settings)
 
     def normalised(self, shape: Sequence[int], data: bytes) -> NDArray[np.float32]:
         """Take a model's input as it is, `shape` [C, H, W] little-endian float32.
@@ -97,13 +101,12 @@ class Preprocess:
             raise InvalidRequestError("tensor.data", "holds NaN or infinity")
         return values.astype(np.float32, copy=False)
 
-    def _prepare(self, image: Image.Image) -> NDArray[np.uint8]:
+    def _mode(self, field: str) -> str:
+        """Return what Pillow calls an image that has the model's channels."""
         channels = self.settings.input_size[0]
-        if channels == 1:
-            image = image.convert("L")
-        elif channels != 3:
-            raise InvalidRequestError("image", f"can't feed this model, whose input has {channels} channels")
-        return transform(image, self.settings)
+        if channels not in (1, 3):
+            raise InvalidRequestError(field, f"can't feed this model, whose input has {channels} channels")
+        return "L" if channels == 1 else "RGB"
 
     def _check_bytes(self, field: str, length: int) -> None:
         if length > self.limits.max_bytes:
@@ -120,21 +123,19 @@ class Preprocess:
         if width * height > limit:
             raise InvalidRequestError(field, f"is {width}×{height} pixels; at most {limit:,} pixels are accepted")
         # A thread of pixels grows enormous when its shorter side is brought to the model's size.
-        growth = self._resized / min(width, height)
+        growth = self.shortest / min(width, height)
         if width * height * growth**2 > limit:
             raise InvalidRequestError(field, f"is {width}×{height} pixels, too long and thin to be resized")
 
 
-def _flatten(image: Image.Image) -> Image.Image:
-    """Return `image` in RGB, as it would look on white paper."""
-    if image.mode.startswith("I"):  # 16 bits a pixel; convert() would clip instead of scale
-        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray((wide // 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
+def _orientation(image: Image.Image) -> int:
+    """Return the orientation of an image that Pillow has opened. EXIF that can't be read means none."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"

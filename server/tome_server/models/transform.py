@@ -6,7 +6,7 @@ normalising, is left to the device (`LoadedModel.input`): until then an image ta
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,29 +59,41 @@ class ImageSettings:
         return math.floor(height / self.crop_pct), math.floor(width / self.crop_pct)
 
 
-def transform(image: Image.Image, settings: ImageSettings) -> NDArray[np.uint8]:
+class Picture(Protocol):
+    """What can be resized: a Pillow image that has the model's channels, or what is made into one on the way."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+
+    def resize(self, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+        """Resize it to a width and height."""
+
+
+def transform(picture: Picture, settings: ImageSettings) -> NDArray[np.uint8]:
     """Resize and crop an image that has the model's channels: [C, H, W], to be normalised."""
     _, height, width = settings.input_size
-    resized = image.resize(_resized_size(image, settings), Image.Resampling[settings.interpolation.upper()])
+    resample = Image.Resampling[settings.interpolation.upper()]
+    resized = picture.resize(_resized_size(*picture.size, settings), resample)
     border = settings.crop_mode == "border"
     fill = tuple(round(255 * value) for value in settings.mean) if border else (0,) * len(settings.mean)
     pixels = np.asarray(_centre(resized, height, width, fill), np.uint8).reshape(height, width, -1)
     return pixels.transpose(2, 0, 1).copy()
 
 
-def _resized_size(image: Image.Image, settings: ImageSettings) -> tuple[int, int]:
+def _resized_size(width: int, height: int, settings: ImageSettings) -> tuple[int, int]:
     """Width and height to bring an image to: its shape is kept, but by `squash`."""
-    height, width = settings.scaled_size
+    scaled_height, scaled_width = settings.scaled_size
     if settings.crop_mode == "squash":
-        return width, height
-    if settings.crop_mode == "center" and height == width:
-        short, long = sorted(image.size)
-        longer = int(height * long / short)
-        return (height, longer) if image.width <= image.height else (longer, height)
+        return scaled_width, scaled_height
+    if settings.crop_mode == "center" and scaled_height == scaled_width:
+        short, long = sorted((width, height))
+        longer = int(scaled_height * long / short)
+        return (scaled_height, longer) if width <= height else (longer, scaled_height)
     # So large that it covers what is wanted, or that it lies within.
     choose = max if settings.crop_mode == "border" else min
-    ratio = choose(image.height / height, image.width / width)
-    return round(image.width / ratio), round(image.height / ratio)
+    ratio = choose(height / scaled_height, width / scaled_width)
+    return round(width / ratio), round(height / ratio)
 
 
 def _centre(image: Image.Image, height: int, width: int, fill: tuple[int, ...]) -> Image.Image:

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+import tome_server.models.preprocess as preprocess_module
 from tome_server.errors import InvalidRequestError
 from tome_server.models.preprocess import Limits, Preprocess
-from tome_server.models.transform import ImageSettings, transform
+from tome_server.models.transform import ImageSettings, Picture, transform
 
 PLAIN = ImageSettings((3, 32, 32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicubic", 1.0, "center")
 PREPROCESS = Preprocess(PLAIN, Limits())
@@ -178,13 +179,12 @@ def test_an_image_is_turned_upright_as_its_exif_says(orientation: int, kind: str
 def decoded_sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Sizes of the images as they leave the decoder."""
     sizes: list[tuple[int, int]] = []
-    prepare = Preprocess._prepare
 
-    def record(self: Preprocess, image: Image.Image) -> NDArray[np.uint8]:
-        sizes.append(image.size)
-        return prepare(self, image)
+    def record(picture: Picture, settings: ImageSettings) -> NDArray[np.uint8]:
+        sizes.append(picture.size)
+        return transform(picture, settings)
 
-    monkeypatch.setattr(Preprocess, "_prepare", record)
+    monkeypatch.setattr(preprocess_module, "transform", record)
     return sizes
 
 
@@ -227,19 +227,19 @@ PHOTO = encode(gradients(64, 48), "JPEG")
         pytest.param(b"", "is empty", id="nothing"),
         pytest.param(b"no image at all" * 99, "is not a JPEG, PNG, WEBP or BMP image", id="text"),
         pytest.param(b"\0" * 5000, "is not a JPEG, PNG, WEBP or BMP image", id="zeros"),
-        pytest.param(encode(FRAMES[0], "GIF"), "is a GIF; accepted are", id="GIF"),
-        pytest.param(encode(FRAMES[0], "TIFF"), "is not a JPEG, PNG, WEBP or BMP image", id="TIFF"),
+        pytest.param(encode(FRAMES[0], "GIF"), "is a GIF image; accepted are", id="GIF"),
+        pytest.param(encode(FRAMES[0], "TIFF"), "is a TIFF image; accepted are", id="TIFF"),
         pytest.param(encode(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:]), "animated", id="WebP"),
         pytest.param(encode(FRAMES[0], "PNG", save_all=True, append_images=FRAMES[1:]), "animated", id="APNG"),
-        pytest.param(PHOTO[:-100], "is damaged", id="JPEG without its end"),
-        pytest.param(PHOTO[:20], "is not a", id="20 bytes of a JPEG"),
-        pytest.param(encode(gradients(64, 48), "PNG")[:-60], "is damaged", id="PNG without its end"),
+        pytest.param(PHOTO[:-100], "is cut off: it ends before its last pixel", id="JPEG cut in its pixels"),
+        pytest.param(PHOTO[:20], "is cut off", id="20 bytes of a JPEG"),
+        pytest.param(encode(gradients(64, 48), "PNG")[:-60], "is cut off", id="PNG cut in its pixels"),
         pytest.param(png(40_000, 40_000, 8, 2, b""), "is 40000×40000 pixels; at most 50,000,000", id="PNG header"),
         pytest.param(png(2**31 - 1, 2**31 - 1, 8, 2, b""), "at most 50,000,000", id="largest PNG header"),
-        pytest.param(png(0, 0, 8, 2, b""), "is not a", id="PNG of no size"),
-        pytest.param(bmp(2**31 - 1, 2**31 - 1), "at most 50,000,000", id="largest BMP header"),
-        pytest.param(bmp(7000, -7000), "is damaged", id="BMP header alone"),
-        pytest.param(bmp(0, 10), "is not a", id="BMP of no width"),
+        pytest.param(png(0, 0, 8, 2, b""), "is 0×0 pixels", id="PNG of no size"),
+        pytest.param(bmp(2**31 - 1, 2**31 - 1), "is cut off", id="largest BMP header"),
+        pytest.param(bmp(7000, -7000), "is cut off", id="BMP header alone"),
+        pytest.param(bmp(0, 10), "is 0×10 pixels", id="BMP of no width"),
         pytest.param(webp(16383, 16383), "is 16383×16383 pixels; at most 50,000,000", id="WebP of one colour"),
         pytest.param(encode(Image.new("1", (60_000, 1)), "PNG"), "too long and thin", id="line"),
         pytest.param(encode(Image.new("1", (1, 60_000)), "PNG"), "too long and thin", id="upright line"),
