@@ -140,7 +140,7 @@ def _png(data: bytes) -> BareImage:
             raise damaged(f"it has a PNG chunk that must be understood and isn't known, {name.decode()}")
         elif sound and name == b"eXIf" and not exif:
             exif = bytes(view[body : end - 4])
-        elif sound and name == b"acTL" and not compressed and int.from_bytes(view[body : body + 4]) > 1:
+        elif sound and name == b"acTL" and not compressed and length >= 4 and int.from_bytes(view[body : body + 4]) > 1:
             raise InvalidRequestError("image", "is animated; send one frame")
         at = end
     else:

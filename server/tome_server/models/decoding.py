@@ -1,9 +1,11 @@
 """From the bare bytes of an image to its pixels, by Pillow."""
 
+import hashlib
 import io
+import logging
 
 import numpy as np
-from PIL import Image, ImageChops, ImageFile
+from PIL import Image, ImageFile
 
 from tome_server.errors import InvalidRequestError
 from tome_server.models.bare_image import BareImage
@@ -13,6 +15,9 @@ from tome_server.models.upright import Upright
 # Pillow's own guard warns at a size of its choosing, and is process-wide. `Preprocess` checks sizes on the header,
 # before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
+
+# At level debug Pillow logs each chunk of each image.
+logging.getLogger("PIL").setLevel(logging.WARNING)
 
 
 def decode(stored: BareImage, header: ImageHeader, shortest: int, mode: str) -> Upright:
@@ -46,6 +51,12 @@ def _opened(data: bytes, header: ImageHeader, shortest: int) -> ImageFile.ImageF
     return image
 
 
+def _loaded(data: bytes, header: ImageHeader, shortest: int) -> Image.Image:
+    image = _opened(data, header, shortest)
+    image.load()
+    return image
+
+
 # ---- a transparent colour of 16 bits a channel ----
 
 
@@ -61,47 +72,53 @@ def _with_transparency(data: bytes, header: ImageHeader, shortest: int) -> tuple
     (tile,) = image.tile
     image.tile = [tile._replace(args="RGB;16L")]
     image.load()
-    transparent = _of_colour(image, [value & 0xFF for value in colour])
+    transparent = Image.new("1", image.size, 1)
+    _keep(transparent, image, [value & 0xFF for value in colour])
     del image
-    image = _opened(data, header, shortest)
-    image.load()
-    del image.info["transparency"]
-    return image, ImageChops.logical_and(transparent, _of_colour(image, [value >> 8 for value in colour]))
+    upper = _loaded(data, header, shortest)
+    _keep(transparent, upper, [value >> 8 for value in colour])
+    del upper.info["transparency"]
+    return upper, transparent
 
 
-def _of_colour(image: Image.Image, colour: list[int]) -> Image.Image:
-    """Return a mask that is set where an RGB image has this colour."""
-    mask = Image.new("1", image.size)
+def _keep(mask: Image.Image, image: Image.Image, colour: list[int]) -> None:
+    """Clear `mask` where an RGB image has another colour."""
     step = max(1, 2**19 // image.width)
     for top in range(0, image.height, step):
-        strip = np.asarray(image.crop((0, top, image.width, min(image.height, top + step))))
-        mask.paste(Image.fromarray((strip == np.array(colour, np.uint8)).all(axis=-1)), (0, top))
-    return mask
+        box = (0, top, image.width, min(image.height, top + step))
+        equal = (np.asarray(image.crop(box)) == np.array(colour, np.uint8)).all(axis=-1)
+        mask.paste(Image.fromarray(equal & np.asarray(mask.crop(box))), box)
 
 
 # ---- a JPEG without its end ----
 
 _END = b"\xff\xd9"
-_NOT_PIXELS = bytes(range(255)) * 2
-_PAST_THE_END = _NOT_PIXELS + b"".join(b"\xff" + bytes([restart]) + _NOT_PIXELS for restart in range(0xD0, 0xD8))
-_LARGEST_BLOCK = 32
-"""Pixels; rows that are coded together."""
+_NOT_PIXELS = bytes(1 + 89 * at % 253 for at in range(1, 254)) * 2  # in no order, and never 0x00 or 0xFF
 
 
 def _without_end(data: bytes, header: ImageHeader, shortest: int) -> Image.Image:
     """Decode a JPEG that stops without saying so, as cameras and cut video streams leave them, if its pixels are whole.
 
     A decoder makes up the pixels that are missing, and doesn't say that it did. But if what follows the file changes
-    the last pixels, then the file didn't hold them.
+    the pixels, then the file didn't hold them.
     """
-    other = _opened(data + _PAST_THE_END + _END, header, shortest)
-    other.load()
-    width, height = other.size
-    last = (0, max(0, height - _LARGEST_BLOCK), width, height)
-    bottom = other.crop(last)
-    del other
-    image = _opened(data + _END, header, shortest)
-    image.load()
-    if ImageChops.difference(image.crop(last), bottom).getbbox() is not None:
+    data = data.rstrip(b"\xff")  # half of a marker, or of a byte 0xFF
+    other = _digest(_loaded(data + _something_else(data) + _END, header, shortest))
+    image = _loaded(data + _END, header, shortest)
+    if _digest(image) != other:
         raise cut_off("before its last pixel")
     return image
+
+
+def _something_else(data: bytes) -> bytes:
+    """Return what no decoder would make up, for where `data` goes on, and for after each restart that is due then."""
+    last = max(range(8), key=lambda number: data.rfind(bytes([0xFF, 0xD0 + number])))
+    due = ((last + after) % 8 for after in range(1, 9))
+    return _NOT_PIXELS + b"".join(bytes([0xFF, 0xD0 + number]) + _NOT_PIXELS for number in due)
+
+
+def _digest(image: Image.Image) -> bytes:
+    digest = hashlib.blake2b()
+    for top in range(0, image.height, 64):
+        digest.update(image.crop((0, top, image.width, min(image.height, top + 64))).tobytes())
+    return digest.digest()

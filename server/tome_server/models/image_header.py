@@ -84,7 +84,7 @@ class ImageHeader:
             + self.width * self.height * self.working_bytes
             + 4 * shortest * max(width, height) * growth  # between resizing one side and the other, or afterwards
             + self.encoded_bytes
-            + 24 * _MIB  # strips, and what decoders take however small the image is
+            + 16 * _MIB  # strips, and what decoders take however small the image is
         )
 
 
@@ -254,8 +254,9 @@ def _png(data: bytes) -> ImageHeader:
 
 # ---- WebP ----
 
-_WEBP_WORKING_BYTES = 12
-"""Pillow's decoder keeps two canvases for animations and hands over a copy, all in RGBA."""
+_WEBP_WORKING_BYTES = 11
+"""Pillow's decoder keeps two canvases for animations and hands over a copy, all in RGBA; the copy is gone before a
+channel is made."""
 
 
 def _webp(data: bytes) -> ImageHeader:

@@ -21,6 +21,7 @@ _TURN = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_GREY = {"1", "L", "LA", "La"}
 _SIDEWAYS = {5, 6, 7, 8}
 _FROM_THE_RIGHT = {2, 3, 7, 8}
 _FROM_THE_BOTTOM = {3, 4, 6, 7}
@@ -50,18 +51,26 @@ class Upright:
 
     def resize(self, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
         """Resize the upright image to a width and height."""
-        if self._ready:
-            return self.stored.resize(size, resample)
         width, height = self.size
-        if self.mode == "L" or width * height <= WHOLE_PIXELS:
-            return self._whole().resize(size, resample)
-        return Image.merge(self.mode, [self._whole(band).resize(size, resample) for band in self.mode])
+        if self._ready:
+            resized = self.stored.resize(size, resample)
+        elif self._colours == "L" or width * height <= WHOLE_PIXELS:
+            resized = self._whole().resize(size, resample)
+        else:
+            resized = Image.merge("RGB", [self._whole(band).resize(size, resample) for band in "RGB"])
+        return resized if resized.mode == self.mode else resized.convert(self.mode)
+
+    @property
+    def _colours(self) -> str:
+        """RGB, or L if either the image or the model is grey."""
+        return "L" if self.mode == "L" or self.stored.mode in _GREY or self.stored.mode.startswith("I") else "RGB"
 
     @property
     def _ready(self) -> bool:
+        """Whether `stored` can be resized as it is."""
         stored = self.stored
         return (
-            stored.mode == self.mode
+            stored.mode == self._colours
             and self.orientation == 1
             and self.transparent is None
             and not stored.has_transparency_data
@@ -69,7 +78,7 @@ class Upright:
 
     def _whole(self, band: str | None = None) -> Image.Image:
         """Return all of the upright image, or one of its channels."""
-        whole = Image.new(self.mode if band is None else "L", self.size)
+        whole = Image.new(self._colours if band is None else "L", self.size)
         for top, strip in self._strips():
             whole.paste(strip if band is None else strip.getchannel(band), (0, top))
         return whole
@@ -82,7 +91,7 @@ class Upright:
             strip = _on_white(self._part(self.stored, box))
             if self.transparent is not None:
                 strip.paste("white", None, self._part(self.transparent, box))
-            yield top, strip if strip.mode == self.mode else strip.convert(self.mode)
+            yield top, strip if strip.mode == self._colours else strip.convert(self._colours)
 
     def _part(self, image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
         left, top, right, bottom = box
@@ -99,7 +108,7 @@ class Upright:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Return `image` in RGB, as it would look on white paper."""
+    """Return `image` in RGB or grey, as it would look on white paper."""
     if image.mode.startswith("I"):  # 16 bits a pixel; convert() would clip instead of scale
         values = np.asarray(image)
         if values.dtype != np.uint16:
@@ -108,8 +117,8 @@ def _on_white(image: Image.Image) -> Image.Image:
         transparent = image.info.get("transparency")
         if isinstance(transparent, int):
             grey[values == transparent] = 255
-        return Image.fromarray(grey).convert("RGB")
+        return Image.fromarray(grey)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image if image.mode in ("RGB", "L") else image.convert("RGB")
