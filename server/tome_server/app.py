@@ -58,6 +58,7 @@ async def serve(config: ServerConfig) -> None:
             max_pending=batching.max_pending,
             reply_margin=config.reply_margin,
             decode_threads=decode_threads,
+            decode_memory=config.limits.decode_memory,
             names=[spec.name for spec in specs],
             max_client_requests=config.limits.max_client_requests,
             observers=[log_request, summary := Summary()],

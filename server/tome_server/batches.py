@@ -7,7 +7,8 @@ replies.
 import asyncio
 import logging
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,16 +21,26 @@ from tome_server.errors import (
     UnavailableError,
 )
 from tome_server.observability.metrics import Metrics
-from tome_server.overhead import Overhead
+from tome_server.overhead import Margin
 from tome_server.runtime.device import Device
 from tome_server.runtime.shared_images import Slot
 from tome_server.runtime.work import Result, Work
 from tome_server.scheduling.policy.view import Decision
 from tome_server.scheduling.queue import Waiting
-from tome_server.scheduling.scheduler import Scheduler
+from tome_server.scheduling.scheduler import Scheduler, at_once
 from tome_server.served import ServedModel
 
 log = logging.getLogger(__name__)
+
+# An idle device whose predictions are in doubt runs empty images to correct them: the first so many seconds after it
+# became idle, the next when it has rested for so many times what the last one took. Once so many have said the same, it
+# rests longer.
+PROBE_AFTER = 0.1
+PROBE_REST = 4.0
+ENOUGH_PROBES = 9
+LONG_REST = 100.0
+# A refusal puts predictions in doubt again after so many seconds.
+DOUBT_AGAIN = 2.0
 
 
 @dataclass(eq=False)
@@ -43,6 +54,8 @@ class Job:
     answer: "asyncio.Future[Answer]"
     queued: float
     """when it entered the queue"""
+    ready: Callable[[float], float]
+    """when a request like it, of a given deadline, would be decoded if it came now"""
     taken: bool = False
     """whether it left the queue for the device, which then gives the slot back"""
 
@@ -68,14 +81,14 @@ class Batches:
     """What waits for one device, and what runs on it. `run` must be running while `answer` is called.
 
     `max_delay` is how many seconds requests may wait for batch-mates while the device is idle, unless their model says
-    otherwise; `overhead` is what a request that is given up is told to allow for.
+    otherwise; `margin` is what a request that is given up is told to allow for.
     """
 
-    def __init__(self, device: Device, metrics: Metrics, max_delay: float, overhead: Overhead) -> None:
+    def __init__(self, device: Device, metrics: Metrics, max_delay: float, margin: Margin) -> None:
         self._device = device
         self._metrics = metrics
         self._max_delay = max_delay
-        self._overhead = overhead
+        self._margin = margin
         # All models that have requests, or may have some, and their schedulers.
         self._models: list[Served] = []
         self._schedulers: list[Scheduler[Job]] = []
@@ -86,6 +99,13 @@ class Batches:
         self._on_device: str | None = None
         self._free_at = -math.inf
         self._device_left = asyncio.Event()
+        # Until when an idle device's slowness has been forgotten, and when it may run its next empty image.
+        self._forgotten = -math.inf
+        self._rested_at = -math.inf
+        # By model: empty images since its last batch, and when predictions were last doubted because they refused.
+        self._probes: Counter[str] = Counter()
+        self._doubted: dict[str, float] = {}
+        self._in_doubt: set[str] = set()
 
     def add(self, served: Served) -> None:
         """Have a model's scheduler reckon with those of the others, and the others with it."""
@@ -100,14 +120,26 @@ class Batches:
             await self._device_left.wait()
         self._models.remove(served)
         self._schedulers.remove(served.scheduler)
+        self._probes.pop(served.key, None)
+        self._doubted.pop(served.key, None)
+        self._in_doubt.discard(served.key)
 
     def longest_delay(self, served: Served) -> float:
         """Return how many seconds a model's requests may wait for batch-mates while the device is idle."""
         return self._max_delay if served.own.max_delay is None else served.own.max_delay
 
-    def check(self, served: Served, waiting: Waiting[Any]) -> None:
-        """Raise InfeasibleError if a request that is yet to be decoded can't be met."""
-        served.scheduler.check(waiting, _now() + self._overhead.decoding, self._free_at)
+    def check(self, served: Served, waiting: Waiting[Any], ready: Callable[[float], float] = at_once) -> None:
+        """Raise InfeasibleError if a request can't be met; `ready` says when one of a given deadline is decoded."""
+        try:
+            served.scheduler.check(waiting, _now(), self._free_at, ready)
+        except InfeasibleError:
+            if not self._doubt(served):
+                raise
+            served.scheduler.check(waiting, _now(), self._free_at, ready)
+
+    def earliest(self, served: Served, high: int, ready: Callable[[float], float] = at_once) -> float:
+        """Return the earliest deadline that `check` would let pass now, for a highest level of `high`."""
+        return served.scheduler.earliest(_now(), self._free_at, high, ready=ready)
 
     async def answer(self, waiting: Waiting[Job]) -> Answer:
         """Return a request's share of the batch that it came into. Raises a RequestError if it gets none.
@@ -121,6 +153,7 @@ class Batches:
         self._unanswered.add(job)
         if not len(scheduler):
             job.served.waiting_since = job.queued
+        self.check(job.served, waiting)
         scheduler.submit(waiting, job.queued, self._free_at)
         self._queue_changed(job.served)
         self._arrived.set()
@@ -150,13 +183,64 @@ class Batches:
                     job.answer.set_exception(_stopped())
                     job.answer.exception()  # who waited may have been cancelled with this
 
-    def forget_drift(self, served: Served) -> None:
-        """Let an idle device's predictions return to its profile: while all is refused, no batch would correct them."""
+    def _doubt(self, served: Served) -> bool:
+        """Doubt predictions that refuse a request though the device is idle; returns whether they were changed.
+
+        While all is refused, no request's batch would ever correct them. So what is slow is forgotten with the time
+        that the device has been idle, and the device soon runs images of its own to find out.
+        """
         now = _now()
-        if self._on_device is None and not any(map(len, self._schedulers)) and self._free_at > -math.inf:
-            served.scheduler.latency.idle(now - self._free_at)
-            self._free_at = now
-            self._metrics.drift.labels(served.model.name).set(served.scheduler.latency.drift)
+        if not self._idle:
+            return False
+        if now - self._doubted.get(served.key, -math.inf) >= DOUBT_AGAIN:
+            self._doubted[served.key] = now
+            self._probes[served.key] = 0
+            self._in_doubt.add(served.key)
+            self._arrived.set()
+        since = max(self._free_at, self._forgotten)
+        if since == -math.inf:
+            return False
+        served.scheduler.latency.forget_slowness(now - since)
+        self._forgotten = now
+        self._metrics.drift.labels(served.model.name).set(served.scheduler.latency.drift)
+        return True
+
+    @property
+    def _idle(self) -> bool:
+        """Whether the device does nothing, and nothing is on its way to it."""
+        return self._on_device is None and not any(len(one) or one.expected for one in self._schedulers)
+
+    def _probe_next(self) -> Served | None:
+        """Return a model whose predictions an idle device had better find out about."""
+        if not self._idle:
+            return None
+        doubtful = [
+            served for served in self._models if served.key in self._in_doubt or not served.scheduler.latency.settled
+        ]
+        return min(doubtful, key=lambda served: self._probes[served.key], default=None)
+
+    async def _probe(self, served: Served) -> None:
+        """Run one empty image, merged the most, and learn from it."""
+        latency, level = served.scheduler.latency, served.scheduler.latency.levels - 1
+        self._probes[served.key] += 1
+        enough = self._probes[served.key] >= ENOUGH_PROBES
+        if enough:
+            self._in_doubt.discard(served.key)
+        began = _now()
+        self._on_device, self._free_at = served.key, began + latency.promised(1, level)
+        try:
+            seconds = await self._device.probe(served.key, served.rs[level])
+        except DeviceDiedError:
+            raise
+        except Exception:
+            log.debug("model %s: an empty image could not be run", served.model.name, exc_info=True)
+            return
+        finally:
+            self._on_device, self._free_at = None, _now()
+            self._rested_at = self._free_at + (LONG_REST if enough else PROBE_REST) * (self._free_at - began)
+            self._device_left.set()
+        latency.observe([level], seconds)
+        self._metrics.drift.labels(served.model.name).set(latency.drift)
 
     async def _next(self) -> tuple[Served, Decision]:
         """Return the next decision: that of the model whose earliest deadline is the earliest."""
@@ -165,17 +249,21 @@ class Batches:
             start = min(map(self._start, waiting), default=None)
             now = _now()
             if start is not None and start <= now:
-                urgent = min(waiting, key=lambda served: served.scheduler.deadline)
+                urgent = min(waiting, key=lambda served: served.scheduler.urgency)
                 decision = self._decide(urgent, now)
                 if decision is not None:
                     return urgent, decision
                 continue
             self._arrived.clear()
+            doubtful = self._probe_next() if start is None else None
+            if doubtful:
+                start = max(self._free_at + PROBE_AFTER, self._rested_at)
             try:
                 async with asyncio.timeout_at(start):
                     await self._arrived.wait()
-            except TimeoutError:
-                pass  # those who wait have waited long enough for mates
+            except TimeoutError:  # requests have waited long enough for batch-mates, or there are none
+                if doubtful and self._idle:
+                    await self._probe(doubtful)
 
     def _start(self, served: Served) -> float:
         """Return when the device need idle no longer: after `max_delay`, at once if a batch is full or time short."""
@@ -197,8 +285,8 @@ class Batches:
     def _give_up(self, served: Served, waiting: Waiting[Job]) -> None:
         now, answer = _now(), waiting.item.answer
         if not answer.done():
-            earliest = served.scheduler.earliest(now + self._overhead.decoding, self._free_at, waiting.high)
-            answer.set_exception(InfeasibleError(earliest - now + self._overhead.margin))
+            earliest = self.earliest(served, waiting.high, waiting.item.ready)
+            answer.set_exception(InfeasibleError(earliest - now + self._margin.at(now)))
 
     async def _run_batch(self, served: Served, batch: Sequence[Job], levels: Sequence[int]) -> None:
         """Run a batch, or if it fails its parts, and answer its members."""
@@ -224,6 +312,7 @@ class Batches:
             return
         # What the same batch would have taken unmerged, had it run when this one did.
         unmerged = latency.expected(len(batch), 0)
+        self._probes[served.key] = 0
         ratio = latency.observe(levels, done.seconds)
         metrics = self._metrics
         metrics.batch_size.labels(model.name).observe(len(batch))

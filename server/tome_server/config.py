@@ -70,6 +70,8 @@ class LimitsConfig(Strict):
     """Encoded image, or data of a tensor."""
     max_image_pixels: Count = 50_000_000
     """Width × height of the image, and of what resizing would make of a long and thin one."""
+    decode_memory: Size = 512 * 2**20
+    """What decoding images may take of memory together; they wait for it in the order of their deadlines."""
     max_client_requests: Count | None = None
     """Requests held at once for one client, by its token or else its address; by default as many as for all."""
 

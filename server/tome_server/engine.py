@@ -1,22 +1,23 @@
 """The life of a request between the wire and the device: admit, decode, have it batched, reply.
 
-Asyncio throughout; images are decoded in a pool of threads and batches (see `batches`) run in the device's process, so
-that nothing blocks the event loop.
+Asyncio throughout; images are decoded in threads (see `decoding`) and batches (see `batches`) run in the device's
+process, so that nothing blocks the event loop.
 """
 
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tome_server.batches import Answer, Batches, Job, Served
 from tome_server.caller import Shares
+from tome_server.decoding import Decode, Decoders, HopelessError
 from tome_server.errors import (
     ClientLimitError,
     ExpiredError,
@@ -31,10 +32,10 @@ from tome_server.errors import (
 )
 from tome_server.mac_count import MacCount
 from tome_server.models.hosted import HostedModel
-from tome_server.models.preprocess import Preprocess
+from tome_server.models.preprocess import InputSize, Preprocess
 from tome_server.observability.ended import Answered, Ended, Observer, Trace, Tracer
 from tome_server.observability.metrics import Metrics, exemplar
-from tome_server.overhead import Overhead
+from tome_server.overhead import DecodeTimes, Margin
 from tome_server.runtime.device import Device
 from tome_server.runtime.shared_images import Slot
 from tome_server.runtime.work import Result, Work
@@ -80,8 +81,8 @@ class Request:
     """Empty for the first model."""
     input: EncodedImage | Pixels | Normalised
     arrival: float
-    deadline: float = math.inf
-    """Infinite for the model's default budget."""
+    deadline: float | None = None
+    """None for the model's default budget; infinite for a request that may wait for any time."""
     r: int | None = None
     min_r: int | None = None
     max_r: int | None = None
@@ -98,6 +99,16 @@ class Request:
     What an engine that makes traces says of that itself comes in its place."""
 
 
+def deadline_of(arrival: float, budget: float | None, time_remaining: float | None) -> float | None:
+    """Return a request's deadline: `arrival` plus the lesser of its budget and the call's own time limit, in seconds.
+
+    `budget` is None where the request names none, infinite where it says that it has no deadline. Returns None for the
+    model's default budget, infinity for no deadline.
+    """
+    limits = [seconds for seconds in (budget, time_remaining) if seconds is not None]
+    return arrival + min(limits) if limits else None
+
+
 @dataclass(frozen=True)
 class Timing:
     """Where a request's time went, in seconds."""
@@ -108,8 +119,8 @@ class Timing:
     predicted: float
     """what the batch was expected to take"""
     total: float
-    slack: float
-    """Deadline less the time of the answer."""
+    slack: float | None
+    """Deadline less the time of the answer; None without a deadline."""
     batch_size: int
 
 
@@ -147,10 +158,13 @@ class Engine:
     reply_margin: float
     """The least that is kept back from each deadline for the way back, in seconds; more where measured."""
     decode_threads: int
+    """Images decoded at once."""
     names: list[str] = field(default_factory=list)
     """Of all models that are or will be served, the one for requests that name none first."""
     models: dict[str, Served] = field(default_factory=dict)
     """Those that are loaded, by name."""
+    decode_memory: int = 512 * 2**20
+    """Bytes that decoding may take at once; a single image that needs more is decoded alone."""
     max_client_requests: int | None = None
     """Requests held at once for one client; one more is refused."""
     observers: Sequence[Observer] = ()
@@ -161,8 +175,9 @@ class Engine:
     """Set once new requests are refused because the server is stopping."""
 
     def __post_init__(self) -> None:
-        self._overhead = Overhead(self.reply_margin)
-        self._batches = Batches(self.device, self.metrics, self.max_delay, self._overhead)
+        self._margin = Margin(self.reply_margin)
+        self._decoders = Decoders(self.decode_threads, self.decode_memory, DecodeTimes())
+        self._batches = Batches(self.device, self.metrics, self.max_delay, self._margin)
         for served in self.models.values():
             self._batches.add(served)
         self._shares = Shares(self.max_client_requests, RETRY_AFTER)
@@ -173,7 +188,6 @@ class Engine:
         self._held: Counter[str] = Counter()
         self._released = asyncio.Event()
         self.metrics.pending_limit.set(self.max_pending)
-        self._decoders = ThreadPoolExecutor(self.decode_threads, thread_name_prefix="decode")
 
     def model(self, name: str) -> Served:
         """Return a model in service, the first if unnamed.
@@ -280,7 +294,7 @@ class Engine:
 
     def close(self) -> None:
         """End the threads, after what they are doing."""
-        self._decoders.shutdown(cancel_futures=True)
+        self._decoders.close()
 
     def _tell(self, request: Request, trace: Trace | None, reply: Reply | None, error: BaseException | None) -> None:
         answer = None
@@ -310,30 +324,33 @@ class Engine:
         served = served or self.model(request.model)
         bounds = served.bounds(request.r, request.min_r, request.max_r, request.min_quality)
         top_k = _top_k(served.model, request)
-        if math.isinf(request.deadline):
+        if request.deadline is None:
             request = replace(request, deadline=request.arrival + served.default_budget)
+        deadline = request.deadline or math.inf
         try:
             with self.holding(served), self._shares.hold():
-                reply = await self._answer(served, bounds, top_k, request)
+                reply = await self._answer(served, bounds, top_k, request, deadline)
         except ClientLimitError:
             self.metrics.rejected.labels(served.model.name, "client_limit").inc()
             raise
         except asyncio.CancelledError:
             # gRPC ends calls at their deadline, which on a busy machine may be before we get to it.
-            if _now() >= request.deadline - self.reply_margin:
+            if _now() >= deadline - self.reply_margin:
                 self.metrics.slo_missed.labels(served.model.name, "expired").inc(exemplar=exemplar(request.trace_id))
             raise
         except Exception as error:
             if missed := _MISSED.get(type(error)) if isinstance(error, RequestError) else "failed":
                 self.metrics.slo_missed.labels(served.model.name, missed).inc(exemplar=exemplar(request.trace_id))
             raise
-        if reply.timing.slack >= 0:
+        if reply.timing.slack is None:
+            pass  # no deadline, and so none that was met
+        elif reply.timing.slack >= 0:
             self.metrics.slo_met.labels(served.model.name).inc()
         else:
             self.metrics.slo_missed.labels(served.model.name, "late").inc(exemplar=exemplar(request.trace_id))
         return reply
 
-    async def _answer(self, served: Served, bounds: Bounds, top_k: int, request: Request) -> Reply:
+    async def _answer(self, served: Served, bounds: Bounds, top_k: int, request: Request, deadline: float) -> Reply:
         name = served.model.name
         for held, most in ((self._pending, self.max_pending), (served.pending, self.most_pending(served))):
             if held >= most:
@@ -344,24 +361,26 @@ class Engine:
         self.metrics.pending.set(self._pending)
         job = slot = None
         try:
-            margin = self._overhead.margin
-            # As the scheduler sees it: who asks must allow the margin as well.
-            limits = (request.arrival - margin, request.deadline - margin, bounds.low, bounds.high)
-            served.scheduler.arrived(request.arrival, request.deadline - request.arrival)
+            size = _size(served.model.preprocess, request.input)
+            margin = self._margin.at(_now())
+            # As the scheduler sees it: the budget must allow for the margin as well.
+            limits = (request.arrival - margin, deadline - margin, bounds.low, bounds.high)
+            served.scheduler.arrived(request.arrival, deadline - request.arrival)
+            ready = partial(self._decoded_at, size)
             # Before decoding: what can't be met is refused before it costs anything.
-            self._batches.check(served, Waiting(None, *limits))
-            async with asyncio.timeout_at(request.deadline - self.reply_margin):
-                slot = await self._decode(served, request)
+            self._batches.check(served, Waiting(None, *limits), ready)
+            async with asyncio.timeout_at(None if math.isinf(deadline) else deadline - self.reply_margin):
+                slot = await self._decode(served, request.input, size, Waiting(None, *limits), ready)
                 self.device.bring(served.key, slot)
                 work = Work(slot, top_k, request.features, request.token_map, request.logits, request.patches)
-                job = Job(served, bounds.exact, work, asyncio.get_running_loop().create_future(), _now())
+                answered = asyncio.get_running_loop().create_future()
+                job = Job(served, bounds.exact, work, answered, _now(), ready)
                 answer = await self._batches.answer(Waiting(job, *limits))
         except TimeoutError:
             stage = "decode" if job is None else "compute" if job.taken else "queue"
-            raise ExpiredError(stage, request.deadline - request.arrival) from None
+            raise ExpiredError(stage, deadline - request.arrival) from None
         except InfeasibleError:
             self.metrics.rejected.labels(name, "infeasible").inc()
-            self._batches.forget_drift(served)
             raise
         finally:
             self._pending -= 1
@@ -369,25 +388,51 @@ class Engine:
             self.metrics.pending.set(self._pending)
             if slot is not None and not (job and job.taken):
                 slot.drop()
-        return self._reply(job, answer, request)
+        return self._reply(job, answer, request, deadline)
 
-    async def _decode(self, served: Served, request: Request) -> Slot:
-        """Prepare the image where the device finds it."""
-        began = _now()
-        decoding = self._decoders.submit(self._prepare, served, request.input)
+    def _decoded_at(self, size: InputSize, deadline: float) -> float:
+        """Return when an image of that size would be decoded if it came now with this deadline."""
+        now = _now()
+        seconds = self._decoders.times.seconds(now, size.kind, size.megapixels)
+        return self._decoders.done_at(now, deadline, seconds)
+
+    async def _decode(
+        self,
+        served: Served,
+        source: EncodedImage | Pixels | Normalised,
+        size: InputSize,
+        waiting: Waiting[None],
+        ready: Callable[[float], float],
+    ) -> Slot:
+        """Prepare an image where the device finds it.
+
+        Raises InfeasibleError if it can't be begun soon enough: those that came before took longer than expected.
+        """
+        alone = served.scheduler.latency.promised(1, waiting.high)
+        decode = Decode(
+            work=partial(self._prepare, served, source),
+            discard=lambda slot: slot.drop(),
+            kind=size.kind,
+            megapixels=size.megapixels,
+            memory=size.decode_bytes,
+            deadline=waiting.deadline,
+            due=waiting.deadline - alone,
+        )
+        served.scheduler.expect(waiting)
         try:
-            slot = await asyncio.wrap_future(decoding)
-        except asyncio.CancelledError:
-            # The thread can't be stopped, and may have a slot in the end.
-            decoding.add_done_callback(_drop_decoded)
-            raise
-        self._overhead.decoded(_now() - began)
-        return slot
+            return await self._decoders.run(decode)
+        except HopelessError:
+            now = _now()
+            earliest = self._batches.earliest(served, waiting.high, ready)
+            raise InfeasibleError(earliest - now + self._margin.at(now)) from None
+        finally:
+            served.scheduler.forget(waiting)
+            self.metrics.decode_queue_depth.set(len(self._decoders))
 
     def _prepare(self, served: Served, source: EncodedImage | Pixels | Normalised) -> Slot:
         return self.device.put(served.key, _prepared(served.model.preprocess, source))
 
-    def _reply(self, job: Job, answer: Answer, request: Request) -> Reply:
+    def _reply(self, job: Job, answer: Answer, request: Request, deadline: float) -> Reply:
         now = _now()
         model = job.served.model
         name, cost = model.name, model.cost(answer.r)
@@ -397,11 +442,11 @@ class Engine:
             compute=answer.seconds,
             predicted=answer.predicted,
             total=now - request.arrival,
-            slack=request.deadline - now,
+            slack=None if math.isinf(deadline) else deadline - now,
             batch_size=answer.batch_size,
         )
         way_back = now - answer.started - answer.seconds
-        self._overhead.replied(way_back)
+        self._margin.add(now, way_back)
         reply = Reply(model, answer.result, answer.r, cost, timing)
         metrics, trace = self.metrics, exemplar(request.trace_id)
         metrics.request_duration.labels(name).observe(timing.total, trace)
@@ -409,7 +454,8 @@ class Engine:
         metrics.stage_duration.labels(name, "queue").observe(timing.queue, trace)
         metrics.stage_duration.labels(name, "compute").observe(timing.compute, trace)
         metrics.stage_duration.labels(name, "reply").observe(way_back, trace)
-        metrics.deadline_slack.labels(name).observe(timing.slack, trace)
+        if timing.slack is not None:
+            metrics.deadline_slack.labels(name).observe(timing.slack, trace)
         metrics.merge_r.labels(name).observe(answer.r)
         metrics.tokens_input.labels(name).inc(cost.tokens_in)
         metrics.tokens_merged.labels(name).inc(cost.tokens_in - cost.tokens[-1])
@@ -451,9 +497,15 @@ def _prepared(
             return preprocess.normalised(shape, data)
 
 
-def _drop_decoded(decoding: "Future[Slot]") -> None:
-    if not decoding.cancelled() and decoding.exception() is None:
-        decoding.result().drop()
+def _size(preprocess: Preprocess, source: EncodedImage | Pixels | Normalised) -> InputSize:
+    """Return what preparing an input takes. Raises InvalidRequestError for what is refused before it is decoded."""
+    match source:
+        case EncodedImage(data):
+            return preprocess.encoded_size(data)
+        case Pixels(shape, data):
+            return preprocess.pixels_size(shape, data)
+        case Normalised(shape, data):
+            return preprocess.normalised_size(shape, data)
 
 
 def _now() -> float:

@@ -20,6 +20,9 @@ from tome_server.served import ServedModel
 
 log = logging.getLogger(__name__)
 
+# Seconds for which empty images are run before a model is served, so that its first predictions are right.
+OBSERVED_FOR = 2.0
+
 
 class Hosting:
     """Brings models from where they are stored through the device into the engine, and back."""
@@ -149,10 +152,18 @@ class Hosting:
                     key, spec, max_batch=max_batch, budget=seconds, folder=self._config.profiles
                 )
                 await self._device.warm(key, max_batch=max_batch, seconds=seconds)
-            return ServedModel(model, profile, self._config.policy, key, spec.own)
+            served: Served = ServedModel(model, profile, self._config.policy, key, spec.own)
+            await self._observed(served)
         except Exception:
             await self._forget(key)
             raise
+        return served
+
+    async def _observed(self, served: Served) -> None:
+        """Have a model's predictions start from what batches take now, and not when its profile was measured."""
+        latency, level, end = served.scheduler.latency, served.scheduler.latency.levels - 1, _now() + OBSERVED_FOR
+        while not latency.observed and _now() < end:
+            latency.observe([level], await self._device.probe(served.key, served.rs[level]))
 
     def _max_batch(self, spec: ModelSpec) -> int:
         return spec.own.max_batch or self._config.batching.max_batch
@@ -179,6 +190,10 @@ class Hosting:
         self._engine.metrics.retired(served.model.name)
         await self._forget(served.key)
         log.info("unloaded %s", served.model.name)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _mib(size: int) -> str:

@@ -63,7 +63,7 @@ class ServedModel(Generic[T]):
         self.default_budget = model.default_budget or max(
             LEAST_DEFAULT_BUDGET, IMAGES_IN_DEFAULT_BUDGET * profile.p95[0][0]
         )
-        """Seconds that a request has which sets neither budget nor deadline."""
+        """Seconds that a request has which sets neither budget nor deadline; infinite for any number."""
         self.pending = 0
         """Requests for it in the server, not answered yet."""
         self.waiting_since = -math.inf

@@ -14,6 +14,7 @@ import pytest
 from tome_server import served as served_module
 from tome_server.engine import EncodedImage, Engine, Reply, Request
 from tome_server.errors import DeviceDiedError, InfeasibleError, InvalidRequestError, OutOfMemoryError, RequestError
+from tome_server.models.preprocess import InputSize
 from tome_server.models.transform import ImageSettings
 from tome_server.runtime.work import BatchResult, Result, Work
 from tome_server.scheduling.policy.view import Policy
@@ -65,6 +66,8 @@ class ScriptedDevice:
     brought: set["ScriptedSlot"] = field(default_factory=set)
     """of the images that it was told to bring to the device ahead of their batch"""
     dead: bool = False
+    probes: list[str] = field(default_factory=list)
+    """models of the empty images that it ran"""
 
     def put(self, _: str, image: int) -> "ScriptedSlot":
         slot = ScriptedSlot(self, image)
@@ -74,6 +77,10 @@ class ScriptedDevice:
     def bring(self, _: str, slot: "ScriptedSlot") -> None:
         assert slot in self.slots
         self.brought.add(slot)
+
+    async def probe(self, model: str, r: int) -> float:
+        self.probes.append(model)
+        return self.slowness * Latency(self.profile).of_batch([self.profile.level_of(r)])
 
     async def run(
         self, model: str, batch: Sequence[Work["ScriptedSlot"]], rs: Sequence[int], packed: bool
@@ -135,6 +142,11 @@ class ScriptedDecoder:
     settings: ImageSettings
     gate: threading.Event = field(default_factory=threading.Event)
     decoded: list[bytes] = field(default_factory=list)
+    sizes: dict[bytes, InputSize] = field(default_factory=dict)
+    """of images that differ from others"""
+
+    def encoded_size(self, data: bytes) -> InputSize:
+        return self.sizes.get(data, InputSize("scripted", 1.0, 1))
 
     def encoded(self, data: bytes) -> int:
         self.decoded.append(data)
@@ -154,12 +166,12 @@ class Bench:
 
     def request(self, image: object, **fields: Any) -> Request:
         now = asyncio.get_running_loop().time()
-        within = fields.pop("within", math.inf)
+        within = fields.pop("within", None)
         return Request(
             model=fields.pop("model", ""),
             input=EncodedImage(str(image).encode()),
             arrival=now,
-            deadline=now + within,
+            deadline=None if within is None else now + within,
             **fields,
         )
 

@@ -70,6 +70,7 @@ async def start(bundled: HostedModel, clock: Clock) -> AsyncIterator[Callable[..
             max_pending=max_pending,
             reply_margin=0.0001,
             decode_threads=threads,
+            decode_memory=1000,
             names=["first", "second", "third"],
             models=models,
         )

@@ -31,6 +31,17 @@ class Limits:
     """Memory to decode and prepare it, as its header foretells."""
 
 
+@dataclass(frozen=True)
+class InputSize:
+    """What preparing an input takes, as far as its first bytes say."""
+
+    kind: str
+    """Inputs of one kind take about the same time a megapixel."""
+    megapixels: float
+    decode_bytes: int
+    """The most memory that it takes while it is prepared."""
+
+
 class Preprocess:
     """Prepares one image at a time; safe to call from several threads.
 
@@ -43,16 +54,45 @@ class Preprocess:
         self.shortest = math.floor(max(settings.input_size[1:]) / settings.crop_pct)
         """Pixels: timm resizes the shorter side to this, or to less where height and width differ, then crops."""
 
+    def encoded_size(self, data: bytes) -> InputSize:
+        """Return what `encoded` takes, without decoding anything.
+
+        Raises InvalidRequestError for what `encoded` refuses, as far as the first bytes say.
+        """
+        header = self._header(data)
+        return InputSize(header.kind, header.megapixels, header.decode_bytes(self.shortest))
+
+    def pixels_size(self, shape: Sequence[int], data: bytes) -> InputSize:
+        """Return what `pixels` takes. Raises InvalidRequestError for what it refuses."""
+        if len(shape) != 3 or shape[2] != 3 or min(shape) < 1:
+            raise InvalidRequestError("tensor.shape", f"must be [height, width, 3] for uint8, not {list(shape)}")
+        self._check_length(shape, data, 1)
+        self._check_pixels("tensor.shape", shape[1], shape[0])
+        return InputSize("pixels", shape[0] * shape[1] / 1e6, 2 * len(data))
+
+    def normalised_size(self, shape: Sequence[int], data: bytes) -> InputSize:
+        """Return what `normalised` takes. Raises InvalidRequestError for what it refuses, but for values."""
+        if tuple(shape) != self.settings.input_size:
+            raise InvalidRequestError(
+                "tensor.shape", f"must be {list(self.settings.input_size)} for float32, not {list(shape)}"
+            )
+        self._check_length(shape, data, 4)
+        return InputSize("tensor", 0.0, len(data))
+
     def encoded(self, data: bytes) -> NDArray[np.uint8]:
         """Decode and prepare a JPEG, PNG, WebP or BMP image: [C, H, W] uint8.
 
         EXIF orientation is honoured, transparency is laid on white, and nothing else that lies beside the pixels is
         read. Raises InvalidRequestError if the image can't be decoded, is animated, or is larger than the limits.
         """
+        header = self._header(data)
+        return transform(decode(bare(data, header), header, self.shortest, self._mode("image")), self.settings)
+
+    def _header(self, data: bytes) -> ImageHeader:
         self._check_bytes("image", len(data))
         header = read_header(data)
         self.check(header)
-        return transform(decode(bare(data, header), header, self.shortest, self._mode("image")), self.settings)
+        return header
 
     def check(self, header: ImageHeader) -> None:
         """Raise InvalidRequestError if an image with this header is larger than the limits."""
@@ -79,10 +119,7 @@ class Preprocess:
 
     def pixels(self, shape: Sequence[int], data: bytes) -> NDArray[np.uint8]:
         """Prepare RGB pixels, [H, W, 3] uint8: [C, H, W] uint8. Raises InvalidRequestError if they don't fit."""
-        if len(shape) != 3 or shape[2] != 3 or min(shape) < 1:
-            raise InvalidRequestError("tensor.shape", f"must be [height, width, 3] for uint8, not {list(shape)}")
-        self._check_length(shape, data, 1)
-        self._check_pixels("tensor.shape", shape[1], shape[0])
+        self.pixels_size(shape, data)
         image = Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape))
         return transform(Upright(image, None, self._mode("tensor.shape"), 1), self.settings)
 
@@ -91,11 +128,7 @@ class Preprocess:
 
         Raises InvalidRequestError if the shape isn't the model's or a value isn't finite.
         """
-        if tuple(shape) != self.settings.input_size:
-            raise InvalidRequestError(
-                "tensor.shape", f"must be {list(self.settings.input_size)} for float32, not {list(shape)}"
-            )
-        self._check_length(shape, data, 4)
+        self.normalised_size(shape, data)
         values = np.frombuffer(data, "<f4").reshape(shape)
         if not np.isfinite(values).all():
             raise InvalidRequestError("tensor.data", "holds NaN or infinity")

@@ -19,8 +19,8 @@ class Answered:
     queue: float
     compute: float
     total: float
-    slack: float
-    """Deadline less the time of the answer."""
+    slack: float | None
+    """Deadline less the time of the answer; None without a deadline."""
     batch_size: int
 
 

@@ -82,8 +82,9 @@ def log_request(ended: Ended) -> None:
             "decode_ms": _ms(answer.decode),
             "queue_ms": _ms(answer.queue),
             "compute_ms": _ms(answer.compute),
-            "slack_ms": _ms(answer.slack),
         }
+        if answer.slack is not None:
+            facts["slack_ms"] = _ms(answer.slack)
     else:
         facts |= {"outcome": outcome(ended), "why": str(ended.error)}
     log.debug("request", **facts)
@@ -132,7 +133,7 @@ class Summary:
             done, saved = sum(answer.flops for answer in answers), sum(answer.flops_saved for answer in answers)
             totals = sorted(answer.total for answer in answers)
             facts |= {
-                "late": sum(answer.slack < 0 for answer in answers),
+                "late": sum(answer.slack is not None and answer.slack < 0 for answer in answers),
                 "batches": round(batches),
                 "mean_batch": round(len(answers) / batches, 2),
                 "mean_r": round(sum(answer.r for answer in answers) / len(answers), 2),

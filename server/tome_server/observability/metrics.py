@@ -112,6 +112,7 @@ class Metrics:
         self.pending = self._gauge("requests_pending", "Requests in the server, not answered yet")
         self.pending_limit = self._gauge("requests_pending_limit", "At so many pending requests more are refused")
         self.queue_depth = self._gauge("queue_depth", "Requests that wait for the device", "model")
+        self.decode_queue_depth = self._gauge("decode_queue_depth", "Requests that wait for their images to be decoded")
         self.batch_size = self._histogram("batch_size", "Images in a batch", buckets.BATCH)
         self.halved_batches = self._counter(
             "halved_batches", "Batches that the device lacked the memory for; larger ones than a half are not run again"

@@ -90,9 +90,10 @@ class RequestTrace:
                 "tome.tokens_out": answer.tokens_out,
                 "tome.flops_saved": answer.flops_saved,
                 "tome.batch_size": answer.batch_size,
-                "tome.slack_seconds": answer.slack,
             }
         )
+        if answer.slack is not None:
+            self.span.set_attribute("tome.slack_seconds", answer.slack)
         within, start = set_span_in_context(self.span), self.start
         for name, seconds in (("decode", answer.decode), ("queue", answer.queue), ("compute", answer.compute)):
             stage = self.tracer.start_span(name, within, start_time=start)

@@ -61,7 +61,7 @@ def model_config(served: Served, engine: Engine) -> dict[str, Any]:
     about = {
         "architecture": model.architecture,
         "dtype": model.dtype,
-        "default_budget_ms": f"{served.default_budget * 1e3:g}",
+        "default_budget_ms": "none" if math.isinf(served.default_budget) else f"{served.default_budget * 1e3:g}",
         "image_datatypes": "FP32 [N, C, H, W], UINT8 [N, H, W, 3], BYTES [N]",
         "max_image_bytes": str(limits.max_bytes),
         "max_image_pixels": str(limits.max_pixels),

@@ -130,8 +130,9 @@ def tensors_of(replies: Sequence[Reply], wanted: Sequence[Wanted]) -> list[Tenso
 def parameters_of(replies: Sequence[Reply]) -> dict[str, Parameter]:
     """Return what was done for a request's images: the largest r, totals of tokens and operations, the longest times.
 
-    `slack_us` is what was left of the deadline when the last was ready.
+    `slack_us` is what was left of the deadline when the last was ready; it is left out where there was no deadline.
     """
+    slacks = [reply.timing.slack for reply in replies if reply.timing.slack is not None]
     return {
         "r": max(reply.r for reply in replies),
         "tokens_in": sum(reply.cost.tokens_in for reply in replies),
@@ -140,7 +141,7 @@ def parameters_of(replies: Sequence[Reply]) -> dict[str, Parameter]:
         "flops_saved": sum(reply.flops_saved for reply in replies),
         "queue_us": _microseconds(max(reply.timing.queue for reply in replies)),
         "compute_us": _microseconds(max(reply.timing.compute for reply in replies)),
-        "slack_us": _microseconds(min(reply.timing.slack for reply in replies)),
+        **({"slack_us": _microseconds(min(slacks))} if slacks else {}),
     }
 
 

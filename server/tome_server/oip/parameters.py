@@ -11,8 +11,8 @@ from tome_server.oip.messages import Parameter, shown
 _LONGEST = 315_576_000_000.0
 _FINAL = "triton_enable_empty_final_response"
 _KNOWN = (
-    "latency_budget_ms", "timeout", "priority", "r", "min_r", "max_r", "min_quality", "normalize_features",
-    "float16_features", _FINAL,
+    "latency_budget_ms", "no_deadline", "timeout", "priority", "r", "min_r", "max_r", "min_quality",
+    "normalize_features", "float16_features", _FINAL,
 )  # fmt: skip
 
 
@@ -20,8 +20,8 @@ _KNOWN = (
 class Terms:
     """What the caller allows."""
 
-    budget: float = math.inf
-    """Seconds from arrival; infinite where no parameter says."""
+    budget: float | None = None
+    """Seconds from arrival; None for the model's default, infinite for a request that has no deadline."""
     r: int | None = None
     min_r: int | None = None
     max_r: int | None = None
@@ -37,9 +37,9 @@ class Terms:
 def terms_of(parameters: Mapping[str, Parameter]) -> Terms:
     """Read a request's parameters. Raises InvalidRequestError for one that is unknown or of another type.
 
-    `latency_budget_ms` is as in our own API; `timeout` (µs, 0 for none) as in Triton's schedule policy extension, and
-    the lesser of the two counts. `priority` is taken for clients that send it, and changes nothing: here deadlines
-    decide the order.
+    `latency_budget_ms` and `no_deadline` are as in our own API; `timeout` (µs, 0 for none) as in Triton's schedule
+    policy extension, and the lesser of it and the budget counts. `priority` is taken for clients that send it, and
+    changes nothing: here deadlines decide the order.
     """
     for name in parameters:
         if name not in _KNOWN:
@@ -47,7 +47,7 @@ def terms_of(parameters: Mapping[str, Parameter]) -> Terms:
     if (_integer(parameters, "priority") or 0) < 0:
         raise InvalidRequestError("parameters.priority", "must be 0 or more")
     return Terms(
-        budget=min(_budget(parameters), _timeout(parameters)),
+        budget=_budget(parameters),
         r=_integer(parameters, "r"),
         min_r=_integer(parameters, "min_r"),
         max_r=_integer(parameters, "max_r"),
@@ -58,9 +58,16 @@ def terms_of(parameters: Mapping[str, Parameter]) -> Terms:
     )
 
 
-def _budget(parameters: Mapping[str, Parameter]) -> float:
-    milliseconds = _number(parameters, "latency_budget_ms")
-    return math.inf if milliseconds is None else seconds_of(milliseconds, "parameters.latency_budget_ms")
+def _budget(parameters: Mapping[str, Parameter]) -> float | None:
+    milliseconds, timeout = _number(parameters, "latency_budget_ms"), _timeout(parameters)
+    if _boolean(parameters, "no_deadline"):
+        if milliseconds is not None or timeout is not None:
+            raise InvalidRequestError("parameters.no_deadline", "can't go with latency_budget_ms or timeout")
+        return math.inf
+    if milliseconds is None:
+        return timeout
+    budget = seconds_of(milliseconds, "parameters.latency_budget_ms")
+    return budget if timeout is None else min(budget, timeout)
 
 
 def seconds_of(milliseconds: float, field: str) -> float:
@@ -70,11 +77,11 @@ def seconds_of(milliseconds: float, field: str) -> float:
     return milliseconds / 1e3
 
 
-def _timeout(parameters: Mapping[str, Parameter]) -> float:
+def _timeout(parameters: Mapping[str, Parameter]) -> float | None:
     microseconds = _integer(parameters, "timeout") or 0
     if not 0 <= microseconds <= _LONGEST * 1e6:
         raise InvalidRequestError("parameters.timeout", f"must lie in 0..{_LONGEST * 1e6:.0f} µs")
-    return microseconds / 1e6 or math.inf
+    return microseconds / 1e6 or None
 
 
 def _boolean(parameters: Mapping[str, Parameter], name: str) -> bool:

@@ -1,14 +1,13 @@
 """The protocol's one way to the engine, shared by gRPC and HTTP."""
 
 import asyncio
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from tome_server.batches import Served
 from tome_server.control import ModelControl
-from tome_server.engine import Engine, Reply, Request
+from tome_server.engine import Engine, Reply, Request, deadline_of
 from tome_server.errors import InvalidRequestError, UnknownVersionError, UnsupportedError
 from tome_server.oip import describe
 from tome_server.oip.images import images_of
@@ -70,7 +69,7 @@ class OpenInference:
     ) -> InferResponse:
         """Answer a request's images, all or none.
 
-        Its deadline is `arrival`, on the event loop's clock, plus the least of `time_remaining` (seconds) and what its
+        Its deadline is `arrival`, on the event loop's clock, plus the lesser of `time_remaining` (seconds) and what its
         parameters say. When one image can't be answered, or the caller is cancelled, the others are given up. If the
         model is replaced meanwhile, the one that was there answers all.
         """
@@ -79,7 +78,7 @@ class OpenInference:
         wanted = wanted_of(served.model, request.outputs, terms, request.as_bytes)
         images = images_of(request.input, self.engine.most_pending(served))
         check_size(wanted, len(images), request.as_bytes)
-        deadline = arrival + min(terms.budget, math.inf if time_remaining is None else time_remaining)
+        deadline = deadline_of(arrival, terms.budget, time_remaining)
         requests = [
             Request(
                 model=served.model.name,

@@ -8,7 +8,7 @@ from google.protobuf.duration_pb2 import Duration
 from tome_api.v1 import inference_pb2 as pb
 from tome_server.batches import Served
 from tome_server.embeddings import embeddings
-from tome_server.engine import EncodedImage, Normalised, Pixels, Reply, Request
+from tome_server.engine import EncodedImage, Normalised, Pixels, Reply, Request, deadline_of
 from tome_server.errors import InvalidRequestError
 from tome_server.models.hosted import HostedModel, MergeLevel
 
@@ -29,7 +29,7 @@ def request_from(
         model=message.model,
         input=_input(message),
         arrival=arrival,
-        deadline=arrival + min(_budget(message), math.inf if time_remaining is None else time_remaining),
+        deadline=deadline_of(arrival, _budget(message), time_remaining),
         r=message.r if message.HasField("r") else None,
         min_r=message.min_r if message.HasField("min_r") else None,
         max_r=message.max_r if message.HasField("max_r") else None,
@@ -63,7 +63,7 @@ def response_to(reply: Reply, asked: pb.PredictRequest) -> pb.PredictResponse:
             queue=_duration(timing.queue),
             compute=_duration(timing.compute),
             total=_duration(timing.total),
-            slack=_duration(timing.slack),
+            slack=None if timing.slack is None else _duration(timing.slack),
             batch_size=timing.batch_size,
             predicted=_duration(timing.predicted),
         ),
@@ -118,7 +118,7 @@ def model_to(served: Served) -> pb.Model:
         feature_dim=model.feature_dim,
         r_grid=[_level(level, seconds) for level, seconds in zip(model.grid, served.profile.p50[0], strict=True)],
         policy=served.policy,
-        default_budget=_duration(served.default_budget),
+        default_budget=None if math.isinf(served.default_budget) else _duration(served.default_budget),
         dtype=model.dtype,
     )
 
@@ -151,9 +151,12 @@ def _input(message: pb.PredictRequest) -> EncodedImage | Pixels | Normalised:
     raise InvalidRequestError("tensor.data_type", "must be DATA_TYPE_UINT8 or DATA_TYPE_FLOAT32")
 
 
-def _budget(message: pb.PredictRequest) -> float:
+def _budget(message: pb.PredictRequest) -> float | None:
+    """Return the seconds that a request allows, None where it leaves that to the model, infinite for any."""
     if not message.HasField("latency_budget"):
-        return math.inf
+        return math.inf if message.no_deadline else None
+    if message.no_deadline:
+        raise InvalidRequestError("no_deadline", "can't go with latency_budget")
     budget = message.latency_budget
     seconds = budget.seconds + budget.nanos / 1e9
     if not 0 < seconds <= _LONGEST:

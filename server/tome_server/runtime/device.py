@@ -120,6 +120,11 @@ class Device:
         """Run batches of every size at every r, as far as that goes in so many seconds: first ones take longer."""
         await self._call("warm", key, max_batch, seconds)
 
+    async def probe(self, key: str, r: int) -> float:
+        """Return the seconds that one empty image takes at r, merged as any other."""
+        seconds: float = await self._call("probe", key, r)
+        return seconds
+
     def put(self, key: str, image: NDArray[np.uint8] | NDArray[np.float32]) -> Slot:
         """Take an image for a loaded model, [C, H, W] as its Preprocess made it, that `run` will be called for."""
         return self._images[key].put(image)

@@ -79,8 +79,8 @@ class DeviceProcess:
                 return
             if call == "bring":
                 self.bring(*args)
-            elif call == "run":
-                self._batches.submit(self._answer, ticket, self.run, args)
+            elif call in ("run", "probe"):
+                self._batches.submit(self._answer, ticket, getattr(self, call), args)
             elif call == "share":
                 # What is shared follows in the same stream, so that nothing else may read it meanwhile.
                 self._answer(ticket, self.share, args)
@@ -89,13 +89,20 @@ class DeviceProcess:
 
     def run(self, key: str, batch: Sequence[Work[Place]], rs: Sequence[int], packed: bool) -> BatchResult:
         """Run a batch whose images lie in the model's slots."""
-        if torch.get_num_threads() != self._threads:  # it is each thread's own
-            torch.set_num_threads(self._threads)
+        self._use_threads()
         images = self._images[key]
         r = rs[0] if len(set(rs)) == 1 else rs
         with self._running:
             works = [work.on(images.take(work.image)) for work in batch]
             return run_batch(self._models[key], works, r, self._device, packed=packed)
+
+    def probe(self, key: str, r: int) -> float:
+        """Return the seconds that one empty image takes at r."""
+        self._use_threads()
+        model = self._models[key]
+        image = torch.zeros(model.preprocess.settings.input_size, dtype=torch.uint8)
+        with self._running:
+            return run_batch(model, [Work(image, top_k=1)], r, self._device).seconds
 
     def share(self, key: str, shape: Sequence[int], slots: int) -> None:
         """Take the memory that a model's images will lie in."""
@@ -164,6 +171,10 @@ class DeviceProcess:
             if time.monotonic() > end:
                 return
             self._run_empty(model, size, level.r)
+
+    def _use_threads(self) -> None:
+        if torch.get_num_threads() != self._threads:  # it is each thread's own
+            torch.set_num_threads(self._threads)
 
     def _run_empty(self, model: LoadedModel, size: int, r: int) -> None:
         image = torch.zeros(model.preprocess.settings.input_size, dtype=torch.uint8)

@@ -19,8 +19,10 @@ _MARGIN_MOST = math.log(2)
 _CELL_STEP = 0.005
 _CELL_LEAK = 0.002
 _CELL_MOST = math.log(2)
-# Seconds.
-_HALF_LIFE = 5.0
+# Seconds in which half of what an idle machine was slower by is forgotten.
+_HALF_LIFE = 0.5
+# Predictions that are further above the profile than this share are doubted.
+_DOUBTED = 0.1
 
 
 @dataclass(frozen=True)
@@ -164,14 +166,36 @@ class Latency:
         self._weigh()
         return ratio
 
-    def idle(self, seconds: float) -> None:
-        """Forget by half, for each 5 s, how slow or fast the machine was.
+    @property
+    def observed(self) -> bool:
+        """Whether so many batches were observed that predictions rest on nothing but these and the profile."""
+        return None not in self._recent_cells
+
+    @property
+    def settled(self) -> bool:
+        """Whether enough batches were observed, and what they say is about what the profile does or less.
+
+        If not, an idle device had better find out: predictions that are too high refuse the requests that would correct
+        them.
+        """
+        if not self.observed:
+            return False
+        top = self.levels - 1
+        measured = self._measured[1][top] * self._spread[1][top]
+        return self.promised(1, top) <= (1 + _DOUBTED) * measured
+
+    def forget_slowness(self, seconds: float) -> None:
+        """Forget by half, for each half second, by how much batches were slower than the profile says.
 
         For times in which no batch ran because none was expected to be in time: they alone would never show that the
-        machine has recovered.
+        machine has recovered. By how much batches were faster is kept: what that lets in corrects it.
         """
         kept = 0.5 ** (seconds / _HALF_LIFE)
-        self._recent.extend([log * kept for log in self._recent])
+        self._recent.extend([min(log, log * kept) for log in self._recent])
+        self._log_margin = min(self._log_margin, self._log_margin * kept)
+        for (size, level), log in self._cells.items():
+            self._cells[size, level] = min(log, log * kept)
+            self._median[size][level] = self._measured[size][level] * math.exp(self._cells[size, level])
         self._weigh()
 
     def _correct(self, cell: tuple[int, int], ratio: float) -> None:

@@ -6,7 +6,7 @@ it, at admission and when a batch is decided on, and no batch takes time that th
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from tome_server.errors import InfeasibleError
@@ -20,6 +20,13 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _IMAGES_IN_HORIZON = 20
+# Deadlines that are tried one after the other to find the earliest that could be met.
+_MOST_TRIED = 16
+
+
+def at_once(_: float) -> float:
+    """Say of a request of any deadline that it can begin as soon as the device is free."""
+    return -math.inf
 
 
 class Scheduler(Generic[T]):
@@ -36,6 +43,8 @@ class Scheduler(Generic[T]):
         """The schedulers of all models on the device; this may be among them."""
         self._policy = policy
         self._queue: DeadlineQueue[T] = DeadlineQueue()
+        # Admitted, and still being decoded.
+        self._coming: DeadlineQueue[None] = DeadlineQueue()
         # A rate is that of several requests, however long each takes.
         self._traffic = TrafficMeter(max(HORIZON, _IMAGES_IN_HORIZON * latency.profile.p50[0][0]))
 
@@ -48,31 +57,60 @@ class Scheduler(Generic[T]):
         first = self._queue.first()
         return first.deadline if first else math.inf
 
+    @property
+    def urgency(self) -> tuple[float, float]:
+        """Deadline and arrival of the request that is due first, both infinite without one."""
+        first = self._queue.first()
+        return (first.deadline, first.arrival) if first else (math.inf, math.inf)
+
     def arrived(self, now: float, budget: float) -> None:
         """Count an arrival that allows `budget` seconds, whatever becomes of it: policies look at the traffic."""
         self._traffic.add(now, budget)
 
-    def check(self, request: Waiting[Any], now: float, free_at: float) -> None:
+    def check(
+        self, request: Waiting[Any], now: float, free_at: float, ready: Callable[[float], float] = at_once
+    ) -> None:
         """Raise InfeasibleError if a deadline can't be met though all with an earlier one be merged the most.
 
-        The device will be free at `free_at`. Takes O(log n) for each model.
+        The device will be free at `free_at`; `ready` says when a request of a given deadline is decoded, and does not
+        fall as that rises. Takes O(log n) for each model, besides what `ready` takes.
         """
-        if self._ends(max(now, free_at), request.deadline, request.high) > request.deadline:
+        if self._ends(max(now, free_at), request.deadline, request.high, ready) > request.deadline:
             # Sooner might do, ahead of others who would then be late; that is no answer to who asks for later.
-            raise InfeasibleError(self.earliest(now, free_at, request.high, request.deadline) - request.arrival)
+            raise InfeasibleError(self.earliest(now, free_at, request.high, request.deadline, ready) - request.arrival)
+
+    @property
+    def expected(self) -> int:
+        """How many requests were admitted and are still being decoded."""
+        return len(self._coming)
+
+    def expect(self, request: Waiting[None]) -> None:
+        """Reckon with a request that was admitted and is still being decoded, until `submit` or `forget`."""
+        self._coming.push(request)
+
+    def forget(self, request: Waiting[None]) -> None:
+        """Expect a request no longer."""
+        self._coming.remove(request)
 
     def submit(self, request: Waiting[T], now: float, free_at: float) -> None:
         """Let a request wait. Raises InfeasibleError as `check` does."""
         self.check(request, now, free_at)
         self._queue.push(request)
 
-    def earliest(self, now: float, free_at: float, high: int, after: float = -math.inf) -> float:
-        """Return the earliest deadline from `after` on that `check` would let pass, for a highest level of `high`."""
+    def earliest(
+        self, now: float, free_at: float, high: int, after: float = -math.inf, ready: Callable[[float], float] = at_once
+    ) -> float:
+        """Return the earliest deadline from `after` on that `check` would let pass, for a highest level of `high`.
+
+        Where very many deadlines would have to be tried, a later one that it lets pass as well.
+        """
         start = max(now, free_at)
-        deadline = max(self._ends(start, -math.inf, high), after)
-        while (later := self._ends(start, deadline, high)) > deadline:
+        deadline = max(self._ends(start, -math.inf, high, ready), after)
+        for _ in range(_MOST_TRIED):
+            if (later := self._ends(start, deadline, high, ready)) <= deadline:
+                return deadline
             deadline = later
-        return deadline
+        return max(deadline, self._ends(start, math.inf, high, ready))
 
     def cancel(self, request: Waiting[T]) -> bool:
         """Take out a request; returns whether it still waited."""
@@ -102,18 +140,23 @@ class Scheduler(Generic[T]):
             dropped.append(first)
         return dropped
 
-    def _ends(self, start: float, deadline: float, high: int) -> float:
+    def _ends(self, start: float, deadline: float, high: int, ready: Callable[[float], float]) -> float:
         """Return when a request ends if all due by its `deadline` are merged the most, and run from `start` on."""
         largest, top = self.latency.max_batch, self.latency.levels - 1
-        batches, rest = divmod(self._queue.due_by(deadline), largest)
+        batches, rest = divmod(self._due_by(deadline), largest)
         for other in self._others():
             start += other._work(deadline)
-        return start + batches * self.latency.expected(largest, top) + self.latency.promised(rest + 1, high)
+        begins = max(start + batches * self.latency.expected(largest, top), ready(deadline))
+        return begins + self.latency.promised(rest + 1, high)
+
+    def _due_by(self, deadline: float) -> int:
+        """Return how many must be done no later than `deadline`, of those that wait and those still being decoded."""
+        return self._queue.due_by(deadline) + self._coming.due_by(deadline)
 
     def _work(self, deadline: float) -> float:
         """Return the seconds that those due by `deadline` take, merged the most."""
         largest, top = self.latency.max_batch, self.latency.levels - 1
-        batches, rest = divmod(self._queue.due_by(deadline), largest)
+        batches, rest = divmod(self._due_by(deadline), largest)
         seconds = batches * self.latency.expected(largest, top)
         return seconds + self.latency.expected(rest, top) if rest else seconds
 

@@ -217,11 +217,14 @@ class _Simulation:
         due = math.inf if self.cluster.blind else arrived + budget - self.cluster.reply
         request = Waiting(number, arrived, due, 0, self.top)
         scheduler = replica.scheduler
-        if not replica.running and not len(scheduler) and replica.free_at > -math.inf:
-            # As the server does: while all is refused, no batch would show that the machine has recovered.
-            scheduler.latency.idle(now - replica.free_at)
-            replica.free_at = now
         scheduler.arrived(now, request.deadline - now)
+        if not replica.running and not len(scheduler) and replica.free_at > -math.inf:
+            try:
+                scheduler.check(request, now, replica.free_at)
+            except InfeasibleError:
+                # As the server does: while all is refused, no batch would show that the machine has recovered.
+                scheduler.latency.forget_slowness(now - replica.free_at)
+                replica.free_at = now
         try:
             scheduler.submit(request, now, replica.free_at)
         except InfeasibleError:

@@ -12,7 +12,7 @@ from .attempts import attempt
 
 
 def test_nothing_asked_is_nothing_bound() -> None:
-    assert terms_of({}) == Terms(budget=math.inf)
+    assert terms_of({}) == Terms(budget=None)
 
 
 def test_each_parameter_arrives() -> None:
@@ -26,18 +26,29 @@ def test_each_parameter_arrives() -> None:
 @pytest.mark.parametrize(
     ("given", "budget"),
     [
-        ({"timeout": 0}, math.inf),
+        ({}, None),
+        ({"timeout": 0}, None),
         ({"timeout": 2_500_000}, 2.5),
         ({"timeout": 0, "latency_budget_ms": 0.5}, 0.0005),
         ({"timeout": 1_000_000, "latency_budget_ms": 2000}, 1.0),
         ({"timeout": 3_000_000, "latency_budget_ms": 2000}, 2.0),
+        ({"no_deadline": True}, math.inf),
+        ({"no_deadline": True, "timeout": 0}, math.inf),
+        ({"no_deadline": False, "latency_budget_ms": 2000}, 2.0),
     ],
 )
-def test_the_least_time_counts(given: dict[str, Any], budget: float) -> None:
+def test_the_least_time_counts(given: dict[str, Any], budget: float | None) -> None:
     assert terms_of(given).budget == budget
 
 
-FLAGS = ("normalize_features", "float16_features")
+@pytest.mark.parametrize("other", [{"latency_budget_ms": 5.0}, {"timeout": 5}])
+def test_a_request_has_a_budget_or_no_deadline(other: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        terms_of({"no_deadline": True, **other})
+    assert caught.value.field == "parameters.no_deadline"
+
+
+FLAGS = ("no_deadline", "normalize_features", "float16_features")
 NAMES = ("latency_budget_ms", "timeout", "priority", "r", "min_r", "max_r", "min_quality", *FLAGS)
 VALUES = st.one_of(st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(), st.text(max_size=20))
 
@@ -51,4 +62,4 @@ def test_any_parameters_are_taken_or_refused_by_name(given: dict[str, Any]) -> N
         assert len(str(error)) < 400
     else:
         assert set(given) <= {*NAMES, "triton_enable_empty_final_response"}
-        assert terms.budget > 0
+        assert terms.budget is None or terms.budget > 0

@@ -120,8 +120,9 @@ def test_a_crowd_with_time_is_merged_less_than_one_without(
 
 def test_what_cannot_be_met_is_refused_with_what_could_be(server: Any, stub: Any, image: bytes) -> None:
     before = scrape(server.metrics_url)
-    # An image that can't be decoded: it would be INVALID_ARGUMENT if anybody had tried.
-    hopeless = pb.PredictRequest(image=b"nothing", latency_budget=duration(0.0005))
+    # An image whose pixels can't be decoded: it would be INVALID_ARGUMENT if that had been tried.
+    assert b"IDAT\x78" in image
+    hopeless = pb.PredictRequest(image=image.replace(b"IDAT\x78", b"IDAT\x00"), latency_budget=duration(0.0005))
     refused = refusal(lambda: stub.Predict(hopeless))
     assert refused.code is grpc.StatusCode.DEADLINE_EXCEEDED
     info = refused.details["ErrorInfo"]

@@ -151,7 +151,7 @@ def test_whatever_is_observed_predictions_stay_positive_and_promises_above_them(
         ratio = seconds / latency.of_batch(levels)
         assert latency.observe(levels, seconds) == pytest.approx(ratio)
         if i % 7 == 6:
-            latency.idle(3)
+            latency.forget_slowness(3)
     for size in range(1, latency.max_batch + 1):
         for level in range(latency.levels):
             assert 0 < latency.expected(size, level) <= latency.promised(size, level) < math.inf
@@ -304,13 +304,51 @@ def test_what_was_slow_is_forgotten_while_nothing_runs() -> None:
     for _ in range(20):
         latency.observe([0], 4 * latency.profile.p50[0][0])
     assert latency.drift == pytest.approx(4)
-    latency.idle(5)
+    latency.forget_slowness(0.5)
     assert latency.drift == pytest.approx(2)
-    latency.idle(2.5)
-    latency.idle(2.5)
+    latency.forget_slowness(0.25)
+    latency.forget_slowness(0.25)
     assert latency.drift == pytest.approx(2**0.5)
-    latency.idle(60)
+    latency.forget_slowness(60)
     assert latency.drift == pytest.approx(1, abs=0.01)
+
+
+def test_what_was_fast_is_kept_while_nothing_runs() -> None:
+    latency = Latency(profile())
+    for _ in range(20):
+        latency.observe([0], latency.profile.p50[0][0] / 8)
+    latency.forget_slowness(60)
+    assert latency.drift == pytest.approx(1 / 8)
+
+
+@given(profiles(), st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99), st.floats(1, 1e3)), max_size=60))
+def test_however_slow_a_machine_was_its_predictions_are_those_of_the_profile_within_five_seconds(
+    profile: Profile, observed: list[tuple[int, int, float]]
+) -> None:
+    untouched, latency = Latency(profile), Latency(profile)
+    for size, level, slowness in observed:
+        levels = [level % latency.levels] * (1 + size % latency.max_batch)
+        latency.observe(levels, slowness * untouched.of_batch(levels))
+    latency.forget_slowness(5.0)
+    for size in range(1, latency.max_batch + 1):
+        for level in range(latency.levels):
+            assert latency.promised(size, level) <= 1.02 * untouched.promised(size, level)
+
+
+def test_predictions_are_settled_once_enough_batches_took_what_the_profile_says_or_less() -> None:
+    latency = Latency(profile())
+    top = latency.levels - 1
+    usual = latency.profile.p50[0][top]
+    for _ in range(9):
+        assert not latency.settled
+        latency.observe([top], usual)
+    assert latency.settled
+    for _ in range(9):
+        latency.observe([top], 4 * usual)
+    assert not latency.settled
+    for _ in range(9):
+        latency.observe([top], usual / 8)
+    assert latency.settled
 
 
 def steps(call: Callable[[], object]) -> int:

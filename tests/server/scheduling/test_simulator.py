@@ -209,8 +209,9 @@ def test_a_machine_that_was_too_slow_for_anybody_is_tried_again() -> None:
     # For a while no batch is in time, so that all are refused, and nothing is observed any more.
     arrivals = [Arrival(0.02 * number, 0.010) for number in range(2000)]
     result = simulate(arrivals, cluster(slowdowns=[Slowdown(5.0, 6.0, 50.0)], jitter=0.0))
-    assert result.refused > 50
-    assert result.attainment > 0.5
+    assert result.refused > 20
+    # But for the second that was slow, and a second or so after it.
+    assert result.attainment > 0.95
     assert simulate(arrivals[-100:], cluster(jitter=0.0)).attainment == 1
 
 
