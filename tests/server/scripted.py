@@ -211,6 +211,11 @@ class Bench:
         assert value is not None
         return value
 
+    @property
+    def settled(self) -> bool:
+        """Whether no model's predictions are in doubt."""
+        return all(served.scheduler.latency.settled for served in self.engine.models.values())
+
     def assert_idle(self) -> None:
         assert self.gauge("tome_requests_pending") == 0
         assert not self.device.slots

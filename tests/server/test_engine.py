@@ -28,6 +28,7 @@ from scripted import (
     use,
 )
 
+from tome_server.batches import PROBE_AFTER
 from tome_server.engine import Engine, Reply
 from tome_server.errors import (
     DeviceDiedError,
@@ -41,10 +42,12 @@ from tome_server.errors import (
     UnknownModelError,
 )
 from tome_server.models.hosted import HostedModel
+from tome_server.models.preprocess import InputSize
 from tome_server.models.spec import Own
 from tome_server.observability.metrics import Metrics
 from tome_server.oip.messages import InferRequest, RequestedOutput, Tensor
 from tome_server.oip.service import OpenInference
+from tome_server.overhead import FRESH
 from tome_server.scheduling.policy.view import Decision, View
 from tome_server.served import ServedModel
 
@@ -458,6 +461,175 @@ async def test_replies_that_are_slow_on_their_way_back_are_allowed_for(
     for image in range(64):
         await bench.predict(image)
     assert image_of(await bench.predict(1, within=2.0)) == 1
+
+
+# Requests without a deadline
+
+
+async def test_a_request_without_a_deadline_is_never_refused_for_time_and_has_no_slack(
+    start: Callable[..., Bench], stopped: Clock
+) -> None:
+    bench = start(unit=SLOW, max_batch=1)
+    holding = await bench.hold_device()
+    tasks = await bench.in_order(*range(1, 40), within=math.inf)
+    stopped.skip(500.0)
+    bench.device.gate.set()
+    await holding
+    for image, task in enumerate(tasks, 1):
+        reply = await task
+        assert image_of(reply) == image
+        assert reply.timing.slack is None
+    assert bench.metric("tome_slo_met_total") == 1  # of the one that held the device
+    assert bench.metric("tome_rejected_total", reason="infeasible") == 0
+
+
+async def test_requests_with_a_deadline_go_before_those_without(start: Callable[..., Bench]) -> None:
+    bench = start(max_batch=1)
+    holding = await bench.hold_device()
+    tasks = await bench.in_order(1, 2, within=math.inf) + await bench.in_order(3, within=500.0)
+    bench.device.gate.set()
+    await asyncio.gather(holding, *tasks)
+    assert [images for *_, images in bench.device.batches] == [(0,), (3,), (1,), (2,)]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+async def test_every_policy_runs_requests_without_a_deadline(start: Callable[..., Bench], policy: str) -> None:
+    bench = start(policy)
+    holding = await bench.hold_device()
+    tasks = await bench.in_order(*range(1, 20), within=math.inf)
+    tasks += await bench.in_order(20, 21, within=500.0)
+    bench.device.gate.set()
+    replies = await asyncio.gather(holding, *tasks)
+    assert [image_of(reply) for reply in replies] == list(range(22))
+    assert bench.metric("tome_policy_failures_total") == 0
+
+
+# Estimates that are wrong
+
+
+async def test_an_idle_server_finds_out_by_itself_that_it_is_slow_no_more(
+    start: Callable[..., Bench], clock: Clock
+) -> None:
+    bench = start(unit=SLOW)
+    bench.device.slowness = 8.0
+    for image in range(10):
+        await bench.predict(image)
+    assert bench.metric("tome_latency_drift_ratio") == pytest.approx(8)
+    bench.device.slowness = 1.0
+    before = len(bench.device.probes)
+    await until(lambda: bench.settled)
+    assert bench.metric("tome_latency_drift_ratio") == pytest.approx(1, abs=0.1)
+    assert len(bench.device.probes) > before
+    assert image_of(await bench.predict(98, within=2.0)) == 98
+
+
+async def test_a_profile_that_is_far_too_slow_is_corrected_by_an_idle_server(start: Callable[..., Bench]) -> None:
+    bench = start(unit=SLOW)
+    bench.device.slowness = 1 / 8
+    await infeasible(bench.predict(1, within=0.5))
+    # Too slow by eight times: 1.65 s are promised for what takes 0.19.
+    await until(lambda: bench.settled)
+    assert bench.metric("tome_latency_drift_ratio") == pytest.approx(1 / 8)
+    assert image_of(await bench.predict(2, within=0.5)) == 2
+
+
+async def test_an_idle_server_of_settled_predictions_runs_nothing_of_its_own(start: Callable[..., Bench]) -> None:
+    bench = start()
+    await until(lambda: bench.settled)
+    probes = len(bench.device.probes)
+    await asyncio.sleep(4 * PROBE_AFTER)
+    assert len(bench.device.probes) == probes
+
+
+async def test_empty_images_that_fail_harm_nothing(
+    start: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = start()
+    failed = asyncio.Event()
+
+    async def broken(*_: object) -> float:
+        failed.set()
+        raise ValueError("no kernel for zeros")
+
+    monkeypatch.setattr(bench.device, "probe", broken)
+    await failed.wait()
+    assert image_of(await bench.predict(3)) == 3
+
+
+async def test_a_slow_way_back_refuses_no_longer_than_it_is_fresh(start: Callable[..., Bench], stopped: Clock) -> None:
+    bench = start(unit=SLOW, max_batch=1)
+    holding = await bench.hold_device()
+    tasks = await bench.in_order(*range(1, 16))
+    stopped.skip(4.0)  # as if the process had been stopped, with sixteen in flight
+    bench.device.gate.set()
+    await asyncio.gather(holding, *tasks)
+    stopped.skip(FRESH + 0.1)
+    assert image_of(await bench.predict(99, within=2.0)) == 99
+
+
+async def test_one_kind_of_image_that_is_slow_to_decode_refuses_no_other(
+    start: Callable[..., Bench], stopped: Clock
+) -> None:
+    bench = start(unit=SLOW)
+    times = bench.engine._decoders.times
+    bench.decoder.sizes[b"7"] = InputSize("16-bit PNG", 49.0, 1)
+    for _ in range(9):
+        times.add(stopped.loop.time(), "16-bit PNG", 49.0, 100.0, 100.0)
+    assert (await infeasible(bench.predict(7, within=20.0))).smallest > 100
+    assert bench.decoder.decoded == []
+    assert image_of(await bench.predict(1, within=2.0)) == 1
+
+
+async def test_images_that_wait_for_a_thread_are_reckoned_with_and_forgotten_once_they_are_gone(
+    start: Callable[..., Bench], stopped: Clock
+) -> None:
+    bench = start(unit=SLOW, threads=1)
+    for _ in range(9):
+        bench.engine._decoders.times.add(stopped.loop.time(), "scripted", 1.0, 10.0, 10.0)
+    bench.decoder.gate.clear()
+    tasks = [bench.predict(image, within=56.0) for image in range(5)]
+    await until(lambda: bench.decoder.decoded and len(bench.engine._decoders) == 4)
+    # Five times ten seconds before its own, with a quarter to spare, and the device.
+    assert (await infeasible(bench.predict(9, within=57.0))).smallest == pytest.approx(50 + 12.5 + 1.65, abs=0.1)
+    # One that is due before the four that wait goes before them.
+    sooner = bench.predict(8, within=30.0)
+    await until(lambda: len(bench.engine._decoders) == 5)
+    bench.decoder.gate.set()
+    for image, task in enumerate(tasks):
+        assert image_of(await task) == image
+    assert image_of(await sooner) == 8
+    assert bench.decoder.decoded[1] == b"8"
+    assert bench.gauge("tome_decode_queue_depth") == 0
+
+
+async def test_an_image_that_cannot_be_decoded_in_time_any_more_is_refused_before_a_thread_is_spent_on_it(
+    start: Callable[..., Bench], stopped: Clock
+) -> None:
+    bench = start(unit=SLOW, threads=1)
+    bench.decoder.gate.clear()
+    first = bench.predict(1, within=500.0)
+    await until(lambda: bench.decoder.decoded == [b"1"])
+    second = bench.predict(2, within=20.0)
+    await until(lambda: len(bench.engine._decoders) == 1)
+    stopped.skip(18.9)  # what is left is less than one image takes on the device
+    bench.decoder.gate.set()
+    error = await infeasible(second)
+    assert error.smallest > 1.6
+    assert image_of(await first) == 1
+    assert bench.decoder.decoded == [b"1"]
+
+
+async def test_requests_that_are_being_decoded_are_reckoned_with_at_admission(
+    start: Callable[..., Bench], stopped: Clock
+) -> None:
+    bench = start(unit=SLOW, threads=1, max_batch=1)
+    bench.decoder.gate.clear()
+    # Each takes 1.5 s on the device, and 1.65 are promised: three of them are in time, though nothing waits there yet.
+    tasks = [bench.predict(image, within=5.0) for image in range(5)]
+    for task in tasks[3:]:
+        assert (await infeasible(task)).smallest == pytest.approx(3 * 1.5 + 1.65, abs=0.01)
+    bench.decoder.gate.set()
+    assert [image_of(await task) for task in tasks[:3]] == [0, 1, 2]
 
 
 # All of it at once
