@@ -163,6 +163,30 @@ def _scaled(chunk: memoryview, depth: int) -> bytes | memoryview:
     return struct.pack(">I", 2) + body + struct.pack(">I", zlib.crc32(body))
 
 
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""The passes of an interlaced PNG: the first column and row, and the steps between columns and rows."""
+
+
+def png_lacks_rows(data: bytes) -> bool:
+    """Whether the compressed pixels of a bare PNG end before its last row, though they end as they should."""
+    width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
+    passes = _ADAM7 if data[28] else ((0, 0, 1, 1),)
+    sizes = ((-(-(width - left) // across), -(-(height - top) // down)) for left, top, across, down in passes)
+    bits = _CHANNELS[colour] * depth
+    missing: int = sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in sizes if columns > 0)
+    view = memoryview(data)
+    inflate = zlib.decompressobj()
+    at = len(PNG_SIGNATURE)
+    while missing > 0 and not inflate.eof and at < len(data):
+        length, name = struct.unpack_from(">I4s", data, at)
+        packed: bytes | memoryview = view[at + 8 : at + 8 + length] if name == b"IDAT" else b""
+        while packed and missing > 0:
+            missing -= len(inflate.decompress(packed, 2**20))
+            packed = inflate.unconsumed_tail
+        at += 12 + length
+    return missing > 0
+
+
 # ---- WebP ----
 
 _WEBP_PIXELS = {b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF"}

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from tome_server.errors import InvalidRequestError
-from tome_server.models.bare_image import BareImage
+from tome_server.models.bare_image import BareImage, png_lacks_rows
 from tome_server.models.image_header import ImageHeader, cut_off, damaged
 from tome_server.models.upright import Upright
 
@@ -29,9 +29,7 @@ def decode(stored: BareImage, header: ImageHeader, shortest: int, mode: str) -> 
     Raises InvalidRequestError if the pixels are damaged or cut off.
     """
     try:
-        if stored.whole:
-            return Upright(*_with_transparency(stored.data, header, shortest), mode, stored.orientation)
-        return Upright(_without_end(stored.data, header, shortest), None, mode, stored.orientation)
+        image, transparent = _pixels(stored, header, shortest)
     except InvalidRequestError:
         raise
     except MemoryError as error:
@@ -41,6 +39,27 @@ def decode(stored: BareImage, header: ImageHeader, shortest: int, mode: str) -> 
         if "truncated" in str(error):
             raise cut_off("before its last pixel") from error
         raise damaged("its pixels can't be decoded") from error
+    return Upright(image, transparent, mode, stored.orientation)
+
+
+def _pixels(stored: BareImage, header: ImageHeader, shortest: int) -> tuple[Image.Image, Image.Image | None]:
+    """Decode an image, with a mask of its transparent pixels where Pillow can't tell them."""
+    if not stored.whole:
+        return _without_end(stored.data, header, shortest), None
+    image, transparent = _with_transparency(stored.data, header, shortest)
+    if header.format == "PNG" and _ends_in_black(image) and png_lacks_rows(stored.data):
+        raise cut_off("before its last pixel")
+    return image, transparent
+
+
+def _ends_in_black(image: Image.Image) -> bool:
+    """Whether the last row, or the one before it, which an interlaced PNG stores later, is all zeros.
+
+    Pillow leaves rows so that aren't there.
+    """
+    width, height = image.size
+    rows = (image.crop((0, row, width, row + 1)).tobytes() for row in range(max(0, height - 2), height))
+    return any(not row.strip(b"\0") for row in rows)
 
 
 def _opened(data: bytes, header: ImageHeader, shortest: int) -> ImageFile.ImageFile:

@@ -160,6 +160,26 @@ def test_a_png_too_short_for_its_size_is_refused_before_memory_is_taken_for_it()
     assert refusal(data) == "is cut off: it ends before its last pixel"
 
 
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("colour", [0, 2, 3, 6])
+@pytest.mark.parametrize("shade", [0, 200])
+def test_a_png_whose_pixels_end_early_in_good_order_is_cut_off(shade: int, colour: int, interlaced: bool) -> None:
+    channels = {0: 1, 2: 3, 3: 1, 6: 4}[colour]
+    passes = [(SIZE, SIZE)]
+    if interlaced:
+        passes = [(6, 6), (6, 6), (12, 6), (12, 12), (24, 12), (24, 24), (48, 24)]
+    rows = [b"\0" + bytes([shade]) * (columns * channels) for columns, count in passes for _ in range(count)]
+
+    def data(rows: list[bytes]) -> bytes:
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", SIZE, SIZE, 8, colour, 0, 0, interlaced))
+        palette = chunk(b"PLTE", bytes(768)) if colour == 3 else b""
+        return b"\x89PNG\r\n\x1a\n" + header + palette + chunk(b"IDAT", zlib.compress(b"".join(rows)))
+
+    assert decoded(data(rows)).shape == (SIZE, SIZE, 3)
+    for missing in (1, 10, len(rows) - 1):
+        assert refusal(data(rows[:-missing])) == "is cut off: it ends before its last pixel"
+
+
 DEPTHS = [
     (depth, colour) for colour, depths in {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8)}.items() for depth in depths
 ]
