@@ -47,7 +47,7 @@ class ImageHeader:
     """As stored: EXIF orientation may turn the image afterwards."""
     height: int
     kind: str
-    """What decode time is learned by: images of one kind take about the same time a megapixel."""
+    """How the image is encoded, in words: "JPEG", "progressive JPEG", "16-bit PNG" and so on."""
     pixel_bytes: float
     """Memory of one decoded pixel."""
     working_bytes: float
@@ -69,6 +69,14 @@ class ImageHeader:
             return 1
         most = min(self.width, self.height) // shortest
         return next((scale for scale in JPEG_SCALES if scale <= most), 1)
+
+    def kind_at(self, shortest: int) -> str:
+        """Return what decode time is learned by: images of one such kind take about the same time a megapixel.
+
+        It is `kind`, and for a JPEG the scale that it is decoded at.
+        """
+        scale = self.scale(shortest)
+        return self.kind if scale == 1 else f"{self.kind} at 1/{scale}"
 
     def decode_bytes(self, shortest: int) -> int:
         """Estimate the peak memory, from above, of decoding the image and resizing its shorter side to `shortest`.

@@ -75,6 +75,26 @@ def test_images_whose_decoding_costs_alike_are_of_one_kind(data: bytes, kind: st
     assert read_header(data).kind == kind
 
 
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [
+        ((600, 400), "JPEG"),
+        ((496, 496), "JPEG at 1/2"),
+        ((4000, 991), "JPEG at 1/2"),
+        ((992, 4000), "JPEG at 1/4"),
+        ((4000, 3000), "JPEG at 1/8"),
+    ],
+)
+def test_decode_time_of_a_jpeg_is_learned_by_its_scale_too(size: tuple[int, int], kind: str) -> None:
+    data = encode(Image.new("L", size), "JPEG")
+    header = read_header(data)
+    assert header.kind_at(248) == kind
+    image = Image.open(io.BytesIO(data))
+    image.draft(None, (248, 248))
+    assert image.size == tuple(-(-side // header.scale(248)) for side in size)
+    assert read_header(encode(Image.new("L", size), "PNG")).kind_at(248) == "PNG"
+
+
 def ihdr(width: int, height: int, depth: int = 8, colour: int = 2, *ends: int) -> bytes:
     body = b"IHDR" + struct.pack(">IIBB", width, height, depth, colour) + bytes(ends or (0, 0, 0))
     return b"\x89PNG\r\n\x1a\n\0\0\0\x0d" + body + struct.pack(">I", zlib.crc32(body))
