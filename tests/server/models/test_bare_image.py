@@ -399,6 +399,14 @@ def test_a_webp_keeps_its_alpha() -> None:
         assert np.array_equal(decoded(data), expected)
 
 
+def test_an_animation_of_one_frame_is_a_picture_and_of_two_is_none() -> None:
+    other = photo().transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    data = encode(photo(), "WEBP", lossless=True, save_all=True, append_images=[other])
+    assert refusal(data) == "is animated; send one frame"
+    head, animation, frame = (webp_chunk(data, name) for name in (b"VP8X", b"ANIM", b"ANMF"))
+    assert np.array_equal(decoded(riff(head, animation, frame)), RGB)
+
+
 @pytest.mark.parametrize(
     ("data", "says"),
     [

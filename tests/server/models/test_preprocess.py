@@ -1,5 +1,6 @@
 import io
 import math
+import pickle
 import struct
 import zlib
 from collections.abc import Callable
@@ -373,6 +374,13 @@ def test_threads_may_share_one() -> None:
     with ThreadPoolExecutor(8) as threads:
         together = list(threads.map(PREPROCESS.encoded, images * 8))
     assert all(np.array_equal(got, alone[i % len(alone)]) for i, got in enumerate(together))
+
+
+def test_a_copy_in_another_process_prepares_alike() -> None:
+    image = encode(gradients(300, 200), "JPEG")
+    copy = pickle.loads(pickle.dumps(Preprocess(VIT, Limits(max_pixels=100_000))))
+    assert np.array_equal(copy.encoded(image), Preprocess(VIT, Limits()).encoded(image))
+    assert "at most 100,000 pixels" in refusal(lambda: copy.encoded(encode(gradients(400, 251), "PNG"))).description
 
 
 def real_images() -> list[bytes]:
