@@ -83,6 +83,7 @@ bench: $(STAMP)  ## every benchmark, each printing all sides from one run (about
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.server
 	$(BIN)/python -m benchmarks.requests
+	$(BIN)/python -m benchmarks.images
 	$(BIN)/python -m benchmarks.threads
 
 nightly: DEBIAN += buildah debootstrap
