@@ -60,7 +60,7 @@ class Preprocess:
         Raises InvalidRequestError for what `encoded` refuses, as far as the first bytes say.
         """
         header = self._header(data)
-        return InputSize(header.kind, header.megapixels, header.decode_bytes(self.shortest))
+        return InputSize(header.kind_at(self.shortest), header.megapixels, header.decode_bytes(self.shortest))
 
     def pixels_size(self, shape: Sequence[int], data: bytes) -> InputSize:
         """Return what `pixels` takes. Raises InvalidRequestError for what it refuses."""
