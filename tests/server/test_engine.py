@@ -583,7 +583,7 @@ async def test_one_kind_of_image_that_is_slow_to_decode_refuses_no_other(
 async def test_images_that_wait_for_a_thread_are_reckoned_with_and_forgotten_once_they_are_gone(
     start: Callable[..., Bench], stopped: Clock
 ) -> None:
-    bench = start(unit=SLOW, threads=1)
+    bench = start(unit=SLOW, threads=1, max_batch=1)
     for _ in range(9):
         bench.engine._decoders.times.add(stopped.loop.time(), "scripted", 1.0, 10.0, 10.0)
     bench.decoder.gate.clear()
