@@ -1,21 +1,57 @@
-"""What the commands that ask for predictions have in common on the command line."""
+"""What the commands have in common on the command line."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
-from tome_client.durations import parse_duration
+from tome_api import durations
 from tome_client.requests import PredictOptions
+
+_Value = TypeVar("_Value")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors suggest the nearest flag or command that exists."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parses as ArgumentParser does, but reports unknown arguments here, where the command's own flags are known.
+
+        ArgumentParser would report them with the usage of the program, and not of the command.
+        """
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            hints = [_nearest(word.partition("=")[0], flags) for word in unknown if word.startswith("-")]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{next(filter(None, hints), '')}")
+        return known, unknown
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            raise argparse.ArgumentError(action, f"{error.message}{_nearest(value, action.choices or ())}") from None
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def add_merging_arguments(command: argparse.ArgumentParser) -> None:
-    """Adds which model to ask, and the bounds in which the server may merge."""
-    command.add_argument("--model", default="", metavar="NAME", help="which model (default: the server's first)")
+    """Adds the arguments that choose the model and limit how much the server may merge."""
+    command.add_argument("--model", default="", metavar="NAME", help="model to ask (default: the server's first)")
     command.add_argument("--r", type=int, metavar="N", help="merge exactly N tokens in each block")
-    command.add_argument("--min-r", type=int, metavar="N", help="let the server merge no fewer")
-    command.add_argument("--max-r", type=int, metavar="N", help="let the server merge no more")
+    command.add_argument("--min-r", type=int, metavar="N", help="merge at least N tokens in each block")
+    command.add_argument("--max-r", type=int, metavar="N", help="merge at most N tokens in each block")
     command.add_argument(
-        "--min-quality", type=share, metavar="SHARE", help="keep at least this share of the quality at r = 0, as 0.99"
+        "--min-quality",
+        type=share,
+        metavar="SHARE",
+        help="keep at least this share of the model's quality at r = 0, such as 0.99",
     )
 
 
@@ -25,18 +61,35 @@ def merging_options(args: argparse.Namespace) -> PredictOptions:
 
 
 def error_text(error: Exception) -> str:
-    """Returns what an error says; of a file, its name and what the system says of it."""
+    """Returns an error's message in one line; for a file, its name and the system's message."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return str(error)
+    return " ".join(str(error).split())
+
+
+def warn(text: str) -> None:
+    """Prints a line to standard error, in the command's name."""
+    print(f"tome-client: {text}", file=sys.stderr, flush=True)
 
 
 def duration(text: str) -> float:
+    """Reads a duration above 0, in seconds, for argparse."""
+    return _read(durations.parse_positive_duration, text)
+
+
+def duration_or_zero(text: str) -> float:
     """Reads a duration, in seconds, for argparse."""
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return _read(durations.parse_duration, text)
+
+
+def budget(text: str) -> float:
+    """Reads a latency budget, in seconds, for argparse; `none` is infinite."""
+    return _read(durations.parse_budget, text)
+
+
+def budgets(text: str) -> Sequence[durations.BudgetClass]:
+    """Reads a latency budget or a mix of several for argparse."""
+    return _read(durations.parse_budgets, text)
 
 
 def share(text: str) -> float:
@@ -46,5 +99,12 @@ def share(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"not a share: {text!r}; write it like 0.99, from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1; write for example 0.99")
     return value
+
+
+def _read(parse: Callable[[str], _Value], text: str) -> _Value:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

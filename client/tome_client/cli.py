@@ -3,39 +3,44 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
 
-from tome_client.arguments import add_merging_arguments, duration, error_text, merging_options
+from tome_client.arguments import Parser, add_merging_arguments, budget, error_text, merging_options, warn
 from tome_client.client import Client
 from tome_client.connection import connection, connection_options
 from tome_client.errors import TomeError
+from tome_client.inputs import image_files
 from tome_client.json_text import json_text
 from tome_client.load.command import add_load_command
-from tome_client.requests import PredictOptions, StreamItem
+from tome_client.requests import PredictOptions, StreamItem, unsendable
 from tome_client.results import PredictResult
-from tome_client.tables import model_details, model_table, prediction_table, prediction_text
+from tome_client.tables import model_details, model_table, prediction_header, prediction_line, prediction_text
+from tome_client.terminal import never_refuse
 from tome_client.version import __version__
 
 _EXAMPLES = """\
 examples:
-  tome-client predict shirt.png                     no deadline of its own: the model's default
-  tome-client predict *.jpg --budget 50ms           each answered in 50 ms, or refused
+  tome-client predict shirt.png                     one image, within the model's default budget
+  tome-client predict *.jpg photos/                 files and folders, without a deadline
+  tome-client predict *.jpg --budget 50ms           each answered within 50 ms, or refused
   tome-client predict shirt.png --r 8 --json        exactly 8 tokens merged in each block
-  tome-client models                                what is hosted
-  tome-client models fashion                        what each r of one model costs and keeps
+  tome-client models                                which models the server has
+  tome-client models fashion                        what each r of a model costs and keeps
   tome-client visualize shirt.png --r 8 -o out.png  which patches were merged
   tome-client load --images DIR --rate 40 --budget 100ms    what share of 40 requests a second is answered in time
   TOME_TARGET=vision.example:443 tome-client --tls models
 
-Exits with 0 if all was answered, 1 if anything failed, 2 if the command line is wrong.
+Exits with 0 if everything was answered, 1 if anything failed, 2 if the command line is wrong, 130 after Ctrl-C.
 """
-
 
 # By what gRPC says.
 _HINTS = {
@@ -45,25 +50,38 @@ _HINTS = {
 }
 
 
+_INTERRUPTED = 130
+
+# As a shell reports a command that SIGPIPE ended: what reads standard output, such as `head`, has read enough.
+_PIPE_CLOSED = 141
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
+    never_refuse()
     args = argument_parser().parse_args(argv)
     try:
         status: int = args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes standard output once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
     except (TomeError, ImportError, OSError, ValueError) as error:
-        print(f"tome-client: {_one_line(error)}{_hint(error)}", file=sys.stderr)
+        warn(f"{error_text(error)}{_hint(error)}")
         return 1
     except KeyboardInterrupt:
-        return 130
+        warn("interrupted")
+        return _INTERRUPTED
     return status
 
 
 def argument_parser() -> argparse.ArgumentParser:
     """Returns the parser; what it parses has the command as `run`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="tome-client",
         usage="%(prog)s [options] COMMAND ...",
-        description="Asks a tome-serving server to classify images within a latency budget.",
+        description="Asks a tome-serving server to classify images, within a latency budget if you name one.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[connection_options()],
@@ -79,31 +97,43 @@ def argument_parser() -> argparse.ArgumentParser:
         parents=[parent],
         usage="%(prog)s [options] IMAGE [IMAGE ...]",
         help="classify images",
-        description="Classifies images, all of them over one stream, and shows for each what the server merged to be "
-        "in time. One that can't be answered within --budget is refused at once, with the smallest latency possible.",
+        description="Classifies images and shows, for each, how much the server merged. Several images share one "
+        "stream, and each result is printed as soon as it arrives. An image that can't be answered within --budget is "
+        "refused immediately, and the refusal says which budget would have been accepted.",
     )
     command.set_defaults(run=predict)
-    command.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG, WebP or BMP file")
+    command.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="JPEG, PNG, WebP or BMP file, or a folder of such files"
+    )
     command.add_argument(
         "--budget",
-        type=duration,
+        type=budget,
+        # So that a budget that was left out differs from `none`.
+        default=argparse.SUPPRESS,
         metavar="TIME",
-        help="longest the server may take for each, such as 50ms or 0.2s (default: what the model's settings say)",
+        help="longest the server may take for each image, such as 50ms or 0.2s, or none for no deadline "
+        "(default: the model's default budget for one image; none for several images or a folder)",
     )
     add_merging_arguments(command)
-    command.add_argument("--top-k", type=int, default=3, metavar="K", help="classes to show (default: %(default)s)")
-    command.add_argument("--json", action="store_true", help="print a JSON array; what is no finite number is null")
+    command.add_argument(
+        "--top-k", type=int, default=3, metavar="K", help="number of classes to show (default: %(default)s)"
+    )
+    command.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON array when all images are done; numbers that aren't finite are printed as null",
+    )
 
     command = commands.add_parser(
         "models",
         parents=[parent],
         usage="%(prog)s [options] [NAME]",
         help="list or describe models",
-        description="Lists the models of a server or, given a name, tells what one takes and what each r of it costs "
-        "and keeps.",
+        description="Lists the models of a server. Given a name, describes that model: its input, and the cost and "
+        "accuracy of each r.",
     )
     command.set_defaults(run=models)
-    command.add_argument("name", nargs="?", metavar="NAME", help="describe this model in full")
+    command.add_argument("name", nargs="?", metavar="NAME", help="describe only this model, in full")
     command.add_argument("--json", action="store_true", help="print JSON")
 
     command = commands.add_parser(
@@ -111,33 +141,63 @@ def argument_parser() -> argparse.ArgumentParser:
         parents=[parent],
         usage="%(prog)s [options] -o FILE IMAGE",
         help="draw which patches were merged",
-        description="Draws the model's input beside its merged tokens: every patch in the mean "
-        "colour of the patches it was merged with, lines between tokens. Needs Pillow: "
-        "pip install 'tome-serving[visualize]'",
+        description="Draws the model's input beside its merged tokens. Each patch has the mean colour of the patches "
+        "it was merged with, and lines separate the tokens. Needs Pillow: pip install 'tome-serving[visualize]'",
     )
     command.set_defaults(run=visualize)
-    command.add_argument("image", metavar="IMAGE", help="an image file")
-    command.add_argument("--model", default="", metavar="NAME", help="which model (default: the server's first)")
+    command.add_argument("image", metavar="IMAGE", help="JPEG, PNG, WebP or BMP file")
+    command.add_argument("--model", default="", metavar="NAME", help="model to ask (default: the server's first)")
     command.add_argument(
         "--r", type=int, metavar="N", help="tokens to merge in each block (default: the server chooses)"
     )
-    command.add_argument("-o", "--output", required=True, metavar="FILE", help="picture to write")
+    command.add_argument("-o", "--output", required=True, metavar="FILE", help="file to write the picture to")
 
     add_load_command(commands, parent)
     return parser
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Classifies the images named."""
-    outcomes = _classify(args)
-    for one in outcomes:
-        if one.error:
-            print(f"tome-client: {one.image}: {_one_line(one.error)}{_hint(one.error)}", file=sys.stderr)
+    """Classifies images, and prints each result as soon as it arrives."""
+    images, empty = _images(args.images)
+    for folder in empty:
+        warn(f"{folder}: there is no JPEG, PNG, WebP or BMP file in this folder")
+    width = max(map(len, ("image", *images)))
+    outcomes: dict[int, _Outcome] = {}
+    answered = 0
+    lost = TomeError(grpc.StatusCode.UNKNOWN, "the stream ended without an answer")
+    interrupted = False
+    try:
+        with _client(args) as client:
+            for number, one in _classified(client, images, args):
+                outcomes[number] = one
+                if one.error:
+                    warn(f"{one.image}: {error_text(one.error)}{_hint(one.error)}")
+                elif one.result:
+                    answered += 1
+                    if args.json:
+                        continue
+                    if answered == 1:
+                        print(prediction_header(width))
+                    print(prediction_line(width, one.image, one.result, one.round_trip), flush=True)
+    except TomeError as error:
+        lost = error
+    except KeyboardInterrupt:
+        lost = TomeError(grpc.StatusCode.CANCELLED, "interrupted")
+        interrupted = True
     if args.json:
-        print(json_text([one.fields() for one in outcomes]))
-    elif any(one.result for one in outcomes):
-        print(prediction_table((one.image, one.result, one.round_trip) for one in outcomes if one.result))
-    return int(any(one.error for one in outcomes))
+        every = (outcomes.get(number) or _Outcome(image, None, lost, 0.0) for number, image in enumerate(images))
+        print(json_text([one.fields() for one in every]))
+    failed = Counter(one.error.code.name for one in outcomes.values() if one.error)
+    if failed and len(images) > 1:
+        how = ", ".join(f"{count} {code}" for code, count in failed.most_common())
+        warn(f"{failed.total()} of {len(images)} images failed: {how}")
+    without = f"{len(images) - len(outcomes)} of {len(images)} images have no answer"
+    if interrupted:
+        warn(f"interrupted; {without}")
+        return _INTERRUPTED
+    if len(outcomes) < len(images):
+        warn(f"{without}: {error_text(lost)}{_hint(lost)}")
+    return int(bool(empty) or answered < len(images))
 
 
 def models(args: argparse.Namespace) -> int:
@@ -195,37 +255,63 @@ class _Outcome:
         }
 
 
-def _classify(args: argparse.Namespace) -> list[_Outcome]:
-    """Sends the images over one stream, so that they can share batches; returns them in order."""
-    options = PredictOptions(**merging_options(args), budget=args.budget, top_k=args.top_k)
-    sent: dict[str, float] = {}
-    outcomes: dict[str, _Outcome] = {}
+def _images(named: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the files that the arguments name, those in folders included, and the folders that have none."""
+    images: list[str] = []
+    empty: list[str] = []
+    for name in named:
+        if Path(name).is_dir():
+            files = image_files(Path(name))
+            images += map(str, files)
+            empty += [] if files else [name]
+        else:
+            images.append(name)
+    return images, empty
 
-    def outcome(number: str, result: PredictResult | None, error: TomeError | None) -> _Outcome:
-        now = time.perf_counter()
-        return _Outcome(args.images[int(number)], result, error, now - sent.get(number, now))
+
+def _classified(client: Client, images: Sequence[str], args: argparse.Namespace) -> Iterator[tuple[int, _Outcome]]:
+    """Yields each image's position and what became of it, in order of completion.
+
+    One image that is named by itself is asked for with Predict, so that it gets the model's default budget. Others
+    share a stream, so that they can share batches, and have no deadline unless the arguments name one.
+
+    Raises:
+        TomeError: The stream as a whole failed.
+    """
+    options = PredictOptions(**merging_options(args), top_k=args.top_k)
+    if "budget" in args:
+        options["budget"] = args.budget
+    if images == args.images and len(images) == 1:
+        yield 0, _predicted(client, images[0], options)
+        return
+    if not images:
+        return
+    sent: dict[str, float] = {}
 
     def items() -> Iterator[StreamItem]:
-        for number, image in enumerate(args.images):
+        for number, image in enumerate(images):
             sent[str(number)] = time.perf_counter()
             yield StreamItem(str(number), image, options)
 
-    unanswered = TomeError(grpc.StatusCode.UNKNOWN, "the stream ended without an answer")
-    with _client(args) as client:
-        try:
-            for one in client.predict_stream(items()):
-                outcomes[one.id] = outcome(one.id, one.result, one.error)
-        except TomeError as error:
-            unanswered = error
-    return [outcomes.get(number) or outcome(number, None, unanswered) for number in map(str, range(len(args.images)))]
+    for one in client.predict_stream(items()):
+        now, number = time.perf_counter(), int(one.id)
+        yield number, _Outcome(images[number], one.result, one.error, now - sent.pop(one.id, now))
+
+
+def _predicted(client: Client, image: str, options: PredictOptions) -> _Outcome:
+    start = time.perf_counter()
+    result, error = None, None
+    try:
+        result = client.predict(image, **options)
+    except TomeError as refused:
+        error = refused
+    except (OSError, ValueError) as unreadable:
+        error = unsendable(unreadable)
+    return _Outcome(image, result, error, time.perf_counter() - start)
 
 
 def _client(args: argparse.Namespace) -> Client:
     return Client(args.target, **connection(args))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(error_text(error).split())
 
 
 def _hint(error: Exception | None) -> str:

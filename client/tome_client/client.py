@@ -104,7 +104,7 @@ class Client:
             image: A path, the bytes of an encoded image, a Pillow image, or an array: uint8
                 [height, width, 3] RGB, or float32 [channels, height, width] as the model wants it.
             timeout: Seconds until the call is given up.
-            **options: `model`, `budget` (seconds or a timedelta), `r`, `min_r`, `max_r`,
+            **options: `model`, `budget` (seconds, a timedelta, or None for no deadline), `r`, `min_r`, `max_r`,
                 `min_quality`, `top_k`, `features`, `patch_features`, `normalize`, `float16` and `token_map`; see
                 PredictOptions.
 
@@ -121,6 +121,9 @@ class Client:
         self, items: Iterable[StreamItem], *, timeout: float | None = None, in_flight: int = 32
     ) -> Iterator[StreamResult]:
         """Classifies many images over one call; yields results in the order of completion.
+
+        A stream is for bulk work: an item whose options name no `budget` has no deadline. It runs when the device has
+        room, after requests that have deadlines, and is never refused for time.
 
         An item that fails, or cannot be sent, yields its error, and the others go on. The call
         starts with the first result that is asked for, and ends early if the iterator is closed.

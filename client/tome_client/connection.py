@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import TypedDict
 
+from tome_client.arguments import Parser
+
 TOKEN = "TOME_TOKEN"
 
 
@@ -21,26 +23,30 @@ class Connection(TypedDict):
     health_checks: bool
 
 
-def connection_options(default: str | None = None) -> argparse.ArgumentParser:
+def connection_options(default: str | None = None) -> Parser:
     """Returns a parent parser of the arguments; what is not given becomes `default`."""
-    parent = argparse.ArgumentParser(add_help=False)
+    parent = Parser(add_help=False)
     options = parent.add_argument_group("connection")
     options.add_argument(
         "--target",
         default=default or os.environ.get("TOME_TARGET") or "localhost:8500",
         metavar="HOST:PORT",
-        help="server (default: $TOME_TARGET or localhost:8500)",
+        help="the server's address (default: $TOME_TARGET or localhost:8500)",
     )
     options.add_argument("--tls", action="store_true", default=default or False, help="connect with TLS")
     options.add_argument(
-        "--ca", type=Path, default=default, metavar="FILE", help="PEM root certificates to trust; implies --tls"
+        "--ca",
+        type=Path,
+        default=default,
+        metavar="FILE",
+        help="PEM root certificates to trust instead of the system's; implies --tls",
     )
     options.add_argument(
         "--certificate",
         type=Path,
         default=default,
         metavar="FILE",
-        help="PEM certificate to show to the server (mTLS); implies --tls, and needs --key",
+        help="PEM certificate to show to the server (mTLS); implies --tls and needs --key",
     )
     options.add_argument("--key", type=Path, default=default, metavar="FILE", help="PEM private key of --certificate")
     # Never the token itself: what is on a command line, every process of the machine can read.
@@ -55,7 +61,7 @@ def connection_options(default: str | None = None) -> argparse.ArgumentParser:
         "--health-checks",
         action="store_true",
         default=default or False,
-        help="leave out servers that report that they load or drain; not through a proxy",
+        help="skip servers that report that they are loading or draining; not for use through a proxy",
     )
     return parent
 
@@ -65,13 +71,21 @@ def connection(args: argparse.Namespace) -> Connection:
 
     Raises:
         OSError: One that cannot be read.
-        UnicodeDecodeError: A token's file that is no text.
+        ValueError: The token's file is not text.
     """
     return Connection(
         tls=args.tls,
         root_certificates=args.ca.read_bytes() if args.ca else None,
         client_certificate=args.certificate.read_bytes() if args.certificate else None,
         client_key=args.key.read_bytes() if args.key else None,
-        token=(args.token_file.read_text() if args.token_file else os.environ.get(TOKEN, "")).strip() or None,
+        token=(_text(args.token_file) if args.token_file else os.environ.get(TOKEN, "")).strip() or None,
         health_checks=args.health_checks,
     )
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        # Without the bytes: they may be most of a token.
+        raise ValueError(f"{file}: the file is not UTF-8 text: {error.reason}") from None

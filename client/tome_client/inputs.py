@@ -68,6 +68,8 @@ Image: TypeAlias = "str | os.PathLike[str] | Buffer | PillowImage | ArrayInterfa
 
 _ACCEPTED: Final = "uint8 [height, width, 3] or float32 [channels, height, width]"
 
+_SUFFIXES: Final = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
+
 # By format of the buffer protocol or typestr of the array interface. The wire is little-endian.
 _DATA_TYPES: Final = {
     "B": Tensor.DATA_TYPE_UINT8,
@@ -108,6 +110,11 @@ def image_input(image: Image) -> bytes | Tensor:
     if view.ndim == 1 and view.format == "B":
         return view.tobytes()
     return _tensor(view.format, view.shape or (), view.tobytes())
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Returns the JPEG, PNG, WebP and BMP files in a folder and the folders below it, in order of their paths."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
 
 
 def is_path(image: Image) -> TypeGuard[str | os.PathLike[str]]:

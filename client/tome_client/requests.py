@@ -16,13 +16,14 @@ from tome_client.inputs import Image, image_input
 
 
 class PredictOptions(TypedDict, total=False):
-    """What can be asked for beside the image. Every key may be left out; None is as left out."""
+    """What can be asked for beside the image. Every key may be left out; None is as left out, except for `budget`."""
 
     model: str
     """Name of a hosted model; empty for the server's first."""
     budget: float | timedelta | None
     """Seconds the answer may take from the request's arrival at the server. The request's deadline is the earlier of
-    this and the call's timeout; without either, the model's default."""
+    this and the call's timeout. None, or infinity: no deadline. The request then runs when the device has room, and is
+    never refused for time. Left out: the model's default budget, or in a stream no deadline."""
     r: int | None
     """Tokens to merge in each block, exactly. Left out: the server chooses in [min_r, max_r]."""
     min_r: int | None
@@ -70,9 +71,11 @@ def predict_request(image: Image, options: PredictOptions) -> PredictRequest:
             f"there are {', '.join(sorted(PredictOptions.__optional_keys__))}"
         )
     budget = options.get("budget")
+    no_deadline = "budget" in options and (budget is None or budget == math.inf)
     request = PredictRequest(
         model=options.get("model", ""),
-        latency_budget=None if budget is None else _duration(budget),
+        latency_budget=None if budget is None or no_deadline else _duration(budget),
+        no_deadline=no_deadline,
         r=options.get("r"),
         min_r=options.get("min_r"),
         max_r=options.get("max_r"),
@@ -93,7 +96,7 @@ def predict_request(image: Image, options: PredictOptions) -> PredictRequest:
 
 
 def stream_request(item: StreamItem, max_bytes: int) -> PredictStreamRequest:
-    """Makes the message for one item of a stream.
+    """Makes the message for one item of a stream; an item that names no budget has no deadline.
 
     Raises:
         TomeError: INVALID_ARGUMENT, for what `predict_request` raises and for a message larger than
@@ -101,12 +104,9 @@ def stream_request(item: StreamItem, max_bytes: int) -> PredictStreamRequest:
             refuses, and does not end the stream.
     """
     try:
-        request = predict_request(item.image, item.options)
-    except OSError as error:
-        text = f"the file can't be read: {error.strerror or error}"
-        raise TomeError(grpc.StatusCode.INVALID_ARGUMENT, text) from error
-    except (TypeError, ValueError) as error:
-        raise TomeError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from error
+        request = predict_request(item.image, {"budget": None, **item.options})
+    except (OSError, TypeError, ValueError) as error:
+        raise unsendable(error) from error
     message = PredictStreamRequest(id=item.id, request=request)
     if (size := message.ByteSize()) > max_bytes:
         raise TomeError(
@@ -116,10 +116,16 @@ def stream_request(item: StreamItem, max_bytes: int) -> PredictStreamRequest:
     return message
 
 
+def unsendable(error: Exception) -> TomeError:
+    """Returns the error that an item ends with whose request cannot be made."""
+    text = f"the file can't be read: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+    return TomeError(grpc.StatusCode.INVALID_ARGUMENT, text)
+
+
 def _duration(budget: float | timedelta) -> Duration:
     seconds = budget.total_seconds() if isinstance(budget, timedelta) else budget
     if not math.isfinite(seconds):
-        raise ValueError(f"a budget is a finite number of seconds; got {budget}")
+        raise ValueError(f"a budget is a number of seconds, or None for no deadline; got {budget}")
     duration = Duration()
     duration.FromNanoseconds(round(seconds * 1e9))
     return duration

@@ -175,8 +175,8 @@ class ModelInfo:
     feature_dim: int
     policy: str
     """What chooses r, as the server's settings name it."""
-    default_budget: float
-    """The latency budget, in seconds, of requests that set none."""
+    default_budget: float | None
+    """The latency budget, in seconds, of requests that set none; None if those have no deadline."""
     r_grid: tuple[MergeLevel, ...]
     """Ascending, from r = 0."""
     dtype: str = ""
@@ -252,7 +252,7 @@ def model_info(response: inference_pb2.GetModelResponse) -> ModelInfo:
         num_classes=model.num_classes,
         feature_dim=model.feature_dim,
         policy=model.policy,
-        default_budget=_seconds(model.default_budget),
+        default_budget=_seconds(model.default_budget) if model.HasField("default_budget") else None,
         dtype=model.dtype,
         r_grid=tuple(
             MergeLevel(

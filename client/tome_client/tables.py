@@ -4,32 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from tome_client.durations import milliseconds
+from tome_api.durations import NO_DEADLINE, duration_text
 from tome_client.results import ModelInfo, ModelSummary, Prediction, PredictResult
 
 _UNMEASURED = "-"
 
 
-def prediction_table(answered: Iterable[tuple[str, PredictResult, float]]) -> str:
-    """Returns a line for each image.
+def prediction_header(width: int) -> str:
+    """Returns the line above those of `prediction_line`."""
+    return _prediction_row(width, "image", "r", "tokens", "FLOPs saved", "server", "round trip", "predictions")
+
+
+def prediction_line(width: int, name: str, result: PredictResult, round_trip: float) -> str:
+    """Returns a line for one image, which can be printed before the next one's is known.
 
     Args:
-        answered: The image's name, its result, and the seconds from sending to answer.
+        width: Characters for the image's name: those of the longest.
+        name: The image's.
+        result: The answer.
+        round_trip: Seconds from sending to answer.
     """
-    header = ("image", "predictions", "r", "tokens", "FLOPs saved", "server", "round trip")
-    rows = [
-        (
-            name,
-            ", ".join(prediction_text(one) for one in result.predictions),
-            str(result.merging.r),
-            f"{result.merging.tokens_in} → {result.merging.tokens_out}",
-            f"{result.merging.saved_share:.1%}",
-            milliseconds(result.timing.total),
-            milliseconds(round_trip),
-        )
-        for name, result, round_trip in answered
-    ]
-    return table(header, rows, right=(2, 3, 4, 5, 6))
+    merging = result.merging
+    return _prediction_row(
+        width,
+        name,
+        str(merging.r),
+        f"{merging.tokens_in} → {merging.tokens_out}",
+        f"{merging.saved_share:.1%}",
+        milliseconds(result.timing.total),
+        milliseconds(round_trip),
+        ", ".join(prediction_text(one) for one in result.predictions),
+    )
+
+
+def _prediction_row(width: int, image: str, r: str, tokens: str, saved: str, server: str, trip: str, best: str) -> str:
+    return f"{image:<{width}}  {r:>3}  {tokens:>11}  {saved:>11}  {server:>10}  {trip:>10}  {best}".rstrip()
+
+
+def milliseconds(seconds: float) -> str:
+    """Returns a measured time for a table, such as "12.3 ms"."""
+    return f"{seconds * 1e3:.1f} ms"
 
 
 def prediction_text(prediction: Prediction) -> str:
@@ -60,7 +74,7 @@ def model_details(model: ModelInfo) -> str:
         ("features", str(model.feature_dim)),
         ("dtype", model.dtype or _UNMEASURED),
         ("policy", model.policy),
-        ("default budget", milliseconds(model.default_budget)),
+        ("default budget", NO_DEADLINE if model.default_budget is None else duration_text(model.default_budget)),
     )
     levels = [
         (

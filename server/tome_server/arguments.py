@@ -1,8 +1,9 @@
 """What the command line's arguments may be. Each raises argparse.ArgumentTypeError for text that is none."""
 
 import argparse
+import math
 
-from tome_server.durations import seconds_in
+from tome_api.durations import BudgetClass, parse_budgets, parse_duration
 
 
 def r_values(text: str) -> list[int]:
@@ -44,19 +45,20 @@ def share(text: str) -> float:
     return value
 
 
-def budgets(text: str) -> tuple[float, ...]:
-    """One latency budget or a mix of several, in seconds."""
-    from tome_server.scheduling.workload import parse_budgets
-
+def budgets(text: str) -> tuple[BudgetClass, ...]:
+    """One latency budget or a mix of several, each of them an end."""
     try:
-        return parse_budgets(text)
+        classes = parse_budgets(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    if any(math.isinf(one.budget) for one in classes):
+        raise argparse.ArgumentTypeError("requests without a deadline take no part in a plan; leave out none")
+    return classes
 
 
 def time(text: str) -> float:
     """A duration, in seconds."""
     try:
-        return seconds_in(text)
+        return parse_duration(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error

@@ -151,7 +151,8 @@ def _plan(args: argparse.Namespace) -> int:
     print(f"replicas as measured: {key.model} in {key.dtype} on {key.device}", file=sys.stderr)
     question = Question(
         rate=args.rate,
-        budgets=args.budget,
+        budgets=tuple(one.budget for one in args.budget),
+        weights=tuple(one.weight for one in args.budget),
         attainment=args.attainment,
         cv2=args.cv2,
         overhead=args.overhead,
@@ -374,7 +375,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--policy", default="price", help="price (default), fixed:R, max_accuracy, max_batch or slackfit")
     plan.add_argument(
         "--overhead", type=time, default=0.001, metavar="TIME",
-        help="from the end of a batch to the client's having the answer (default: 1ms)",
+        help="time from the end of a batch until the client has the answer (default: 1ms)",
     )  # fmt: skip
     plan.add_argument(
         "--requests", type=positive, default=20_000, metavar="N", help="to simulate for each figure (default: 20000)"

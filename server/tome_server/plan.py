@@ -37,7 +37,7 @@ class Question:
     rate: float
     """Requests a second, of all replicas together."""
     budgets: tuple[float, ...]
-    """Seconds, all equally likely."""
+    """Seconds."""
     attainment: float
     """Share of all requests to be answered within their budgets."""
     cv2: float = 1.0
@@ -47,6 +47,8 @@ class Question:
     requests: int = 20_000
     """How many to simulate for each figure."""
     policy: str = "price"
+    weights: tuple[float, ...] = ()
+    """How often each budget comes, relative to the others; equally often if there are none."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Plan:
         if key not in self._points:
             share = rate / replicas
             seconds = (requests or question.requests) / share
-            arrivals = draw(Steady(share, seconds), question.budgets, cv2=question.cv2)
+            arrivals = draw(Steady(share, seconds), question.budgets, weights=question.weights, cv2=question.cv2)
             made = partial(policy_named, policy)
             result = simulate(arrivals, Cluster(self.profile, self.quality, made, reply=question.overhead))
             self._points[key] = Point(policy, replicas, rate, result)

@@ -1,20 +1,23 @@
 """Reads settings from YAML files, strictly: errors name the line, what is wrong there and the nearest valid key."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
-from tome_server.durations import PATTERN, seconds_in
+from tome_api import durations
 from tome_server.errors import ConfigError
 from tome_server.policy_names import PATTERN as POLICY_PATTERN
 from tome_server.policy_names import parse_policy
 
 _SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+# pydantic's context for values that stand as they do in a file, and not as our own code has them.
+FROM_FILE: Final = {"from": "file"}
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 # Where pydantic's words are about Python.
 _WORDS = {
@@ -30,11 +33,16 @@ _BOUNDS = {
 }
 
 
-def parse_duration(value: object) -> object:
-    """Turn "50ms", "1.5s", "2m" or a number of seconds into seconds. Raises ValueError for other text."""
-    if not isinstance(value, str | bool):
-        return value
-    return seconds_in(str(value))
+def parse_duration(value: object, info: ValidationInfo) -> object:
+    """Turn "50ms", "1.5s" or "2m" into seconds; raises ValueError for other text.
+
+    A number is seconds, but not in a file, where nothing says so: there it raises ValueError unless it is 0.
+    """
+    if isinstance(value, str | bool):
+        return durations.parse_duration(str(value))
+    if info.context is FROM_FILE and isinstance(value, int | float) and 0 < value < math.inf:
+        raise ValueError(durations.needs_unit(value))
+    return value
 
 
 def parse_size(value: object) -> object:
@@ -49,12 +57,12 @@ def parse_size(value: object) -> object:
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 # What may be written, for the JSON Schema; the functions decide.
-_DurationText = Annotated[str, Field(pattern=rf"^\s*({PATTERN})\s*$")]
+_DurationText = Annotated[str, Field(pattern=rf"^\s*(?:{durations.PATTERN})\s*$")]
 _SizeText = Annotated[str, Field(pattern=r"^\s*[0-9]+\s*(KiB|MiB|GiB)\s*$")]
 _PolicyText = Annotated[str, Field(pattern=f"^({POLICY_PATTERN})$")]
 Duration = Annotated[
     float,
-    BeforeValidator(parse_duration, json_schema_input_type=Annotated[float, Field(ge=0)] | _DurationText),
+    BeforeValidator(parse_duration, json_schema_input_type=Literal[0] | _DurationText),
     Field(ge=0, allow_inf_nan=False),
 ]
 Size = Annotated[
@@ -95,7 +103,7 @@ def read_settings(path: Path, kind: type[Settings]) -> Settings:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: text that isn't UTF-8, and dates that don't exist
         raise ConfigError(f"{path}{_place(error)}: not valid YAML: {_problem(error)}") from error
     try:
-        return kind.model_validate(settings)
+        return kind.model_validate(settings, context=FROM_FILE)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(path, root, kind, *fault) for fault in faults(error))) from error
 

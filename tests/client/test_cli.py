@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,8 +71,9 @@ def test_predictions_are_shown_as_a_table(image: str, capsys: pytest.CaptureFixt
     assert main(["predict", image]) == 0
     out, err = capsys.readouterr()
     header, line = out.splitlines()
-    assert header.split()[:3] == ["image", "predictions", "r"]
-    assert line.startswith(f"{image}  Coat 0.75, Trouser 0.25  0  197 → 101")
+    assert header.split()[:3] == ["image", "r", "tokens"]
+    assert line.startswith(f"{image}    0    197 → 101")
+    assert line.endswith("  Coat 0.75, Trouser 0.25")
     assert err == ""
 
 
@@ -125,7 +128,10 @@ def test_each_failure_is_one_line_and_the_rest_are_answered(image: str, capsys: 
     assert main(["predict", image, "nowhere.png"]) == 1
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2
-    assert err == ("tome-client: nowhere.png: INVALID_ARGUMENT: the file can't be read: No such file or directory\n")
+    assert err == (
+        "tome-client: nowhere.png: INVALID_ARGUMENT: the file can't be read: No such file or directory\n"
+        "tome-client: 1 of 2 images failed: 1 INVALID_ARGUMENT\n"
+    )
 
 
 def test_a_refused_image_names_code_and_message(image: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,13 +140,142 @@ def test_a_refused_image_names_code_and_message(image: str, capsys: pytest.Captu
     assert (out, err) == ("", f"tome-client: {image}: NOT_FOUND: no such model\n")
 
 
-def test_a_broken_stream_fails_every_image_without_an_answer(
+def test_a_broken_stream_is_one_line_however_many_images_it_held(
     image: str, peer: Peer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     peer.failures.append(Failure(grpc.StatusCode.INTERNAL, "the stream\nbroke"))
     assert main(["predict", image, image]) == 1
-    line = f"tome-client: {image}: INTERNAL: the stream broke\n"
-    assert capsys.readouterr().err == 2 * line
+    line = "tome-client: 2 of 2 images have no answer: INTERNAL: the stream broke\n"
+    assert capsys.readouterr().err == line
+    peer.failures.extend([None, Failure(grpc.StatusCode.INTERNAL, "the stream broke")])
+    assert main(["predict", "--json", image, image, image]) == 1
+    out, err = capsys.readouterr()
+    first, *others = json.loads(out)
+    assert first["error"] is None
+    assert [one["error"]["message"] for one in others] == ["the stream broke"] * 2
+    assert err == "tome-client: 2 of 3 images have no answer: INTERNAL: the stream broke\n"
+
+
+def test_a_dead_server_is_one_line_with_the_way_out(image: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "--target", "localhost:1", *[image] * 20]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith("tome-client: 20 of 20 images have no answer: UNAVAILABLE: localhost:1 is unavailable: ")
+    assert "; is a server running there?" in err
+
+
+def test_one_image_has_the_models_default_budget_and_several_have_no_deadline(
+    image: str, peer: Peer, tmp_path: Path
+) -> None:
+    for argv in ([image], [image, image], [str(tmp_path)], [image, "--budget", "none"]):
+        assert main(["predict", *argv]) == 0
+    assert [call.request.no_deadline for call in peer.calls] == [False, True, True, True, True]
+    assert not any(call.request.HasField("latency_budget") for call in peer.calls)
+    assert main(["predict", image, image, "--budget", "50ms"]) == 0
+    assert {call.request.latency_budget.ToMilliseconds() for call in peer.calls[5:]} == {50}
+    assert not any(call.request.no_deadline for call in peer.calls[5:])
+
+
+def test_a_folder_is_the_images_in_it(image: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, empty = tmp_path / "folder", tmp_path / "empty"
+    (folder / "below").mkdir(parents=True)
+    empty.mkdir()
+    for name in ("b.PNG", "below/a.jpg", "notes.txt"):
+        (folder / name).write_bytes(b"image")
+    assert main(["predict", str(folder), image, "--json"]) == 0
+    named = [one["image"] for one in json.loads(capsys.readouterr().out)]
+    assert named == [str(folder / "b.PNG"), str(folder / "below/a.jpg"), image]
+    assert main(["predict", str(empty), image]) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    assert err == f"tome-client: {empty}: there is no JPEG, PNG, WebP or BMP file in this folder\n"
+    assert main(["predict", str(empty)]) == 1
+
+
+def run_command(*argv: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tome_client", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="surrogateescape",
+        env=os.environ | environment,
+    )
+
+
+def test_each_result_is_printed_as_soon_as_it_is_there(image: str, peer: Peer) -> None:
+    """The peer answers the second image only after the line of the first was read."""
+    peer.free = 1
+    peer.hold.clear()
+    running = run_command("predict", image, image)
+    assert running.stdout is not None
+    header, first = running.stdout.readline(), running.stdout.readline()
+    assert header.startswith("image")
+    assert first.startswith(image)
+    peer.hold.set()
+    out, err = running.communicate(timeout=60)
+    assert out.startswith(image)
+    assert (err, running.returncode) == ("", 0)
+
+
+def test_ctrl_c_keeps_what_was_answered(image: str, peer: Peer) -> None:
+    peer.free = 1
+    peer.hold.clear()
+    running = run_command("predict", image, image, image)
+    assert running.stdout is not None
+    assert running.stdout.readline().startswith("image")
+    assert running.stdout.readline().startswith(image)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert (out, err) == ("", "tome-client: interrupted; 2 of 3 images have no answer\n")
+    assert running.returncode == 130
+
+
+def test_ctrl_c_ends_json_too(image: str, peer: Peer) -> None:
+    peer.hold.clear()
+    running = run_command("predict", "--json", image, image)
+    assert peer.called.wait(60)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert [one["error"]["code"] for one in json.loads(out)] == ["CANCELLED", "CANCELLED"]
+    assert err == "tome-client: interrupted; 2 of 2 images have no answer\n"
+    assert running.returncode == 130
+
+
+@pytest.mark.parametrize(
+    "environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+@pytest.mark.parametrize("name", ["größe→.png".encode(), b"latin-\xe9.png"])
+def test_results_are_printed_on_terminals_of_any_encoding(
+    name: bytes, environment: dict[str, str], image: str, tmp_path: Path
+) -> None:
+    file = os.fsencode(tmp_path) + b"/" + name
+    shutil.copyfile(image, file)
+    for flags in ([], ["--json"]):
+        running = run_command("predict", *flags, image, os.fsdecode(file), f"{os.fsdecode(file)}x", **environment)
+        out, err = running.communicate(timeout=60)
+        assert running.returncode == 1
+        assert "Traceback" not in err
+        assert "1 of 3 images failed: 1 INVALID_ARGUMENT" in err
+        if flags:
+            assert [one["error"] is None for one in json.loads(out)] == [True, True, False]
+        else:
+            assert len(out.splitlines()) == 3
+            assert "197 -> 101" in out
+    helping = run_command("load", "--help", **environment)
+    helping.communicate(timeout=60)
+    assert helping.returncode == 0
+
+
+def test_a_pipe_that_is_closed_ends_the_command_without_a_word(image: str) -> None:
+    running = run_command("predict", *[image] * 50)
+    assert running.stdout is not None
+    assert running.stderr is not None
+    running.stdout.close()
+    assert running.wait(60) == 141
+    assert running.stderr.read() == ""
+    running.stderr.close()
 
 
 def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,6 +331,8 @@ def test_a_missing_certificate_file_is_one_line(capsys: pytest.CaptureFixture[st
         ["predict", "a.png", "--r", "many"],
         ["visualize", "a.png"],
         ["predict", "a.png", "--budget", "soon"],
+        ["predict", "a.png", "--budget", "500"],
+        ["predict", "a.png", "--budget", "0"],
         ["predict", "a.png", "--min-quality", "99"],
     ],
 )
@@ -203,9 +340,39 @@ def test_a_wrong_command_line_exits_with_2(argv: list[str]) -> None:
     usage_error(*argv)
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["predct", "a.png"], "did you mean predict?"),
+        (["lod"], "did you mean load?"),
+        (["predict", "a.png", "--budjet", "50ms"], "unrecognized arguments: --budjet 50ms; did you mean --budget?"),
+        (["predict", "a.png", "--min_r=3"], "unrecognized arguments: --min_r=3; did you mean --min-r?"),
+        (["load", "--images", "x", "--warm-up", "2s"], "did you mean --warmup?"),
+        (["models", "--tsl"], "did you mean --tls?"),
+    ],
+)
+def test_a_name_that_does_not_exist_is_answered_with_the_nearest(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage_error(*argv)
+    assert capsys.readouterr().err.endswith(f"{said}\n")
+
+
+def test_an_unknown_flag_is_answered_with_the_usage_of_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    usage_error("predict", "a.png", "--qqq")
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage == "usage: tome-client predict [options] IMAGE [IMAGE ...]"
+    assert error == "tome-client predict: error: unrecognized arguments: --qqq"
+
+
+def test_a_budget_without_a_unit_is_answered_with_both_ways_to_write_it(capsys: pytest.CaptureFixture[str]) -> None:
+    usage_error("predict", "a.png", "--budget", "500")
+    assert capsys.readouterr().err.endswith("argument --budget: 500 needs a unit: 500ms or 500s\n")
+
+
 def test_a_wrong_budget_names_the_forms_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     usage_error("predict", "a.png", "--budget", "soon")
-    assert "--budget: not a duration: 'soon'; write it like 50ms" in capsys.readouterr().err
+    assert "--budget: 'soon' is not a duration; write for example 50ms, 1.5s or 2m" in capsys.readouterr().err
 
 
 def test_help_has_examples_and_the_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,7 +406,7 @@ def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("command", [["predict", "{image}"], ["models"]])
-def test_ctrl_c_ends_quietly_with_130(command: list[str], image: str, peer: Peer) -> None:
+def test_ctrl_c_ends_with_one_line_and_130(command: list[str], image: str, peer: Peer) -> None:
     peer.hold.clear()
     running = subprocess.Popen(
         [sys.executable, "-c", "import sys; from tome_client.cli import main; sys.exit(main())"]
@@ -250,7 +417,10 @@ def test_ctrl_c_ends_quietly_with_130(command: list[str], image: str, peer: Peer
     )
     assert peer.called.wait(60)
     running.send_signal(signal.SIGINT)
-    assert running.communicate(timeout=60) == ("", "")
+    out, err = running.communicate(timeout=60)
+    assert out == ""
+    assert err.startswith("tome-client: interrupted")
+    assert len(err.splitlines()) == 1
     assert running.returncode == 130
 
 
@@ -259,7 +429,8 @@ def test_a_token_comes_from_a_file_or_the_environment(
 ) -> None:
     """And never from the command line, which others on the machine can read."""
     file = tmp_path / "token"
-    file.write_text("of-the-file\n")
+    # With the byte order mark that some editors write.
+    file.write_bytes(b"\xef\xbb\xbfof-the-file\r\n")
     main(["models"])
     monkeypatch.setenv("TOME_TOKEN", "of-the-environment")
     main(["models"])
@@ -271,6 +442,13 @@ def test_a_token_comes_from_a_file_or_the_environment(
         "Bearer of-the-file",
         "Bearer of-the-file",
     ]
+
+
+def test_a_token_file_that_is_no_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "token"
+    file.write_text("a-token", encoding="utf-16")
+    assert main(["--token-file", str(file), "models"]) == 1
+    assert capsys.readouterr().err == f"tome-client: {file}: the file is not UTF-8 text: invalid start byte\n"
 
 
 def test_certificates_come_from_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import math
 from datetime import timedelta
 
 import grpc
@@ -14,8 +15,21 @@ def test_nothing_asked_for_leaves_every_choice_to_the_server() -> None:
 
 
 def test_none_is_as_left_out() -> None:
-    options = PredictOptions(budget=None, r=None, min_r=None, max_r=None, min_quality=None, top_k=None)
+    options = PredictOptions(r=None, min_r=None, max_r=None, min_quality=None, top_k=None)
     assert predict_request(b"image", options) == predict_request(b"image", {})
+
+
+@pytest.mark.parametrize("budget", [None, math.inf])
+def test_a_budget_of_none_or_without_end_is_no_deadline(budget: float | None) -> None:
+    request = predict_request(b"image", {"budget": budget})
+    assert request.no_deadline
+    assert not request.HasField("latency_budget")
+
+
+def test_an_item_of_a_stream_that_names_no_budget_has_no_deadline() -> None:
+    assert stream_request(StreamItem("a", b"image", PredictOptions(r=2)), 100).request.no_deadline
+    request = stream_request(StreamItem("a", b"image", PredictOptions(budget=0.5)), 100).request
+    assert (request.no_deadline, request.latency_budget.ToMilliseconds()) == (False, 500)
 
 
 def test_every_option_reaches_its_field() -> None:
@@ -65,9 +79,9 @@ def test_a_budget_is_seconds_or_a_timedelta(budget: float | timedelta, nanosecon
     assert predict_request(b"", {"budget": budget}).latency_budget.ToNanoseconds() == nanoseconds
 
 
-@pytest.mark.parametrize("budget", [float("nan"), float("inf")])
-def test_a_budget_without_end_is_refused(budget: float) -> None:
-    with pytest.raises(ValueError, match="finite"):
+@pytest.mark.parametrize("budget", [math.nan, -math.inf])
+def test_a_budget_that_is_no_number_of_seconds_is_refused(budget: float) -> None:
+    with pytest.raises(ValueError, match="a number of seconds, or None for no deadline; got"):
         predict_request(b"", {"budget": budget})
 
 
@@ -86,7 +100,7 @@ def test_an_item_that_cannot_be_sent_is_an_invalid_argument_with_its_cause() -> 
 def test_an_item_keeps_its_id_and_options() -> None:
     message = stream_request(StreamItem("a", b"image", PredictOptions(r=2)), 100)
     assert message.id == "a"
-    assert message.request == predict_request(b"image", {"r": 2})
+    assert message.request == predict_request(b"image", {"r": 2, "budget": None})
 
 
 def test_an_item_larger_than_the_channel_sends_is_an_invalid_argument() -> None:

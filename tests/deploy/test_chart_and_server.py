@@ -55,7 +55,7 @@ def test_settings_arrive_as_they_were_written(tmp_path: Path) -> None:
         # Numbers that pass through floats on the way may come out as 2.5e+07, which is no whole number.
         "limits": {"max_image_pixels": 25_000_000, "max_image_bytes": 123_456_789},
         "policy": "fixed:8",
-        "batching": {"max_delay": 0.0015},
+        "batching": {"max_delay": "1.5ms"},
         "reflection": False,
     }
     config = settings_of({"config": given, "auth": {"secretName": "s", "key": "list"}}, tmp_path)

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from compose_spec import PyCompose
 
+from tome_api.durations import parse_duration
 from tome_server.config import ServerConfig
-from tome_server.settings import parse_duration
 
 from .chart import ROOT
 

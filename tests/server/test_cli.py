@@ -153,16 +153,18 @@ def test_a_repository_is_served_beside_the_models_that_are_named(monkeypatch: py
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--max-delay", "abc"], "--max-delay: 'abc' is no duration; write for example 50ms, 1.5s or 2m"),
-        (["--drain-timeout", "-1s"], "--drain-timeout: '-1s' is no duration; write for example 50ms, 1.5s or 2m"),
+        (["--max-delay", "abc"], "--max-delay: 'abc' is not a duration; write for example 50ms, 1.5s or 2m"),
+        (["--drain-timeout", "-1s"], "--drain-timeout: '-1s' is not a duration; write for example 50ms, 1.5s or 2m"),
         (["--listen", "8500"], "--listen: '8500' is no address; write for example 0.0.0.0:8500"),
         (["--metrics", "on"], "--metrics: 'on' is no address; write for example 0.0.0.0:8500"),
         (["--max-batch", "0"], "--max-batch: must be at least 1"),
         (["--max-pending", "-1"], "--max-pending: must be at least 1"),
         (["--threads", "0"], "--threads: must be at least 1"),
         (["--default-budget", "0s"], "--default-budget: must be above 0"),
-        (["--default-budget", "8h"], "--default-budget: '8h' is no duration; write for example 50ms, 1.5s or 2m"),
+        (["--default-budget", "8h"], "--default-budget: '8h' is not a duration; write for example 50ms, 1.5s or 2m"),
         (["--profile-time", "0s"], "--profile-time: must be above 0"),
+        (["--default-budget", "200"], "--default-budget: 200 needs a unit: 200ms or 200s"),
+        (["--drain-timeout", "30"], "--drain-timeout: 30 needs a unit: 30ms or 30s"),
         (
             ["--policy", "best"],
             "--policy: 'best' is no policy; there are price, fixed:R, max_accuracy, max_batch, slackfit",

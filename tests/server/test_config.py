@@ -94,13 +94,21 @@ def test_settings_are_read_at_every_level(file: Path) -> None:
         ("2 s", 2),
         (".5s", 0.5),
         ("0ms", 0),
-        ("0.25", 0.25),
-        ("3", 3),
-        ('"3"', 3),
+        ("0", 0),
+        ("0.0", 0),
+        ('"0"', 0),
     ],
 )
-def test_durations_have_units_or_are_seconds(file: Path, text: str, seconds: float) -> None:
+def test_durations_have_units(file: Path, text: str, seconds: float) -> None:
     assert read(file, f"drain_timeout: {text}").drain_timeout == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["500", "0.25", '"3"', "30_0"])
+def test_a_number_without_a_unit_is_refused_with_both_ways_to_write_it(file: Path, text: str) -> None:
+    number = {"30_0": "300"}.get(text, text.strip('"'))
+    assert refusal(file, f"listen: a:1\nbatching:\n  max_delay: {text}") == (
+        f"FILE:3: batching.max_delay: {number} needs a unit: {number}ms or {number}s"
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,7 +147,7 @@ def test_what_is_no_size_names_line_and_key(file: Path, text: str) -> None:
 def test_the_way_to_write_a_duration_a_size_or_an_address_is_shown(file: Path) -> None:
     text = "drain_timeout: soon\nlimits: {max_image_bytes: big}\nlisten: here"
     assert sorted(refusal(file, text).splitlines()) == [
-        "FILE:1: drain_timeout: 'soon' is no duration; write for example 50ms, 1.5s or 2m",
+        "FILE:1: drain_timeout: 'soon' is not a duration; write for example 50ms, 1.5s or 2m",
         "FILE:2: limits.max_image_bytes: 'big' is no size; write for example 512KiB or 16MiB",
         "FILE:3: listen: 'here' is no address; write for example 0.0.0.0:8500",
     ]
@@ -208,7 +216,7 @@ def test_an_unknown_key_names_its_line_and_the_nearest_key(file: Path, text: str
         ("models: [x]", "FILE:1: models.0: must be a mapping"),
         ("models:\n- source: x\n- source: y\n  default_budget: 0", "FILE:4: models.1.default_budget: "),
         ("models:\n- default_budget: -1s", "FILE:2: models.0.default_budget: "),
-        ("models:\n- default_budget: soon", "FILE:2: models.0.default_budget: 'soon' is no duration"),
+        ("models:\n- default_budget: soon", "FILE:2: models.0.default_budget: 'soon' is not a duration"),
         ("listen: a:1\nprofile_time: 0s", "FILE:2: profile_time: "),
         ("listen: a:1\nprofile_time: null", "FILE:2: profile_time: "),
         ("profiles: 3", "FILE:1: profiles: must be a path"),
@@ -266,7 +274,7 @@ def test_a_key_that_is_no_text_is_an_error(file: Path, key: str) -> None:
 
 def test_anchors_and_merge_keys_work(file: Path) -> None:
     config = read(
-        file, "models:\n- &vit {source: vit, default_budget: 2}\n- {<<: *vit, name: other, default_budget: 3}"
+        file, "models:\n- &vit {source: vit, default_budget: 2s}\n- {<<: *vit, name: other, default_budget: 3s}"
     )
     assert [(model.source, model.name, model.default_budget) for model in config.models] == [
         ("vit", None, 2),

@@ -113,6 +113,7 @@ def test_a_model_is_added_with_all_that_its_weights_tell(run: Run, models: Path,
     assert spec.kwargs["num_classes"] == 0
     assert spec.data["input_size"] == [3, 32, 32]
     assert spec.default_budget == 0.2
+    assert "default_budget: 200ms" in (models / "tiny/config.yaml").read_text()
     assert spec.checkpoint is not None
     assert spec.checkpoint.stat().st_mode & 0o777 == 0o644  # a server of another user reads it
     stored, given = load_file(spec.checkpoint), load_file(backbone)

@@ -185,7 +185,8 @@ def test_the_command_prints_json_and_draws(profile: Path, tmp_path: Path, capsys
         main(["plan", *load.split(), "--json", "--profile", str(profile), "--plot", str(picture)])
     assert caught.value.code == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["question"]["budgets"] == [0.06, 0.06, 0.06, 0.12]
+    assert document["question"]["budgets"] == [0.06, 0.12]
+    assert document["question"]["weights"] == [3, 1]
     assert document["answer"]["attainment"] >= 0.95
     assert "<svg" in picture.read_text()
 
@@ -239,6 +240,9 @@ def test_a_damaged_profile_is_refused(profile: Path, change: Any, says: str) -> 
         ["--rate", "0"],
         ["--rate", "many"],
         ["--budget", "soon"],
+        ["--budget", "50"],
+        ["--budget", "none"],
+        ["--overhead", "2"],
         ["--attainment", "1.1"],
         ["--attainment", "0"],
         ["--cv2", "-1"],

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from tome_server.cli import main
 from tome_server.config import ServerConfig
 from tome_server.reference import settings_schema, settings_table
+from tome_server.settings import FROM_FILE
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = settings_schema()
@@ -21,8 +22,9 @@ TAKEN = [
     {"metrics": None},
     {"metrics": "off"},
     {"threads": 3, "device": "cuda:1", "policy": "fixed:12"},
-    {"models": [{"default_budget": 0.2, "kwargs": {"a": [1]}, "proportional_attention": None}]},
+    {"models": [{"default_budget": "200ms", "kwargs": {"a": [1]}, "proportional_attention": None}]},
     {"batching": {"max_delay": "500us", "max_pending": 1}, "reply_margin": "1.5 ms", "profile_time": " 2m "},
+    {"drain_timeout": 0, "reply_margin": "0"},
     {"limits": {"max_image_bytes": 1000}},
     {"tls": {"certificate": "a", "key": "b", "client_ca": None}, "auth": {"tokens": "c"}},
 ]  # fmt: skip
@@ -40,6 +42,9 @@ REFUSED = [
     {"limits": {"max_image_bytes": "3MB"}},
     {"limits": {"max_image_bytes": 0}},
     {"drain_timeout": -1},
+    {"drain_timeout": 30},
+    {"drain_timeout": "30"},
+    {"models": [{"default_budget": 0.2}]},
     {"tls": {"certificate": "a"}},
     {"reflection": "yes"},
 ]  # fmt: skip
@@ -47,14 +52,14 @@ REFUSED = [
 
 @pytest.mark.parametrize("settings", TAKEN, ids=str)
 def test_the_schema_takes_what_the_server_takes(settings: object) -> None:
-    ServerConfig.model_validate(settings)
+    ServerConfig.model_validate(settings, context=FROM_FILE)
     jsonschema.Draft202012Validator(SCHEMA).validate(settings)
 
 
 @pytest.mark.parametrize("settings", REFUSED, ids=str)
 def test_the_schema_refuses_what_the_server_refuses(settings: object) -> None:
     with pytest.raises(ValidationError):
-        ServerConfig.model_validate(settings)
+        ServerConfig.model_validate(settings, context=FROM_FILE)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.Draft202012Validator(SCHEMA).validate(settings)
 

@@ -8,10 +8,12 @@ with asyncio.Runner(loop_factory=event_loop) as runner:
 print(summary.total.attainment.share, summary.verdict.valid)
 """
 
-from tome_client.load.arrivals import Arrival, Arrivals, Renewal, Trace, parse_arrivals, read_trace
+from tome_api.durations import BudgetClass, parse_budgets
+from tome_api.traces import Arrival
+from tome_client.load.arrivals import Arrivals, Renewal, Trace, parse_arrivals, read_trace
 from tome_client.load.driver import LoadResult, Outcome, Progress, event_loop, run_load
 from tome_client.load.images import Sample, read_samples
-from tome_client.load.plan import BudgetClass, LoadPlan, PlannedRequest, parse_budgets
+from tome_client.load.plan import LoadPlan, PlannedRequest
 from tome_client.load.search import Criterion, Probe, SearchResult, parse_criterion, search_rate
 from tome_client.load.summary import Group, LoadSummary, Percentiles, Share, Verdict, summarize
 

@@ -6,22 +6,12 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
-from tome_client.durations import parse_duration
+from tome_api import traces
+from tome_api.traces import Arrival
 
 _FORMS = "poisson, constant, gamma:CV2 such as gamma:4, or trace:FILE"
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """One request to send."""
-
-    at: float
-    """Seconds since the start of the run."""
-    budget: float | None = None
-    """Seconds it may take; None where the plan's budgets decide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,35 +106,10 @@ def parse_arrivals(text: str, rate: float | None) -> Arrivals:
 
 
 def read_trace(file: Path) -> Trace:
-    """Reads a trace: a line for each request, its seconds since the start and, optionally, its budget: `0.0132 50ms`.
-
-    Empty lines and what follows a # are passed over.
+    """Reads a trace, as `tome_api.traces` describes it.
 
     Raises:
-        ValueError: A line that says something else, or goes back in time, by its number; no request at all.
+        ValueError: A line says something else, or there is no request.
         OSError: The file cannot be read.
     """
-    arrivals: list[Arrival] = []
-    for number, line in zip(count(1), file.read_text().splitlines(), strict=False):
-        words = line.partition("#")[0].split()
-        if not words:
-            continue
-        try:
-            arrivals.append(_arrival(words, arrivals[-1].at if arrivals else 0.0))
-        except ValueError as error:
-            raise ValueError(f"{file}:{number}: {error}") from None
-    if not arrivals:
-        raise ValueError(f"{file}: no request in it")
-    return Trace(tuple(arrivals))
-
-
-def _arrival(words: list[str], earliest: float) -> Arrival:
-    if len(words) > 2:
-        raise ValueError(f"seconds and perhaps a budget, such as `0.0132 50ms`; got {' '.join(words)!r}")
-    try:
-        at = float(words[0])
-    except ValueError:
-        raise ValueError(f"not a number of seconds: {words[0]!r}") from None
-    if not earliest <= at < math.inf:
-        raise ValueError(f"times must not be negative nor go back; got {words[0]} after {earliest:g}")
-    return Arrival(at, parse_duration(words[1]) if len(words) == 2 else None)
+    return Trace(traces.read_trace(file))

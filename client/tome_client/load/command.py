@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -11,31 +12,43 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from tome_client.arguments import add_merging_arguments, duration, error_text, merging_options, share
+from tome_client.arguments import (
+    Parser,
+    add_merging_arguments,
+    budgets,
+    duration,
+    duration_or_zero,
+    error_text,
+    merging_options,
+    share,
+    warn,
+)
 from tome_client.connection import connection
+from tome_client.errors import TomeError
 from tome_client.json_text import json_text
 from tome_client.load.arrivals import Trace, parse_arrivals
 from tome_client.load.driver import LoadResult, Progress, event_loop, run_load
 from tome_client.load.images import read_samples
-from tome_client.load.plan import LoadPlan, parse_budgets
+from tome_client.load.plan import LoadPlan
 from tome_client.load.record import run_fields, search_fields
 from tome_client.load.search import Criterion, Probe, SearchResult, parse_criterion, search_rate
 from tome_client.load.summary import LoadSummary, summarize
 from tome_client.load.text import lag_warning, probe_text, progress_text, search_text, summary_text
 
 _DESCRIPTION = """\
-Sends images at times fixed beforehand, whether or not the earlier ones are answered (an open loop), each with a
-budget, and measures what became of them. Latency counts from the time a request was meant to be sent.
+Sends images at times fixed in advance, whether or not earlier ones are answered (an open loop). Each request has a
+budget, and its latency counts from the time it was meant to be sent.
 """
 
 _EXAMPLES = """\
 examples:
   tome-client load --images DIR --rate 40 --budget 100ms
   tome-client load --images DIR --rate 40 --budget mix:50ms,200ms --arrivals gamma:4 --report out
+  tome-client load --images DIR --rate 40 --budget mix:50ms=3,none=1    one request in four has no deadline
   tome-client load --images DIR --rate 10 --budget 100ms --duration 10s --search p99
 
 Exits with 0 after a run, 1 if nothing was answered, 2 if the command line is wrong, 3 if attainment is below
---fail-under, 130 if it was interrupted; what was measured until then is shown.
+--fail-under. Ctrl-C ends the run, shows what was measured until then, and exits with 130.
 """
 
 _DEFAULT_DURATION = 30.0
@@ -52,9 +65,7 @@ _INTERRUPTED = 130
 _ERASE = "\r\x1b[K"
 
 
-def add_load_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], parent: argparse.ArgumentParser
-) -> None:
+def add_load_command(commands: argparse._SubParsersAction[Parser], parent: Parser) -> None:
     """Adds the command to those of `tome-client`; what it parses has the command as `run`.
 
     Args:
@@ -71,43 +82,61 @@ def add_load_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(run=partial(_run, command))
-    command.add_argument("--images", type=Path, required=True, metavar="DIR", help="images to send, and those below")
     command.add_argument(
-        "--labels", type=Path, metavar="FILE", help="JSON: image to label (default: names of the subfolders of DIR)"
+        "--images", type=Path, required=True, metavar="DIR", help="folder of images to send, with its subfolders"
+    )
+    command.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="JSON object that maps each image to its label (default: the names of DIR's subfolders)",
     )
     command.add_argument(
         "--most-images",
         type=_count,
         default=_DEFAULT_MOST_IMAGES,
         metavar="N",
-        help="of more, send so many, drawn by --seed (default: %(default)s)",
+        help="if the folder has more images than this, send N of them, chosen at random (default: %(default)s)",
     )
-    command.add_argument("--rate", type=float, metavar="N", help="requests a second; with --search, the first tried")
+    command.add_argument(
+        "--rate", type=float, metavar="N", help="requests a second; with --search, the first rate to try"
+    )
     command.add_argument(
         "--arrivals",
         default="poisson",
         metavar="KIND",
-        help="poisson, constant, gamma:CV2 for gaps of that squared coefficient of variation, or trace:FILE with a "
-        "line for each request: its seconds since the start and perhaps its budget (default: %(default)s)",
+        help="poisson; constant; gamma:CV2, whose gaps have the squared coefficient of variation CV2; or trace:FILE, "
+        "with a line for each request: seconds since the start and, optionally, its budget (default: %(default)s)",
     )
     command.add_argument(
-        "--budget", metavar="TIME", help="such as 100ms; or mix:50ms,200ms; or mix:50ms=3,200ms=1, three of four 50 ms"
+        "--budget",
+        type=budgets,
+        default=(),
+        metavar="TIME",
+        help="such as 100ms, or none for no deadline; or a mix such as mix:50ms,200ms, or mix:50ms=3,200ms=1, in which "
+        "three of four requests have 50 ms",
     )
     command.add_argument(
         "--duration",
         type=duration,
         metavar="TIME",
-        help=f"how long to measure (default: {_DEFAULT_DURATION:g}s, or all of the trace)",
+        help=f"how long to measure (default: {_DEFAULT_DURATION:g}s, or the whole trace)",
     )
     command.add_argument(
-        "--warmup", type=_warmup, default=2.0, metavar="TIME", help="send as long before that (default: 2s; 0 for none)"
+        "--warmup",
+        type=duration_or_zero,
+        default=2.0,
+        metavar="TIME",
+        help="how long to send requests before measuring (default: 2s; 0 for none)",
     )
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default: %(default)s)")
     command.add_argument(
-        "--connections", type=_count, default=1, metavar="N", help="to the server (default: %(default)s)"
+        "--seed", type=int, default=0, metavar="N", help="seed of all random choices (default: %(default)s)"
     )
     command.add_argument(
-        "--deadline-only", action="store_true", help="send the budget as the gRPC deadline, and no latency budget"
+        "--connections", type=_count, default=1, metavar="N", help="connections to the server (default: %(default)s)"
+    )
+    command.add_argument(
+        "--deadline-only", action="store_true", help="send each budget as the gRPC deadline, without a latency budget"
     )
     add_merging_arguments(command)
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -115,20 +144,26 @@ def add_load_command(
         "--report",
         type=Path,
         metavar="DIR",
-        help="write index.html, report.json and requests.csv there. Needs matplotlib: "
+        help="write index.html, report.json and requests.csv to this folder. Needs matplotlib: "
         "pip install 'tome-serving[plots]'",
     )
     command.add_argument(
-        "--fail-under", type=share, metavar="SHARE", help="exit with 3 if a smaller share was answered in time"
+        "--fail-under",
+        type=share,
+        metavar="SHARE",
+        help="exit with 3 if a smaller share of the requests was answered in time",
     )
     command.add_argument(
         "--search",
         metavar="CRITERION",
-        help="find the highest rate at which p99 is within the budget (p99), or 0.99 of all are answered in time "
-        "(attainment:0.99), by runs of --duration",
+        help="find the highest rate that meets a criterion, by runs of --duration: p99, if the 99th percentile of "
+        "latency is within the budget, or attainment:0.99, if that share of requests is answered in time",
     )
     command.add_argument(
-        "--resolution", type=_resolution, metavar="SHARE", help="how finely --search goes (default: 0.05, that is 5 %%)"
+        "--resolution",
+        type=_resolution,
+        metavar="SHARE",
+        help="how closely --search encloses that rate (default: 0.05, that is 5 %%)",
     )
 
 
@@ -148,16 +183,31 @@ def _run(command: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
     async def measure() -> int:
         stop = _stopped_by_ctrl_c()
+        before: LoadResult | None = None
 
         async def run(one: LoadPlan) -> LoadResult:
-            with _progress_line() as progress:
-                return await run_load(args.target, one, **connected, progress=progress, stop=stop)
+            nonlocal before
+            try:
+                with _progress_line() as progress:
+                    before = await run_load(args.target, one, **connected, progress=progress, stop=stop)
+            except TomeError:
+                if before is None or not stop.is_set():
+                    raise
+                # Ctrl-C came between two runs of a search, which has something to report.
+                return LoadResult(one, before.model, (), duration=0.0, stopped=True)
+            return before
 
-        if criterion is None:
-            return _report_run(args, await run(plan))
-        resolution = _DEFAULT_RESOLUTION if args.resolution is None else args.resolution
-        found = await search_rate(plan, criterion, run, resolution=resolution, tell=_tell_probe(args))
-        return _report_search(args, found)
+        try:
+            if criterion is None:
+                return _report_run(args, await run(plan))
+            resolution = _DEFAULT_RESOLUTION if args.resolution is None else args.resolution
+            found = await search_rate(plan, criterion, run, resolution=resolution, tell=_tell_probe(args))
+            return _report_search(args, found)
+        except TomeError:
+            if not stop.is_set():
+                raise
+            warn("interrupted before anything was measured")
+            return _INTERRUPTED
 
     with asyncio.Runner(loop_factory=event_loop) as runner:
         return runner.run(measure())
@@ -168,10 +218,10 @@ def _plan(args: argparse.Namespace) -> LoadPlan:
     if args.search and isinstance(arrivals, Trace):
         raise ValueError("--search changes the rate, and a trace has its own")
     until_the_end = arrivals.duration if isinstance(arrivals, Trace) else _DEFAULT_DURATION
-    return LoadPlan(
+    plan = LoadPlan(
         samples=read_samples(args.images, args.labels, most=args.most_images, seed=args.seed),
         arrivals=arrivals,
-        budgets=parse_budgets(args.budget) if args.budget else (),
+        budgets=args.budget,
         duration=args.duration or until_the_end,
         warmup=args.warmup,
         seed=args.seed,
@@ -179,20 +229,24 @@ def _plan(args: argparse.Namespace) -> LoadPlan:
         deadline_only=args.deadline_only,
         connections=args.connections,
     )
+    for flag in ("fail_under", "search"):
+        if getattr(args, flag) is not None and not any(map(math.isfinite, plan.possible_budgets())):
+            raise ValueError(f"--{flag.replace('_', '-')} needs requests with a deadline, and --budget gives none")
+    return plan
 
 
 def _criterion(args: argparse.Namespace) -> Criterion | None:
     if args.search is None:
         if args.resolution is not None:
-            raise ValueError("--resolution is --search's: there is none")
+            raise ValueError("--resolution is for --search, which is not given")
         return None
     if args.fail_under is not None:
-        raise ValueError("--fail-under judges one run, and --search makes many")
+        raise ValueError("--fail-under judges one run, and --search makes several")
     return parse_criterion(args.search)
 
 
 def _stopped_by_ctrl_c() -> asyncio.Event:
-    """Returns what the first Ctrl-C sets. The second ends the command as it would have without."""
+    """Returns an event that the first Ctrl-C sets. The second Ctrl-C ends the command at once."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -206,7 +260,7 @@ def _stopped_by_ctrl_c() -> asyncio.Event:
 
 @contextmanager
 def _progress_line() -> Iterator[Callable[[Progress], None] | None]:
-    """Yields what writes a run's progress over itself, for people who watch; nothing to a file."""
+    """Yields a function that shows a run's progress on one line of a terminal; None where there is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -224,16 +278,18 @@ def _tell_probe(args: argparse.Namespace) -> Callable[[Probe], None]:
 
 def _report_run(args: argparse.Namespace, result: LoadResult) -> int:
     summary = summarize(result)
-    _warn(lag_warning(summary))
+    if warning := lag_warning(summary):
+        warn(warning)
     if args.json:
         print(json_text(run_fields(result, summary)))
     else:
         print(summary_text(summary))
     _write_report(args, result, summary)
     if result.stopped:
+        warn("interrupted; the figures are of what was measured until then")
         return _INTERRUPTED
     if not summary.total.answered:
-        _warn("nothing was answered" if summary.total.sent else "no request fell into so short a run")
+        warn("nothing was answered" if summary.total.sent else "the run was too short for a single request")
         return 1
     return _BELOW if args.fail_under is not None and summary.total.attainment.share < args.fail_under else 0
 
@@ -249,6 +305,7 @@ def _report_search(args: argparse.Namespace, found: SearchResult) -> int:
             print(f"\n{summary_text(best)}")
         _write_report(args, found.best, best)
     if found.stopped:
+        warn("interrupted; the search was not finished")
         return _INTERRUPTED
     return 0 if any(probe.summary.total.answered for probe in found.probes) else 1
 
@@ -261,23 +318,14 @@ def _write_report(args: argparse.Namespace, result: LoadResult, summary: LoadSum
         print(f"report: {index}", file=sys.stderr)
 
 
-def _warn(text: str | None) -> None:
-    if text:
-        print(f"tome-client: {text}", file=sys.stderr)
-
-
-def _warmup(text: str) -> float:
-    return 0.0 if text.strip() in ("0", "0s", "0ms") else duration(text)
-
-
 def _resolution(text: str) -> float:
     value = share(text)
     if value == 0:
-        raise argparse.ArgumentTypeError(f"not a share above 0: {text!r}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0")
     return value
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"not a number above 0: {text!r}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)

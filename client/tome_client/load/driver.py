@@ -8,9 +8,10 @@ for answers would leave it alone ("coordinated omission"; Schroeder et al., "Ope
 from __future__ import annotations
 
 import asyncio
+import math
 import selectors
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -18,7 +19,7 @@ import grpc
 
 from tome_api.v1 import inference_pb2, inference_pb2_grpc
 from tome_client.channel import DEFAULT_MAX_MESSAGE_BYTES, Metadata, call_metadata, channel_credentials, channel_options
-from tome_client.errors import error_from_rpc
+from tome_client.errors import TomeError, error_from_rpc
 from tome_client.load.images import Sample
 from tome_client.load.plan import LoadPlan, PlannedRequest
 from tome_client.requests import PredictOptions, predict_request
@@ -52,7 +53,7 @@ class Outcome:
     latency: float
     """Seconds from `at` to its answer or failure."""
     budget: float
-    """Seconds that the answer might take from `at`."""
+    """Seconds that the answer might take from `at`; infinite for a request without a deadline."""
     image: str
     code: str
     """Name of the gRPC status code, "OK" for an answer."""
@@ -71,8 +72,13 @@ class Outcome:
         return self.code == "OK"
 
     @property
+    def has_deadline(self) -> bool:
+        """Whether there was a budget to keep."""
+        return math.isfinite(self.budget)
+
+    @property
     def attained(self) -> bool:
-        """Whether the answer came within the budget."""
+        """Whether the answer came within the budget; without a deadline, whether there was one."""
         return self.answered and self.latency <= self.budget
 
 
@@ -88,7 +94,10 @@ class Progress:
     """Requests, since then; so are the next two."""
     ended: int
     """Answered or failed."""
+    judged: int
+    """Those that ended and had a deadline."""
     attained: int
+    """Those of `judged` that were answered in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +131,7 @@ async def run_load(
 ) -> LoadResult:
     """Sends the plan's requests to a server and returns what became of them.
 
-    It returns when every request has its answer or was given up. Nothing is tried twice.
+    It returns when every request has its answer or was given up. No request is retried.
     Run it on `event_loop`'s loop, which keeps time more finely than asyncio's own.
 
     Args:
@@ -133,7 +142,8 @@ async def run_load(
         stop: Ends the run early when set.
 
     Raises:
-        TomeError: The server did not say what it serves before the run. Once that began, failures are outcomes.
+        TomeError: The server did not say what it serves before the run, or `stop` was set before it did (CANCELLED).
+            Once the run has begun, failures are outcomes.
         ValueError: A label that the model does not have; certificates or a token that Client would not take.
     """
     credentials = channel_credentials(tls, root_certificates, client_certificate, client_key)
@@ -155,7 +165,7 @@ async def run_load(
     ]
     try:
         sent_along = call_metadata(metadata, token)()
-        model, *_ = await asyncio.gather(*(_describe(channel, plan, target, sent_along) for channel in channels))
+        model = await _unless(stop, _describe_all(channels, plan, target, sent_along))
         _check_labels(plan.samples, model)
         return await _Run(plan, model, channels, target, sent_along).run(progress, stop)
     finally:
@@ -189,6 +199,7 @@ class _Run:
         self.asked = {budget: _asked(plan, budget) for budget in {one.budget for one in self.schedule}}
         self.ended: list[_Ended] = []
         self.sent = 0
+        self.judged = 0
         self.attained = 0
         self.start = 0.0
 
@@ -224,12 +235,13 @@ class _Run:
         lag = time.perf_counter() - due
         measured = request.at >= 0
         self.sent += measured
-        allowed = request.budget + (0.0 if self.plan.deadline_only else self.plan.grace)
+        allowed = request.budget + (0.0 if self.plan.deadline_only else self.plan.grace) - lag
         # Concatenated messages are one message, by protobuf's encoding: an image is held once, not once a budget.
         message = self.asked[request.budget] + self.images[request.sample]
         code, reason, answer = "OK", None, b""
         try:
-            answer = await call(message, timeout=max(0.0, allowed - lag), metadata=self.metadata)
+            timeout = max(0.0, allowed) if math.isfinite(allowed) else None
+            answer = await call(message, timeout=timeout, metadata=self.metadata)
             latency = time.perf_counter() - due
         except grpc.RpcError as failure:
             latency = time.perf_counter() - due
@@ -237,7 +249,9 @@ class _Run:
             code, reason = error.code.name, error.reason
         if measured:
             self.ended.append((number, lag, latency, code, reason, answer))
-            self.attained += code == "OK" and latency <= request.budget
+            if math.isfinite(request.budget):
+                self.judged += 1
+                self.attained += code == "OK" and latency <= request.budget
 
     def _outcome(self, ended: _Ended) -> Outcome:
         number, lag, latency, code, reason, answer = ended
@@ -260,8 +274,30 @@ class _Run:
     async def _report(self, progress: Callable[[Progress], None]) -> None:
         while True:
             at = time.perf_counter() - self.start
-            progress(Progress(at, self.plan.duration, self.sent, len(self.ended), self.attained))
+            progress(Progress(at, self.plan.duration, self.sent, len(self.ended), self.judged, self.attained))
             await asyncio.sleep(_PROGRESS_INTERVAL)
+
+
+async def _unless(stop: asyncio.Event | None, describing: Coroutine[None, None, ModelInfo]) -> ModelInfo:
+    """Awaits the model's description, for which a server that is not there makes one wait, unless it is stopped."""
+    described = asyncio.create_task(describing)
+    stopping = asyncio.create_task((stop or asyncio.Event()).wait())
+    try:
+        await asyncio.wait({described, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not described.done():
+            raise TomeError(grpc.StatusCode.CANCELLED, "stopped before the run began")
+        return described.result()
+    finally:
+        for task in (described, stopping):
+            task.cancel()
+        await asyncio.gather(described, stopping, return_exceptions=True)
+
+
+async def _describe_all(
+    channels: Sequence[grpc.aio.Channel], plan: LoadPlan, target: str, metadata: Metadata
+) -> ModelInfo:
+    model, *_ = await asyncio.gather(*(_describe(channel, plan, target, metadata) for channel in channels))
+    return model
 
 
 async def _describe(channel: grpc.aio.Channel, plan: LoadPlan, target: str, metadata: Metadata) -> ModelInfo:
@@ -276,7 +312,9 @@ async def _describe(channel: grpc.aio.Channel, plan: LoadPlan, target: str, meta
 
 def _asked(plan: LoadPlan, budget: float) -> bytes:
     """Returns a request of that budget, but for its image."""
-    asked = PredictOptions(**{**plan.options, "budget": None if plan.deadline_only else budget, "top_k": 1})
+    asked = PredictOptions(**{**plan.options, "budget": budget, "top_k": 1})
+    if plan.deadline_only:
+        del asked["budget"]
     asked["features"] = asked["patch_features"] = asked["token_map"] = False
     request = predict_request(b"", asked)
     request.ClearField("image")

@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
+from tome_client.inputs import image_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def read_samples(folder: Path, labels: Path | None = None, *, most: int | None =
     """
     # A folder that is not there would look like an empty one.
     folder.stat()
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
+    files = image_files(folder)
     if not files:
         raise ValueError(f"no JPEG, PNG, WebP or BMP image in {folder}")
     named = _labels(files, folder, labels)

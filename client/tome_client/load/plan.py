@@ -7,20 +7,10 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from tome_client.durations import parse_duration
+from tome_api.durations import BudgetClass
 from tome_client.load.arrivals import Arrivals, Renewal
 from tome_client.load.images import Sample
 from tome_client.requests import PredictOptions
-
-
-@dataclass(frozen=True, slots=True)
-class BudgetClass:
-    """Requests that may take equally long."""
-
-    budget: float
-    """Seconds."""
-    weight: float = 1.0
-    """How many they are, compared with the other classes'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +20,7 @@ class PlannedRequest:
     at: float
     """Seconds since the start of the measured run; negative while warming up."""
     budget: float
-    """Seconds it may take, from that time on."""
+    """Seconds it may take, from that time on; infinite for a request without a deadline."""
     sample: int
     """Index of its image."""
 
@@ -56,12 +46,12 @@ class LoadPlan:
     """The same plan and seed send the same requests at the same times. Rates that differ by a factor draw
     the same gaps, scaled."""
     options: PredictOptions = field(default_factory=PredictOptions)
-    """Which model, and the bounds of r. `budget`, `top_k`, `features` and `token_map` are not taken from it."""
+    """The model to ask, and the bounds of r. `budget`, `top_k`, `features` and `token_map` are ignored."""
     deadline_only: bool = False
     """Send the budget as the gRPC deadline alone, as a client that knows nothing of latency budgets does."""
     grace: float = 1.0
-    """Seconds beyond its budget until an answer is given up, so that late ones are measured and the server's own
-    refusals arrive. Not used with `deadline_only`."""
+    """Seconds beyond its budget until a request is given up, so that late answers are measured and the server's own
+    refusals arrive. Not used with `deadline_only`. A request without a deadline is never given up."""
     connections: int = 1
     """Requests go round them."""
 
@@ -69,15 +59,25 @@ class LoadPlan:
         if not self.samples:
             raise ValueError("there is no image to send")
         if not 0 < self.duration < math.inf:
-            raise ValueError(f"a run takes more than no time; got {self.duration} s")
+            raise ValueError(f"the duration of a run must be above 0; got {self.duration} s")
         if not 0 <= self.warmup < math.inf:
-            raise ValueError(f"warming up takes no negative time; got {self.warmup} s")
+            raise ValueError(f"the warm-up must not be negative; got {self.warmup} s")
         if self.connections < 1:
             raise ValueError(f"a run needs at least one connection; got {self.connections}")
         # With a trace, a warm-up needs budgets as well: its requests are not the trace's.
         lacking = isinstance(self.arrivals, Renewal) or any(one.budget is None for one in self.arrivals.arrivals)
         if not self.budgets and lacking:
-            raise ValueError("every request needs a budget: --budget, or one on each line of the trace")
+            raise ValueError(
+                "every request needs a budget: --budget (none for no deadline), or one on each line of the trace"
+            )
+        if self.deadline_only and math.inf in self.possible_budgets():
+            raise ValueError("--deadline-only sends budgets as gRPC deadlines; requests without a deadline have none")
+
+    def possible_budgets(self) -> frozenset[float]:
+        """Returns every budget that a request of the run may have."""
+        own = () if isinstance(self.arrivals, Renewal) else self.arrivals.arrivals
+        recorded = {one.budget for one in own if one.budget is not None}
+        return frozenset(recorded.union(one.budget for one in self.budgets))
 
     def schedule(self) -> list[PlannedRequest]:
         """Returns every request of the run in the order of sending, those of the warm-up first."""
@@ -102,26 +102,6 @@ class LoadPlan:
         # Only a trace's warm-up is left to need them.
         own = [one.budget for one in self.arrivals.arrivals if one.budget is not None]
         return own, [1.0] * len(own)
-
-
-def parse_budgets(text: str) -> tuple[BudgetClass, ...]:
-    """Returns the classes that "100ms", "mix:50ms,100ms,200ms" or "mix:50ms=3,200ms=1" stand for.
-
-    Raises:
-        ValueError: Written otherwise.
-    """
-    if not text.startswith("mix:"):
-        return (BudgetClass(parse_duration(text)),)
-    classes = []
-    for one in text.removeprefix("mix:").split(","):
-        budget, _, weight = one.partition("=")
-        try:
-            classes.append(BudgetClass(parse_duration(budget), float(weight or 1)))
-        except ValueError:
-            raise ValueError(f"not a mix of budgets: {text!r}; write mix:50ms,200ms or mix:50ms=3,200ms=1") from None
-        if not 0 < classes[-1].weight < math.inf:
-            raise ValueError(f"weights of budgets are above 0; got {one!r}")
-    return tuple(classes)
 
 
 def _rounds(count: int, rng: random.Random) -> Iterator[int]:

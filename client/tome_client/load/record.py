@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import timedelta
@@ -46,13 +47,13 @@ def search_fields(found: SearchResult) -> dict[str, Any]:
 
 
 def plan_fields(plan: LoadPlan) -> dict[str, Any]:
-    """Returns a plan for JSON."""
+    """Returns a plan for JSON; the budget of requests without a deadline is null."""
     arrivals = plan.arrivals
     return {
         "arrivals": asdict(arrivals)
         if isinstance(arrivals, Renewal)
         else {"trace": len(arrivals.arrivals), "rate": arrivals.rate},
-        "budgets": [asdict(one) for one in plan.budgets],
+        "budgets": [{"budget": _finite(one.budget), "weight": one.weight} for one in plan.budgets],
         "duration": plan.duration,
         "warmup": plan.warmup,
         "seed": plan.seed,
@@ -71,17 +72,25 @@ def plan_fields(plan: LoadPlan) -> dict[str, Any]:
 def write_requests(file: Path, outcomes: Iterable[Outcome]) -> None:
     """Writes a CSV line for each request, in the order they were meant to be sent. Durations are in seconds.
 
+    A request without a deadline has no budget, and nothing in the column that says whether it was attained.
+
     Raises:
         OSError: The file cannot be written.
     """
-    with file.open("w", newline="") as stream:
+    # Names of files may be in any encoding.
+    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
         writer = csv.DictWriter(stream, _COLUMNS, restval="", extrasaction="raise")
         writer.writeheader()
         for one in sorted(outcomes, key=lambda outcome: outcome.at):
             fields = asdict(one)
             merging, timing = fields.pop("merging") or {}, fields.pop("timing") or {}
-            row = {**fields, **merging, **timing, "attained": one.attained}
+            row = {**fields, **merging, **timing, "budget": _finite(one.budget)}
+            row["attained"] = one.attained if one.has_deadline else None
             writer.writerow({name: _cell(value) for name, value in row.items()})
+
+
+def _finite(budget: float) -> float | None:
+    return budget if math.isfinite(budget) else None
 
 
 def _cell(value: object) -> object:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from tome_client.durations import milliseconds
+from tome_api.durations import duration_text
 from tome_client.json_text import json_text
 from tome_client.load.driver import LoadResult, Outcome
 from tome_client.load.record import plan_fields, run_fields, write_requests
@@ -63,10 +64,10 @@ def write_report(folder: Path, result: LoadResult, summary: LoadSummary, target:
         OSError: A file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json_text(run_fields(result, summary)) + "\n")
+    (folder / "report.json").write_text(json_text(run_fields(result, summary)) + "\n", encoding="utf-8")
     write_requests(folder / "requests.csv", result.outcomes)
     index = folder / "index.html"
-    index.write_text(page(result, summary, target), encoding="utf-8")
+    index.write_text(page(result, summary, target), encoding="utf-8", errors="backslashreplace")
     return index
 
 
@@ -87,18 +88,19 @@ def page(result: LoadResult, summary: LoadSummary, target: str) -> str:
         parts += [
             _figure(
                 "Latency",
-                "Share of all requests sent that were answered within so long of the time they were meant to be "
-                "sent. Dashed: the budget.",
+                "Share of all requests sent that were answered within each time, counted from when they were meant "
+                "to be sent. Dashed: the budget.",
                 lambda axes: _draw_latency(axes, result.outcomes),
             ),
             _figure(
                 "In time",
-                "Share of the requests of each interval that were answered within their budget.",
+                "Share of the requests of each interval, of those with a deadline, that were answered within their "
+                "budget.",
                 lambda axes: _draw_attainment(axes, result),
             ),
             _figure(
                 "r",
-                "Tokens merged in each block: each answered request a dot, their mean a line.",
+                "Tokens merged in each block. Each dot is an answered request; the line is their mean.",
                 lambda axes: _draw_r(axes, result),
             ),
         ]
@@ -115,7 +117,8 @@ def page(result: LoadResult, summary: LoadSummary, target: str) -> str:
 
 
 def _draw_latency(axes: Axes, outcomes: Sequence[Outcome]) -> None:
-    end = 1.1e3 * max(max(one.latency for one in outcomes), max(one.budget for one in outcomes))
+    end = 1.1e3 * max(one.latency for one in outcomes)
+    end = max([end, *(1.1e3 * one.budget for one in outcomes if one.has_deadline)])
     for number, budget in enumerate(sorted({one.budget for one in outcomes})):
         of_it = [one for one in outcomes if one.budget == budget]
         latencies = sorted(1e3 * one.latency for one in of_it if one.answered)
@@ -126,9 +129,10 @@ def _draw_latency(axes: Axes, outcomes: Sequence[Outcome]) -> None:
             [*((rank + 1) / len(of_it) for rank in ranks), len(latencies) / len(of_it)],
             where="post",
             color=f"C{number}",
-            label=f"budget {milliseconds(budget)}",
+            label=f"budget {duration_text(budget)}" if math.isfinite(budget) else "no deadline",
         )
-        axes.axvline(1e3 * budget, color=f"C{number}", linestyle="--", linewidth=1)
+        if math.isfinite(budget):
+            axes.axvline(1e3 * budget, color=f"C{number}", linestyle="--", linewidth=1)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
@@ -141,7 +145,7 @@ def _draw_latency(axes: Axes, outcomes: Sequence[Outcome]) -> None:
 
 
 def _draw_attainment(axes: Axes, result: LoadResult) -> None:
-    middles, shares = _over_time(result, lambda one: float(one.attained))
+    middles, shares = _over_time(result, lambda one: float(one.attained) if one.has_deadline else None)
     axes.plot(middles, shares, marker=".", color="C0")
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("time, s")
@@ -160,7 +164,7 @@ def _draw_r(axes: Axes, result: LoadResult) -> None:
 
 
 def _over_time(result: LoadResult, value: Callable[[Outcome], float | None]) -> tuple[list[float], list[float]]:
-    """Returns the middles of the run's intervals, and the mean of a value in each that has any."""
+    """Returns the middles of the run's intervals, and the mean of a value in each interval that has any."""
     slices: dict[int, list[float]] = {}
     width = max(one.at for one in result.outcomes) / _SLICES or 1.0
     for one in result.outcomes:

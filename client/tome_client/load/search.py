@@ -31,8 +31,11 @@ class Criterion:
         return f"p{100 * self.share:g}" if self.kind == "percentile" else f"attainment:{self.share:g}"
 
     def met(self, result: LoadResult) -> bool:
-        """Whether a run is good enough. A request without an answer is later than any budget."""
-        outcomes = result.outcomes
+        """Whether a run is good enough. A request without an answer counts as later than any budget.
+
+        Requests without a deadline do not count.
+        """
+        outcomes = [one for one in result.outcomes if one.has_deadline]
         if not outcomes:
             return False
         if self.kind == "attainment":
@@ -99,6 +102,8 @@ async def search_rate(
         raise ValueError(  # noqa: TRY004 # A plan is a plan; this one does not fit.
             "a trace has its own rate; search with poisson, gamma or constant arrivals"
         )
+    if not any(map(math.isfinite, plan.possible_budgets())):
+        raise ValueError("a search needs budgets to keep, and no request has a deadline")
     if not resolution > 0:
         raise ValueError(f"a resolution is a share above 0, such as 0.05; got {resolution}")
     probes: list[Probe] = []

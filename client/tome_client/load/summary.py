@@ -51,23 +51,24 @@ class Group:
     """All requests, or those of one budget."""
 
     budget: float | None
-    """Seconds; None of all together."""
+    """Seconds, infinite for the requests without a deadline; None of all together."""
     sent: int
     answered: int
     """Late or not."""
     attainment: Share
-    """Of all sent: answered within their budget, counted from when they were meant to be sent."""
+    """Of all sent that had a deadline: answered within their budget, counted from when they were meant to be sent."""
     goodput: float
-    """Of those, in a second."""
+    """Requests a second that were answered within their budget; those without a deadline do not count."""
     latency: Percentiles | None
-    """Of the answered, from when they were meant to be sent; None if there are none, as are the next three."""
+    """Of the answered, from when they were meant to be sent; None without answers, as are the next three."""
     mean_r: float | None
     tokens_saved: float | None
     """Share of the tokens that entered the first block which were merged away by the last, over all answered."""
     flops_saved: float | None
     """Share of the unmerged model's operations that was not done, over all answered."""
     effective_accuracy: float | None
-    """Share of all sent which were answered in time with the right label; None without labels."""
+    """Share of all sent that were answered in time with the right label; None without labels. An answer to a request
+    without a deadline is in time."""
     answered_accuracy: float | None
     """Share of the answered with the right label, late or not; None without labels or answers."""
 
@@ -172,7 +173,8 @@ def wilson(count: int, of: int) -> Share:
 
 
 def _group(budget: float | None, outcomes: Sequence[Outcome], duration: float) -> Group:
-    attained = [one for one in outcomes if one.attained]
+    judged_by_time = [one for one in outcomes if one.has_deadline]
+    attained = [one for one in judged_by_time if one.attained]
     mergings = [one.merging for one in outcomes if one.merging]
     labelled = [one for one in outcomes if one.right is not None]
     judged = [one for one in labelled if one.answered]
@@ -183,7 +185,7 @@ def _group(budget: float | None, outcomes: Sequence[Outcome], duration: float) -
         budget=budget,
         sent=len(outcomes),
         answered=len(mergings),
-        attainment=wilson(len(attained), len(outcomes)),
+        attainment=wilson(len(attained), len(judged_by_time)),
         goodput=len(attained) / duration if duration else 0.0,
         latency=percentiles([one.latency for one in outcomes if one.answered]),
         mean_r=_ratio(sum(one.r for one in mergings), len(mergings)),
@@ -199,15 +201,19 @@ def _ratio(part: float, whole: float) -> float | None:
 
 
 def _verdict(total: Group, *, kept_schedule: bool, stopped: bool) -> Verdict:
-    missed = total.sent - total.attainment.count
+    with_deadline = total.attainment.of
+    missed = with_deadline - total.attainment.count
     needed = least_sent(missed, percentile=PERCENTILE, confidence=CONFIDENCE)
     reasons = []
     if stopped:
         reasons.append("the run was stopped early")
     if not kept_schedule:
         reasons.append("the load generator did not keep its schedule")
-    if total.sent and missed > (1 - PERCENTILE) * total.sent:
-        reasons.append(f"{missed / total.sent:.2%} missed their budget, and 1 % may")
-    elif not enough(total.sent, missed, percentile=PERCENTILE, confidence=CONFIDENCE):
-        reasons.append(f"too few requests to tell: with {missed} missed it takes {needed}, and {total.sent} were sent")
+    if total.sent and not with_deadline:
+        reasons.append("no request had a deadline")
+    elif missed > (1 - PERCENTILE) * with_deadline:
+        reasons.append(f"{missed / with_deadline:.2%} missed their budget, and 1 % may")
+    elif not enough(with_deadline, missed, percentile=PERCENTILE, confidence=CONFIDENCE):
+        sent = f"{with_deadline} were sent" if with_deadline == total.sent else f"{with_deadline} had a deadline"
+        reasons.append(f"too few requests to tell: with {missed} missed it takes {needed}, and {sent}")
     return Verdict(not reasons, missed, needed, tuple(reasons))

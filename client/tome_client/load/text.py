@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from tome_client.durations import milliseconds
+from tome_api.durations import duration_text
 from tome_client.load.driver import Progress
 from tome_client.load.search import Probe, SearchResult
 from tome_client.load.summary import Group, LoadSummary, Percentiles
-from tome_client.tables import table
+from tome_client.tables import milliseconds, table
 
 _ABSENT = "-"
 
@@ -47,10 +47,10 @@ def budget_rows(summary: LoadSummary) -> tuple[tuple[str, ...], Rows]:
     header = ("budget", "sent", "answered", "attainment", "p50", "p99", "mean r", "effective accuracy")
     return header, [
         (
-            milliseconds(group.budget or 0.0),
+            duration_text(group.budget or 0.0),
             f"{group.sent:,}",
             f"{group.answered:,}",
-            _share(group.attainment.share),
+            _share(group.attainment.share if group.attainment.of else None),
             milliseconds(group.latency.p50) if group.latency else _ABSENT,
             milliseconds(group.latency.p99) if group.latency else _ABSENT,
             _ABSENT if group.mean_r is None else f"{group.mean_r:.2f}",
@@ -88,7 +88,7 @@ def progress_text(progress: Progress) -> str:
     """Returns how far a run is, in a line."""
     if progress.at < 0:
         return f"warming up, {-progress.at:.0f} s to go"
-    share = f"{progress.attained / progress.ended:.1%}" if progress.ended else _ABSENT
+    share = f"{progress.attained / progress.judged:.1%}" if progress.judged else _ABSENT
     waiting = progress.sent - progress.ended
     so_far = f"{progress.at:.0f} of {progress.duration:.0f} s"
     return f"{so_far}: {progress.sent:,} sent, {waiting:,} waiting, {share} in time"
@@ -119,6 +119,8 @@ def _share(share: float | None) -> str:
 
 def _attainment(group: Group) -> str:
     share = group.attainment
+    if not share.of:
+        return f"{_ABSENT} (no request had a deadline)" if group.sent else _ABSENT
     return f"{share.share:.2%} answered within their budget (95 % interval {share.low:.2%} to {share.high:.2%})"
 
 

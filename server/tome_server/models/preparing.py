@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tome_api.durations import duration_text
 from tome_server.errors import ModelLoadError
 from tome_server.merging.geometry import default_size, patch_grid
 from tome_server.merging.support import check_supported
@@ -89,7 +90,7 @@ def prepare(recipe: Recipe, name: str, folder: Path) -> Prepared:
         "architecture": recipe.source,
         "kwargs": kwargs,
         "data": dict(recipe.data),
-        "default_budget": recipe.default_budget,
+        "default_budget": None if recipe.default_budget is None else duration_text(recipe.default_budget),
         "license": licensed,
         "description": recipe.description,
     }

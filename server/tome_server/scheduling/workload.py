@@ -9,11 +9,10 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from tome_server.durations import seconds_in
+from tome_api import traces
 
 
 class Arrival(NamedTuple):
@@ -105,8 +104,10 @@ class Spike:
         return self.start + self.seconds + (arrivals - before - during) / self.rate
 
 
-def draw(rate: Rate, budgets: Sequence[float], *, cv2: float = 1.0, seed: int = 0) -> list[Arrival]:
-    """Return the requests of a run, each with one of `budgets` (seconds), all equally likely.
+def draw(
+    rate: Rate, budgets: Sequence[float], *, weights: Sequence[float] = (), cv2: float = 1.0, seed: int = 0
+) -> list[Arrival]:
+    """Return the requests of a run, each with one of `budgets` (seconds), drawn by `weights` or all equally likely.
 
     `cv2` is the squared coefficient of variation of the gaps between them, which are gamma-distributed: 0 for equal
     gaps, 1 for a Poisson process, more for bursts. Raises ValueError for a negative one, and without a positive budget.
@@ -119,66 +120,33 @@ def draw(rate: Rate, budgets: Sequence[float], *, cv2: float = 1.0, seed: int = 
     found: list[Arrival] = []
     passed = 0.5 if cv2 == 0 else rng.gammavariate(1 / cv2, cv2)
     while (at := rate.when(passed)) < rate.duration:
-        found.append(Arrival(at, budgets[0] if len(budgets) == 1 else rng.choice(budgets)))
+        found.append(Arrival(at, _drawn(budgets, weights, rng)))
         passed += 1.0 if cv2 == 0 else rng.gammavariate(1 / cv2, cv2)
     return found
 
 
 def read_trace(path: Path, budget: float | None = None) -> list[Arrival]:
-    """Read recorded requests: one a line, seconds since the start and perhaps its budget, such as `0.0132 50ms`.
+    """Read recorded requests, as `tome_api.traces` says; `budget` is in seconds, for lines that name none.
 
-    The load generator of the client reads the same. Empty lines and what follows a # are passed over; `budget` is in
-    seconds, for lines without one. Raises ValueError, naming the line, for what can't be read, goes back in time or
-    lacks a budget, and for a file without requests; OSError if it can't be opened.
+    Raises ValueError for a file that is no trace, and for a request that has no budget or no deadline: what is
+    simulated has one. OSError if the file can't be opened.
     """
-    found: list[Arrival] = []
-    for number, line in zip(count(1), path.read_text(encoding="utf-8").splitlines(), strict=False):
-        if words := line.partition("#")[0].split(maxsplit=1):
-            try:
-                found.append(_recorded(words, found[-1].at if found else 0.0, budget))
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
-    if not found:
-        raise ValueError(f"{path}: no request in it")
-    return found
+    return [_recorded(path, one, budget) for one in traces.read_trace(path)]
 
 
-def parse_budgets(text: str) -> tuple[float, ...]:
-    """Return the budgets, in seconds, that `draw` is to choose from: `50ms`, `mix:50ms,200ms` or `mix:50ms=3,200ms=1`.
-
-    The load generator of the client reads the same. The last stands for three of 50 ms and one of 200 ms. Raises
-    ValueError for other text.
-    """
-    kind, colon, choices = text.partition(":")
-    if not colon:
-        return (_budget(text),)
-    found: list[float] = []
-    for choice in choices.split(","):
-        written, _, weight = choice.partition("=")
-        if kind != "mix" or not (weight or "1").isdecimal() or not 0 < int(weight or "1") <= 1000:
-            raise ValueError(f"{text!r} is no budget; write for example 50ms, mix:50ms,200ms or mix:50ms=3,200ms=1")
-        found += [_budget(written)] * int(weight or "1")
-    return tuple(found)
-
-
-def _budget(text: str) -> float:
-    if not (seconds := seconds_in(text)):
-        raise ValueError(f"{text!r} is no budget; it must be above 0")
-    return seconds
-
-
-def _recorded(words: Sequence[str], earliest: float, budget: float | None) -> Arrival:
-    try:
-        at = float(words[0])
-    except ValueError:
-        raise ValueError(f"{words[0]!r} is no number of seconds") from None
-    if not earliest <= at < math.inf:
-        raise ValueError(f"times must not be negative nor go back; got {words[0]} after {earliest:g}")
-    if len(words) == 2:
-        return Arrival(at, _budget(words[1]))
+def _recorded(path: Path, request: traces.Arrival, default: float | None) -> Arrival:
+    budget = default if request.budget is None else request.budget
     if budget is None:
-        raise ValueError("it has no budget, and no other was given")
-    return Arrival(at, budget)
+        raise ValueError(f"{path}: the request at {request.at:g} s has no budget, and no other was given")
+    if math.isinf(budget):
+        raise ValueError(f"{path}: the request at {request.at:g} s has no deadline, and a simulation needs one")
+    return Arrival(request.at, budget)
+
+
+def _drawn(budgets: Sequence[float], weights: Sequence[float], rng: random.Random) -> float:
+    if len(budgets) == 1:
+        return budgets[0]
+    return rng.choices(budgets, weights)[0] if len(set(weights)) > 1 else rng.choice(budgets)
 
 
 def _check(duration: float, *rates: float) -> None:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 
-from tome_client.load import Arrival, BudgetClass, LoadPlan, Renewal, Sample, Trace, parse_budgets
+from tome_client.load import Arrival, LoadPlan, Renewal, Sample, Trace, parse_budgets
 
 SAMPLES = [Sample(f"{number}.png", b"") for number in range(7)]
 PLAN = LoadPlan(SAMPLES, Renewal(40), parse_budgets("mix:50ms=3,200ms=1"), duration=60, warmup=5, seed=3)
@@ -59,9 +60,9 @@ def test_a_trace_with_all_its_budgets_needs_no_others() -> None:
     ("change", "message"),
     [
         ({"samples": []}, "no image to send"),
-        ({"duration": 0}, "more than no time"),
-        ({"duration": float("inf")}, "more than no time"),
-        ({"warmup": -1}, "no negative time"),
+        ({"duration": 0}, "duration of a run must be above 0"),
+        ({"duration": float("inf")}, "duration of a run must be above 0"),
+        ({"warmup": -1}, "warm-up must not be negative"),
         ({"connections": 0}, "at least one connection"),
         ({"budgets": ()}, "every request needs a budget"),
         ({"budgets": (), "arrivals": Trace((Arrival(0, 1), Arrival(1)))}, "every request needs a budget"),
@@ -72,21 +73,18 @@ def test_a_plan_that_cannot_be_run_is_refused(change: dict[str, object], message
         replace(PLAN, **change)
 
 
-@pytest.mark.parametrize(
-    ("text", "classes"),
-    [
-        ("100ms", [BudgetClass(0.1)]),
-        ("mix:50ms,0.2s", [BudgetClass(0.05), BudgetClass(0.2)]),
-        ("mix:50ms=3,200ms=0.5", [BudgetClass(0.05, 3), BudgetClass(0.2, 0.5)]),
-    ],
-)
-def test_budgets_are_one_or_a_mix(text: str, classes: list[BudgetClass]) -> None:
-    assert list(parse_budgets(text)) == classes
+def test_requests_may_have_no_deadline_by_the_mix_or_the_trace() -> None:
+    mixed = replace(PLAN, budgets=parse_budgets("mix:50ms=3,none=1"))
+    drawn = Counter(one.budget for one in mixed.schedule())
+    assert drawn.keys() == mixed.possible_budgets() == {0.05, math.inf}
+    assert drawn[math.inf] / drawn.total() == pytest.approx(0.25, abs=0.05)
+    trace = LoadPlan(SAMPLES, Trace((Arrival(0.1, math.inf), Arrival(0.2, 0.1))), duration=1)
+    assert [one.budget for one in trace.schedule()] == [math.inf, 0.1]
 
 
 @pytest.mark.parametrize(
-    "text", ["soon", "mix:", "mix:50ms,", "mix:50ms=much", "mix:50ms=0", "mix:50ms=-1", "50ms,200ms"]
+    "change", [{"budgets": parse_budgets("mix:50ms,none")}, {"arrivals": Trace((Arrival(0, math.inf),)), "duration": 1}]
 )
-def test_wrong_budgets_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"not a duration|not a mix of budgets|above 0"):
-        parse_budgets(text)
+def test_what_has_no_deadline_cannot_be_sent_as_one(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="requests without a deadline have none"):
+        replace(PLAN, deadline_only=True, **change)

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 from tome_client import PredictOptions
-from tome_client.load import Arrival, Criterion, LoadPlan, LoadResult, Trace, search_rate, summarize
+from tome_client.load import Arrival, Criterion, LoadPlan, LoadResult, Trace, parse_budgets, search_rate, summarize
 from tome_client.load.record import plan_fields, run_fields, search_fields, write_requests
 
 from .outcomes import PLAN, answered, failed, result
@@ -21,6 +22,15 @@ def test_a_run_is_json_with_what_was_asked_for_and_the_figures() -> None:
     assert fields["plan"]["budgets"] == [{"budget": 0.1, "weight": 1.0}]
     assert fields["summary"]["total"]["attainment"]["share"] == 0.5
     assert fields["summary"]["verdict"]["least_sent"] == 662
+
+
+def test_a_request_without_a_deadline_has_no_budget(tmp_path: Path) -> None:
+    plan = replace(PLAN, budgets=parse_budgets("mix:50ms,none=2"))
+    assert plan_fields(plan)["budgets"] == [{"budget": 0.05, "weight": 1.0}, {"budget": None, "weight": 2.0}]
+    write_requests(tmp_path / "requests.csv", [answered(budget=math.inf)])
+    with (tmp_path / "requests.csv").open(newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    assert (row["budget"], row["attained"], row["code"]) == ("", "", "OK")
 
 
 def test_a_plan_names_the_options_that_were_given() -> None:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -63,7 +66,7 @@ def test_the_page_is_whole_and_holds_figures_tables_and_pictures() -> None:
     assert f"{summarize(RUN).total.attainment.share:.2%} answered within their budget" in text
     assert "INVALID: " in text
     assert "DEADLINE_EXCEEDED INFEASIBLE 20" in text
-    assert "budget 100.0 ms" in text  # In the picture's legend: text stays text.
+    assert "budget 100ms" in text  # In the picture's legend: text stays text.
     assert "vision:8500" in text
     assert "By budget" in text
 
@@ -83,6 +86,21 @@ def test_what_comes_from_elsewhere_is_escaped() -> None:
 @pytest.mark.parametrize("outcomes", [[], [failed()], [answered()], [answered(at=1.0), failed(at=2.0)]])
 def test_few_requests_or_none_make_a_page_too(outcomes: list) -> None:
     assert read(result(outcomes)).seen.count("svg") == (3 if outcomes else 0)
+
+
+def test_requests_without_a_deadline_have_no_budget_in_any_picture() -> None:
+    bulk = [answered(at=number / 50, budget=math.inf) for number in range(50)]
+    for outcomes in (bulk, [*bulk, answered(at=0.5), failed(at=0.7)]):
+        text = " ".join(" ".join(read(result(outcomes)).text).split())
+        assert "no deadline" in text
+        assert "Infinity" not in text
+        assert "inf " not in text
+
+
+def test_a_file_whose_name_is_no_text_is_in_the_report_too(tmp_path: Path) -> None:
+    named = replace(answered(), image=os.fsdecode(b"latin-\xe9.png"))
+    index = write_report(tmp_path, result([named]), summarize(result([named])), "vision:8500")
+    assert b"latin-\xe9.png" in (index.parent / "requests.csv").read_bytes()
 
 
 def test_the_same_run_gives_the_same_page() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from tome_client.load import summarize
@@ -38,6 +40,21 @@ def test_in_time_are_the_answers_within_the_budget_and_no_others() -> None:
     assert summary.total.goodput == pytest.approx(0.1)
     assert summary.rate == pytest.approx(0.4)
     assert summary.total.latency.max == 0.101
+
+
+def test_only_requests_with_a_deadline_count_for_attainment_and_verdict() -> None:
+    bulk = [answered(budget=math.inf, latency=60, right=True), failed(budget=math.inf, right=False)]
+    summary = summarize(result([*bulk, answered(right=True), failed(right=False)]))
+    assert (summary.total.sent, summary.total.answered) == (4, 2)
+    assert (summary.total.attainment.count, summary.total.attainment.of) == (1, 2)
+    assert summary.total.goodput == pytest.approx(0.1)
+    assert summary.total.effective_accuracy == 0.5
+    assert [group.budget for group in summary.budgets] == [0.1, math.inf]
+    assert summary.verdict.missed == 1
+    assert summary.kept_schedule
+    assert summarize(result(bulk)).verdict.reasons == ("no request had a deadline",)
+    many = summarize(result([*[answered()] * 100, *bulk]))
+    assert many.verdict.reasons == ("too few requests to tell: with 0 missed it takes 459, and 100 had a deadline",)
 
 
 def test_merging_is_averaged_over_the_answers() -> None:

@@ -123,7 +123,7 @@ def test_a_model_has_limits_and_defaults_of_its_own(repository: Repository, fill
         ("policy", "best", "policy: 'best' is no policy; there are price, fixed:R, "),
         ("batching", {"max_batch": 0}, "batching.max_batch: "),
         ("batching", {"max_bach": 1}, "batching.max_bach is not a setting; did you mean 'max_batch'?"),
-        ("batching", {"max_delay": "soon"}, "batching.max_delay: 'soon' is no duration"),
+        ("batching", {"max_delay": "soon"}, "batching.max_delay: 'soon' is not a duration"),
         ("limits", {"max_image_bytes": "1MB"}, "limits.max_image_bytes: '1MB' is no size"),
         ("limits", {"max_client_requests": 1}, "limits.max_client_requests is not a setting"),
         ("default_max_r", -1, "default_max_r: "),
@@ -154,7 +154,7 @@ def test_all_that_is_wrong_is_said_with_file_and_field(repository: Repository, f
     (root / "g/config.yaml").write_text("description: empty\n")
     assert refusal(repository.scan).splitlines() == [
         f"{root}/a/config.yaml:9: architectur is not a setting; did you mean 'architecture'?",
-        f"{root}/b/config.yaml:9: default_budget: 'soon' is no duration; write for example 50ms, 1.5s or 2m",
+        f"{root}/b/config.yaml:9: default_budget: 'soon' is not a duration; write for example 50ms, 1.5s or 2m",
         f"{root}/c is no model: there is no config.yaml in it, and no folder of a version",
         f"{root}/d: no weights.safetensors is there",
         f"{root}/f: only one of weights.safetensors and weights.pth may be there",

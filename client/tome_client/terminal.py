@@ -1,0 +1,31 @@
+"""Output that no terminal refuses: characters that its encoding lacks are written in others."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import sys
+
+_HANDLER = "tome_client.terminal"
+
+_INSTEAD = {"→": "->", "…": "...", "×": "x", "−": "-", "²": "2"}
+
+
+def never_refuse() -> None:
+    """Lets standard output and standard error take any text, whatever their encoding is.
+
+    Without this, a label or a file's name that is not ASCII would end the command under `LANG=C`, and so would the
+    name of a file that is not in the terminal's own encoding.
+    """
+    codecs.register_error(_HANDLER, _replaced)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_HANDLER)
+
+
+def _replaced(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    shown = (_INSTEAD.get(one, one).encode("ascii", "backslashreplace").decode() for one in lacking)
+    return "".join(shown), error.end
