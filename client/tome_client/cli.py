@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = argument_parser().parse_args(argv)
     try:
         status: int = args.run(args)
-        sys.stdout.flush()
+        print(end="", flush=True)  # Unlike a stream's own flush, this may have no stream.
     except BrokenPipeError:
         # Python flushes standard output once more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

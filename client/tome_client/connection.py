@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import os
 from pathlib import Path
 from typing import TypedDict
@@ -75,12 +76,17 @@ def connection(args: argparse.Namespace) -> Connection:
     """
     return Connection(
         tls=args.tls,
-        root_certificates=args.ca.read_bytes() if args.ca else None,
-        client_certificate=args.certificate.read_bytes() if args.certificate else None,
-        client_key=args.key.read_bytes() if args.key else None,
+        root_certificates=_pem(args.ca),
+        client_certificate=_pem(args.certificate),
+        client_key=_pem(args.key),
         token=(_text(args.token_file) if args.token_file else os.environ.get(TOKEN, "")).strip() or None,
         health_checks=args.health_checks,
     )
+
+
+def _pem(file: Path | None) -> bytes | None:
+    # OpenSSL would not see the first line behind the byte order mark.
+    return file.read_bytes().removeprefix(codecs.BOM_UTF8) if file else None
 
 
 def _text(file: Path) -> str:

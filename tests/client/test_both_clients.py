@@ -74,6 +74,22 @@ async def test_a_prediction_is_asked_for_and_read(client: AsyncClient, peer: Pee
     assert peer.calls[0].request.r == 2
 
 
+async def test_no_deadline_is_asked_for_by_none_and_left_out_is_the_models_default(
+    client: AsyncClient, peer: Peer
+) -> None:
+    await client.predict(b"image", budget=None)
+    await client.predict(b"image")
+    assert [call.request.no_deadline for call in peer.calls] == [True, False]
+    assert not any(call.request.HasField("latency_budget") for call in peer.calls)
+
+
+async def test_items_of_a_stream_have_no_deadline_unless_they_name_a_budget(client: AsyncClient, peer: Peer) -> None:
+    options = [{}, PredictOptions(budget=None), PredictOptions(budget=0.5), PredictOptions(r=2)]
+    await ids(client.predict_stream([StreamItem(str(number), b"", one) for number, one in enumerate(options)]))
+    assert [call.request.no_deadline for call in peer.calls] == [True, True, False, True]
+    assert peer.calls[2].request.latency_budget.ToMilliseconds() == 500
+
+
 async def test_a_path_is_read(client: AsyncClient, peer: Peer, tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(b"encoded")
     await client.predict(tmp_path / "image.png")

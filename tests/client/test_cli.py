@@ -268,6 +268,11 @@ def test_results_are_printed_on_terminals_of_any_encoding(
     assert helping.returncode == 0
 
 
+def test_without_a_standard_output_the_status_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["models"]) == 0
+
+
 def test_a_pipe_that_is_closed_ends_the_command_without_a_word(image: str) -> None:
     running = run_command("predict", *[image] * 50)
     assert running.stdout is not None
@@ -455,9 +460,9 @@ def test_certificates_come_from_files(monkeypatch: pytest.MonkeyPatch, tmp_path:
     ca = trustme.CA()
     server, mine = ca.issue_cert("localhost"), ca.issue_cert("client")
     files = {name: tmp_path / name for name in ("ca", "certificate", "key")}
-    files["ca"].write_bytes(ca.cert_pem.bytes())
+    files["ca"].write_bytes(b"\xef\xbb\xbf" + ca.cert_pem.bytes())
     files["certificate"].write_bytes(mine.cert_chain_pems[0].bytes())
-    files["key"].write_bytes(mine.private_key_pem.bytes())
+    files["key"].write_bytes(b"\xef\xbb\xbf" + mine.private_key_pem.bytes())
     pair = (server.private_key_pem.bytes(), server.cert_chain_pems[0].bytes())
     with Peer(grpc.ssl_server_credentials([pair], ca.cert_pem.bytes(), require_client_auth=True)) as peer:
         monkeypatch.setenv("TOME_TARGET", peer.target)

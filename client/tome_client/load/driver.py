@@ -39,6 +39,9 @@ _CONNECT_TIMEOUT = 20.0
 # Seconds between looks at the clock and the first request: time to get going.
 _RUN_UP = 0.05
 
+# Seconds beyond which a call has no gRPC deadline, for gRPC would take one of centuries for one that has passed.
+_LONGEST_TIMEOUT = 1e9
+
 _PROGRESS_INTERVAL = 0.25
 
 
@@ -240,7 +243,7 @@ class _Run:
         message = self.asked[request.budget] + self.images[request.sample]
         code, reason, answer = "OK", None, b""
         try:
-            timeout = max(0.0, allowed) if math.isfinite(allowed) else None
+            timeout = max(0.0, allowed) if allowed < _LONGEST_TIMEOUT else None
             answer = await call(message, timeout=timeout, metadata=self.metadata)
             latency = time.perf_counter() - due
         except grpc.RpcError as failure:

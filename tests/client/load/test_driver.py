@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import replace
 
@@ -9,7 +10,17 @@ import pytest
 from google.rpc import error_details_pb2
 
 from tome_client import PredictOptions, TomeError
-from tome_client.load import LoadPlan, Progress, Renewal, Sample, event_loop, parse_budgets, run_load, summarize
+from tome_client.load import (
+    BudgetClass,
+    LoadPlan,
+    Progress,
+    Renewal,
+    Sample,
+    event_loop,
+    parse_budgets,
+    run_load,
+    summarize,
+)
 
 from ..peer import Failure, Peer
 
@@ -55,6 +66,14 @@ async def test_the_budget_can_be_the_grpc_deadline_alone(peer: Peer) -> None:
     for call in predictions(peer):
         assert not call.request.HasField("latency_budget")
         assert 0 < call.time_remaining <= 20.3
+
+
+@pytest.mark.parametrize("budget", [math.inf, 1e12])
+async def test_a_budget_that_is_none_or_endless_is_no_grpc_deadline(budget: float, peer: Peer) -> None:
+    result = await run_load(peer.target, replace(PLAN, budgets=[BudgetClass(budget)], duration=0.1))
+    assert all(one.attained for one in result.outcomes)
+    assert all((call.time_remaining or 1e9) > 1e6 for call in predictions(peer))
+    assert {call.request.no_deadline for call in predictions(peer)} == {budget == math.inf}
 
 
 async def test_the_warm_up_is_sent_and_not_counted(peer: Peer) -> None:
@@ -145,6 +164,23 @@ async def test_it_stops_when_told_and_keeps_what_was_measured(peer: Peer) -> Non
     assert result.stopped
     assert 5 <= len(result.outcomes) < 60 * 50
     assert 0 < result.duration < 60
+
+
+async def test_it_can_be_stopped_while_it_waits_for_the_server(peer: Peer) -> None:
+    peer.hold.clear()
+    stop = asyncio.Event()
+    running = asyncio.create_task(run_load(peer.target, PLAN, stop=stop))
+    await asyncio.to_thread(peer.called.wait, 60)
+    stop.set()
+    with pytest.raises(TomeError, match="CANCELLED: stopped before the run began"):
+        await running
+
+
+async def test_progress_counts_only_requests_with_a_deadline_as_in_time(peer: Peer) -> None:
+    seen: list[Progress] = []
+    await run_load(peer.target, replace(PLAN, budgets=parse_budgets("none"), duration=0.8), progress=seen.append)
+    assert seen[-1].ended > 0
+    assert (seen[-1].judged, seen[-1].attained) == (0, 0)
 
 
 async def test_progress_counts_up(peer: Peer) -> None:

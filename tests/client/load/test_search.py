@@ -1,10 +1,21 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 
-from tome_client.load import Arrival, Criterion, LoadPlan, LoadResult, Probe, Trace, parse_criterion, search_rate
+from tome_client.load import (
+    Arrival,
+    Criterion,
+    LoadPlan,
+    LoadResult,
+    Probe,
+    Trace,
+    parse_budgets,
+    parse_criterion,
+    search_rate,
+)
 
 from .outcomes import PLAN, answered, failed, result
 
@@ -113,6 +124,27 @@ def test_criteria_are_percentiles_or_attainment(text: str, criterion: Criterion)
 def test_other_criteria_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"not a criterion: .*write p99, or attainment"):
         parse_criterion(text)
+
+
+@pytest.mark.parametrize("criterion", ["p99", "attainment:0.99"])
+async def test_requests_without_a_deadline_do_not_count(criterion: str) -> None:
+    bulk = [failed(budget=math.inf), answered(budget=math.inf, latency=60)] * 50
+
+    async def run(plan: LoadPlan) -> LoadResult:
+        judged = at_rate(plan, capacity=37).outcomes
+        return result([*judged, *bulk])
+
+    found = await search_rate(PLAN, parse_criterion(criterion), run)
+    assert found.rate <= 37 < found.too_high
+
+
+async def test_without_any_deadline_there_is_nothing_to_search_for() -> None:
+    async def run(plan: LoadPlan) -> LoadResult:
+        raise AssertionError
+
+    plan = replace(PLAN, budgets=parse_budgets("none"))
+    with pytest.raises(ValueError, match="no request has a deadline"):
+        await search_rate(plan, Criterion("percentile", 0.99), run)
 
 
 async def test_neither_a_trace_nor_a_resolution_of_nothing_can_be_searched() -> None:
