@@ -161,43 +161,36 @@ def predict(args: argparse.Namespace) -> int:
     images, empty = _images(args.images)
     for folder in empty:
         warn(f"{folder}: there is no JPEG, PNG, WebP or BMP file in this folder")
-    width = max(map(len, ("image", *images)))
-    outcomes: dict[int, _Outcome] = {}
+    shown = _Array(images) if args.json else _Lines(images)
     answered = 0
-    lost = TomeError(grpc.StatusCode.UNKNOWN, "the stream ended without an answer")
+    failed: Counter[str] = Counter()
+    lost: TomeError | None = None
     interrupted = False
     try:
         with _client(args) as client:
             for number, one in _classified(client, images, args):
-                outcomes[number] = one
                 if one.error:
+                    failed[one.error.code.name] += 1
                     warn(f"{one.image}: {error_text(one.error)}{_hint(one.error)}")
-                elif one.result:
+                else:
                     answered += 1
-                    if args.json:
-                        continue
-                    if answered == 1:
-                        print(prediction_header(width))
-                    print(prediction_line(width, one.image, one.result, one.round_trip), flush=True)
+                shown.add(number, one)
     except TomeError as error:
         lost = error
     except KeyboardInterrupt:
         lost = TomeError(grpc.StatusCode.CANCELLED, "interrupted")
         interrupted = True
-    if args.json:
-        every = (outcomes.get(number) or _Outcome(image, None, lost, 0.0) for number, image in enumerate(images))
-        print(json_text([one.fields() for one in every]))
-    failed = Counter(one.error.code.name for one in outcomes.values() if one.error)
+    shown.end(lost)
     if failed and len(images) > 1:
         how = ", ".join(f"{count} {code}" for code, count in failed.most_common())
         warn(f"{failed.total()} of {len(images)} images failed: {how}")
-    without = f"{len(images) - len(outcomes)} of {len(images)} images have no answer"
+    without = f"{len(images) - answered - failed.total()} of {len(images)} images have no answer"
     if interrupted:
         warn(f"interrupted; {without}")
         return _INTERRUPTED
-    if len(outcomes) < len(images):
+    if lost:
         warn(f"{without}: {error_text(lost)}{_hint(lost)}")
-    return int(bool(empty) or answered < len(images))
+    return int(bool(empty or lost or failed))
 
 
 def models(args: argparse.Namespace) -> int:
@@ -242,8 +235,8 @@ class _Outcome:
     image: str
     result: PredictResult | None
     error: TomeError | None
-    round_trip: float
-    """Seconds from sending to answer."""
+    round_trip: float | None
+    """Seconds from sending to the result or error; None if the stream was lost before either."""
 
     def fields(self) -> dict[str, Any]:
         """Returns it for JSON."""
@@ -253,6 +246,43 @@ class _Outcome:
             "error": _error_fields(self.error) if self.error else None,
             "round_trip": self.round_trip,
         }
+
+
+class _Lines:
+    """Prints results as lines of a table, each as soon as it arrives."""
+
+    def __init__(self, images: Sequence[str]) -> None:
+        self._width = max(map(len, ("image", *images)))
+        self._begun = False
+
+    def add(self, number: int, one: _Outcome) -> None:  # noqa: ARG002 # As _Array's.
+        """Prints the result, if there is one."""
+        if one.result is None:
+            return
+        if not self._begun:
+            print(prediction_header(self._width))
+            self._begun = True
+        print(prediction_line(self._width, one.image, one.result, one.round_trip or 0.0), flush=True)
+
+    def end(self, lost: TomeError | None) -> None:
+        """Does nothing: all is printed."""
+
+
+class _Array:
+    """Prints outcomes as one JSON array, in the order of the command line, when there are no more."""
+
+    def __init__(self, images: Sequence[str]) -> None:
+        self._images = images
+        self._outcomes: dict[int, _Outcome] = {}
+
+    def add(self, number: int, one: _Outcome) -> None:
+        """Keeps an outcome."""
+        self._outcomes[number] = one
+
+    def end(self, lost: TomeError | None) -> None:
+        """Prints the array; images without an outcome have the error that lost them."""
+        every = (self._outcomes.get(at) or _Outcome(image, None, lost, None) for at, image in enumerate(self._images))
+        print(json_text([one.fields() for one in every]))
 
 
 def _images(named: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -293,9 +323,13 @@ def _classified(client: Client, images: Sequence[str], args: argparse.Namespace)
             sent[str(number)] = time.perf_counter()
             yield StreamItem(str(number), image, options)
 
+    ended = 0
     for one in client.predict_stream(items()):
+        ended += 1
         now, number = time.perf_counter(), int(one.id)
         yield number, _Outcome(images[number], one.result, one.error, now - sent.pop(one.id, now))
+    if ended < len(images):
+        raise TomeError(grpc.StatusCode.UNKNOWN, "the server ended the stream early")
 
 
 def _predicted(client: Client, image: str, options: PredictOptions) -> _Outcome:

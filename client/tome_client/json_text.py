@@ -9,7 +9,7 @@ from typing import Any
 
 
 def json_text(value: Any) -> str:
-    """Returns JSON for `value`, indented. What is no finite number becomes null: JSON (RFC 8259) has no word for it."""
+    """Returns indented JSON for `value`. Infinities and NaN become null, since JSON (RFC 8259) cannot express them."""
     return json.dumps(_finite(value), indent=2, allow_nan=False)
 
 

@@ -378,7 +378,11 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
         help="time from the end of a batch until the client has the answer (default: 1ms)",
     )  # fmt: skip
     plan.add_argument(
-        "--requests", type=positive, default=20_000, metavar="N", help="to simulate for each figure (default: 20000)"
+        "--requests",
+        type=positive,
+        default=20_000,
+        metavar="N",
+        help="requests to simulate for each figure (default: 20000)",
     )
     plan.add_argument("--plot", type=Path, metavar="FILE", help="where to draw both against rate: .png, .svg or .pdf")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")

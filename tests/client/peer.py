@@ -52,7 +52,7 @@ class Peer(inference_pb2_grpc.InferenceServicer):
     """Answers with the model's name; before that, with one of `failures` each call, None for no failure.
 
     A request for the model "missing" gets NOT_FOUND. In a stream, one for "late" is answered after the next,
-    and one for "fatal" ends the stream.
+    one for "fatal" ends the stream with an error and one for "end" without.
     """
 
     def __init__(self, credentials: grpc.ServerCredentials | None = None, health: HealthServicer | None = None) -> None:
@@ -100,6 +100,8 @@ class Peer(inference_pb2_grpc.InferenceServicer):
             if item.request.model == "late":
                 late.append(item)
                 continue
+            if item.request.model == "end":
+                return
             if item.request.model == "fatal":
                 context.abort(grpc.StatusCode.INTERNAL, "the stream broke")
             yield self._stream_answer(item)

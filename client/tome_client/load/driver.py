@@ -1,4 +1,4 @@
-"""Sends a plan's requests at their times, whatever becomes of them, and records what does.
+"""Sends a plan's requests at their times, whether or not earlier ones are answered, and records how each ends.
 
 An open loop: no request waits for the answer to another, and each latency is counted from the time its request
 was meant to be sent. A server that stalls is thus charged for all that arrived meanwhile, where a loop that waits
@@ -81,7 +81,7 @@ class Outcome:
 
     @property
     def attained(self) -> bool:
-        """Whether the answer came within the budget; without a deadline, whether there was one."""
+        """Whether there was an answer within the budget, or any answer if there was no deadline."""
         return self.answered and self.latency <= self.budget
 
 
@@ -304,7 +304,7 @@ async def _describe_all(
 
 
 async def _describe(channel: grpc.aio.Channel, plan: LoadPlan, target: str, metadata: Metadata) -> ModelInfo:
-    """Asks what is served; and thereby connects, for which the first request need not wait then."""
+    """Asks the server to describe the model, which also connects, so that the first request need not wait for that."""
     stub = inference_pb2_grpc.InferenceStub(channel)
     request = inference_pb2.GetModelRequest(model=plan.options.get("model", ""))
     try:
@@ -333,6 +333,6 @@ def _check_labels(samples: Sequence[Sample], model: ModelInfo) -> None:
     for one in samples:
         if one.label is not None and one.label not in known:
             raise ValueError(
-                f"{one.name} is labelled {one.label!r}, which is none of the {model.num_classes} classes "
-                f"of {model.summary.name}, by name or index"
+                f"{one.name} is labelled {one.label!r}, which is neither the name nor the index of one of the "
+                f"{model.num_classes} classes of {model.summary.name}"
             )

@@ -1,4 +1,4 @@
-"""The images that are sent, and what is known of them."""
+"""The images that a run sends, and their labels."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ class Sample:
     data: bytes
     """The encoded image."""
     label: str | None = None
-    """Its class, by the model's name or index of it; None where nobody said."""
+    """Its class, as the model's name or index for it; None if it is unknown."""
 
 
 def read_samples(folder: Path, labels: Path | None = None, *, most: int | None = None, seed: int = 0) -> list[Sample]:
-    """Reads the images in a folder and the folders in it, once.
+    """Reads the images in a folder and its subfolders.
 
-    Labels come from a JSON file, or, where every image lies in a subfolder, are these folders' names; one that
-    only some images have is none.
+    Labels come from a JSON file. Without one, the names of the subfolders are the labels if every image is in a
+    subfolder, and otherwise there are no labels.
 
     Args:
-        folder: Holds JPEG, PNG, WebP or BMP files.
-        labels: A JSON object from an image's path inside the folder, or its name, to its label. Every image has one.
-        most: Reads no more than this many, drawn by `seed`.
-        seed: Of that draw.
+        folder: The folder, with JPEG, PNG, WebP or BMP files.
+        labels: A JSON file that maps each image's path inside the folder, or its name, to its label.
+        most: Reads at most this many images, chosen at random.
+        seed: Seed of that choice.
 
     Raises:
-        ValueError: No images in the folder; one that the labels leave out; labels that are no JSON object.
+        ValueError: The folder has no images, the labels lack one of them, or the file is not a JSON object.
         OSError: A file cannot be read.
     """
     # A folder that is not there would look like an empty one.
@@ -59,7 +59,7 @@ def _labels(files: list[Path], folder: Path, listed: Path | None) -> dict[Path, 
         raise ValueError(f"{listed}: not JSON: {error}") from None
     if not isinstance(labels, dict):
         raise ValueError(  # noqa: TRY004 # The file's fault, not the caller's.
-            f"{listed}: must be a JSON object, from an image's name to its label"
+            f"{listed}: must be a JSON object that maps each image's name to its label"
         )
     named = {}
     for file in files:

@@ -67,7 +67,7 @@ class SearchResult:
     too_high: float | None
     """The lowest rate that did not do; None if the search ended before one was found."""
     limited_by: str
-    """What failed there: "server", or "generator", which could not send so fast. "search" if nothing did."""
+    """What failed at that rate: "server", or "generator" if it could not send that fast. "search" if nothing failed."""
     stopped: bool
     """Whether it was stopped before it was as fine as asked for."""
     probes: tuple[Probe, ...]

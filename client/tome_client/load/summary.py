@@ -91,7 +91,7 @@ class Verdict:
     missed: int
     """Requests that were late or failed."""
     least_sent: int
-    """How many had to be sent, with so many missed, for 99 % confidence."""
+    """How many requests had to be sent for 99 % confidence, given the number missed."""
     reasons: tuple[str, ...]
     """What stands against it; empty if valid."""
 
@@ -215,5 +215,5 @@ def _verdict(total: Group, *, kept_schedule: bool, stopped: bool) -> Verdict:
         reasons.append(f"{missed / with_deadline:.2%} missed their budget, and 1 % may")
     elif not enough(with_deadline, missed, percentile=PERCENTILE, confidence=CONFIDENCE):
         sent = f"{with_deadline} were sent" if with_deadline == total.sent else f"{with_deadline} had a deadline"
-        reasons.append(f"too few requests to tell: with {missed} missed it takes {needed}, and {sent}")
+        reasons.append(f"too few requests to tell: with {missed} missed {needed} are needed, and {sent}")
     return Verdict(not reasons, missed, needed, tuple(reasons))

@@ -74,13 +74,13 @@ def verdict_text(summary: LoadSummary) -> str:
 
 
 def lag_warning(summary: LoadSummary) -> str | None:
-    """Returns what to say of a generator that did not keep its schedule; None of one that did."""
+    """Returns a warning if the generator did not keep its schedule; None if it did."""
     if summary.kept_schedule or summary.lag is None:
         return None
     return (
-        f"the load generator did not keep its schedule: 1 % of requests were sent {milliseconds(summary.lag.p99)} late "
-        f"or more, and {milliseconds(summary.most_lag)} is the most; latencies are too high by that. "
-        "Lower the rate, or give it a core of its own"
+        f"the load generator did not keep its schedule: 1 % of requests were sent at least "
+        f"{milliseconds(summary.lag.p99)} late, and at most {milliseconds(summary.most_lag)} is allowed. The latencies "
+        "include this delay. Lower the rate, or give the generator a core of its own"
     )
 
 

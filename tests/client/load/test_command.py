@@ -51,7 +51,7 @@ def test_a_run_is_shown_in_figures(short: list[str], capsys: pytest.CaptureFixtu
     assert lines["merging"] == "r 0.00 on average; 48.73% of tokens and 40.00% of FLOPs saved"
     assert lines["accuracy"].startswith("50.00% effective")
     assert lines["verdict"].startswith("INVALID: ")
-    assert "with 0 missed it takes 459, and 20 were sent" in lines["verdict"]
+    assert "with 0 missed 459 are needed, and 20 were sent" in lines["verdict"]
     assert "\r" not in err
 
 

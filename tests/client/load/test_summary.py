@@ -54,7 +54,7 @@ def test_only_requests_with_a_deadline_count_for_attainment_and_verdict() -> Non
     assert summary.kept_schedule
     assert summarize(result(bulk)).verdict.reasons == ("no request had a deadline",)
     many = summarize(result([*[answered()] * 100, *bulk]))
-    assert many.verdict.reasons == ("too few requests to tell: with 0 missed it takes 459, and 100 had a deadline",)
+    assert many.verdict.reasons == ("too few requests to tell: with 0 missed 459 are needed, and 100 had a deadline",)
 
 
 def test_merging_is_averaged_over_the_answers() -> None:
@@ -100,7 +100,7 @@ def test_enough_requests_in_time_are_valid() -> None:
 
 def test_too_few_or_too_late_requests_are_invalid_and_say_why() -> None:
     few = summarize(result([answered()] * 660 + [failed()])).verdict
-    assert few.reasons == ("too few requests to tell: with 1 missed it takes 662, and 661 were sent",)
+    assert few.reasons == ("too few requests to tell: with 1 missed 662 are needed, and 661 were sent",)
     late = summarize(result([answered()] * 900 + [answered(latency=1)] * 100)).verdict
     assert late.reasons == ("10.00% missed their budget, and 1 % may",)
     assert not few.valid
