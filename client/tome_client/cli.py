@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 
+from tome_api.terminal import never_refuse
 from tome_client.arguments import Parser, add_merging_arguments, budget, error_text, merging_options, warn
 from tome_client.client import Client
 from tome_client.connection import connection, connection_options
@@ -24,7 +25,6 @@ from tome_client.load.command import add_load_command
 from tome_client.requests import PredictOptions, StreamItem, unsendable
 from tome_client.results import PredictResult
 from tome_client.tables import model_details, model_table, prediction_header, prediction_line, prediction_text
-from tome_client.terminal import never_refuse
 from tome_client.version import __version__
 
 _EXAMPLES = """\

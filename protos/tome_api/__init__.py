@@ -1,1 +1,1 @@
-"""What the server and its clients share: the messages of both protocols, and how durations and traces are written."""
+"""What the server and its clients share: both protocols' messages, and how durations, traces and output are written."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from tome_api.terminal import never_refuse
 from tome_server.arguments import budgets, positive, positive_number, r_values, seconds, share, time
 from tome_server.errors import ConfigError, DatasetError, DeviceDiedError, ModelLoadError, PortInUseError
 from tome_server.model_arguments import add_models_commands, add_tuning
@@ -47,6 +48,7 @@ that once. One replica is simulated with its share of the requests; see docs/sch
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 0, 1 for a failure (said on standard error) or 2 for wrong usage."""
+    never_refuse()
     args = _parser().parse_args(argv)
     # Before torch is imported: its idle threads would otherwise spin, and starve whatever shares the CPU.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

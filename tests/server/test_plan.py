@@ -1,4 +1,6 @@
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +177,19 @@ def test_the_command_prints_words_and_a_table(profile: Path, capsys: pytest.Capt
     assert lines[0].startswith("0.99 of 500 requests/s within 120 ms, CV² 1: ")
     assert sum(line.endswith(" <") for line in lines) == 1
     assert [line.partition(":")[0] for line in lines[-2:]] == ["fixed", "fixed"]
+
+
+def test_the_command_prints_its_words_on_a_terminal_of_ascii_too(profile: Path) -> None:
+    asked = ["--rate", "500", "--budget", "120ms", "--profile", str(profile), "--requests", "200"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tome_server", "plan", *asked],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+    assert "within 120 ms, CV2 1: " in done.stdout
 
 
 def test_the_command_prints_json_and_draws(profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import codecs
 import io
 import sys
 
-_HANDLER = "tome_client.terminal"
+_HANDLER = "tome_api.terminal"
 
 _INSTEAD = {"→": "->", "…": "...", "×": "x", "−": "-", "²": "2"}
 
