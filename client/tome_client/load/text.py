@@ -33,7 +33,7 @@ def summary_facts(summary: LoadSummary) -> Rows:
     facts = [
         ("sent", f"{total.sent:,} in {summary.duration:.1f} s, {summary.rate:.1f}/s; {total.answered:,} answered"),
         ("attainment", _attainment(total)),
-        ("goodput", f"{total.goodput:.1f}/s answered within their budget"),
+        ("goodput", f"{total.goodput:.1f}/s answered within their budget" if total.attainment.of else _ABSENT),
         ("latency", _percentiles(total.latency)),
         ("merging", _merging(total)),
     ]
