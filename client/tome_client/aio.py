@@ -14,7 +14,7 @@ import grpc
 
 from tome_api.v1 import inference_pb2, inference_pb2_grpc
 from tome_client.channel import DEFAULT_MAX_MESSAGE_BYTES, call_metadata, channel_credentials, channel_options
-from tome_client.errors import TomeError, error_from_rpc
+from tome_client.errors import TomeError, ended_early, error_from_rpc
 from tome_client.inputs import Image, is_path
 from tome_client.requests import PredictOptions, StreamItem, predict_request, stream_request
 from tome_client.results import (
@@ -96,34 +96,43 @@ class AsyncClient:
         arrived: asyncio.Queue[StreamResult | Exception | None] = asyncio.Queue()
         room = asyncio.Semaphore(in_flight)
         closed = asyncio.Event()
+        sent = answered = 0
+        exhausted = False
 
         async def requests() -> AsyncIterator[inference_pb2.PredictStreamRequest]:
+            nonlocal sent, exhausted
             waiting = aiter(_asynchronous(items))
             while await room.acquire() and not closed.is_set():
                 try:
                     item = await anext(waiting)
                 except StopAsyncIteration:
+                    exhausted = True
                     return
                 except Exception as error:  # gRPC would swallow it.
                     arrived.put_nowait(error)
                     return
                 try:
-                    yield (
+                    request = (
                         await asyncio.to_thread(stream_request, item, self._max_send_bytes)
                         if is_path(item.image)
                         else stream_request(item, self._max_send_bytes)
                     )
                 except TomeError as error:
                     arrived.put_nowait(StreamResult(item.id, error=error))
+                else:
+                    sent += 1
+                    yield request
 
         async def receive() -> None:
+            nonlocal answered
             try:
                 async for response in call:
+                    answered += 1
                     arrived.put_nowait(stream_result(response))
             except grpc.RpcError as error:
                 arrived.put_nowait(error_from_rpc(error, self._target))
             else:
-                arrived.put_nowait(_END)
+                arrived.put_nowait(_END if exhausted and answered == sent else ended_early(self._target))
 
         call = self._stub.PredictStream(requests(), timeout=timeout, metadata=self._metadata())
         receiving = asyncio.create_task(receive())

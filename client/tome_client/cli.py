@@ -323,13 +323,9 @@ def _classified(client: Client, images: Sequence[str], args: argparse.Namespace)
             sent[str(number)] = time.perf_counter()
             yield StreamItem(str(number), image, options)
 
-    ended = 0
     for one in client.predict_stream(items()):
-        ended += 1
         now, number = time.perf_counter(), int(one.id)
         yield number, _Outcome(images[number], one.result, one.error, now - sent.pop(one.id, now))
-    if ended < len(images):
-        raise TomeError(grpc.StatusCode.UNKNOWN, "the server ended the stream early")
 
 
 def _predicted(client: Client, image: str, options: PredictOptions) -> _Outcome:

@@ -12,7 +12,7 @@ import grpc
 
 from tome_api.v1 import inference_pb2, inference_pb2_grpc
 from tome_client.channel import DEFAULT_MAX_MESSAGE_BYTES, call_metadata, channel_credentials, channel_options
-from tome_client.errors import TomeError, error_from_rpc
+from tome_client.errors import TomeError, ended_early, error_from_rpc
 from tome_client.inputs import Image
 from tome_client.requests import PredictOptions, StreamItem, predict_request, stream_request
 from tome_client.results import (
@@ -142,30 +142,39 @@ class Client:
         arrived: SimpleQueue[StreamResult | Exception | None] = SimpleQueue()
         room = threading.Semaphore(in_flight)
         closed = threading.Event()
+        sent = answered = 0
+        exhausted = False
 
         def requests() -> Iterator[inference_pb2.PredictStreamRequest]:
+            nonlocal sent, exhausted
             waiting = iter(items)
             while room.acquire() and not closed.is_set():
                 try:
                     item = next(waiting)
                 except StopIteration:
+                    exhausted = True
                     return
                 except Exception as error:  # gRPC's thread would swallow it.
                     arrived.put(error)
                     return
                 try:
-                    yield stream_request(item, self._max_send_bytes)
+                    request = stream_request(item, self._max_send_bytes)
                 except TomeError as error:
                     arrived.put(StreamResult(item.id, error=error))
+                else:
+                    sent += 1
+                    yield request
 
         def receive() -> None:
+            nonlocal answered
             try:
                 for response in call:
+                    answered += 1
                     arrived.put(stream_result(response))
             except grpc.RpcError as error:
                 arrived.put(error_from_rpc(error, self._target))
             else:
-                arrived.put(_END)
+                arrived.put(_END if exhausted and answered == sent else ended_early(self._target))
 
         call = self._stub.PredictStream(requests(), timeout=timeout, metadata=self._metadata())
         # Waiting for the server in a thread of its own lets errors from before sending overtake.

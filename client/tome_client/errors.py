@@ -100,6 +100,11 @@ def error_from_rpc(error: grpc.RpcError, target: str) -> TomeError:
     return TomeError(code, message, **(_details(status.details) if status else {}))
 
 
+def ended_early(target: str) -> TomeError:
+    """Returns the error of a stream that `target` ended as if it had answered every item, which it had not."""
+    return TomeError(grpc.StatusCode.UNKNOWN, f"{target} ended the stream before it had answered every item")
+
+
 def _details(packed: Iterable[Any]) -> dict[str, Any]:
     """Returns TomeError's optional arguments, from the google.rpc messages that are known."""
     found: dict[str, Any] = {}

@@ -212,6 +212,19 @@ async def test_a_stream_that_breaks_raises_after_what_was_answered(client: Async
         await anext(results)
 
 
+@pytest.mark.parametrize("answered_before", [0, 1, 5])
+async def test_a_stream_that_the_server_ends_early_raises_after_what_was_answered(
+    client: AsyncClient, answered_before: int
+) -> None:
+    items = [StreamItem(str(number), b"") for number in range(answered_before)]
+    last = [StreamItem(name, b"", PredictOptions(model="end")) for name in ("unanswered", "unread")]
+    results = client.predict_stream([*items, *last])
+    assert [(await anext(results)).id for _ in items] == [item.id for item in items]
+    # gRPC's asyncio API has words of its own if it was sending just then.
+    with pytest.raises(TomeError, match=r"ended the stream before it had answered every item|Internal error from Core"):
+        await anext(results)
+
+
 async def test_a_broken_stream_reads_no_more_items(client: AsyncClient) -> None:
     read = []
 
