@@ -52,6 +52,28 @@ def test_the_answer_accounts_for_itself(client: Client, image_file: Path) -> Non
     assert len(set(grid.token)) == result.merging.tokens_out - 1
 
 
+def test_work_without_a_deadline_is_answered_and_has_no_slack(client: Client, image_file: Path) -> None:
+    image = image_file.read_bytes()
+    assert client.predict(image, budget=30).timing.slack is not None
+    items = (StreamItem(str(number), image, PredictOptions(features=True)) for number in range(200))
+    answers = list(client.predict_stream(items))
+    assert [one.error for one in answers] == [None] * 200
+    assert {one.result.timing.slack for one in answers} == {None}
+
+
+def test_the_command_needs_no_budget_for_a_folder(
+    server: Any, image_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--target", server.target, "predict", str(image_file.parent), "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)
+    assert len(answers) == len(list(image_file.parent.glob("*.png")))
+    assert {one["result"]["timing"]["slack"] for one in answers} == {None}
+    argv = ["--target", server.target, "load", "--images", str(image_file.parent), "--rate", "20", "--json"]
+    assert main([*argv, "--budget", "none", "--duration", "1s", "--warmup", "0"]) == 0
+    total = json.loads(capsys.readouterr().out)["summary"]["total"]
+    assert total["answered"] == total["sent"]
+
+
 def test_the_same_image_gets_the_same_answer_however_it_is_given(client: Client, image_file: Path) -> None:
     with Image.open(image_file) as image:
         image.load()
