@@ -245,7 +245,9 @@ def test_ctrl_c_ends_the_run_and_shows_what_was_measured(images: Path, peer: Pee
     assert running.returncode == 130
     assert re.search(r"^sent +\d+ in [\d.]+ s", out, re.MULTILINE)
     assert "INVALID: the run was stopped early" in out
-    assert err == "tome-client: interrupted; the figures are of what was measured until then\n"
+    # On a busy machine a line before it says that the generator lagged.
+    assert err.endswith("tome-client: interrupted; the figures are of what was measured until then\n")
+    assert "Traceback" not in err
 
 
 def test_ctrl_c_before_the_run_begins_does_not_wait_for_the_server(images: Path, peer: Peer) -> None:
