@@ -3,7 +3,7 @@
 import argparse
 import math
 
-from tome_api.durations import BudgetClass, parse_budgets, parse_duration
+from tome_api.durations import BudgetClass, parse_budget, parse_budgets, parse_duration
 
 
 def r_values(text: str) -> list[int]:
@@ -54,6 +54,14 @@ def budgets(text: str) -> tuple[BudgetClass, ...]:
     if any(math.isinf(one.budget) for one in classes):
         raise argparse.ArgumentTypeError("requests without a deadline take no part in a plan; leave out none")
     return classes
+
+
+def budget(text: str) -> float:
+    """A latency budget, in seconds; infinite for `none`."""
+    try:
+        return parse_budget(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def time(text: str) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tome_server.arguments import positive, r_values, seconds, share, time
+from tome_server.arguments import budget, positive, r_values, seconds, share
 
 EPILOG = """examples:
   tome-server models add bundled:fashion --to models
@@ -50,7 +50,7 @@ def add_models_commands(parser: argparse.ArgumentParser) -> None:
         help="overrides of timm's data config, such as '{crop_pct: 1.0}'",
     )  # fmt: skip
     add.add_argument(
-        "--default-budget", type=time, metavar="TIME", help="budget of requests that set none (default: 1s)"
+        "--default-budget", type=budget, metavar="TIME", help="budget of requests that set none, or none (default: 1s)"
     )
     add.add_argument("--license", default="", help="the weights' licence, to be kept with them")
     add.add_argument("--description", default="", help="told to clients")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -188,7 +189,7 @@ def inspect(args: argparse.Namespace) -> int:
         "patches": list(model.patch_grid),
         "classes": model.num_classes,
         "features": model.feature_dim,
-        "default_budget": spec.default_budget,
+        "default_budget": "none" if spec.default_budget == math.inf else spec.default_budget,
         **{name: value for name, value in asdict(spec.own).items() if name != "file" and value is not None},
         "profiles": sorted(path.name for path in spec.profiles.glob("*.json")) if spec.profiles else [],
         "description": spec.description,

@@ -45,6 +45,13 @@ def parse_duration(value: object, info: ValidationInfo) -> object:
     return value
 
 
+def parse_budget(value: object, info: ValidationInfo) -> object:
+    """As `parse_duration`, and turn "none" into infinity: no deadline. Raises ValueError for other text, and for 0."""
+    if isinstance(value, str | bool):
+        return durations.parse_budget(str(value))
+    return parse_duration(value, info)
+
+
 def parse_size(value: object) -> object:
     """Turn "16MiB" or a number of bytes into bytes. Raises ValueError for other text."""
     if not isinstance(value, str | bool):
@@ -65,6 +72,8 @@ Duration = Annotated[
     BeforeValidator(parse_duration, json_schema_input_type=Literal[0] | _DurationText),
     Field(ge=0, allow_inf_nan=False),
 ]
+_BudgetText = Annotated[str, Field(pattern=rf"^\s*(?:{durations.PATTERN}|{durations.NO_DEADLINE})\s*$")]
+Budget = Annotated[float, BeforeValidator(parse_budget, json_schema_input_type=_BudgetText), Field(gt=0)]
 Size = Annotated[
     int, BeforeValidator(parse_size, json_schema_input_type=Annotated[int, Field(gt=0)] | _SizeText), Field(gt=0)
 ]

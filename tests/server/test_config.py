@@ -1,3 +1,4 @@
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -360,3 +361,8 @@ def test_settings_cannot_be_changed() -> None:
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
 def test_the_examples_are_valid(example: Path) -> None:
     read_config(example)
+
+
+def test_a_models_requests_may_have_no_deadline_by_default(file: Path) -> None:
+    file.write_text("models:\n- default_budget: none\n")
+    assert read_config(file).models[0].default_budget == math.inf

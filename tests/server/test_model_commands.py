@@ -312,7 +312,6 @@ def test_what_cannot_be_added_leaves_nothing(
         ([ARCHITECTURE, *flags, "--weights", backbone, "--data", "/gone"], "/gone does not exist"),
         ([ARCHITECTURE, *flags, "--weights", backbone, "--data", photos], "has no classifier to measure"),
         ([ARCHITECTURE, *flags, "--weights", backbone, "--input", "{crop: 1}"], "crop is none of input_size"),
-        ([ARCHITECTURE, *flags, "--weights", backbone, "--default-budget", "0"], "default_budget: "),
         (["bundled:nothing", "--to", models], "no bundled model is named 'nothing'"),
         (["bundled:fashion", "--to", models, "--labels", "x"], "bundled:fashion is complete as it is"),
     ]

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from tome_server.models.spec import DtypeSetting
-from tome_server.settings import Count, Duration, Policy, Size, Strict
+from tome_server.settings import Budget, Count, Duration, Policy, Size, Strict
 
 
 class OwnBatching(Strict):
@@ -31,8 +31,8 @@ class OwnLimits(Strict):
 class OwnConfig(Strict):
     """How a model is served: in the server's settings and in a model's own file alike."""
 
-    default_budget: Annotated[Duration, Field(gt=0)] | None = None
-    """Latency budget of requests that set none; by default 1s, or ten images' time if that is more."""
+    default_budget: Budget | None = None
+    """Latency budget of requests that set none; `none` for no deadline; by default 1s, or ten images' time if more."""
     default_min_r: Annotated[int, Field(ge=0, strict=True)] | None = None
     """The min_r of requests that set none of r, min_r, max_r and min_quality."""
     default_max_r: Annotated[int, Field(ge=0, strict=True)] | None = None

@@ -115,6 +115,30 @@ def test_a_crowd_with_time_is_merged_less_than_one_without(
     pytest.fail(f"mean r, with time and without: {pairs}")
 
 
+# No deadline
+
+
+def test_a_request_without_a_deadline_is_answered_however_many_there_are_and_has_no_slack(
+    stub: Any, image: bytes
+) -> None:
+    request = pb.PredictRequest(image=image, no_deadline=True)
+    calls = [stub.Predict.future(request) for _ in range(CROWD)]
+    for reply in [call.result() for call in calls]:
+        assert not reply.timing.HasField("slack")
+        assert reply.timing.HasField("total")
+
+
+def test_a_request_without_a_deadline_has_that_of_its_call(stub: Any, image: bytes) -> None:
+    reply = stub.Predict(pb.PredictRequest(image=image, no_deadline=True), timeout=100)
+    assert 0 < reply.timing.slack.ToNanoseconds() <= 102e9  # gRPC rounds up
+
+
+def test_a_request_has_a_budget_or_no_deadline(stub: Any, image: bytes) -> None:
+    both = pb.PredictRequest(image=image, no_deadline=True, latency_budget=duration(1.0))
+    refused = refusal(lambda: stub.Predict(both))
+    assert (refused.code, refused.field) == (grpc.StatusCode.INVALID_ARGUMENT, "no_deadline")
+
+
 # Infeasible
 
 
