@@ -95,26 +95,6 @@ def test_when_the_device_is_killed_under_load_everybody_is_told_and_the_server_e
     socket.create_server((host, int(port))).close()
 
 
-@pytest.fixture
-def wall_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], object]:
-    """A function that sets the wall clock of processes started from now on, whose other clocks go on as they were."""
-    try:
-        [library] = Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")
-    except ValueError:
-        pytest.skip("needs libfaketime: apt-get install faketime")
-    file = tmp_path / "clock"
-    file.write_text("+0")
-    for name, value in {
-        "LD_PRELOAD": library,
-        "FAKETIME_TIMESTAMP_FILE": file,
-        "FAKETIME_NO_CACHE": 1,
-        "FAKETIME_DONT_FAKE_MONOTONIC": 1,
-        "DONT_FAKE_MONOTONIC": 1,
-    }.items():
-        monkeypatch.setenv(name, str(value))
-    return file.write_text
-
-
 def test_a_wall_clock_that_is_set_neither_ends_requests_nor_keeps_them(
     wall_clock: Callable[[str], object], own_server: Callable[..., Any], image: bytes
 ) -> None:
