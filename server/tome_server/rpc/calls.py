@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TypeAlias, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from tome_server.engine import Engine
 from tome_server.errors import InvalidRequestError, RequestError, UnavailableError
@@ -108,8 +107,8 @@ async def _next(requests: AsyncIterator[M], draining: asyncio.Event) -> M | None
         if not read.done():
             raise UnavailableError("the server is shutting down; what was received has been answered")
         return read.result()
-    except DecodeError as error:
-        raise InvalidRequestError("request", "can't be read; what came before has been answered") from error
+    except InvalidRequestError as error:
+        raise InvalidRequestError(error.field, f"{error.description}; what came before has been answered") from error
     finally:
         drain.cancel()
         read.cancel()

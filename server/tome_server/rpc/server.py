@@ -16,6 +16,7 @@ from tome_server.errors import PortInUseError
 from tome_server.oip.service import OpenInference
 from tome_server.rpc import health, oip_servicer
 from tome_server.rpc.access import AccessInterceptor
+from tome_server.rpc.messages import MessageInterceptor
 from tome_server.rpc.servicer import InferenceServicer
 from tome_server.rpc.tls import Certificates, TlsFiles
 from tome_server.rpc.tokens import Tokens
@@ -60,7 +61,8 @@ class RpcServer:
     def __init__(self, engine: Engine, oip: OpenInference, settings: RpcSettings) -> None:
         self._engine = engine
         self._server = grpc.aio.server(
-            interceptors=[AccessInterceptor(settings.tokens, engine.metrics)], options=server_options(settings)
+            interceptors=[AccessInterceptor(settings.tokens, engine.metrics), MessageInterceptor(engine.metrics)],
+            options=server_options(settings),
         )
         # A Watch keeps its stream for as long as the connection lasts: a second must be left for calls.
         watched = settings.max_concurrent_streams != 1

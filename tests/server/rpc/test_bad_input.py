@@ -253,16 +253,6 @@ def test_an_unknown_model_is_not_found_and_its_name_stays_out_of_the_metrics(
     assert {dict(labels).get("model") for _, labels in after} <= {None, "fashion", "unknown"}
 
 
-def test_what_is_no_message_at_all_fails_alone(server: Any) -> None:
-    with grpc.insecure_channel(server.target) as channel:
-        unary = channel.unary_unary("/tome_api.v1.Inference/Predict")
-        assert refusal(lambda: unary(b"\xff\xff\xff")).code is not grpc.StatusCode.OK
-        stream = channel.stream_stream("/tome_api.v1.Inference/PredictStream")
-        assert refusal(lambda: list(stream(iter([b"\xff\xff\xff"])))).code is not grpc.StatusCode.OK
-        nothing = channel.unary_unary("/tome_api.v1.Inference/Nothing")
-        assert refusal(lambda: nothing(b"")).code is grpc.StatusCode.UNIMPLEMENTED
-
-
 def test_good_requests_beside_bad_ones_are_answered(stub: Any, good: pb.PredictRequest) -> None:
     alone = scores(stub.Predict(good))
     bad = [
