@@ -17,6 +17,10 @@ class InvalidRequestError(RequestError):
         self.description = description
 
 
+class EncodingError(InvalidRequestError):
+    """The request is encoded in a way that isn't taken."""
+
+
 class UnknownModelError(RequestError):
     """No model of that name is hosted."""
 

@@ -166,7 +166,7 @@ def _parse(body: bytes, kind: type[M]) -> M:
         where = ".".join(map(str, first["loc"]))
         raise InvalidRequestError(shown(where)[1:-1] or "request", first["msg"]) from error
     except UnicodeDecodeError as error:
-        text = "is not JSON; an encoded image alone goes with the header Inference-Header-Content-Length: 0"
+        text = "is not JSON; an encoded image alone goes with the header Content-Type: image/… of its kind"
         raise InvalidRequestError("request", text) from error
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError("request", f"is not JSON: {error}"[:200]) from error

@@ -6,7 +6,8 @@ import math
 from google.rpc import code_pb2
 from starlette.responses import Response
 
-from tome_server.errors import ClientLimitError, InfeasibleError, OverloadedError, TooLargeError
+from tome_server.errors import ClientLimitError, EncodingError, InfeasibleError, OverloadedError, TooLargeError
+from tome_server.rest.body import CODINGS
 from tome_server.rpc.errors import code_name, status_of
 
 # As google.rpc.Code says that its codes map to HTTP.
@@ -19,6 +20,7 @@ _HTTP = {
     code_pb2.DEADLINE_EXCEEDED: 504,
 }
 _TOO_LARGE = 413
+_UNSUPPORTED_MEDIA = 415
 _INTERNAL = 500
 
 
@@ -31,5 +33,9 @@ def refusal(error: Exception) -> Response:
         answer["smallest_latency_ms"] = math.ceil(error.smallest * 1e3)
     if isinstance(error, OverloadedError | ClientLimitError):
         headers["Retry-After"] = str(math.ceil(error.retry_after))  # whole seconds is all that HTTP can say
-    code = _TOO_LARGE if isinstance(error, TooLargeError) else _HTTP.get(status.code, _INTERNAL)
+    code = _HTTP.get(status.code, _INTERNAL)
+    if isinstance(error, TooLargeError):
+        code = _TOO_LARGE
+    if isinstance(error, EncodingError):
+        code, headers["Accept-Encoding"] = _UNSUPPORTED_MEDIA, ", ".join(CODINGS)
     return Response(json.dumps(answer), code, headers, "application/json")

@@ -5,22 +5,16 @@ from collections.abc import Coroutine
 from typing import TypeVar
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive
 
 from tome_server.engine import RETRY_AFTER
-from tome_server.errors import (
-    InvalidRequestError,
-    OverloadedError,
-    RequestError,
-    TooLargeError,
-    UnavailableError,
-    UnsupportedError,
-)
+from tome_server.errors import InvalidRequestError, OverloadedError, RequestError, UnavailableError, UnsupportedError
 from tome_server.observability.trace_context import sampled_trace_id
 from tome_server.oip.describe import server_metadata
 from tome_server.oip.messages import shown
@@ -28,6 +22,7 @@ from tome_server.oip.parameters import seconds_of
 from tome_server.oip.service import OpenInference
 from tome_server.rest import convert
 from tome_server.rest.access import Access
+from tome_server.rest.body import ClientGoneError, read_body
 from tome_server.rest.errors import refusal
 from tome_server.rpc.calls import counted
 from tome_server.rpc.tokens import Tokens
@@ -36,6 +31,7 @@ T = TypeVar("T")
 
 JSON_LENGTH = "Inference-Header-Content-Length"
 TIMEOUT = "X-Request-Timeout-Ms"
+IMAGE_TYPES = "image/"
 UNSUPPORTED = (
     "/v2/systemsharedmemory/{rest:path}",
     "/v2/cudasharedmemory/{rest:path}",
@@ -43,8 +39,6 @@ UNSUPPORTED = (
     "/v2/models/{name}/trace/setting",
     "/v2/logging",
 )
-# Seconds that a body may take to come.
-PATIENCE = 60.0
 # What nginx calls it, in logs: nobody receives it.
 _CLIENT_GONE = 499
 
@@ -104,7 +98,7 @@ class Protocol:
 
     async def index(self, request: Request) -> Response:
         """List the models."""
-        body = await _body(request, self._max_bytes)
+        body = await read_body(request, self._max_bytes)
         return JSONResponse(self._service.index(convert.ready_only(body)))
 
     async def load(self, request: Request) -> Response:
@@ -130,7 +124,7 @@ class Protocol:
         try:
             with counted(self._service.engine, name):
                 return await self._infer(request, arrival, name, version)
-        except _ClientGoneError:
+        except ClientGoneError:
             return Response(status_code=_CLIENT_GONE)
         finally:
             self._answering -= 1
@@ -158,8 +152,8 @@ class Protocol:
         self._check_room()
         headers = request.headers
         time_remaining = _time_remaining(headers.get(TIMEOUT))
-        json_length = _json_length(headers.get(JSON_LENGTH))
-        body = await _body(request, self._max_bytes)
+        json_length = _json_length(headers)
+        body = await read_body(request, self._max_bytes)
         asked = convert.request_from(body, json_length, name, version)
         trace = sampled_trace_id(headers.get("traceparent"))
         response = await _unless_gone(request.receive, self._service.infer(asked, arrival, time_remaining, trace))
@@ -202,10 +196,6 @@ def application(protocol: Protocol | None, service: OpenInference, tokens: Token
     )
 
 
-class _ClientGoneError(asyncio.CancelledError):
-    """The client has closed its connection: nobody waits for the answer."""
-
-
 def _model(request: Request) -> tuple[str, str]:
     return request.path_params.get("name", ""), request.path_params.get("version", "")
 
@@ -220,35 +210,18 @@ def _time_remaining(header: str | None) -> float | None:
     return seconds_of(milliseconds, TIMEOUT)
 
 
-def _json_length(header: str | None) -> int | None:
+def _json_length(headers: Headers) -> int | None:
+    """Return how much of the body is JSON: None for all, 0 for an image alone, which its type may say as well."""
+    header = headers.get(JSON_LENGTH)
     if header is None:
-        return None
+        return 0 if headers.get("content-type", "").lower().startswith(IMAGE_TYPES) else None
     if not (header.isascii() and header.isdigit() and len(header) < 20):
         raise InvalidRequestError(JSON_LENGTH, f"must be a number of bytes, not {shown(header)}")
     return int(header)
 
 
-async def _body(request: Request, most: int) -> bytes:
-    """Read a request's body. Raises a RequestError if it is larger than `most`, compressed, or doesn't come."""
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise InvalidRequestError("Content-Encoding", "is not supported; send the body as it is")
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout(PATIENCE):
-            async for part in request.stream():
-                size += len(part)
-                if size > most:
-                    raise TooLargeError(f"the body has more than {most:,} bytes, which is the most that is taken")
-                parts.append(part)
-    except TimeoutError:
-        raise InvalidRequestError("body", f"did not come within {PATIENCE:.0f} s") from None
-    except ClientDisconnect:
-        raise _ClientGoneError from None
-    return b"".join(parts)
-
-
 async def _unless_gone(receive: Receive, answer: Coroutine[None, None, T]) -> T:
-    """Return the answer, or give it up and raise _ClientGoneError when the client closes its connection."""
+    """Return the answer, or give it up and raise ClientGoneError when the client closes its connection."""
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -258,7 +231,7 @@ async def _unless_gone(receive: Receive, answer: Coroutine[None, None, T]) -> T:
     try:
         await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not answering.done():
-            raise _ClientGoneError
+            raise ClientGoneError
         return answering.result()
     finally:
         leaving.cancel()

@@ -45,7 +45,8 @@ class HttpServer:
             ws="none",
             lifespan="off",
             log_config=None,
-            log_level="warning",
+            # Its warnings are of requests that can't be read, which are anybody's to send.
+            log_level="error",
             access_log=False,
             # Who asks is who connects, whatever its headers claim.
             proxy_headers=False,

@@ -12,6 +12,7 @@ from grpc_status import rpc_status
 
 from tome_server.errors import (
     ClientLimitError,
+    EncodingError,
     ExpiredError,
     InfeasibleError,
     InvalidRequestError,
@@ -29,6 +30,7 @@ from tome_server.errors import (
 DOMAIN = "tome-serving"
 _CODES = {
     InvalidRequestError: code_pb2.INVALID_ARGUMENT,
+    EncodingError: code_pb2.INVALID_ARGUMENT,
     UnknownModelError: code_pb2.NOT_FOUND,
     UnknownVersionError: code_pb2.NOT_FOUND,
     InfeasibleError: code_pb2.DEADLINE_EXCEEDED,

@@ -24,6 +24,9 @@ from tome_server.rpc.tokens import Tokens
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 # Room for what goes with an image of the largest size, so that one somewhat above it gets our own, clearer refusal.
 MESSAGE_SLACK = 2
+# Bytes of a call's metadata: names, values and 32 for each entry, as HTTP/2 counts them. One limit for both of gRPC's:
+# between them, by default 8 and 16 KiB, it refuses calls at random.
+MOST_METADATA = 16 * 2**10
 # Seconds from NOT_SERVING to the first refusal: clients that watch health have gone elsewhere by then.
 NOTICE = 0.2
 # Seconds in which calls that have arrived are taken from gRPC's hands, and refused, before the server stops.
@@ -138,6 +141,8 @@ def server_options(settings: RpcSettings) -> list[tuple[str, int]]:
     options = [
         ("grpc.max_receive_message_length", MESSAGE_SLACK * settings.max_image_bytes),
         ("grpc.max_send_message_length", -1),
+        ("grpc.max_metadata_size", MOST_METADATA),
+        ("grpc.absolute_max_metadata_size", MOST_METADATA),
         # Else a second server on the same port would silently take half of the connections.
         ("grpc.so_reuseport", 0),
         # Who connects and says nothing is not waited for any longer; by default two minutes.

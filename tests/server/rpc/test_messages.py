@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from tome_api.v1 import inference_pb2 as pb
+from tome_server.rpc.server import MOST_METADATA
 
 from .wire import connected, refusal, scrape
 
@@ -118,6 +119,23 @@ def test_a_message_that_is_too_large_is_refused_alone(server: Any, samples: Any)
         assert refusal(lambda: call(bytes(33 * 2**20), timeout=60)).code is grpc.StatusCode.RESOURCE_EXHAUSTED
         with connected(server.target) as stub:
             assert stub.ListModels(pb.ListModelsRequest())
+
+
+def test_metadata_up_to_its_limit_is_taken_and_beyond_it_refused_always(server: Any) -> None:
+    """Not at random in between, as gRPC's own two limits have it."""
+    with quiet(server), grpc.insecure_channel(server.target) as channel:
+        live = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
+
+        def call(value: int) -> bytes:
+            return bytes(live(b"", timeout=60, metadata=[("x-large", "a" * value)]))
+
+        # What gRPC itself sends with a call takes some 400 bytes.
+        for size in (8_000, 9_000, 12_000, 15_500):
+            for _ in range(10):
+                assert call(size) == b"\x08\x01"
+        for size in (MOST_METADATA, 17_000, 60_000):
+            for _ in range(10):
+                assert refusal(lambda size=size: call(size)).code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def test_http_1_on_the_grpc_port_is_closed_and_costs_no_line(server: Any) -> None:
