@@ -312,11 +312,18 @@ class Engine:
                 slack=reply.timing.slack,
                 batch_size=reply.timing.batch_size,
             )
-        ended = Ended(request.model or next(iter(self.names), ""), _now() - request.arrival, answer, error)
+        model = request.model or self.default_name
+        ended = Ended(model, _now() - request.arrival, answer, error, self._budget(request))
         for observer in self.observers:
             observer(ended)
         if trace:
             trace.end(ended)
+
+    def _budget(self, request: Request) -> float | None:
+        if math.isfinite(request.deadline):
+            return request.deadline - request.arrival
+        served = self.models.get(request.model or self.default_name)
+        return served.default_budget if served else None
 
     async def _predict(self, request: Request, served: Served | None) -> Reply:
         if self.draining.is_set():

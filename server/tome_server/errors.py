@@ -1,5 +1,6 @@
 """Why a request or a model is refused. `rpc.errors` says which gRPC status each becomes."""
 
+import math
 from collections.abc import Sequence
 
 
@@ -41,16 +42,21 @@ class InfeasibleError(RequestError):
     """The deadline can't be met, as far as the server can tell."""
 
     def __init__(self, smallest: float) -> None:
-        super().__init__(f"the deadline can't be met; the smallest latency possible now is {smallest * 1e3:.0f} ms")
+        # Upwards, so that a request with just that budget isn't refused for a rounding.
+        milliseconds = max(1, math.ceil(smallest * 1e3))
+        super().__init__(f"the deadline can't be met; the smallest latency possible now is {milliseconds} ms")
         self.smallest = smallest
         """The smallest latency budget, in seconds from arrival, that could be promised."""
+        self.smallest_ms = milliseconds
+        """The same as callers are told it, in whole milliseconds."""
 
 
 class ExpiredError(RequestError):
     """The deadline passed before there was an answer."""
 
     def __init__(self, stage: str, budget: float) -> None:
-        super().__init__(f"the deadline passed during {stage}, {budget * 1e3:.0f} ms after arrival")
+        milliseconds = f"{budget * 1e3:.0f}" if budget >= 0.01 else f"{budget * 1e3:.2g}"
+        super().__init__(f"the deadline passed during {stage}, {milliseconds} ms after arrival")
         self.stage = stage
         """decode, queue or compute"""
 

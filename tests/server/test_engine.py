@@ -1,12 +1,15 @@
 """The life of a request, with a device and a decoder that do what the test says, when it says so."""
 
 import asyncio
+import json
 import math
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from google.rpc import error_details_pb2
 from prometheus_client import generate_latest
 from scripted import (
     LATE,
@@ -48,6 +51,8 @@ from tome_server.observability.metrics import Metrics
 from tome_server.oip.messages import InferRequest, RequestedOutput, Tensor
 from tome_server.oip.service import OpenInference
 from tome_server.overhead import FRESH
+from tome_server.rest.errors import refusal
+from tome_server.rpc.errors import status_of
 from tome_server.scheduling.policy.view import Decision, View
 from tome_server.served import ServedModel
 
@@ -352,6 +357,23 @@ async def test_what_cannot_be_met_is_refused_before_it_is_decoded(start: Callabl
     assert reply.r >= 10
     assert reply.timing.slack > 0
     assert bench.metric("tome_slo_met_total") == 1
+
+
+@pytest.mark.usefixtures("stopped")
+@pytest.mark.parametrize("unit", [SLOW, SLOW * 0.0733, SLOW / 7, SLOW / 9, SLOW / 9999, SLOW / 1e6])
+async def test_the_smallest_latency_that_a_refusal_names_is_not_refused(
+    start: Callable[..., Bench], unit: float
+) -> None:
+    """Neither in its text nor in its details: in whole milliseconds, they are rounded upwards."""
+    bench = start(unit=unit)
+    error = await infeasible(bench.predict(1, within=1e-9))
+    (named,) = re.findall(r"is (\d+) ms$", str(error))
+    info = error_details_pb2.ErrorInfo()
+    assert status_of(error).details[0].Unpack(info)
+    assert info.metadata["smallest_latency_ms"] == named
+    assert json.loads(refusal(error).body)["smallest_latency_ms"] == int(named) > 0
+    reply = await bench.predict(2, within=int(named) / 1e3)
+    assert image_of(reply) == 2
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ class Ended:
     """Since it arrived."""
     answer: Answered | None
     error: BaseException | None
+    budget: float | None = None
+    """Seconds that it might take; None where that isn't known, of a model that isn't there for example."""
 
 
 # Called in the task that the request was answered in, so that what `caller` says of it holds. Must not raise or block.

@@ -10,6 +10,7 @@ from typing import Any, Literal, TextIO, TypeAlias
 import structlog
 
 from tome_server import caller
+from tome_server.errors import InfeasibleError
 from tome_server.observability.ended import Answered, Ended
 
 Format: TypeAlias = Literal["auto", "json", "text"]
@@ -71,6 +72,8 @@ def log_request(ended: Ended) -> None:
     facts: dict[str, object] = {"model": ended.model[:NAME_SHOWN], "client": caller.client.get()}
     if traceparent := caller.traceparent.get():
         facts["traceparent"] = traceparent
+    if ended.budget is not None:
+        facts["budget_ms"] = _ms(ended.budget)
     facts["total_ms"] = _ms(ended.seconds)
     if answer := ended.answer:
         facts |= {
@@ -87,6 +90,8 @@ def log_request(ended: Ended) -> None:
             facts["slack_ms"] = _ms(answer.slack)
     else:
         facts |= {"outcome": outcome(ended), "why": str(ended.error)}
+        if isinstance(ended.error, InfeasibleError):
+            facts["smallest_latency_ms"] = ended.error.smallest_ms
     log.debug("request", **facts)
 
 

@@ -30,7 +30,7 @@ def refusal(error: Exception) -> Response:
     answer: dict[str, object] = {"error": status.message, "code": code_name(status)}
     headers = {}
     if isinstance(error, InfeasibleError):
-        answer["smallest_latency_ms"] = math.ceil(error.smallest * 1e3)
+        answer["smallest_latency_ms"] = error.smallest_ms
     if isinstance(error, OverloadedError | ClientLimitError):
         headers["Retry-After"] = str(math.ceil(error.retry_after))  # whole seconds is all that HTTP can say
     code = _HTTP.get(status.code, _INTERNAL)

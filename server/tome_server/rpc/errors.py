@@ -1,6 +1,5 @@
 """The status contract: which gRPC status and details each reason for refusal becomes."""
 
-import math
 from typing import NoReturn
 
 import grpc
@@ -79,13 +78,8 @@ def _details(error: RequestError) -> list[Any]:
                 error_details_pb2.ResourceInfo(resource_type="model", resource_name=error.name, description=str(error))
             )
         case InfeasibleError():
-            # Upwards, so that who asks again for just that isn't refused for a rounding.
-            smallest = str(math.ceil(error.smallest * 1e3))
-            return _packed(
-                error_details_pb2.ErrorInfo(
-                    reason="INFEASIBLE", domain=DOMAIN, metadata={"smallest_latency_ms": smallest}
-                )
-            )
+            metadata = {"smallest_latency_ms": str(error.smallest_ms)}
+            return _packed(error_details_pb2.ErrorInfo(reason="INFEASIBLE", domain=DOMAIN, metadata=metadata))
         case ExpiredError():
             return _packed(
                 error_details_pb2.ErrorInfo(reason="EXPIRED", domain=DOMAIN, metadata={"stage": error.stage})

@@ -118,7 +118,7 @@ def test_a_request_is_a_line_at_debug() -> None:
     caller.client.set("ipv4:10.0.0.1")
     caller.traceparent.set("00-" + "a" * 32 + "-" + "b" * 16 + "-01")
     logs.log_request(answered())
-    logs.log_request(Ended("vit", 0.001, None, InfeasibleError(0.05)))
+    logs.log_request(Ended("vit", 0.001, None, InfeasibleError(0.0492), budget=0.02))
     logs.log_request(Ended("x" * 1000, 0.001, None, asyncio.CancelledError()))
     first, second, third = lines(stream)
     assert first["event"] == "request"
@@ -130,7 +130,9 @@ def test_a_request_is_a_line_at_debug() -> None:
     }  # fmt: skip
     assert second["outcome"] == "infeasible"
     assert second["why"] == "the deadline can't be met; the smallest latency possible now is 50 ms"
+    assert (second["budget_ms"], second["smallest_latency_ms"]) == (20.0, 50)
     assert third["outcome"] == "cancelled"
+    assert "budget_ms" not in third
     assert len(third["model"]) == 100
     caller.client.set("")
     caller.traceparent.set(None)
