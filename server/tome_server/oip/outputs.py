@@ -177,7 +177,7 @@ def _tensor(replies: Sequence[Reply], wanted: Wanted) -> Tensor:
 
 
 def _logits(replies: Sequence[Reply]) -> np.ndarray:
-    return np.array([reply.result.logits for reply in replies], np.float32)
+    return _rows([reply.result.logits for reply in replies])
 
 
 def _probabilities(replies: Sequence[Reply]) -> np.ndarray:
@@ -193,16 +193,21 @@ def _class_ids(replies: Sequence[Reply]) -> np.ndarray:
 
 
 def _features(replies: Sequence[Reply]) -> np.ndarray:
-    return np.array([reply.result.features for reply in replies], np.float32)
+    return _rows([reply.result.features for reply in replies])
 
 
 def _patch_features(replies: Sequence[Reply]) -> np.ndarray:
     dim = replies[0].model.feature_dim
-    return np.stack([np.frombuffer(reply.result.patches or b"", "<f4").reshape(-1, dim) for reply in replies])
+    return _rows([reply.result.patches for reply in replies]).reshape(len(replies), -1, dim)
 
 
 def _token_map(replies: Sequence[Reply]) -> np.ndarray:
-    return np.array([reply.result.token_map for reply in replies])
+    return _rows([reply.result.token_map for reply in replies], "<i4")
+
+
+def _rows(parts: Sequence[bytes | None], dtype: str = "<f4") -> np.ndarray:
+    """Return what each reply holds of something as a row, [N, …]."""
+    return np.frombuffer(b"".join(part or b"" for part in parts), dtype).reshape(len(parts), -1)
 
 
 _VALUES: dict[str, Callable[[Sequence[Reply]], np.ndarray]] = {

@@ -69,17 +69,18 @@ def response_to(reply: Reply, asked: pb.PredictRequest) -> pb.PredictResponse:
         ),
     )
     if result.features is not None:
-        features = _features(np.array(result.features, np.float32), asked)
+        features = _features(np.frombuffer(result.features, "<f4"), asked)
         if asked.float16_features:
             response.features_float16.CopyFrom(features)
         else:
-            response.features.extend(np.frombuffer(features.data, np.float32).tolist())
+            response.features.extend(np.frombuffer(features.data, "<f4").tolist())
     if result.patches is not None:
-        grid = np.frombuffer(result.patches, np.float32).reshape(*reply.model.patch_grid, -1)
+        grid = np.frombuffer(result.patches, "<f4").reshape(*reply.model.patch_grid, -1)
         response.patch_features.CopyFrom(_features(grid, asked))
     if result.token_map is not None:
         height, width = reply.model.patch_grid
-        response.token_map.CopyFrom(pb.TokenMap(grid_height=height, grid_width=width, token=result.token_map))
+        tokens = np.frombuffer(result.token_map, "<i4").tolist()
+        response.token_map.CopyFrom(pb.TokenMap(grid_height=height, grid_width=width, token=tokens))
     return response
 
 

@@ -10,6 +10,9 @@ from tome_server.merging import unmerge
 from tome_server.models.loaded import LoadedModel
 from tome_server.runtime.work import BatchResult, Result, Work
 
+# How the rows of a result are written down.
+_WIRE = {"features": "<f4", "logits": "<f4", "patches": "<f4", "token_map": "<i4"}
+
 
 @torch.inference_mode()
 def run_batch(
@@ -56,18 +59,17 @@ def _run(
     if output.tokens is not None and output.token_map is not None:
         wanted["patches"] = unmerge(output.tokens, output.token_map).float()
     given = _fetched(wanted, device)
-    of_patches = given.pop("patches").numpy().astype("<f4", copy=False) if "patches" in given else None
-    lists = {name: values.tolist() for name, values in given.items()}
-    all_ids, all_scores = lists["class_ids"], lists["scores"]
-    features, all_logits, token_map = lists.get("features"), lists.get("logits"), lists.get("token_map")
+    all_ids, all_scores = given.pop("class_ids").tolist(), given.pop("scores").tolist()
+    # As bytes, which cost the way to the server nothing, where each number of a list would be an object.
+    rows = {name: values.numpy().astype(_WIRE[name], copy=False) for name, values in given.items()}
     return [
         Result(
             class_ids=tuple(all_ids[i][: work.top_k]),
             scores=tuple(all_scores[i][: work.top_k]),
-            features=tuple(features[i]) if features and work.features else None,
-            token_map=tuple(token_map[i]) if token_map and work.token_map else None,
-            logits=tuple(all_logits[i]) if all_logits and work.logits else None,
-            patches=of_patches[i].tobytes() if of_patches is not None and work.patches else None,
+            features=rows["features"][i].tobytes() if work.features else None,
+            token_map=rows["token_map"][i].tobytes() if work.token_map else None,
+            logits=rows["logits"][i].tobytes() if work.logits else None,
+            patches=rows["patches"][i].tobytes() if work.patches else None,
         )
         for i, work in enumerate(batch)
     ]

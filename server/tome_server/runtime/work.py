@@ -33,12 +33,14 @@ class Result:
     """The top_k most probable classes, best first."""
     scores: tuple[float, ...]
     """Their softmax probabilities."""
-    features: tuple[float, ...] | None
-    token_map: tuple[int, ...] | None
-    logits: tuple[float, ...] | None = None
-    """Of all classes, if asked for."""
+    features: bytes | None
+    """[D] little-endian float32, as are all but the next; if asked for, as is each"""
+    token_map: bytes | None
+    """[patches] little-endian int32: the token that each patch went into"""
+    logits: bytes | None = None
+    """[classes]"""
     patches: bytes | None = None
-    """[patches, D] little-endian float32 features of each patch, if asked for: those of the token it went into."""
+    """[patches, D], of each patch: those of the token it went into"""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ BYTES = AsBytes(every=True)
 
 
 def reply(features: np.ndarray, patches: np.ndarray, token_map: np.ndarray) -> Reply:
-    result = Result((), (), tuple(features.tolist()), tuple(token_map.tolist()), None, patches.tobytes())
+    result = Result((), (), features.tobytes(), token_map.tobytes(), None, patches.tobytes())
     return Reply(MODEL, result, 0, MODEL.cost(0), Timing(0, 0, 0, 0, 0, 0, 1))
 
 
