@@ -24,6 +24,7 @@ from tome_server.rpc.tls import TlsFiles
 from tome_server.rpc.tokens import Tokens
 from tome_server.runtime.cpus import available_cpus
 from tome_server.runtime.device import Device
+from tome_server.signals import stop_line, stop_status
 
 if TYPE_CHECKING:
     # Not part of every installation, and nothing is imported of it where no traces are asked for.
@@ -35,10 +36,11 @@ log = logging.getLogger(__name__)
 FAILED_TIMEOUT = 5.0
 
 
-async def serve(config: ServerConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then answer what is in flight and return; a second of them ends it at once.
+async def serve(config: ServerConfig) -> int:
+    """Serve until SIGTERM or SIGINT, then answer what is in flight; a second of them ends it at once.
 
-    Prints one line of JSON to standard output once ready: the addresses and what start-up took. Raises ConfigError,
+    Prints one line of JSON to standard output once ready: the addresses and what start-up took. Before that, what is
+    told to stop stops at once, whatever it loads or measures. Returns the exit status. Raises ConfigError,
     ModelLoadError or PortInUseError, in words for the operator, if it can't start.
     """
     began = time.monotonic()
@@ -46,9 +48,7 @@ async def serve(config: ServerConfig) -> None:
     batching, decode_threads = config.batching, available_cpus()
     async with AsyncExitStack() as stack:
         device = Device()
-        stopping = asyncio.Event()
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(signum, _stop, stopping, device, signum)
+        stopping = _Stopping(device)
         stack.push_async_callback(device.kill)
         metrics = Metrics()
         engine = Engine(
@@ -82,18 +82,26 @@ async def serve(config: ServerConfig) -> None:
         loading = asyncio.create_task(hosting.start())
         _on_hangup(hosting.refresh)
         dispatching = asyncio.create_task(engine.run())
-        ends = [asyncio.create_task(stopping.wait()), asyncio.create_task(device.ended())]
+        ends = [asyncio.create_task(stopping.ordered.wait()), asyncio.create_task(device.ended())]
+        grace, status = min(config.drain_timeout, FAILED_TIMEOUT), 0
         try:
             await _first(loading, dispatching, *ends)
             if loading.done():
                 rpc.ready()
-                ready = {"grpc": rpc.address, "metrics": metrics_url, "seconds": round(time.monotonic() - began, 3)}
+                seconds = round(time.monotonic() - began, 3)
+                ready = {"grpc": rpc.address, "metrics": metrics_url, "seconds": seconds}
                 print(json.dumps({"ready": ready}), flush=True)
+                log.info("ready after %.1f s", seconds)
                 await _first(dispatching, *ends)
-            log.info("stopping; answering what is in flight, for at most %.0f s", config.drain_timeout)
+                log.info("stopping; answering what is in flight, for at most %.0f s", config.drain_timeout)
+                grace = config.drain_timeout
+            else:
+                log.info(stop_line(stopping.signum))
+                grace, status = 0.0, stop_status(stopping.signum)
+                # It would first finish what it is doing, and nothing waits for that any more.
+                await device.kill()
         finally:
             loading.cancel()
-            grace = config.drain_timeout if stopping.is_set() else min(config.drain_timeout, FAILED_TIMEOUT)
             answered = [rpc.stop(grace)] + ([http.drain(grace)] if http else [])
             await asyncio.gather(*answered)
             dispatching.cancel()
@@ -102,15 +110,26 @@ async def serve(config: ServerConfig) -> None:
             await asyncio.gather(loading, dispatching, *ends, return_exceptions=True)
         await device.close()
     log.info("stopped")
+    return status
 
 
-def _stop(stopping: asyncio.Event, device: Device, signum: int) -> None:
-    """Order the server to stop. Who orders it twice doesn't want to wait."""
-    if stopping.is_set():
-        log.warning("told again to stop: stopping at once, whatever is in flight")
-        os.kill(device.pid, signal.SIGKILL)
-        os._exit(128 + signum)
-    stopping.set()
+class _Stopping:
+    """The order to stop, by SIGTERM or SIGINT; a second one ends the process at once."""
+
+    def __init__(self, device: Device) -> None:
+        self.ordered = asyncio.Event()
+        self.signum = 0
+        self._device = device
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(signum, self._order, signum)
+
+    def _order(self, signum: int) -> None:
+        if self.ordered.is_set():
+            log.warning("told again to stop: stopping at once, whatever is in flight")
+            os.kill(self._device.pid, signal.SIGKILL)
+            os._exit(128 + signum)
+        self.signum = signum
+        self.ordered.set()
 
 
 def _rpc_settings(config: ServerConfig) -> RpcSettings:
@@ -157,6 +176,7 @@ def _on_hangup(refresh: Callable[[], Coroutine[Any, Any, None]]) -> None:
     running: set[asyncio.Task[None]] = set()
 
     def start() -> None:
+        log.info("SIGHUP: looking for models that are new, changed or gone")
         running.add(task := asyncio.create_task(refresh()))
         task.add_done_callback(running.discard)
 

@@ -1,9 +1,7 @@
 """The `tome-server` command."""
 
 import argparse
-import asyncio
 import importlib
-import importlib.metadata
 import json
 import os
 import sys
@@ -16,6 +14,7 @@ from tome_api.terminal import never_refuse
 from tome_server.arguments import budgets, positive, positive_number, r_values, seconds, share, time
 from tome_server.errors import ConfigError, DatasetError, DeviceDiedError, ModelLoadError, PortInUseError
 from tome_server.model_arguments import add_models_commands, add_tuning
+from tome_server.signals import interruptible, stopping_at_once
 
 # torch and timm take seconds to import, so each command imports what it needs when it runs.
 if TYPE_CHECKING:
@@ -47,38 +46,48 @@ that once. One replica is simulated with its share of the requests; see docs/sch
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; exits with 0, 1 for a failure (said on standard error) or 2 for wrong usage."""
+    """Run the command line.
+
+    Exits with 0, 1 for a failure (said on standard error), 2 for wrong usage, or 130 if Ctrl-C ended it.
+    """
     never_refuse()
+    with interruptible():
+        sys.exit(_run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int | str:
+    """Run the command; returns its exit status, or why it failed."""
     args = _parser().parse_args(argv)
     # Before torch is imported: its idle threads would otherwise spin, and starve whatever shares the CPU.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # And before any kernel is made: each is for one number of tokens, and batch sizes times r make thousands.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS_KEPT)
     try:
-        sys.exit(args.run(args))
+        status: int = args.run(args)
     except (ConfigError, DatasetError, DeviceDiedError, ModelLoadError, PortInUseError) as error:
-        sys.exit(f"tome-server: {error}")
+        return f"tome-server: {error}"
     except ModuleNotFoundError as error:
         # The plain install is the client alone, and still has this command.
-        sys.exit(f"tome-server: {error}; the server needs: pip install 'tome-serving[server]'")
+        return f"tome-server: {error}; the server needs: pip install 'tome-serving[server]'"
     except OSError as error:
         if error.filename is None:
             raise
-        sys.exit(f"tome-server: {error.filename}: {error.strerror}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        return f"tome-server: {error.filename}: {error.strerror}"
+    return status
 
 
 def _serve(args: argparse.Namespace) -> int:
-    config = _config(args)
-    # The C core of gRPC writes lines of its own among ours, about connections that end and handshakes that fail.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from tome_server.app import serve
-    from tome_server.observability import logs
+    with stopping_at_once():  # before anything is imported that takes long
+        import asyncio
 
-    logs.configure(args.log_level, config.log_format)
-    asyncio.run(serve(config))
-    return 0
+        config = _config(args)
+        # The C core of gRPC writes lines of its own among ours, about connections that end and handshakes that fail.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+        from tome_server.app import serve
+        from tome_server.observability import logs
+
+        logs.configure(args.log_level, config.log_format)
+        return asyncio.run(serve(config))
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -241,6 +250,19 @@ def _config(args: argparse.Namespace) -> "ServerConfig":
         ) from error
 
 
+class _Version(argparse.Action):
+    """Prints the version, which takes longer to look up than all flags to read."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:  # noqa: A002 (argparse's name)
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"tome-serving {version('tome-serving')}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tome-server",
@@ -248,9 +270,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--version", action="version", version=f"tome-serving {importlib.metadata.version('tome-serving')}"
-    )
+    parser.add_argument("--version", action=_Version, help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = commands.add_parser(

@@ -84,6 +84,7 @@ class Hosting:
                 await self._take_out(name)
 
     async def _start(self) -> None:
+        log.info("starting the process that runs the models")
         await self._device.open(self._config.device)
         sources = [_Source(spec) for spec in model_specs(self._config)]
         # First, since models are made, and what else is chosen is measured, for so many.
@@ -151,6 +152,7 @@ class Hosting:
                 profile = await self._device.profile(
                     key, spec, max_batch=max_batch, budget=seconds, folder=self._config.profiles
                 )
+                log.info("warming up %s, for at most %.0f s", spec.name, seconds)
                 await self._device.warm(key, max_batch=max_batch, seconds=seconds)
             served: Served = ServedModel(model, profile, self._config.policy, key, spec.own)
             await self._observed(served)
@@ -175,6 +177,7 @@ class Hosting:
             model.name, model.architecture, self._device.name, model.dtype, served.policy, served.rs, model.largest_r
         )
         self._sources[model.name] = source
+        log.info("%s is in service%s", model.name, ", in the place of the one before" if before else "")
         if before:
             await self._engine.left(before)
             await self._forget(before.key)

@@ -1,6 +1,7 @@
 """Logs: a line a request at debug, a summary of some seconds at info; as JSON, or as text for people at a terminal."""
 
 import asyncio
+import codecs
 import logging
 import sys
 from collections import Counter
@@ -28,6 +29,8 @@ def configure(level: str, form: Format, stream: TextIO = sys.stderr) -> None:
     Libraries say only what is wrong.
     """
     watched = stream.isatty()
+    # Where a stream can't hold other letters, JSON has a way to write them that its readers undo.
+    ascii_only = codecs.lookup(stream.encoding or "utf-8").name != "utf-8"
     as_text = form == "text" or (form == "auto" and watched)
     # What both structlog's loggers and the standard library's go through.
     common: list[Any] = [
@@ -39,7 +42,11 @@ def configure(level: str, form: Format, stream: TextIO = sys.stderr) -> None:
     last: list[Any] = (
         [structlog.dev.ConsoleRenderer(colors=watched, exception_formatter=structlog.dev.plain_traceback)]
         if as_text
-        else [structlog.processors.format_exc_info, _first_keys, structlog.processors.JSONRenderer(ensure_ascii=False)]
+        else [
+            structlog.processors.format_exc_info,
+            _first_keys,
+            structlog.processors.JSONRenderer(ensure_ascii=ascii_only),
+        ]
     )
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *common, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

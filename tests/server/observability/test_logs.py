@@ -68,6 +68,15 @@ def test_a_line_is_an_object_of_json_where_nobody_watches() -> None:
     assert line["timestamp"].endswith("Z")
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_line_is_json_in_whatever_letters_the_stream_has(encoding: str) -> None:
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding, errors="backslashreplace", write_through=True)
+    logs.configure("info", "json", stream)
+    logging.getLogger("tome_server.app").info("listening on %s", "здесь é 大 \udcff")
+    assert json.loads(written.getvalue())["event"] == "listening on здесь é 大 \udcff"
+
+
 @pytest.mark.parametrize(("form", "stream"), [("auto", Terminal()), ("text", io.StringIO())])
 def test_a_line_is_text_at_a_terminal_or_where_that_is_asked_for(form: Any, stream: io.StringIO) -> None:
     logs.configure("info", form, stream)
