@@ -320,7 +320,7 @@ class Engine:
             trace.end(ended)
 
     def _budget(self, request: Request) -> float | None:
-        if math.isfinite(request.deadline):
+        if request.deadline is not None:
             return request.deadline - request.arrival
         served = self.models.get(request.model or self.default_name)
         return served.default_budget if served else None

@@ -183,6 +183,8 @@ def test_while_a_model_loads_requests_are_told_so_and_health_waits(tmp_path: Pat
                 "listen": "127.0.0.1:0",
                 "metrics": None,
                 "profile_time": "500ms",
+                # Chosen by measuring, they would have the labels read once more before.
+                "threads": 1,
                 "models": [{"source": "bundled:fashion"}, loading],
             }
         )

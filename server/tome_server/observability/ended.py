@@ -34,7 +34,7 @@ class Ended:
     answer: Answered | None
     error: BaseException | None
     budget: float | None = None
-    """Seconds that it might take; None where that isn't known, of a model that isn't there for example."""
+    """Seconds that it might take, infinite without a deadline; None where that isn't known, as of an unknown model."""
 
 
 # Called in the task that the request was answered in, so that what `caller` says of it holds. Must not raise or block.

@@ -3,6 +3,7 @@
 import asyncio
 import codecs
 import logging
+import math
 import sys
 from collections import Counter
 from collections.abc import MutableMapping, Sequence
@@ -80,7 +81,7 @@ def log_request(ended: Ended) -> None:
     if traceparent := caller.traceparent.get():
         facts["traceparent"] = traceparent
     if ended.budget is not None:
-        facts["budget_ms"] = _ms(ended.budget)
+        facts["budget_ms"] = _ms(ended.budget) if math.isfinite(ended.budget) else None
     facts["total_ms"] = _ms(ended.seconds)
     if answer := ended.answer:
         facts |= {
