@@ -1,9 +1,14 @@
-"""Overload where decoding is the limit: photographs of 12 megapixels, beside what decoding alone can do.
+"""Overload where decoding is the limit: progressive JPEGs of 12 megapixels, beside what decoding alone can do.
 
-In each round a bare loop (as many threads as CPUs, no server) decodes and prepares photographs as fast as it goes. Then
-a real server of the bundled model gets them over loopback, open-loop with Poisson arrivals, at 1.6 and at 5 times that
-rate, each with a budget of a second. Printed is the ratio of the answers in time to the images of the bare loop. The
-load generator and the model run on the same CPUs and take their part of them.
+First a bare loop (as many threads as CPUs, no server) decodes and prepares photographs as fast as it goes: that is the
+capacity. Then, in each round and at 1.6 and 5 times that rate, the load generator drives in turn
+
+- a bare gRPC server that refuses every request once it has read it, in one process with the bare loop: what decoding
+  can do while as many photographs arrive, and
+- a real server of the bundled model, whose requests have a budget of a second,
+
+open-loop over loopback, with the same Poisson arrivals. Printed is the ratio of the server's answers in time to the
+images of the loop. Generator and model run on the same CPUs and take their part of them.
 """
 
 import argparse
@@ -18,13 +23,17 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import grpc
 import numpy as np
 from PIL import Image
 
+from tome_api.v1 import inference_pb2 as pb
+from tome_api.v1 import inference_pb2_grpc
 from tome_client.load import BudgetClass, LoadPlan, LoadResult, Renewal, event_loop, read_samples, run_load
 
 WIDTH, HEIGHT = 4000, 3000
@@ -34,22 +43,26 @@ _LOADS = "arrivals, as multiples of what decoding alone does (default: 1.6,5)"
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments().parse_args(argv)
     if args.bare:
-        print(json.dumps(_bare_loop(args.seconds)))
+        asyncio.run(_bare_loop())
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "photograph.jpg").write_bytes(photograph())
         images = read_samples(Path(folder))
         with _server() as target:
+            with _bare() as (_, decoded):
+                time.sleep(args.seconds / 3)
+                capacity = decoded() / (args.seconds / 3)
             for number in range(args.rounds):
-                bare = _bare(args.seconds)
                 for load in args.loads:
                     plan = LoadPlan(
-                        images, Renewal(load * bare), (BudgetClass(args.budget),), duration=args.seconds, seed=number,
-                        grace=30,
+                        images, Renewal(load * capacity), (BudgetClass(args.budget),), duration=args.seconds,
+                        seed=number, grace=30,
                     )  # fmt: skip
-                    with asyncio.Runner(loop_factory=event_loop) as runner:
-                        rows.append(_row(load, bare, runner.run(run_load(target, plan)), args.seconds))
+                    with _bare() as (sink, decoded):
+                        _drive(sink, plan)
+                        bare = decoded() / args.seconds
+                    rows.append(_row(load, bare, _drive(target, plan), args.seconds))
                     if not args.json:
                         print(_line(rows[-1]), flush=True)
     if args.json:
@@ -65,7 +78,7 @@ def photograph() -> bytes:
     """Return a JPEG that is decoded like a photograph: smooth, with some detail everywhere."""
     coarse = np.random.default_rng(0).integers(0, 256, (HEIGHT // 10, WIDTH // 10, 3), np.uint8)
     file = io.BytesIO()
-    Image.fromarray(coarse).resize((WIDTH, HEIGHT)).save(file, "JPEG", quality=90)
+    Image.fromarray(coarse).resize((WIDTH, HEIGHT)).save(file, "JPEG", quality=75, progressive=True)
     return file.getvalue()
 
 
@@ -86,31 +99,67 @@ def _numbers(text: str) -> list[float]:
     return [float(one) for one in text.split(",")]
 
 
-def _bare(seconds: float) -> float:
-    """Return the photographs a second of the bare loop, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.decoding", "--bare", "--seconds", str(seconds / 2)]
-    return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+@contextmanager
+def _bare() -> Iterator[tuple[str, Callable[[], int]]]:
+    """Run the bare loop and server; yields its address, and a function that ends it and says how many it decoded."""
+    command = [sys.executable, "-m", "benchmarks.decoding", "--bare"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin
+    assert process.stdout
+
+    def decoded() -> int:
+        assert process.stdin
+        assert process.stdout
+        process.stdin.close()
+        return int(process.stdout.readline())
+
+    try:
+        yield process.stdout.readline().strip(), decoded
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
-def _bare_loop(seconds: float) -> float:
+class _Refusing(inference_pb2_grpc.InferenceServicer):
+    """Reads requests and refuses them."""
+
+    async def Predict(self, _: Any, context: Any) -> None:  # type: ignore[override]  # noqa: N802
+        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED)
+
+    async def GetModel(self, *_: Any) -> pb.GetModelResponse:  # type: ignore[override]  # noqa: N802
+        return pb.GetModelResponse(model=pb.Model(summary=pb.ModelSummary(name="none", ready=True)))
+
+
+async def _bare_loop() -> None:
+    """Decode until standard input ends; prints the address of a server that refuses, and in the end how many."""
     from tome_server.models.preprocess import Limits, Preprocess
     from tome_server.models.transform import ImageSettings
 
     settings = ImageSettings((3, 56, 56), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
-    preprocess, image, done = Preprocess(settings, Limits()), photograph(), Counter[int]()
-    end = time.perf_counter() + seconds
+    preprocess, image, done, ended = Preprocess(settings, Limits()), photograph(), Counter[int](), threading.Event()
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", 2**26)])
+    inference_pb2_grpc.add_InferenceServicer_to_server(_Refusing(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
 
     def decode(number: int) -> None:
-        while time.perf_counter() < end:
+        while not ended.is_set():
             preprocess.encoded(image)
             done[number] += 1
 
     threads = [threading.Thread(target=decode, args=(number,)) for number in range(os.cpu_count() or 1)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
-    return done.total() / seconds
+    print(f"127.0.0.1:{port}", flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    print(done.total(), flush=True)
+    ended.set()
+
+
+def _drive(target: str, plan: LoadPlan) -> LoadResult:
+    with asyncio.Runner(loop_factory=event_loop) as runner:
+        return runner.run(run_load(target, plan))
 
 
 @contextmanager
