@@ -35,6 +35,8 @@ SAMPLES = Path(__file__).parents[1] / "server/tome_server/models/bundled/fashion
 ROUNDS, WINDOW = 3, 5.0
 # Requests in flight at saturation: a batch on the device, and those that the next ones are made of.
 BATCHES_IN_FLIGHT = 3
+# urllib's own would ask a proxy of the environment for what is on this machine.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def _drive(
 
 def _promises(url: str) -> dict[str, float]:
     """Return the server's counts of batches by promise, kept and broken."""
-    with urllib.request.urlopen(url, timeout=10) as response:
+    with DIRECT.open(url, timeout=10) as response:
         families = text_string_to_metric_families(response.read().decode())
     [family] = [family for family in families if family.name == "tome_latency_promises"]
     return {sample.labels["promise"]: sample.value for sample in family.samples if sample.name.endswith("_total")}

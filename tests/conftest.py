@@ -24,6 +24,10 @@ else:
 # something else keeps one of them from running.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# A proxy of the environment is no way to what the tests start on this machine. Programs understand either spelling.
+for _name in ("no_proxy", "NO_PROXY"):
+    os.environ[_name] = ",".join(filter(None, [os.environ.get(_name), "localhost", "127.0.0.1", "::1"]))
+
 SAMPLES = Path(__file__).parents[1] / "server/tome_server/models/bundled/fashion/samples"
 
 

@@ -8,6 +8,7 @@ from typing import Any, Final, TypeAlias
 
 import grpc
 
+from tome_client.proxy import is_direct
 from tome_client.version import __version__
 
 # What a server with default limits takes: anything longer would be refused there, and tried again in vain.
@@ -82,7 +83,7 @@ def _bearer(token: str) -> str:
 
 
 def channel_options(
-    *, retries: bool, health_checks: bool, max_send_bytes: int, max_receive_bytes: int
+    target: str, *, retries: bool, health_checks: bool, max_send_bytes: int, max_receive_bytes: int
 ) -> list[tuple[str, Any]]:
     """Returns the channel arguments that both clients use."""
     service_config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
@@ -92,7 +93,7 @@ def channel_options(
     if retries:
         service_config["methodConfig"] = [{"name": [{}], "retryPolicy": _RETRY_POLICY}]
         service_config["retryThrottling"] = _RETRY_THROTTLING
-    return [
+    options = [
         ("grpc.service_config", json.dumps(service_config)),
         # What a DNS TXT record says must not replace the above.
         ("grpc.service_config_disable_resolution", 1),
@@ -106,4 +107,11 @@ def channel_options(
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.keepalive_permit_without_calls", 0),
         ("grpc.primary_user_agent", f"tome-client/{__version__}"),
+        # Each channel connects by itself. gRPC would let channels to one address share a connection, and two of which
+        # only one checks health race in its C core, which can end the process by SIGSEGV; the load generator's would
+        # be one connection.
+        ("grpc.use_local_subchannel_pool", 1),
     ]
+    if is_direct(target):
+        options.append(("grpc.enable_http_proxy", 0))
+    return options

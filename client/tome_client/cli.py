@@ -22,6 +22,7 @@ from tome_client.errors import TomeError
 from tome_client.inputs import image_files
 from tome_client.json_text import json_text
 from tome_client.load.command import add_load_command
+from tome_client.reachability import advice
 from tome_client.requests import PredictOptions, StreamItem, unsendable
 from tome_client.results import PredictResult
 from tome_client.tables import model_details, model_table, prediction_header, prediction_line, prediction_text
@@ -42,12 +43,9 @@ examples:
 Exits with 0 if everything was answered, 1 if anything failed, 2 if the command line is wrong, 130 after Ctrl-C.
 """
 
-# By what gRPC says.
-_HINTS = {
-    "Failed to connect": "is a server running there? tome-server serve starts one, --target names another",
-    "DNS resolution failed": "--target names the server, as HOST:PORT",
-    "WRONG_VERSION_NUMBER": "the server there speaks plain text: leave out --tls and --ca",
-}
+
+# How calls end that reach no server; UNKNOWN is gRPC's code for a target that it can't read.
+_UNREACHED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNKNOWN)
 
 
 _INTERRUPTED = 130
@@ -68,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE_CLOSED
     except (TomeError, ImportError, OSError, ValueError) as error:
-        warn(f"{error_text(error)}{_hint(error)}")
+        warn(f"{error_text(error)}{_hint(error, args)}")
         return 1
     except KeyboardInterrupt:
         warn("interrupted")
@@ -171,7 +169,9 @@ def predict(args: argparse.Namespace) -> int:
             for number, one in _classified(client, images, args):
                 if one.error:
                     failed[one.error.code.name] += 1
-                    warn(f"{one.image}: {error_text(one.error)}{_hint(one.error)}")
+                    # Errors of a stream's items come from a server, which was reached then.
+                    hint = _hint(one.error, args) if len(images) == 1 else ""
+                    warn(f"{one.image}: {error_text(one.error)}{hint}")
                 else:
                     answered += 1
                 shown.add(number, one)
@@ -189,7 +189,7 @@ def predict(args: argparse.Namespace) -> int:
         warn(f"interrupted; {without}")
         return _INTERRUPTED
     if lost:
-        warn(f"{without}: {error_text(lost)}{_hint(lost)}")
+        warn(f"{without}: {error_text(lost)}{_hint(lost, args)}")
     return int(bool(empty or lost or failed))
 
 
@@ -344,9 +344,13 @@ def _client(args: argparse.Namespace) -> Client:
     return Client(args.target, **connection(args))
 
 
-def _hint(error: Exception | None) -> str:
-    """Returns what may mend it, of what stands in the way of a connection."""
-    return next((f"; {hint}" for part, hint in _HINTS.items() if part in str(error)), "")
+def _hint(error: Exception, args: argparse.Namespace) -> str:
+    """Returns what may help after an error, where it may mean that no server was reached."""
+    # A server's own refusal gives a reason; one without answers the network, and then there is no advice.
+    if not isinstance(error, TomeError) or error.code not in _UNREACHED or error.reason is not None:
+        return ""
+    advised = advice(args.target, tls=bool(args.tls or args.ca or args.certificate))
+    return f"; {advised}" if advised else ""
 
 
 def _error_fields(error: TomeError) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class Client:
     ) -> None:
         credentials = channel_credentials(tls, root_certificates, client_certificate, client_key)
         options = channel_options(
+            target,
             retries=retries,
             health_checks=health_checks,
             max_send_bytes=max_send_bytes,

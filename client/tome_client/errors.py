@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +12,17 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from tome_client.proxy import proxy_of
+
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
-# What gRPC says of a call that it gave up itself; a server's own refusal has details.
-_GRPC_TIMED_OUT = "Deadline Exceeded"
-# What it puts before the reason why no connection could be made.
-_GRPC_UNREACHED = "connections to all backends failing; last error: "
-# And how it ends what it says of servers that were left out for their health.
-_GRPC_UNHEALTHY = "backend unhealthy"
+# How gRPC ends a call by itself.
+_UNANSWERED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+# What it says then. Only how an error reads depends on these: the words of another release are shown as they are.
+_TIMED_OUT = "Deadline Exceeded"
+_PREFIX = re.compile(r".*; last error: (?:[A-Z_]+: )?")
+_UNHEALTHY = "backend unhealthy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +91,29 @@ def error_from_rpc(error: grpc.RpcError, target: str) -> TomeError:
     """Returns the error that a failed call to `target` ended with."""
     code = error.code()
     message = error.details() or "no message"
-    if code is grpc.StatusCode.UNAVAILABLE and message.endswith(_GRPC_UNHEALTHY):
-        message = f"{target} is unavailable: no server there is serving; what was reached is loading or stopping"
-    elif code is grpc.StatusCode.UNAVAILABLE:
-        message = f"{target} is unavailable: {message.removeprefix(_GRPC_UNREACHED).removeprefix('UNKNOWN: ')}"
-    elif code is grpc.StatusCode.DEADLINE_EXCEEDED and message == _GRPC_TIMED_OUT:
-        message = f"no answer from {target} within the timeout"
     try:
         status = rpc_status.from_call(error)
+        # Our servers send details with every error.
+        answered = status is not None
     except (ValueError, DecodeError):  # A proxy rewrote the status: its details are another's.
-        status = None
+        status, answered = None, True
+    if code is grpc.StatusCode.UNAVAILABLE:
+        message = f"{target} is unavailable: {message if answered else _shortened(message)}"
+    elif code is grpc.StatusCode.DEADLINE_EXCEEDED and not answered:
+        said = "" if message == _TIMED_OUT else f": {message}"
+        message = f"no answer from {target} within the timeout{said}"
+    if code in _UNANSWERED and not answered and (proxy := proxy_of(target)):
+        message += (
+            f"; it was called through the proxy {proxy.address} ({proxy.variable}): "
+            f"to connect directly, {proxy.way_out}"
+        )
     return TomeError(code, message, **(_details(status.details) if status else {}))
+
+
+def _shortened(message: str) -> str:
+    if message.endswith(_UNHEALTHY):
+        return "no server there is serving; what was reached is loading or stopping"
+    return _PREFIX.sub("", message)
 
 
 def ended_early(target: str) -> TomeError:

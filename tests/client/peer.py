@@ -15,8 +15,7 @@ from google.protobuf import any_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import status_pb2
-from grpc_health.v1 import health_pb2_grpc
-from grpc_health.v1.health import HealthServicer
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from typing_extensions import override
 
@@ -48,6 +47,51 @@ class Call:
     at: float = field(default_factory=time.monotonic)
 
 
+class Health(health_pb2_grpc.HealthServicer):
+    """Says whether a peer is serving, and says so again when that changes.
+
+    The servicer of grpcio-health-checking deadlocks when a Watch ends while its status is set: it waits for gRPC with a
+    lock held that the callback of the Watch's end waits for.
+    """
+
+    def __init__(self, serving: bool = True) -> None:
+        self._serving = serving
+        self._changed = threading.Condition()
+
+    @property
+    def serving(self) -> bool:
+        return self._serving
+
+    @serving.setter
+    def serving(self, serving: bool) -> None:
+        with self._changed:
+            self._serving = serving
+            self._changed.notify_all()
+
+    @override
+    def Check(self, request, context):
+        return self._response(self._serving)
+
+    @override
+    def Watch(self, request, context) -> Iterator:
+        context.add_callback(self._wake)
+        told = None
+        while context.is_active():
+            with self._changed:
+                self._changed.wait_for(lambda told=told: self._serving != told or not context.is_active())
+                told = self._serving
+            yield self._response(told)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    @staticmethod
+    def _response(serving: bool) -> health_pb2.HealthCheckResponse:
+        status = health_pb2.HealthCheckResponse
+        return status(status=status.SERVING if serving else status.NOT_SERVING)
+
+
 class Peer(inference_pb2_grpc.InferenceServicer):
     """Answers with the model's name; before that, with one of `failures` each call, None for no failure.
 
@@ -55,7 +99,7 @@ class Peer(inference_pb2_grpc.InferenceServicer):
     one for "fatal" ends the stream with an error and one for "end" without.
     """
 
-    def __init__(self, credentials: grpc.ServerCredentials | None = None, health: HealthServicer | None = None) -> None:
+    def __init__(self, credentials: grpc.ServerCredentials | None = None, health: Health | None = None) -> None:
         self.calls: list[Call] = []
         self.failures: deque[Failure | None] = deque()
         self.hold = threading.Event()

@@ -11,12 +11,10 @@ from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2
-from grpc_health.v1.health import HealthServicer
 
 from tome_client import AsyncClient, Client, PredictOptions, StreamItem, StreamResult, TomeError
 
-from .peer import Failure, Peer
+from .peer import Failure, Health, Peer
 
 _END = object()
 
@@ -288,8 +286,7 @@ async def test_a_function_is_asked_for_the_token_at_each_call(connect: type[Asyn
 
 @pytest.mark.parametrize("retries", [True, False])
 async def test_a_server_that_is_not_serving_is_not_asked_until_it_is(connect: type[AsyncClient], retries: bool) -> None:
-    health = HealthServicer()
-    health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+    health = Health(serving=False)
     with Peer(health=health) as peer:
         async with connect(peer.target, retries=retries, health_checks=True) as client, asyncio.timeout(60):
             with pytest.raises(TomeError) as caught:
@@ -299,20 +296,20 @@ async def test_a_server_that_is_not_serving_is_not_asked_until_it_is(connect: ty
                 f"{peer.target} is unavailable: no server there is serving; what was reached is loading or stopping"
             )
             assert not peer.calls
-            health.set("", health_pb2.HealthCheckResponse.SERVING)
+            health.serving = True
             while not peer.calls:
                 with contextlib.suppress(TomeError):
                     assert (await client.predict(b"")).model == "first"
 
 
 async def test_of_two_servers_the_one_that_is_serving_is_asked(connect: type[AsyncClient]) -> None:
-    health = HealthServicer()
+    health = Health()
     with Peer() as staying, Peer(health=health) as leaving:
         target = f"ipv4:{staying.target},{leaving.target}"
         async with connect(target, retries=False, health_checks=True) as client, asyncio.timeout(60):
             while not (staying.calls and leaving.calls):
                 await client.predict(b"")
-            health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+            health.serving = False
             unasked = 0
             while unasked < 10:
                 before = len(leaving.calls)

@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections import Counter
 from contextlib import ExitStack
@@ -10,13 +11,11 @@ from pathlib import Path
 import grpc
 import pytest
 import trustme
-from grpc_health.v1 import health_pb2
-from grpc_health.v1.health import HealthServicer
 
 from tome_client import Client, StreamItem, TomeError, __version__
 from tome_client.channel import channel_credentials, channel_options
 
-from .peer import Failure, Peer
+from .peer import Failure, Health, Peer
 
 PAGE = Path(__file__).parents[2] / "docs/load-balancing.md"
 UNAVAILABLE = Failure(grpc.StatusCode.UNAVAILABLE)
@@ -118,7 +117,9 @@ def test_retries_cease_while_most_calls_fail(peer: Peer) -> None:
 def test_the_service_config_is_the_documented_one(health_checks: bool) -> None:
     blocks = re.findall(r"```json\n(.*?)```", PAGE.read_text(), re.DOTALL)
     documented, checks = map(json.loads, blocks)
-    options = dict(channel_options(retries=True, health_checks=health_checks, max_send_bytes=1, max_receive_bytes=1))
+    options = dict(
+        channel_options("localhost:1", retries=True, health_checks=health_checks, max_send_bytes=1, max_receive_bytes=1)
+    )
     assert json.loads(options["grpc.service_config"]) == documented | (checks if health_checks else {})
 
 
@@ -138,6 +139,52 @@ def test_calls_go_round_the_servers() -> None:
         for _ in range(10):
             client.predict(b"")
         assert [len(one.calls) for one in peers] == [5, 5]
+
+
+# Clients on one address, with health checks and without, opened and closed again and again.
+TWO_CLIENTS = """
+import asyncio, sys
+from contextlib import suppress
+from threading import Thread
+from tome_client import AsyncClient, Client, TomeError
+
+target, cycles = sys.argv[1], int(sys.argv[2])
+
+def ask(health_checks):
+    with suppress(TomeError), Client(target, health_checks=health_checks, retries=False) as client:
+        client.models(timeout=20)
+
+async def ask_both():
+    for first, second in ((False, True), (True, False)):
+        async with AsyncClient(target, health_checks=first) as one, AsyncClient(target, health_checks=second) as other:
+            with suppress(TomeError):
+                await asyncio.gather(one.models(timeout=20), other.models(timeout=20))
+
+for cycle in range(cycles):
+    both = [Thread(target=ask, args=(health_checks,)) for health_checks in (True, False)]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    asyncio.run(ask_both())
+print("all", cycles)
+"""
+
+
+def test_clients_with_and_without_health_checks_live_side_by_side_in_a_process() -> None:
+    cycles = 100
+    with Peer(health=Health()) as peer:
+        command = [sys.executable, "-c", TWO_CLIENTS, peer.target, str(cycles)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"all {cycles}\n", "")
+
+
+def test_each_client_has_a_connection_of_its_own(peer: Peer) -> None:
+    """In which case gRPC shares nothing between them that two could race for."""
+    with Client(peer.target) as one, Client(peer.target) as other:
+        one.models()
+        other.models()
+    assert len({call.peer for call in peer.calls}) == 2
 
 
 def test_a_server_that_is_gone_is_passed_over() -> None:
@@ -194,11 +241,11 @@ def test_a_server_is_trusted_by_the_root_certificates_given(certificate: tuple[b
 
 def test_health_is_asked_for_as_securely(certificate: tuple[bytes, bytes]) -> None:
     key, chain = certificate
-    health = HealthServicer()
+    health = Health()
     with Peer(grpc.ssl_server_credentials([(key, chain)]), health) as peer:
         with Client(peer.target, root_certificates=chain, health_checks=True) as client:
             assert client.predict(b"").model == "first"
-        health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        health.serving = False
         with (
             Client(peer.target, root_certificates=chain, retries=False, health_checks=True) as client,
             pytest.raises(TomeError, match="no server there is serving"),

@@ -12,15 +12,13 @@ from pathlib import Path
 import grpc
 import pytest
 import trustme
-from grpc_health.v1 import health_pb2
-from grpc_health.v1.health import HealthServicer
 from PIL import Image
 
 from tome_api.v1 import inference_pb2
 from tome_client import __version__
 from tome_client.cli import argument_parser, main
 
-from .peer import Failure, Peer, answer
+from .peer import Failure, Health, Peer, answer
 
 
 @pytest.fixture
@@ -58,11 +56,11 @@ def test_the_connections_options_may_stand_before_and_after_the_command() -> Non
 
 
 def test_health_checks_are_made_where_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    health = HealthServicer()
+    health = Health()
     with Peer(health=health) as peer:
         target = ["--target", peer.target, "--health-checks"]
         assert main(["models", *target]) == 0
-        health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        health.serving = False
         assert main(["models", *target]) == 1
     assert "no server there is serving" in capsys.readouterr().err
 
@@ -320,13 +318,44 @@ def test_a_failed_call_is_one_line(peer: Peer, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == "tome-client: NOT_FOUND: no such model\n"
 
 
+NO_SERVER = "; is a server running there? tome-server serve starts one, --target names another\n"
+NO_TARGET = "; --target names the server, as HOST:PORT\n"
+
+
+@pytest.mark.parametrize(
+    ("target", "way_out"), [("localhost:1", NO_SERVER), ("nowhere.invalid:1", NO_TARGET), ("ipv4:127.1:1", NO_TARGET)]
+)
+@pytest.mark.parametrize("command", ["predict", "models", "visualize", "load"])
 def test_where_no_connection_can_be_made_the_way_out_is_said(
-    image: str, peer: Peer, capsys: pytest.CaptureFixture[str]
+    command: str, target: str, way_out: str, image: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["predict", image, "--target", "localhost:1"]) == 1
-    assert "Connection refused (111); is a server running there? tome-server serve" in capsys.readouterr().err
+    arguments = {
+        "predict": [image],
+        "models": [],
+        "visualize": [image, "-o", str(tmp_path / "out.png")],
+        "load": ["--images", str(Path(image).parent), "--rate", "10", "--budget", "100ms"],
+    }
+    assert main([command, *arguments[command], "--target", target]) == 1
+    assert capsys.readouterr().err.endswith(way_out)
+
+
+def test_tls_and_plain_text_that_meet_are_told_apart(peer: Peer, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "--target", peer.target, "--tls"]) == 1
     assert capsys.readouterr().err.endswith("; the server there speaks plain text: leave out --tls and --ca\n")
+    certificate = trustme.CA().issue_cert("localhost")
+    pair = (certificate.private_key_pem.bytes(), certificate.cert_chain_pems[0].bytes())
+    with Peer(grpc.ssl_server_credentials([pair])) as secure:
+        assert main(["models", "--target", secure.target]) == 1
+    assert capsys.readouterr().err.endswith("; the server there speaks TLS: add --tls\n")
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNKNOWN])
+def test_what_a_server_refuses_gets_no_hint_whatever_it_says(
+    code: grpc.StatusCode, peer: Peer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peer.failures.extend([Failure(code, "Failed to connect: DNS resolution failed")] * 5)
+    assert main(["models"]) == 1
+    assert capsys.readouterr().err.endswith("DNS resolution failed\n")
 
 
 def test_a_missing_certificate_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 
 from tome_client import Client, FieldViolation, TomeError
-from tome_client.errors import error_from_status
+from tome_client.errors import error_from_rpc, error_from_status
 
 from .peer import Failure, Peer, status
 
@@ -89,7 +89,41 @@ def test_a_server_that_cannot_be_reached_is_named() -> None:
 def test_a_name_that_does_not_resolve_is_named() -> None:
     with Client("nowhere.invalid:1") as client, pytest.raises(TomeError) as caught:
         client.models(timeout=20)
-    assert caught.value.message.startswith("nowhere.invalid:1 is unavailable: DNS")
+    assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+    assert caught.value.message.startswith("nowhere.invalid:1 is unavailable: ")
+
+
+class Ended(grpc.RpcError):
+    """A call that gRPC ended by itself."""
+
+    def __init__(self, code: grpc.StatusCode, details: str | None) -> None:
+        self._ended = code, details
+
+    def code(self) -> grpc.StatusCode:
+        return self._ended[0]
+
+    def details(self) -> str | None:
+        return self._ended[1]
+
+    def trailing_metadata(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "message"),
+    [
+        ("UNAVAILABLE", "failed to connect; last error: INTERNAL: no route", "a:1 is unavailable: no route"),
+        ("UNAVAILABLE", "connections failing; last error: no route", "a:1 is unavailable: no route"),
+        ("UNAVAILABLE", "new words", "a:1 is unavailable: new words"),
+        ("UNAVAILABLE", None, "a:1 is unavailable: no message"),
+        ("DEADLINE_EXCEEDED", "Deadline Exceeded", "no answer from a:1 within the timeout"),
+        ("DEADLINE_EXCEEDED", "new words", "no answer from a:1 within the timeout: new words"),
+        ("INTERNAL", "new words", "new words"),
+    ],
+)
+def test_what_happened_is_said_by_the_code_whatever_the_words(code: str, said: str | None, message: str) -> None:
+    error = error_from_rpc(Ended(grpc.StatusCode[code], said), "a:1")
+    assert (error.code.name, error.message) == (code, message)
 
 
 def test_a_server_that_says_it_is_unavailable_is_named_and_quoted(peer: Peer) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from http_proxy import HttpProxy, running_proxy
 
 from .prometheus import INSTALL, Prometheus, free_port, until
 
@@ -19,8 +20,14 @@ STACK = Path(__file__).parents[2] / "deploy/stack.py"
 
 
 @pytest.fixture
-def stack(cache: Path) -> Iterator[Callable[..., Any]]:
-    """Return a function that starts the stack on free ports."""
+def proxy() -> Iterator[HttpProxy]:
+    with running_proxy() as running:
+        yield running
+
+
+@pytest.fixture
+def stack(cache: Path, proxy: HttpProxy) -> Iterator[Callable[..., Any]]:
+    """Return a function that starts the stack on free ports, in an environment that asks for a proxy."""
     if shutil.which("prometheus") is None:
         pytest.skip(f"needs Prometheus: {INSTALL}")
     started: list[subprocess.Popen[str]] = []
@@ -28,7 +35,11 @@ def stack(cache: Path) -> Iterator[Callable[..., Any]]:
     def start(*flags: str) -> "subprocess.Popen[str]":
         command = [sys.executable, STACK, "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
         command += ["--prometheus", f"127.0.0.1:{free_port()}", *flags]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        started.append(
+            subprocess.Popen(
+                command, env=proxy.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
         return started[-1]
 
     yield start
@@ -51,7 +62,7 @@ def alive(process: int) -> bool:
     return True
 
 
-def test_both_run_until_ctrl_c_ends_both(stack: Callable[..., Any]) -> None:
+def test_both_run_until_ctrl_c_ends_both(stack: Callable[..., Any], proxy: HttpProxy) -> None:
     running = stack("--", "--profile-time", "2s", "--threads", "1")
     said = ""
     while "Ctrl-C" not in said:
@@ -70,6 +81,7 @@ def test_both_run_until_ctrl_c_ends_both(stack: Callable[..., Any]) -> None:
     assert running.returncode == 0
     assert out.splitlines()[-1] == "ended"
     assert not any(map(alive, server_and_prometheus))
+    assert not proxy.asked
 
 
 def test_a_server_that_cannot_start_ends_it(stack: Callable[..., Any]) -> None:

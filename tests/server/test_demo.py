@@ -3,16 +3,25 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from http_proxy import HttpProxy, running_proxy
 
 
 @pytest.fixture(scope="module")
-def report() -> dict[str, Any]:
+def proxy() -> Iterator[HttpProxy]:
+    with running_proxy() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def report(proxy: HttpProxy) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "tome_server", "demo", "--json"],
+        env=proxy.environment(),
         capture_output=True,
         text=True,
         timeout=200,
@@ -91,3 +100,10 @@ def test_the_counters_agree_with_what_is_shown(report: dict[str, Any]) -> None:
         "tome_flops_total",
         "tome_flops_saved_total",
     }
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_what_is_on_this_machine(
+    report: dict[str, Any], proxy: HttpProxy
+) -> None:
+    assert report["rows"]
+    assert not proxy.asked

@@ -150,16 +150,13 @@ async def run_load(
         ValueError: A label that the model does not have; certificates or a token that Client would not take.
     """
     credentials = channel_credentials(tls, root_certificates, client_certificate, client_key)
-    options = [
-        *channel_options(
-            retries=False,
-            health_checks=health_checks,
-            max_send_bytes=DEFAULT_MAX_MESSAGE_BYTES,
-            max_receive_bytes=DEFAULT_MAX_MESSAGE_BYTES,
-        ),
-        # Channels to one server would share a connection.
-        ("grpc.use_local_subchannel_pool", 1),
-    ]
+    options = channel_options(
+        target,
+        retries=False,
+        health_checks=health_checks,
+        max_send_bytes=DEFAULT_MAX_MESSAGE_BYTES,
+        max_receive_bytes=DEFAULT_MAX_MESSAGE_BYTES,
+    )
     channels = [
         grpc.aio.insecure_channel(target, options)
         if credentials is None

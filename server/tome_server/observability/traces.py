@@ -7,6 +7,8 @@ the finished request's times, so that the request itself does nothing for them.
 import os
 import time
 from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
 
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
@@ -15,6 +17,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, format_trace_id, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from tome_api.targets import is_this_machine
 from tome_server import caller
 from tome_server.observability.ended import Answered, Ended
 from tome_server.observability.logs import outcome
@@ -26,7 +29,11 @@ _NS = 1_000_000_000
 
 def otlp_processor(endpoint: str) -> SpanProcessor:
     """Return what sends spans to a collector, in a thread of its own: https for TLS, http for plain text."""
-    return BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_SECONDS))
+    # Of a collector on this machine a proxy knows nothing; for any other, the environment's holds. The exporter's own
+    # type has strings only, which gRPC doesn't take for a switch.
+    here = is_this_machine(urlsplit(endpoint).hostname or "")
+    options: Any = (("grpc.enable_http_proxy", 0),) if here else None
+    return BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_SECONDS, channel_options=options))
 
 
 class Traces:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from http_proxy import EXCEPTIONS, running_proxy
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -153,6 +154,21 @@ def test_a_collector_gets_the_spans() -> None:
     assert sorted(span.name for span in collector.spans) == sorted(["predict", "decode", "queue", "compute"] * 10)
     compute = next(span for span in collector.spans if span.name == "compute")
     assert {one.key: one.value.int_value for one in compute.attributes}["tome.r"] == 4
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_proxy_of_the_environment_is_asked_for_a_collector_elsewhere_alone(
+    here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with collecting() as collector, running_proxy(collector.endpoint.removeprefix("http://")) as proxy:
+        for name in EXCEPTIONS:
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("http_proxy", f"http://{proxy.address}")
+        traces = Traces(otlp_processor(collector.endpoint if here else "http://collector.invalid:4317"))
+        record(traces)
+        traces.close()
+    assert len(collector.spans) == 4
+    assert proxy.asked == ([] if here else ["CONNECT collector.invalid:4317 HTTP/1.1"])
 
 
 def test_without_traces_nothing_of_opentelemetry_is_imported() -> None:

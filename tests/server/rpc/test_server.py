@@ -9,7 +9,7 @@ from tome_client.channel import channel_options
 from tome_server.rpc.server import RpcSettings, server_options
 
 FULL = RpcSettings("", 2**20, max_concurrent_streams=1, max_connections=1, max_age=1.0, max_age_grace=1.0)
-CHANNEL = channel_options(retries=True, health_checks=True, max_send_bytes=1, max_receive_bytes=1)
+CHANNEL = channel_options("localhost:1", retries=True, health_checks=True, max_send_bytes=1, max_receive_bytes=1)
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in [*server_options(FULL), *CHANNEL]}))

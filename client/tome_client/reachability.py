@@ -1,0 +1,75 @@
+"""What may help when a server can't be reached, for the command line.
+
+gRPC explains it in a sentence whose words change from release to release, so none of them are relied on: the network is
+asked again.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import ssl
+
+from tome_api.targets import Address, addresses
+from tome_client.proxy import proxy_of
+
+# Seconds for a connection, and again for a TLS handshake on it.
+_PATIENCE = 2.0
+
+
+def advice(target: str, *, tls: bool) -> str | None:
+    """Returns what may help after a call failed; None where a server of the right kind can be connected to.
+
+    Args:
+        target: The server that was called.
+        tls: Whether it was called over TLS.
+    """
+    if proxy_of(target) is not None:  # the error names it; and names are its to resolve
+        return None
+    named = addresses(target)
+    if not all(map(_resolves, named)):
+        return "--target names the server, as HOST:PORT"
+    for address in named:
+        try:
+            connection = socket.create_connection((address.host, address.port), _PATIENCE)
+        except OSError:
+            continue
+        with connection:
+            spoken = _speaks_tls(connection)
+        if tls and spoken is False:
+            return "the server there speaks plain text: leave out --tls and --ca"
+        if spoken and not tls:
+            return "the server there speaks TLS: add --tls"
+        return None
+    return "is a server running there? tome-server serve starts one, --target names another" if named else None
+
+
+def _resolves(address: Address) -> bool:
+    # Unlike gRPC, the system takes ports modulo 65536, and 127.1 for an address.
+    if address.port.isdecimal() and int(address.port) > 65535:
+        return False
+    try:
+        if address.host.replace(".", "").isdecimal():
+            ipaddress.ip_address(address.host)
+        socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    except (OSError, ValueError):  # the latter too for a name with a part that is too long
+        return False
+    return True
+
+
+def _speaks_tls(connection: socket.socket) -> bool | None:
+    """Whether a server answers a TLS handshake, certificates left unchecked; None where it gives no answer."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    try:
+        with context.wrap_socket(connection):
+            return True
+    except ssl.SSLEOFError:
+        return None
+    except ssl.SSLError as error:
+        # An alert is a refusal in TLS, for example of a client without a certificate.
+        return "ALERT" in (error.reason or "")
+    except OSError:
+        return None
