@@ -325,18 +325,21 @@ NO_TARGET = "; --target names the server, as HOST:PORT\n"
 @pytest.mark.parametrize(
     ("target", "way_out"), [("localhost:1", NO_SERVER), ("nowhere.invalid:1", NO_TARGET), ("ipv4:127.1:1", NO_TARGET)]
 )
-@pytest.mark.parametrize("command", ["predict", "models", "visualize", "load"])
+@pytest.mark.parametrize("command", ["predict", "predict several", "models", "visualize", "load"])
 def test_where_no_connection_can_be_made_the_way_out_is_said(
     command: str, target: str, way_out: str, image: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = {
         "predict": [image],
+        "predict several": [image, image],
         "models": [],
         "visualize": [image, "-o", str(tmp_path / "out.png")],
         "load": ["--images", str(Path(image).parent), "--rate", "10", "--budget", "100ms"],
     }
-    assert main([command, *arguments[command], "--target", target]) == 1
-    assert capsys.readouterr().err.endswith(way_out)
+    assert main([command.split()[0], *arguments[command], "--target", target]) == 1
+    err = capsys.readouterr().err
+    assert err.endswith(way_out)
+    assert err.count(way_out) == 1
 
 
 def test_tls_and_plain_text_that_meet_are_told_apart(peer: Peer, capsys: pytest.CaptureFixture[str]) -> None:
