@@ -14,7 +14,7 @@ from tome_server.config import ServerConfig
 from tome_server.control import ModelControl
 from tome_server.engine import Engine
 from tome_server.errors import ConfigError
-from tome_server.hosting import Hosting, model_specs
+from tome_server.hosting import Hosting, find_models
 from tome_server.observability.logs import Summary, log_request
 from tome_server.observability.metrics import Metrics
 from tome_server.oip.service import OpenInference
@@ -44,7 +44,7 @@ async def serve(config: ServerConfig) -> int:
     ModelLoadError or PortInUseError, in words for the operator, if it can't start.
     """
     began = time.monotonic()
-    specs = model_specs(config)
+    wanted = find_models(config)
     batching, decode_threads = config.batching, available_cpus()
     async with AsyncExitStack() as stack:
         device = Device()
@@ -59,7 +59,7 @@ async def serve(config: ServerConfig) -> int:
             reply_margin=config.reply_margin,
             decode_threads=decode_threads,
             decode_memory=config.limits.decode_memory,
-            names=[spec.name for spec in specs],
+            names=[spec.name for spec in wanted.specs],
             max_client_requests=config.limits.max_client_requests,
             observers=[log_request, summary := Summary()],
         )
@@ -79,7 +79,7 @@ async def serve(config: ServerConfig) -> int:
             await http.start()
         await rpc.start()
         log.info("listening on %s, loading %s", rpc.address, ", ".join(engine.names))
-        loading = asyncio.create_task(hosting.start())
+        loading = asyncio.create_task(hosting.start(wanted))
         _on_hangup(hosting.refresh)
         dispatching = asyncio.create_task(engine.run())
         ends = [asyncio.create_task(stopping.ordered.wait()), asyncio.create_task(device.ended())]

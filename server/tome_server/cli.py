@@ -195,7 +195,7 @@ def _check_place(flag: str, path: Path | None) -> None:
 def _write(path: Path, text: str) -> None:
     """Write what may have taken long to find; raises ConfigError if it can't be, and leaves it on standard output."""
     try:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         sys.stdout.write(text)
         raise ConfigError(f"--output: {path}: {error.strerror}; what it was to hold is printed instead") from error

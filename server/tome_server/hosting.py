@@ -1,22 +1,29 @@
-"""Which models are in service: those configured at the start, and single ones after that."""
+"""Which models are in service: those configured at the start, and single ones after that.
+
+A model's fault is that model's. Whatever is wrong with one of the repository is logged with where it lies, and the
+others are served. What the settings themselves name must be served, or the server doesn't start.
+"""
 
 import asyncio
 import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tome_server.batches import Served
 from tome_server.config import ModelConfig, ServerConfig
 from tome_server.engine import Engine
-from tome_server.errors import ConfigError, ModelLoadError, OutOfMemoryError, UnknownModelError
+from tome_server.errors import ConfigError, DeviceDiedError, ModelLoadError, OutOfMemoryError, UnknownModelError
+from tome_server.models.checkpoint_header import check_header
 from tome_server.models.hosted import HostedModel
 from tome_server.models.preprocess import Limits
 from tome_server.models.repository import Repository
 from tome_server.models.spec import BUNDLED_PREFIX, ModelSpec, Own, bundled_spec, qualities
+from tome_server.models.timm_names import check_architecture
 from tome_server.runtime.device import Device
-from tome_server.served import ServedModel
+from tome_server.served import FIXED, ServedModel
 
 log = logging.getLogger(__name__)
 
@@ -24,11 +31,22 @@ log = logging.getLogger(__name__)
 OBSERVED_FOR = 2.0
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The models that the settings and the repository ask for."""
+
+    specs: list[ModelSpec]
+    """In the order in which they are told: the first answers requests that name no model."""
+    configured: frozenset[str]
+    """Names of those that the settings name; the others are the repository's."""
+    faults: dict[str, ConfigError]
+    """What keeps others of the repository from being loaded, by name."""
+
+
 class Hosting:
     """Brings models from where they are stored through the device into the engine, and back."""
 
     def __init__(self, device: Device, engine: Engine, config: ServerConfig) -> None:
-        """The engine expects the models of `model_specs(config)`."""
         self._device = device
         self._engine = engine
         self._config = config
@@ -39,10 +57,14 @@ class Hosting:
         self._sources: dict[str, _Source] = {}
         self._changing = asyncio.Lock()
 
-    async def start(self) -> None:
-        """Load and measure the configured models, and serve them. Raises ModelLoadError or ConfigError."""
+    async def start(self, wanted: Wanted) -> None:
+        """Load and measure models, whose names the engine expects, and serve them.
+
+        A faulty one of the repository is logged and left out. Raises ModelLoadError or ConfigError for a faulty one
+        that the settings name, and if none can be served.
+        """
         async with self._changing:
-            await self._start()
+            await self._start(wanted)
 
     async def load(self, name: str) -> None:
         """Take a model into service as it is stored now; if it is in service, in the place of what is.
@@ -52,7 +74,8 @@ class Hosting:
         ModelLoadError if it can't be loaded; what was in service stays so.
         """
         async with self._changing:
-            await self._replace(_Source(await asyncio.to_thread(self._stored, name)))
+            spec = await asyncio.to_thread(self._stored, name)
+            await self._replace(_Source(spec))
 
     async def unload(self, name: str) -> None:
         """Take a model out of service: new requests are refused at once, those already here are answered first.
@@ -69,36 +92,81 @@ class Hosting:
         """
         async with self._changing:
             try:
-                sources = {spec.name: _Source(spec) for spec in model_specs(self._config)}
+                wanted = await asyncio.to_thread(find_models, self._config)
             except ConfigError as error:
                 log.error("models stay as they are: %s", error)  # noqa: TRY400  (in words for the operator)
                 return
-            for name, source in sources.items():
-                if self._sources.get(name) == source:
-                    continue
+            for name, fault in wanted.faults.items():
+                _tell(name, fault, kept=name in self._sources)
+            for spec in wanted.specs:
                 try:
-                    await self._replace(source)
+                    source = _Source(spec)
+                    if self._sources.get(spec.name) != source:
+                        await self._replace(source)
                 except (ConfigError, ModelLoadError) as error:
-                    log.error("%s isn't loaded: %s", name, error)  # noqa: TRY400
-            for name in self._sources.keys() - sources.keys():
+                    _tell(spec.name, error, kept=spec.name in self._sources)
+                except DeviceDiedError:  # and the server ends
+                    return
+            there = {spec.name for spec in wanted.specs} | wanted.faults.keys()
+            for name in self._sources.keys() - there:
                 await self._take_out(name)
 
-    async def _start(self) -> None:
+    async def _start(self, wanted: Wanted) -> None:
         log.info("starting the process that runs the models")
         await self._device.open(self._config.device)
-        sources = [_Source(spec) for spec in model_specs(self._config)]
+        for name, fault in wanted.faults.items():
+            _tell(name, fault)
+        # What is wrong with a model is said before anything is measured, as far as that can be told by then.
+        outlined: list[tuple[_Source, ModelSpec]] = []
+        for spec in wanted.specs:
+            with self._left_out(spec, wanted):
+                outlined.append((_Source(spec), await self._outlined(spec)))
         # First, since models are made, and what else is chosen is measured, for so many.
         if self._config.threads:
             await self._device.set_threads(self._config.threads)
-        elif self._device.name == "cpu":
-            models = [(source.spec, self._max_batch(source.spec)) for source in sources]
+        elif self._device.name == "cpu" and outlined:
+            models = [(spec, self._max_batch(spec)) for _, spec in outlined]
             with _fits("one of the models, each in batches of its largest size"):
                 await self._device.choose_threads(models, self._config.profiles)
-        loaded = [await self._load(source.spec) for source in sources]
-        measured = [await self._measured(*each) for each in loaded]
+        loaded: list[tuple[_Source, tuple[str, ModelSpec, HostedModel]]] = []
+        for source, spec in outlined:
+            with self._left_out(spec, wanted):
+                loaded.append((source, await self._load(spec)))
+        measured: list[tuple[_Source, Served]] = []
+        for source, each in loaded:
+            with self._left_out(source.spec, wanted):
+                measured.append((source, await self._measured(*each)))
+        if not measured:
+            raise ConfigError(f"repository {self._config.repository} holds no model that can be served: see the log")
         # All at once: requests for the first would disturb what is measured of the second.
-        for source, served in zip(sources, measured, strict=True):
+        for source, served in measured:
             await self._serve(source, served)
+
+    @contextmanager
+    def _left_out(self, spec: ModelSpec, wanted: Wanted) -> Iterator[None]:
+        """Log what is wrong with a model of the repository, and go on without it; raise it for a configured one."""
+        try:
+            yield
+        except (ConfigError, ModelLoadError) as error:
+            if spec.name in wanted.configured:
+                raise
+            self._engine.forget(spec.name)
+            _tell(spec.name, error)
+
+    async def _outlined(self, spec: ModelSpec) -> ModelSpec:
+        """Return what to load for `spec`, checked as far as that goes without loading it.
+
+        Raises ModelLoadError or ConfigError.
+        """
+        with _its_fault(spec):
+            outline = await self._device.outline(spec)
+        policy = spec.own.policy or self._config.policy
+        if outline.rs and policy.startswith(FIXED) and int(policy.removeprefix(FIXED)) not in outline.rs:
+            what = f"{policy}: the model is served at r = {', '.join(map(str, outline.rs))}"
+            if spec.own.policy:
+                raise spec.own.fault(spec.name, "policy", what)
+            raise ConfigError(f"policy, for model {spec.name}: {what}")
+        return outline.spec
 
     def _stored(self, name: str) -> ModelSpec:
         """Return what a model is loaded from. Raises UnknownModelError, or ConfigError for a faulty one."""
@@ -112,12 +180,12 @@ class Hosting:
         return _checked(repository.spec(name), self._config)
 
     async def _replace(self, source: "_Source") -> None:
-        name = source.spec.name
+        name, spec = source.spec.name, await self._outlined(source.spec)
         new = name not in self._engine.names
         if new:
             self._engine.expect(name)
         try:
-            await self._serve(source, await self._measured(*await self._load(source.spec)))
+            await self._serve(source, await self._measured(*await self._load(spec)))
         except BaseException:
             if new:
                 self._engine.forget(name)
@@ -130,7 +198,7 @@ class Hosting:
         # Room for images that wait, and for those whose callers have gone while they are decoded or run.
         pending = min(own.max_pending or self._engine.max_pending, self._engine.max_pending)
         slots = pending + self._engine.decode_threads + self._max_batch(spec)
-        with _fits(spec.name):
+        with _its_fault(spec), _fits(spec.name):
             model = await self._device.load(
                 key, spec, bounds, slots, max_batch=self._max_batch(spec), folder=self._config.profiles
             )
@@ -147,7 +215,7 @@ class Hosting:
     async def _measured(self, key: str, spec: ModelSpec, model: HostedModel) -> Served:
         max_batch, seconds = self._max_batch(spec), self._config.profile_time
         try:
-            with _fits(f"{spec.name}, in batches of up to {max_batch} images"):
+            with _its_fault(spec), _fits(f"{spec.name}, in batches of up to {max_batch} images"):
                 await self._device.record(key, max_batch=max_batch, memory=self._config.cuda_graph_memory)
                 profile = await self._device.profile(
                     key, spec, max_batch=max_batch, budget=seconds, folder=self._config.profiles
@@ -212,12 +280,31 @@ def _fits(what: str) -> Iterator[None]:
         raise ModelLoadError(f"the device has not the memory for {what}: {error}") from error
 
 
+@contextmanager
+def _its_fault(spec: ModelSpec) -> Iterator[None]:
+    """Raises ModelLoadError, which says where the model lies, for whatever else goes wrong with a model."""
+    try:
+        yield
+    except (ConfigError, ModelLoadError, DeviceDiedError, OutOfMemoryError):
+        raise
+    except Exception as error:
+        log.debug("loading %s", spec.name, exc_info=True)
+        where = spec.checkpoint.parent if spec.checkpoint else spec.architecture
+        raise ModelLoadError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _tell(name: str, error: Exception, *, kept: bool = False) -> None:
+    log.error("%s isn't loaded%s: %s", name, ", and stays as it was" if kept else "", error)
+
+
 class _Source:
     """What a model is loaded from, and when the files of that were written."""
 
     def __init__(self, spec: ModelSpec) -> None:
+        """Raises ModelLoadError if a file has gone meanwhile."""
         self.spec = spec
-        self._written = [(path, path.stat().st_mtime_ns) for path in _files(spec)]
+        with _its_fault(spec):
+            self._written = [(path, path.stat().st_mtime_ns) for path in _files(spec)]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Source) and (self.spec, self._written) == (other.spec, other._written)
@@ -230,26 +317,46 @@ def _files(spec: ModelSpec) -> Iterator[Path]:
     return (path for path in paths if path and path.is_file())
 
 
-def model_specs(config: ServerConfig) -> list[ModelSpec]:
+def find_models(config: ServerConfig) -> Wanted:
     """Return what to load: the configured models, then those of the repository in order of name.
 
-    Raises ConfigError if two have the same name, or the repository holds none or one that can't be loaded.
+    Faults are found as far as that goes without torch, whose import takes seconds. Raises ConfigError or ModelLoadError
+    for a fault of a configured model, if two have one name, if the repository can't be read, and if there is nothing
+    to load.
     """
-    specs = [_spec(model) for model in config.models]
-    if config.repository:
-        stored = Repository(config.repository).scan()
-        if not stored:
-            raise ConfigError(f"repository {config.repository} holds no models; tome-server models add makes one")
-        specs += stored
+    specs = [_checked(_spec(model), config) for model in config.models]
     names = [spec.name for spec in specs]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"two models are named {name!r}; give one another `name`")
-    return [_checked(spec, config) for spec in specs]
+    faults: dict[str, ConfigError] = {}
+    if config.repository:
+        contents = Repository(config.repository).scan()
+        if not contents.specs and not contents.faults:
+            raise ConfigError(f"repository {config.repository} holds no models; tome-server models add makes one")
+        faults |= contents.faults
+        for spec in contents.specs:
+            try:
+                if spec.name in names:
+                    raise ConfigError(f"two models are named {spec.name!r}; give the configured one another `name`")  # noqa: TRY301
+                specs.append(_checked(spec, config))
+            except (ConfigError, ModelLoadError) as error:
+                faults[spec.name] = ConfigError(str(error))
+    if not specs:
+        raise ConfigError("\n".join(map(str, faults.values())))
+    return Wanted(specs, frozenset(names), faults)
+
+
+def model_specs(config: ServerConfig) -> list[ModelSpec]:
+    """Return what can be loaded of what `find_models` finds. Raises what that raises."""
+    return find_models(config).specs
 
 
 def _checked(spec: ModelSpec, config: ServerConfig) -> ModelSpec:
-    """Return `spec`. Raises ConfigError if a setting of its own can't be met by the server's."""
+    """Return `spec`. Raises ConfigError or ModelLoadError for what can be told to be wrong with it without torch."""
+    check_architecture(spec.architecture)
+    if spec.checkpoint is not None:
+        check_header(spec.checkpoint)
     own, most = spec.own.max_image_bytes, config.limits.max_image_bytes
     if own is not None and own > most:
         what = f"{own:,} bytes is more than the server's {most:,}, by which messages are bounded"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tome_server.errors import ConfigError
 from tome_server.models.repository import Repository, read_folder
 from tome_server.models.spec import BUNDLED_PREFIX, quality_file, weights_digest
+from tome_server.text_file import read_text
 
 # torch and timm take seconds to import, so each command imports what it needs when it runs.
 if TYPE_CHECKING:
@@ -215,22 +216,35 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def list_models(args: argparse.Namespace) -> int:
-    """List the stored models."""
+    """List the stored models; those that can't be loaded are said on standard error, and make the exit status 1."""
     repository = Repository(args.repository)
-    models: list[dict[str, Any]] = [
-        {
-            "name": spec.name,
-            "version": spec.version,
-            "versions": repository.versions(spec.name),
-            "architecture": spec.architecture,
-            "bytes": spec.checkpoint.stat().st_size if spec.checkpoint else 0,
-            "quality": spec.quality is not None,
-        }
-        for spec in repository.scan()
-    ]
+    contents, models = repository.scan(), []
+    for spec in contents.specs:
+        try:
+            models.append(_listed(repository, spec))
+        except (ConfigError, OSError) as error:  # removed meanwhile
+            contents.faults[spec.name] = ConfigError(str(error))
+    for name, fault in contents.faults.items():
+        print(f"{name} can't be loaded: {fault}", file=sys.stderr)
+    _print_models(models, args)
+    return 1 if contents.faults else 0
+
+
+def _listed(repository: Repository, spec: "ModelSpec") -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "version": spec.version,
+        "versions": repository.versions(spec.name),
+        "architecture": spec.architecture,
+        "bytes": spec.checkpoint.stat().st_size if spec.checkpoint else 0,
+        "quality": spec.quality is not None,
+    }
+
+
+def _print_models(models: list[dict[str, Any]], args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(models, indent=2))
-        return 0
+        return
     rows = [("name", "version", "architecture", "MB", "quality measured")]
     rows += [
         (
@@ -245,7 +259,6 @@ def list_models(args: argparse.Namespace) -> int:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
-    return 0
 
 
 def supported(args: argparse.Namespace) -> int:
@@ -310,7 +323,7 @@ def _write_report(spec: "ModelSpec", report: "Mapping[str, Any]") -> None:
     file = quality_file(spec.checkpoint.parent, spec.dtype)
     before: Any = None
     with suppress(OSError, ValueError):
-        before = json.loads(file.read_text())
+        before = json.loads(read_text(file))
     _write_json(file, report)
     match before, report:
         case {"images": int(most), "data": str(old)}, {"images": int(images), "data": str(new)} if images < most:
@@ -355,7 +368,7 @@ def _settings(spec: "ModelSpec", args: argparse.Namespace) -> "ServerConfig":
 
 def _print_levels(spec: "ModelSpec") -> None:
     assert spec.checkpoint is not None
-    _print_table(json.loads(quality_file(spec.checkpoint.parent, spec.dtype).read_text())["levels"])
+    _print_table(json.loads(read_text(quality_file(spec.checkpoint.parent, spec.dtype)))["levels"])
 
 
 def _print_table(levels: "Sequence[Mapping[str, Any]]") -> None:

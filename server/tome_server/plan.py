@@ -21,6 +21,7 @@ from tome_server.scheduling.policy import policy_named
 from tome_server.scheduling.profile import Profile
 from tome_server.scheduling.simulator import Cluster, Result, simulate
 from tome_server.scheduling.workload import Steady, draw
+from tome_server.text_file import read_text
 
 BUNDLED_NAME = "fashion"
 # Where a replica has next to nothing to do, more replicas won't help.
@@ -178,7 +179,7 @@ def _latest() -> Path:
 def _quality(path: Path, key: ProfileKey, *, given: bool) -> tuple[float, ...]:
     """Return top-1, or agreement where it wasn't measured, by r of the profile."""
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(read_text(path))
         levels = {int(level["r"]): level for level in report["levels"]}
         same = _same_weights(report, key)
         labelled = all(level.get("top1") is not None for level in levels.values())

@@ -14,10 +14,13 @@ from tome_api import durations
 from tome_server.errors import ConfigError
 from tome_server.policy_names import PATTERN as POLICY_PATTERN
 from tome_server.policy_names import parse_policy
+from tome_server.text_file import read_text
 
 _SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 # pydantic's context for values that stand as they do in a file, and not as our own code has them.
 FROM_FILE: Final = {"from": "file"}
+# In one file. Aliases of aliases can stand for more than any memory holds.
+MOST_VALUES = 100_000
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 # Where pydantic's words are about Python.
 _WORDS = {
@@ -99,16 +102,20 @@ def read_settings(path: Path, kind: type[Settings]) -> Settings:
     Raises ConfigError with file, line and, for an unknown key, the nearest valid one.
     """
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        root = yaml.compose(read_text(path), Loader=yaml.SafeLoader)
         if root is None or root.tag == "tag:yaml.org,2002:null":
             start = yaml.Mark(str(path), 0, 0, 0, None, 0)
             root = yaml.MappingNode("tag:yaml.org,2002:map", [], start, start)
+        if _values(root, {}) > MOST_VALUES:
+            raise ConfigError(f"{path}: holds more than {MOST_VALUES:,} values, counting what aliases repeat")
         wrong_keys = [f"{path}:{key.start_mark.line + 1}: {what}" for key, what in _wrong_keys(root, set())]
         if wrong_keys:
             raise ConfigError("\n".join(wrong_keys))
         settings = yaml.SafeLoader("").construct_document(root)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not valid YAML: it is nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: text that isn't UTF-8, and dates that don't exist
         raise ConfigError(f"{path}{_place(error)}: not valid YAML: {_problem(error)}") from error
     try:
@@ -142,6 +149,17 @@ def faults(error: ValidationError) -> Iterator[tuple[tuple[str | int, ...], str 
         elif fault["type"] == "literal_error":
             what = f"{fault['input']!r} is none of {fault['ctx']['expected']}"
         yield location, None if fault["type"] == "extra_forbidden" else what
+
+
+def _values(node: yaml.Node, known: dict[int, float]) -> float:
+    """Return how many values a node stands for once its aliases are written out; infinity if it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        parts = node.value if isinstance(node, yaml.SequenceNode) else ()
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_values(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _wrong_keys(node: yaml.Node, seen: set[int]) -> Iterator[tuple[yaml.Node, str]]:

@@ -307,8 +307,37 @@ def test_what_is_no_yaml_names_the_line(file: Path) -> None:
     assert refusal(file, "listen: a:1\nmodels: [\nthreads: 1:\n") == f"FILE:3: not valid YAML: {said}"
 
 
-def test_a_file_that_holds_itself_is_refused(file: Path) -> None:
-    assert "is not a setting" in refusal(file, "a: &a [*a]\nb: &b {c: *b}")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [*a]",
+        "b: &b {c: *b}",
+        "\n".join(["a0: &a0 x", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 20))]),
+    ],
+)
+def test_a_file_whose_aliases_stand_for_more_than_memory_holds_is_refused(file: Path, text: str) -> None:
+    assert refusal(file, text) == "FILE: holds more than 100,000 values, counting what aliases repeat"
+
+
+def test_a_file_that_is_nested_deeply_is_refused(file: Path) -> None:
+    assert refusal(file, "a: " + "[" * 100_000) == "FILE: not valid YAML: it is nested too deeply"
+
+
+def test_a_file_may_have_a_byte_order_mark(file: Path) -> None:
+    file.write_bytes(b"\xef\xbb\xbflisten: 127.0.0.1:1\n")
+    assert read_config(file).listen == "127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        ("listen: a:1\n".encode("utf-16"), "the file is UTF-16; save it as UTF-8"),
+        ("listen: a:1\n".encode("utf-32"), "the file is UTF-32; save it as UTF-8"),
+        ("# x\ndescription: grün\n".encode("latin-1"), "line 2 is not UTF-8 (byte 0xfc); save it as UTF-8"),
+    ],
+)
+def test_a_file_in_another_encoding_is_named_as_such(file: Path, data: bytes, why: str) -> None:
+    assert refusal(file, data) == f"FILE: not valid YAML: {why}"
 
 
 def test_a_file_that_is_not_there_is_refused(file: Path, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import pytest
 from tome_server.config import ModelConfig, ServerConfig
 from tome_server.engine import Engine
 from tome_server.errors import ConfigError, ModelLoadError, OutOfMemoryError, UnknownModelError
-from tome_server.hosting import Hosting, model_specs
+from tome_server.hosting import Hosting, find_models, model_specs
 from tome_server.models.preprocess import Limits
-from tome_server.models.spec import ModelSpec
+from tome_server.models.spec import ModelSpec, Outline
 from tome_server.observability.metrics import Metrics
 
 
@@ -24,6 +24,9 @@ class FullDevice:
 
     def __init__(self) -> None:
         self.asked: list[tuple[Limits, int]] = []
+
+    async def outline(self, spec: ModelSpec) -> Outline:
+        return Outline(spec)
 
     async def load(self, _key: str, _spec: object, limits: Limits, slots: int, **_: object) -> None:
         self.asked.append((limits, slots))
@@ -39,7 +42,7 @@ async def test_a_model_that_the_device_has_no_memory_for_is_refused_in_words() -
     with pytest.raises(
         ModelLoadError, match=r"^the device has not the memory for fashion: CUDA out of memory\. Tried to allocate"
     ):
-        await Hosting(device, engine, config).start()
+        await Hosting(device, engine, config).start(find_models(config))
     engine.close()
 
 
@@ -77,7 +80,7 @@ async def test_a_model_is_given_room_and_limits_of_its_own_where_it_asks_for_the
         device, Metrics(), max_delay=0.0, max_pending=50, reply_margin=0.0, decode_threads=3, names=["fashion"]
     )
     with pytest.raises(ModelLoadError):
-        await Hosting(device, engine, config).start()
+        await Hosting(device, engine, config).start(find_models(config))
     engine.close()
     assert device.asked == [(limits, slots)]
 
@@ -113,7 +116,7 @@ async def test_threads_are_chosen_or_set_before_any_model_is_loaded(
     names = [spec.name for spec in model_specs(config)]
     engine = Engine(device, Metrics(), max_delay=0.0, max_pending=1, reply_margin=0.0, decode_threads=1, names=names)
     with pytest.raises(ModelLoadError):
-        await Hosting(device, engine, config).start()
+        await Hosting(device, engine, config).start(find_models(config))
     engine.close()
     assert device.threads == [threads]
     assert len(device.asked) == 1

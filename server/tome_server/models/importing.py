@@ -6,12 +6,19 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import tome_server.timm_import  # noqa: F401  isort: skip
+
+import timm
 import torch
 from torch import Tensor, nn
 
 from tome_server.errors import ModelLoadError
-from tome_server.models.loading import read_checkpoint
+from tome_server.merging.geometry import default_size, patch_grid
+from tome_server.merging.support import check_supported
+from tome_server.models.checkpoint_header import SUFFIX
+from tome_server.models.checkpoints import outlined_checkpoint, read_checkpoint
 
 # The names that Hugging Face's Dinov2Model gives to what timm calls otherwise.
 _DINOV2_MARK = "embeddings.patch_embeddings.projection.weight"
@@ -37,6 +44,7 @@ _DINOV2_UNUSED = ("embeddings.mask_token",)
 class Imported:
     """Weights under timm's names, from which a model can be built and filled."""
 
+    path: Path
     tensors: dict[str, Tensor]
     left_out: tuple[str, ...]
     """Tensors of other parts of the file, such as a decoder, that a Vision Transformer doesn't have."""
@@ -49,7 +57,7 @@ class Imported:
     def num_classes(self) -> int:
         """Length of the scores that the weights give; 0 for a backbone without a head."""
         head = self.tensors.get("head.weight")
-        return 0 if head is None else len(head)
+        return len(head) if head is not None and head.ndim else 0
 
 
 def read_weights(path: Path) -> Imported:
@@ -57,38 +65,80 @@ def read_weights(path: Path) -> Imported:
 
     Raises ModelLoadError if it can't be read, or is of ONNX and the package onnx is missing.
     """
-    size = None
     if path.suffix == ".onnx" and path.is_file():
         try:
             from tome_server.models.onnx_weights import read_onnx
         except ModuleNotFoundError as error:
             raise ModelLoadError(f"{path}: {error}; it needs: pip install 'tome-serving[onnx]'") from error
         export = read_onnx(path)
-        tensors, size = export.tensors, export.input_size
-    else:
-        tensors = read_checkpoint(path)
+        return _imported(path, export.tensors, export.input_size)
+    return _imported(path, read_checkpoint(path))
+
+
+def outline_weights(path: Path) -> Imported:
+    """Do what `read_weights` does, but for the values of a .safetensors file, whose header alone is read."""
+    return _imported(path, outlined_checkpoint(path)) if path.suffix == SUFFIX else read_weights(path)
+
+
+def _imported(path: Path, tensors: Mapping[str, Tensor], size: tuple[int, int] | None = None) -> Imported:
     marks = [name for name in tensors if name.endswith(_DINOV2_MARK)]
     if not marks:
-        return Imported(dict(tensors), (), size)
-    return _from_dinov2(tensors, marks[0].removesuffix(_DINOV2_MARK), size)
+        return Imported(path, dict(tensors), (), size)
+    try:
+        return _from_dinov2(path, tensors, marks[0].removesuffix(_DINOV2_MARK), size)
+    except (RuntimeError, IndexError) as error:  # tensors that can't be put together
+        raise ModelLoadError(f"checkpoint {path} isn't what Hugging Face's Dinov2Model saves: {error}") from error
 
 
 def fitted(weights: Imported, model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors in the form of `model`, brought there as timm does it with those of its own hub.
 
     Position embeddings of another grid are resized, and names of other code bases translated. What doesn't fit then is
-    for the caller to find.
+    for the caller to find. Raises ModelLoadError for tensors that timm can't make anything of.
     """
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     tensors = dict(weights.tensors)
     if convert is not None:
-        tensors = dict(convert(tensors, model, **({} if weights.antialias else {"antialias": False})))
+        try:
+            tensors = dict(convert(tensors, model, **({} if weights.antialias else {"antialias": False})))
+        except Exception as error:  # whatever tensors of other shapes make of timm's arithmetic
+            raise ModelLoadError(
+                f"checkpoint {weights.path} can't be brought into the form of {type(model).__name__}: "
+                f"{str(error) or repr(error)}"
+            ) from error
     if getattr(model, "num_classes", None) == 0:  # a head that isn't wanted
         tensors = {name: value for name, value in tensors.items() if not name.startswith("head.")}
     return tensors
 
 
-def _from_dinov2(tensors: Mapping[str, Tensor], prefix: str, size: tuple[int, int] | None) -> Imported:
+def inferred(architecture: str, kwargs: Mapping[str, Any], weights: Imported) -> dict[str, Any]:
+    """Return the arguments of create_model that the weights themselves tell, where timm's default would be another."""
+    try:
+        with torch.device("meta"):
+            usual = timm.create_model(architecture, **{"num_classes": weights.num_classes, **kwargs})
+            check_supported(usual)
+    except Exception:  # what is wrong shows in building it for real
+        return {}
+    found: dict[str, Any] = {"num_classes": weights.num_classes}
+    size = weights.input_size or _trained_size(usual, weights)
+    if size and size != default_size(usual):
+        found["img_size"] = size[0] if size[0] == size[1] else list(size)
+    return found
+
+
+def _trained_size(usual: Any, weights: Imported) -> tuple[int, int] | None:
+    """Return the image size that the position embeddings are for, if they tell: their patches make a square."""
+    theirs, ours = weights.tensors.get("pos_embed"), getattr(usual, "pos_embed", None)
+    if theirs is None or ours is None or theirs.ndim != 3 or theirs.shape[1] == ours.shape[1]:
+        return None
+    height, width = default_size(usual)
+    rows, columns = patch_grid(usual, height, width)
+    patches = theirs.shape[1] - (ours.shape[1] - rows * columns)  # as many prefix tokens have a position
+    side = math.isqrt(max(patches, 0))
+    return (side * height // rows, side * width // columns) if side and side * side == patches else None
+
+
+def _from_dinov2(path: Path, tensors: Mapping[str, Tensor], prefix: str, size: tuple[int, int] | None) -> Imported:
     """Translate Hugging Face's names, found under `prefix`, to timm's."""
     found: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
@@ -107,7 +157,7 @@ def _from_dinov2(tensors: Mapping[str, Tensor], prefix: str, size: tuple[int, in
     if "pos_embed" not in found and (halves := _position_embeddings(tensors, left_out)):
         found["pos_embed"] = torch.cat([tensors[half] for half in halves], dim=1)
         left_out = [name for name in left_out if name not in halves]
-    return Imported(found, tuple(left_out), size, antialias=False)
+    return Imported(path, found, tuple(left_out), size, antialias=False)
 
 
 def _translated(name: str) -> str:

@@ -1,15 +1,11 @@
 """Makes the folder that a model of a repository is served from: of the hub's weights, local ones, or a new head."""
 
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import tome_server.timm_import  # noqa: F401  isort: skip
-
-import timm
 import torch
 import yaml
 from safetensors.torch import save_file
@@ -17,15 +13,15 @@ from torch import Tensor
 
 from tome_api.durations import duration_text
 from tome_server.errors import ModelLoadError
-from tome_server.merging.geometry import default_size, patch_grid
-from tome_server.merging.support import check_supported
 from tome_server.models.bundled import BUNDLED
+from tome_server.models.checkpoints import read_checkpoint
 from tome_server.models.head import Head
-from tome_server.models.importing import Imported, fitted, read_weights
+from tome_server.models.importing import fitted, read_weights
 from tome_server.models.loaded import LoadedModel
-from tome_server.models.loading import create, load, put_weights, read_checkpoint
+from tome_server.models.loading import create, load, outline, put_weights
 from tome_server.models.repository import read_folder
 from tome_server.models.spec import BUNDLED_PREFIX, CONFIG, LABELS, WEIGHTS, ModelSpec, bundled_spec
+from tome_server.text_file import read_text
 
 CPU = torch.device("cpu")
 
@@ -77,8 +73,8 @@ def prepare(recipe: Recipe, name: str, folder: Path) -> Prepared:
         licensed = licensed or str((getattr(model, "pretrained_cfg", None) or {}).get("license") or "")
     else:
         weights = read_weights(recipe.weights)
-        kwargs = _inferred(recipe, weights) | kwargs
-        model = create(ModelSpec(name=name, architecture=recipe.source, kwargs=kwargs, checkpoint=recipe.weights))
+        spec = outline(ModelSpec(name=name, architecture=recipe.source, kwargs=kwargs, checkpoint=recipe.weights)).spec
+        kwargs, model = dict(spec.kwargs), create(spec)
         put_weights(model, fitted(weights, model), recipe.weights, recipe.source)
         left_out = weights.left_out
     if recipe.labels:
@@ -124,7 +120,7 @@ def prepare_with_head(
     Raises ModelLoadError if that can't be served.
     """
     assert spec.checkpoint is not None
-    config = yaml.safe_load((spec.checkpoint.parent / CONFIG).read_text(encoding="utf-8"))
+    config = yaml.safe_load(read_text(spec.checkpoint.parent / CONFIG))
     config["kwargs"] = {**config.get("kwargs", {}), "num_classes": len(labels)}
     _write_weights(folder, {**weights, "head.weight": head.weight, "head.bias": head.bias})
     _write_config(folder, config)
@@ -160,30 +156,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _inferred(recipe: Recipe, weights: Imported) -> dict[str, Any]:
-    """Return the arguments of create_model that the weights themselves tell, where timm's default would be another."""
-    try:
-        with torch.device("meta"):
-            usual = timm.create_model(recipe.source, **{"num_classes": weights.num_classes, **recipe.kwargs})
-            check_supported(usual)
-    except Exception:  # what is wrong shows in building it for real
-        return {}
-    found: dict[str, Any] = {"num_classes": weights.num_classes}
-    size = weights.input_size or _trained_size(usual, weights)
-    if size and size != default_size(usual):
-        found["img_size"] = size[0] if size[0] == size[1] else list(size)
-    return found
-
-
-def _trained_size(usual: Any, weights: Imported) -> tuple[int, int] | None:
-    """Return the image size that the position embeddings are for, if they tell: their patches make a square."""
-    theirs, ours = weights.tensors.get("pos_embed"), getattr(usual, "pos_embed", None)
-    if theirs is None or ours is None or theirs.ndim != 3 or theirs.shape[1] == ours.shape[1]:
-        return None
-    height, width = default_size(usual)
-    rows, columns = patch_grid(usual, height, width)
-    patches = theirs.shape[1] - (ours.shape[1] - rows * columns)  # as many prefix tokens have a position
-    side = math.isqrt(max(patches, 0))
-    return (side * height // rows, side * width // columns) if side and side * side == patches else None

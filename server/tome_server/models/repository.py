@@ -5,19 +5,36 @@ A model's folder holds `config.yaml` and `weights.safetensors`, and may hold `la
 there is one, may say which of them is served, else the highest is.
 """
 
+import logging
 import re
 import secrets
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, Field
 
-from tome_server.errors import ConfigError
+from tome_server.errors import ConfigError, ModelLoadError
+from tome_server.models.checkpoint_header import check_header
 from tome_server.models.own import OwnConfig
-from tome_server.models.spec import CONFIG, LABELS, PROFILES, QUALITY, WEIGHTS, ModelSpec, Own, qualities
+from tome_server.models.spec import (
+    CONFIG,
+    LABELS,
+    PROFILES,
+    QUALITY,
+    WEIGHTS,
+    Dtype,
+    ModelSpec,
+    Own,
+    qualities,
+    quality_file,
+)
 from tome_server.settings import Count, Strict, read_settings
+
+log = logging.getLogger(__name__)
 
 # What torch wrote. Read with weights_only, so that no code in it is run.
 OTHER_WEIGHTS = "weights.pth"
@@ -66,6 +83,16 @@ class ChoiceConfig(Strict):
     """The version to serve; by default the highest."""
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What a repository holds."""
+
+    specs: list[ModelSpec]
+    """Of the models that can be loaded, as far as can be told without doing so; in order of name."""
+    faults: dict[str, ConfigError]
+    """What is wrong with each of the others, by name. No model's fault is another's."""
+
+
 class Repository:
     """The models in one folder. Reads the disk anew at every call, so that it says what is there now."""
 
@@ -76,20 +103,19 @@ class Repository:
         self.folder = folder
 
     def names(self) -> list[str]:
-        """Return the models' names in order. Files, and folders that start with a dot, are passed over.
+        """Return the models' names in order: those of the folders that can be a model's.
 
-        Raises ConfigError if the folder can't be read or one in it can't be a model's name.
+        Raises ConfigError if the repository can't be read.
         """
-        try:
-            folders = sorted(p.name for p in self.folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-        except OSError as error:
-            raise ConfigError(f"repository {self.folder} can't be read: {error.strerror}") from error
-        return [check_name(name) for name in folders]
+        return [path.name for path in self._entries() if _NAME.fullmatch(path.name) and _is_folder(path)]
 
     def versions(self, name: str) -> list[int]:
         """Return the model's versions in order, none if it has no version folders. Raises ConfigError."""
         folder = self._model(name)
-        found = [p.name for p in folder.iterdir() if p.is_dir() and p.name.isdecimal()]
+        try:
+            found = [path.name for path in folder.iterdir() if path.name.isdecimal() and _is_folder(path)]
+        except OSError as error:  # removed meanwhile, or not ours to read
+            raise ConfigError(f"{folder} can't be read: {error.strerror}") from error
         for version in found:
             if not _VERSION.fullmatch(version):
                 raise ConfigError(f"{folder / version}: a version is a whole number from 1, without leading zeros")
@@ -127,17 +153,24 @@ class Repository:
         folder = self.path(name, version)
         return read_folder(folder, name, int(folder.name) if self.versions(name) else None)
 
-    def scan(self) -> list[ModelSpec]:
-        """Return what to load for every model, in order of name. Raises ConfigError with all that is wrong, by line."""
-        specs, problems = [], []
-        for name in self.names():
+    def scan(self) -> Contents:
+        """Return what to load for every model, and what is wrong with those that can't be.
+
+        What can't be a model, such as a file or the folder `lost+found`, is passed over with a line of the log. Raises
+        ConfigError if the repository can't be read.
+        """
+        contents = Contents([], {})
+        for path in self._entries():
+            name = path.name
+            if not _is_folder(path) or not (_NAME.fullmatch(name) or _holds_a_model(path)):
+                level = logging.DEBUG if name.startswith(".") else logging.INFO
+                log.log(level, "%s/%s is passed over: it is no model's folder", self.folder, _shown(name))
+                continue
             try:
-                specs.append(self.spec(name))
+                contents.specs.append(self.spec(name))
             except ConfigError as error:
-                problems.append(str(error))
-        if problems:
-            raise ConfigError("\n".join(problems))
-        return specs
+                contents.faults[_shown(name)] = error
+        return contents
 
     def write(self, name: str, fill: Callable[[Path], None], *, version: int | None = None, replace: bool) -> Path:
         """Make a model's folder, whole or not at all: `fill` writes into an empty one, which then takes its place.
@@ -159,7 +192,11 @@ class Repository:
         draft, before = (self.folder / f".{name}-{secrets.token_hex(4)}" for _ in range(2))
         draft.mkdir()
         try:
-            fill(draft)
+            try:
+                fill(draft)
+            except (ConfigError, ModelLoadError) as error:
+                # As the folder would have been called.
+                raise type(error)(str(error).replace(str(draft), str(place))) from error
             place.parent.mkdir(exist_ok=True)
             if place.exists():
                 place.rename(before)
@@ -178,6 +215,12 @@ class Repository:
         shutil.rmtree(gone)
         return folder
 
+    def _entries(self) -> list[Path]:
+        try:
+            return sorted(self.folder.iterdir())
+        except OSError as error:
+            raise ConfigError(f"repository {self.folder} can't be read: {error.strerror}") from error
+
     def _model(self, name: str) -> Path:
         folder = self.folder / check_name(name)
         if not folder.is_dir():
@@ -191,23 +234,29 @@ def read_folder(folder: Path, name: str, version: int | None = None) -> ModelSpe
 
     Raises ConfigError, naming file and field, if config.yaml or the weights are missing, or config.yaml is wrong.
     """
-    if not (folder / CONFIG).is_file():
+    if not _is_file(folder / CONFIG):
         raise ConfigError(f"{folder} is no model: there is no {CONFIG} in it, and no folder of a version")
     config = read_settings(folder / CONFIG, VersionConfig)
-    weights = [folder / file for file in (WEIGHTS, OTHER_WEIGHTS) if (folder / file).is_file()]
+    weights = [folder / file for file in (WEIGHTS, OTHER_WEIGHTS) if _is_file(folder / file)]
     if len(weights) != 1:
         what = f"only one of {WEIGHTS} and {OTHER_WEIGHTS} may be" if weights else f"no {WEIGHTS} is"
         raise ConfigError(f"{folder}: {what} there")
+    check_header(weights[0])
+    profiles = folder / PROFILES
+    if not _is_folder(profiles) and _is_there(profiles):
+        raise ConfigError(f"{profiles} is no folder")
+    for dtype in get_args(Dtype):
+        _is_file(quality_file(folder, dtype))
     return ModelSpec(
         name=name,
         version=version,
         architecture=config.architecture,
         kwargs=config.kwargs,
         checkpoint=weights[0],
-        labels=_if_there(folder / LABELS),
+        labels=folder / LABELS if _is_file(folder / LABELS) else None,
         **qualities(folder / QUALITY, config.dtype),
         dtype=config.dtype,
-        profiles=folder / PROFILES,
+        profiles=profiles,
         data=config.data,
         default_budget=config.default_budget,
         proportional_attention=config.proportional_attention,
@@ -216,5 +265,38 @@ def read_folder(folder: Path, name: str, version: int | None = None) -> ModelSpe
     )
 
 
-def _if_there(path: Path) -> Path | None:
-    return path if path.is_file() else None
+def _is_there(path: Path) -> bool:
+    return path.is_symlink() or path.exists()
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # not ours to look into
+        return False
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether there is a file. Raises ConfigError for what is there and is none: a folder, a broken link."""
+    try:
+        if path.is_file():
+            return True
+        if not _is_there(path):
+            return False
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
+    raise ConfigError(f"{path} is no file" + (": it is a link to what isn't there" if path.is_symlink() else ""))
+
+
+def _holds_a_model(folder: Path) -> bool:
+    """Return whether somebody meant a folder to be a model's, though it can't be called what it is."""
+    if folder.name.startswith("."):
+        return False
+    with suppress(OSError):
+        return any(path.name in (CONFIG, WEIGHTS, OTHER_WEIGHTS) for path in folder.iterdir())
+    return False
+
+
+def _shown(name: str) -> str:
+    """Return a file's name as messages have it: one that holds line breaks, or isn't text, in quotes."""
+    return name if name.isprintable() else repr(name)

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import yaml
 
-from tome_server.errors import ConfigError
+from tome_server.errors import ConfigError, ModelLoadError
 from tome_server.models.bundled import BUNDLED
+from tome_server.text_file import read_text
 
 BUNDLED_PREFIX = "bundled:"
 CONFIG = "config.yaml"
@@ -89,6 +90,16 @@ class ModelSpec:
     """How it is served, where that isn't as the server's settings have it."""
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a model without its weights."""
+
+    spec: ModelSpec
+    """With the arguments of create_model that the checkpoint tells, where they were left out."""
+    rs: tuple[int, ...] = ()
+    """The r grid; empty where timm can't build the model without memory for its weights."""
+
+
 def quality_file(folder: Path, dtype: DtypeSetting) -> Path:
     """Return where a model's folder keeps what `tome-server evaluate` measured of it in `dtype`."""
     return quality_beside(folder / QUALITY, dtype)
@@ -112,7 +123,7 @@ def bundled_spec(name: str, dtype: DtypeSetting = "auto") -> ModelSpec:
         raise ConfigError(f"no bundled model is named {name!r}; there is {', '.join(known)}")
     folder = BUNDLED / name
     # A repository's folder, read without its checks: those take pydantic, which not all who want this model have.
-    config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    config = yaml.safe_load(read_text(folder / CONFIG))
     return ModelSpec(
         name=name,
         architecture=config["architecture"],
@@ -137,6 +148,9 @@ def qualities(report: Path, dtype: DtypeSetting) -> dict[str, Any]:
 
 
 def weights_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of a checkpoint, in hexadecimal. Raises ModelLoadError if it can't be read, or is gone."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelLoadError(f"checkpoint {path} can't be read: {error.strerror}") from error

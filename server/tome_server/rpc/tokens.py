@@ -74,7 +74,7 @@ def _read(path: Path) -> list[bytes]:
     Raises ConfigError, which doesn't repeat them either.
     """
     digests = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
         token = line.strip()
         if not token or token.startswith("#"):
             continue

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tome_server.errors import DeviceDiedError
 from tome_server.models.hosted import HostedModel
 from tome_server.models.preprocess import Limits
-from tome_server.models.spec import ModelSpec
+from tome_server.models.spec import ModelSpec, Outline
 from tome_server.runtime.shared_images import SharedImages, Slot
 from tome_server.runtime.work import BatchResult, Work
 from tome_server.scheduling.profile import Profile
@@ -85,6 +85,11 @@ class Device:
         threads: int = await self._call("choose_threads", models, folder)
         return threads
 
+    async def outline(self, spec: ModelSpec) -> Outline:
+        """Do what the function `outline` does. Raises ModelLoadError."""
+        outline: Outline = await self._call("outline", spec)
+        return outline
+
     async def load(
         self, key: str, spec: ModelSpec, limits: Limits, slots: int, *, max_batch: int = 1, folder: Path | None = None
     ) -> HostedModel:
@@ -93,10 +98,14 @@ class Device:
         `slots` is how many of its images are held at once.
         """
         model: HostedModel = await self._call("load", key, spec, limits, max_batch, folder)
-        images = SharedImages(model.preprocess.settings.input_size, slots)
-        shared = self._post("share", key, images.shape, images.slots)
-        images.send(self._connection, self.pid)
-        await shared
+        try:
+            images = SharedImages(model.preprocess.settings.input_size, slots)
+            shared = self._post("share", key, images.shape, images.slots)
+            images.send(self._connection, self.pid)
+            await shared
+        except Exception:  # more than there is room for
+            await self._call("unload", key)
+            raise
         self._images[key] = images
         return model
 

@@ -24,8 +24,9 @@ from tome_server.errors import OutOfMemoryError
 from tome_server.merging import native
 from tome_server.models.hosted import HostedModel
 from tome_server.models.loaded import LoadedModel
+from tome_server.models.loading import outline
 from tome_server.models.preprocess import Limits
-from tome_server.models.spec import ModelSpec
+from tome_server.models.spec import ModelSpec, Outline
 from tome_server.runtime.choose_device import choose_device
 from tome_server.runtime.choose_dtype import load_chosen
 from tome_server.runtime.cpus import available_cpus
@@ -122,6 +123,10 @@ class DeviceProcess:
             log.warning("this was installed without a C compiler: models run slower than they could")
         return str(self._device)
 
+    def outline(self, spec: ModelSpec) -> Outline:
+        """Return what is known of a model without its weights."""
+        return outline(spec)
+
     def load(self, key: str, spec: ModelSpec, limits: Limits, max_batch: int, folder: Path | None) -> HostedModel:
         """Load a model and run it once, so that the first request doesn't pay for what torch sets up lazily."""
         torch.set_num_threads(self._threads)
@@ -133,7 +138,8 @@ class DeviceProcess:
 
     def unload(self, key: str) -> None:
         """Forget a model."""
-        del self._models[key], self._images[key]
+        del self._models[key]
+        self._images.pop(key, None)  # none where there was no room for them
 
     def set_threads(self, threads: int) -> None:
         """Use so many CPU threads."""

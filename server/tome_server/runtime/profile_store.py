@@ -22,6 +22,7 @@ from tome_server.models.spec import weights_digest
 from tome_server.runtime.executor import run_batch
 from tome_server.runtime.profiling import Run, measure
 from tome_server.scheduling.profile import Profile
+from tome_server.text_file import read_text
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +263,7 @@ def _stored(folder: Path, name: str, key: ProfileKey) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     """Return the document in a file, its format and key checked to be such."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_text(path))
     except FileNotFoundError as error:
         raise ProfileError(f"there is no {path}") from error
     except OSError as error:

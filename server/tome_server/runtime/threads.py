@@ -25,8 +25,9 @@ def choose_threads(models: Sequence[tuple[ModelSpec, int]], folder: Path | None 
     """Set torch's threads to one or to all CPUs, as runs `models` faster, and return how many that is.
 
     Of each model, given with its largest batch, one image and such a batch are timed, in float32 where its dtype is
-    auto: that is chosen later, for these threads. What was measured is kept in `folder` (None: the default one) for the
-    next time; `anew` measures in any case. Raises what `load` raises.
+    auto: that is chosen later, for these threads. A model that can't be loaded is passed over, for it won't be served.
+    What was measured is kept in `folder` (None: the default one) for the next time; `anew` measures in any case. Raises
+    what `load` raises if no model can be loaded.
     """
     most = available_cpus()
     torch.set_num_threads(most)
@@ -38,7 +39,14 @@ def choose_threads(models: Sequence[tuple[ModelSpec, int]], folder: Path | None 
     gains = Gains("server", {"models": parts}, folder, shipped, anew=anew)
 
     def measure() -> float:
-        seconds = [_seconds(spec, max_batch, most, folder, anew) for spec, max_batch in models]
+        seconds: list[dict[int, float]] = []
+        for spec, max_batch in models:
+            try:
+                seconds.append(_seconds(spec, max_batch, most, folder, anew))
+            except Exception:  # which loading it tells again, in words
+                if spec is models[-1][0] and not seconds:
+                    raise
+                log.debug("%s can't be timed", spec.name, exc_info=True)
         return sum(each[1] for each in seconds) / sum(each[most] for each in seconds)
 
     gain = gains.recall(f"{most} threads", measure)

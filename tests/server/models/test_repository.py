@@ -10,7 +10,7 @@ from torch import nn
 from tome_server.errors import ConfigError
 from tome_server.models.bundled import BUNDLED
 from tome_server.models.loading import load
-from tome_server.models.repository import Repository, check_name, read_folder
+from tome_server.models.repository import Contents, Repository, check_name, read_folder
 from tome_server.models.spec import ModelSpec, Own, bundled_spec
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def test_a_folder_is_a_model_under_its_name(repository: Repository, fill: Fill) 
     fill(folder, default_budget="250ms", description="small", license="MIT")
     (folder / "labels.txt").write_text("".join(f"class {i}\n" for i in range(7)))
     (folder / "README.md").write_text("passed over")
-    [spec] = repository.scan()
+    [spec] = repository.scan().specs
     assert (spec.name, spec.version, spec.default_budget, spec.description) == ("tiny", None, 0.25, "small")
     assert spec.quality is None
     hosted = load(spec, CPU)
@@ -61,11 +61,11 @@ def test_models_come_in_order_of_name_and_what_is_none_is_passed_over(repository
     (repository.folder / ".git").mkdir()
     (repository.folder / "README.md").touch()
     assert repository.names() == ["C", "a.1", "b"]
-    assert [spec.name for spec in repository.scan()] == ["C", "a.1", "b"]
+    assert [spec.name for spec in repository.scan().specs] == ["C", "a.1", "b"]
 
 
 def test_an_empty_repository_has_no_models(repository: Repository) -> None:
-    assert repository.scan() == []
+    assert repository.scan() == Contents([], {})
 
 
 def test_a_repository_must_be_a_folder(tmp_path: Path) -> None:
@@ -85,9 +85,37 @@ def test_a_name_cannot_leave_the_folder(repository: Repository, fill: Fill, name
     assert (repository.folder / "inside").is_dir()
 
 
-def test_a_folder_whose_name_is_none_is_refused(repository: Repository) -> None:
-    (repository.folder / "my model").mkdir()
-    assert "'my model' is no name of a model" in refusal(repository.scan)
+def test_a_model_in_a_folder_that_cannot_be_its_name_is_a_fault(repository: Repository, fill: Fill) -> None:
+    fill(repository.folder / "my model")
+    fill(repository.folder / "né\nw")
+    contents = repository.scan()
+    assert contents.specs == []
+    assert contents.faults.keys() == {"my model", r"'né\nw'"}
+    assert str(contents.faults["my model"]).startswith("'my model' is no name of a model")
+
+
+def test_what_is_no_models_folder_is_passed_over_and_said(
+    repository: Repository, fill: Fill, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(repository.folder / "tiny")
+    for name in ("lost+found", "__pycache__", ".git", ".tiny-12ab34cd", "with space"):
+        (repository.folder / name).mkdir()
+    (repository.folder / "notes.txt").touch()
+    (repository.folder / ".gitignore").touch()
+    (repository.folder / "loop").symlink_to(repository.folder / "loop")
+    caplog.set_level("DEBUG", "tome_server")
+    contents = repository.scan()
+    assert [spec.name for spec in contents.specs] == repository.names() == ["tiny"]
+    assert contents.faults == {}
+    said = {record.getMessage(): record.levelname for record in caplog.records}
+    passed = "{}/{} is passed over: it is no model's folder"
+    assert said == {
+        **{passed.format(repository.folder, name): "DEBUG" for name in (".git", ".tiny-12ab34cd", ".gitignore")},
+        **{
+            passed.format(repository.folder, name): "INFO"
+            for name in ("lost+found", "__pycache__", "with space", "notes.txt", "loop")
+        },
+    }
 
 
 def test_an_unknown_model_is_refused_with_those_there_are(repository: Repository, fill: Fill) -> None:
@@ -152,14 +180,16 @@ def test_all_that_is_wrong_is_said_with_file_and_field(repository: Repository, f
     (root / "f/weights.pth").touch()
     (root / "g").mkdir()
     (root / "g/config.yaml").write_text("description: empty\n")
-    assert refusal(repository.scan).splitlines() == [
-        f"{root}/a/config.yaml:9: architectur is not a setting; did you mean 'architecture'?",
-        f"{root}/b/config.yaml:9: default_budget: 'soon' is not a duration; write for example 50ms, 1.5s or 2m",
-        f"{root}/c is no model: there is no config.yaml in it, and no folder of a version",
-        f"{root}/d: no weights.safetensors is there",
-        f"{root}/f: only one of weights.safetensors and weights.pth may be there",
-        f"{root}/g/config.yaml:1: architecture: is missing",
-    ]
+    contents = repository.scan()
+    assert [spec.name for spec in contents.specs] == ["e"]
+    assert {name: str(fault) for name, fault in contents.faults.items()} == {
+        "a": f"{root}/a/config.yaml:9: architectur is not a setting; did you mean 'architecture'?",
+        "b": f"{root}/b/config.yaml:9: default_budget: 'soon' is not a duration; write for example 50ms, 1.5s or 2m",
+        "c": f"{root}/c is no model: there is no config.yaml in it, and no folder of a version",
+        "d": f"{root}/d: no weights.safetensors is there",
+        "f": f"{root}/f: only one of weights.safetensors and weights.pth may be there",
+        "g": f"{root}/g/config.yaml:1: architecture: is missing",
+    }
 
 
 @pytest.mark.parametrize("key", ["pretrained", "checkpoint_path", "pretrained_cfg", "cache_dir"])
@@ -175,7 +205,7 @@ def test_the_highest_version_is_served_unless_the_config_says_otherwise(reposito
     for version in ("2", "10", "1"):
         fill(model / version, description=f"version {version}")
     assert repository.versions("tiny") == [1, 2, 10]
-    [spec] = repository.scan()
+    [spec] = repository.scan().specs
     assert (spec.version, spec.description) == (10, "version 10")
     assert repository.spec("tiny", 2).description == "version 2"
     (model / "config.yaml").write_text("version: 2\n")

@@ -12,6 +12,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
@@ -257,6 +259,66 @@ def test_hanging_up_serves_what_the_repository_holds_now(controlled: Any, reposi
         stub = inference_pb2_grpc.InferenceStub(channel)
         assert stub.GetModel(pb.GetModelRequest(model="second")).model.labels[0] == labels.splitlines()[0].upper()
         assert [model.name for model in stub.ListModels(pb.ListModelsRequest()).models] == ["second", "third"]
+
+
+def test_a_faulty_model_keeps_no_other_from_coming_or_going(controlled: Any, repository: Path) -> None:
+    store(repository, "a-faulty")
+    spoil(repository / "a-faulty")
+    store(repository, "z-good")
+    (repository / "lost+found").mkdir()
+    controlled.process.send_signal(signal.SIGHUP)
+    with triton.client.InferenceServerClient(controlled.target) as client:
+        until(lambda: client.is_model_ready("z-good"), "the good model")
+        with pytest.raises(triton.InferenceServerException, match=r"INTERNAL.*head.weight is a sparse tensor"):
+            client.load_model("a-faulty")
+        # What is served stays when its files are spoilt; what has gone goes nevertheless.
+        spoil(repository / "second")
+        shutil.rmtree(repository / "first")
+        controlled.process.send_signal(signal.SIGHUP)
+        until(lambda: not client.is_model_ready("first"), "the end of the first")
+        assert client.is_model_ready("second")
+        assert client.is_model_ready("z-good")
+    log = controlled.log.read_text()
+    assert f"a-faulty isn't loaded: checkpoint {repository}/a-faulty/weights.pth: head.weight is a sparse tensor" in log
+    assert f"second isn't loaded, and stays as it was: checkpoint {repository}/second/weights.pth: head" in log
+    assert f"{repository}/lost+found is passed over" in log
+    assert "Traceback" not in log
+    assert "never retrieved" not in log
+
+
+def spoil(folder: Path) -> None:
+    """Put weights there of which only torch can tell that they are of no use."""
+    weights = load_file(folder / "weights.safetensors")
+    (folder / "weights.safetensors").unlink()
+    (folder / "quality.json").unlink()
+    torch.save(weights | {"head.weight": weights["head.weight"].to_sparse()}, folder / "weights.pth")
+
+
+def test_a_server_starts_without_the_faulty_models_of_its_repository(
+    repository: Path, own_server: Callable[..., Any], samples: dict[Path, str]
+) -> None:
+    spoil(repository / "first")
+    (repository / "lost+found").mkdir()
+    (repository / "wrong").mkdir()
+    (repository / "wrong" / "config.yaml").write_text("architectur: vit_tiny_patch16_224\n")
+    server = own_server("--repository", str(repository), "--profile-time", "300ms")
+    with grpc.insecure_channel(server.target) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        assert [model.name for model in stub.ListModels(pb.ListModelsRequest()).models] == ["second"]
+        assert stub.Predict(pb.PredictRequest(image=next(iter(samples)).read_bytes()), timeout=60).model == "second"
+    log = server.log.read_text()
+    assert f"first isn't loaded: checkpoint {repository}/first/weights.pth: head.weight is a sparse tensor" in log
+    assert f"wrong isn't loaded: {repository}/wrong/config.yaml:1: " in log
+    assert "architectur is not a setting; did you mean 'architecture'?" in log
+
+
+def test_a_server_whose_models_are_all_faulty_does_not_start(
+    repository: Path, own_server: Callable[..., Any], samples: dict[Path, str]
+) -> None:
+    for name in ("first", "second"):
+        spoil(repository / name)
+    with pytest.raises(RuntimeError, match=r"repository .* holds no model that can be served"):
+        own_server("--repository", str(repository), "--profile-time", "300ms")
 
 
 def test_clients_of_a_server_that_was_not_told_so_cannot_load_models(server: Any) -> None:

@@ -1,0 +1,64 @@
+"""What the header of a .safetensors file says of its tensors, read without torch, whose import takes seconds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from tome_server.errors import ConfigError
+
+SUFFIX = ".safetensors"
+# What git-lfs leaves in the place of a file that it hasn't fetched.
+_POINTER = b"version https://git-lfs"
+# Of these, weights may be: as the header names them.
+_FLOATING = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as the header describes it."""
+
+    dtype: str
+    """safetensors' name of the type, such as F32."""
+    shape: tuple[int, ...]
+
+    @property
+    def floating(self) -> bool:
+        """Whether it holds numbers that weights may be."""
+        return self.dtype in _FLOATING
+
+
+def check_header(path: Path) -> None:
+    """Raises ConfigError for weights that are missing, aren't readable, or are damaged as far as the header tells.
+
+    Of other files than .safetensors, only that they are there and not empty is checked.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
+    except OSError as error:
+        why = "is no file" if path.is_dir() or not path.exists() else f"can't be read: {error.strerror}"
+        raise ConfigError(f"checkpoint {path} {why}") from error
+    if not start:
+        raise ConfigError(f"checkpoint {path} can't be read: the file is empty")
+    if start == _POINTER:
+        raise ConfigError(f"checkpoint {path} is a pointer of Git LFS, not the weights: git lfs pull fetches them")
+    if path.suffix == SUFFIX:
+        read_header(path)
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Return the tensors of a .safetensors file by name. Raises ConfigError if it can't be read or is cut short."""
+    try:
+        with safe_open(path, "numpy") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+            return {name: Stored(part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"checkpoint {path} can't be read: {_in_words(error)}") from error
+
+
+def _in_words(error: Exception) -> str:
+    text = str(error).removeprefix("Error while deserializing header: ")
+    if "not fully covered" in text:
+        return "the file is cut short, or longer than its header says"
+    return f"it is not a .safetensors file ({text})"

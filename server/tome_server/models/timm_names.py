@@ -1,0 +1,42 @@
+"""timm's names of architectures, read from its source: importing timm, and with it torch, takes seconds."""
+
+import difflib
+import importlib.util
+import re
+from functools import cache
+from pathlib import Path
+
+from tome_server.errors import ModelLoadError
+
+_REGISTERED = re.compile(r"^@register_model\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
+_DEPRECATED = re.compile(r"^register_model_deprecations\(__name__, \{(.*?)^\}", re.MULTILINE | re.DOTALL)
+_KEY = re.compile(r"^\s*['\"]([\w.]+)['\"]\s*:", re.MULTILINE)
+# Fewer are not all: a timm that registers its models in another way.
+_LEAST = 500
+# How many names an error suggests.
+_SUGGESTED = 3
+
+
+@cache
+def architectures() -> frozenset[str]:
+    """Return every name that the installed timm knows, without tags; none if its source doesn't show them."""
+    found: set[str] = set()
+    spec = importlib.util.find_spec("timm")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        for file in Path(place, "models").glob("*.py"):
+            text = file.read_text(encoding="utf-8")
+            found.update(_REGISTERED.findall(text))
+            for names in _DEPRECATED.findall(text):
+                found.update(name.partition(".")[0] for name in _KEY.findall(names))
+    return frozenset(found if len(found) >= _LEAST else ())
+
+
+def check_architecture(architecture: str) -> None:
+    """Raises ModelLoadError, with the nearest names, for one that timm doesn't know. Its tag isn't looked at."""
+    name, known = architecture.split(".")[0], architectures()
+    if not known or name in known:
+        return
+    close = difflib.get_close_matches(name, sorted(known), _SUGGESTED)
+    close = close or (sorted(other for other in known if name and other.startswith(name))[:_SUGGESTED])
+    meant = f"did you mean {' or '.join(close)}?" if close else "tome-server models supported lists those there are"
+    raise ModelLoadError(f"timm has no model named {architecture!r}; {meant}")
