@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tome_api.terminal import never_refuse
-from tome_server.arguments import budgets, positive, positive_number, r_values, seconds, share, time
+from tome_server.arguments import Parser, budgets, positive, positive_number, r_values, seconds, share, time
 from tome_server.errors import ConfigError, DatasetError, DeviceDiedError, ModelLoadError, PortInUseError
 from tome_server.model_arguments import add_models_commands, add_tuning
 from tome_server.signals import interruptible, stopping_at_once
@@ -97,10 +97,11 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    _check_place("--output", args.output, args.overwrite)
+    config = _servable(args)
     from tome_server.offline import evaluate_model
 
-    _check_place("--output", args.output)
-    report = evaluate_model(_config(args), args.data, limit=args.limit, grid=args.r)
+    report = evaluate_model(config, args.data, limit=args.limit, grid=args.r)
     text = json.dumps(report, indent=2) + "\n"
     if args.output:
         _write(args.output, text)
@@ -110,12 +111,13 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
+    _check_place("--output", args.output, args.overwrite)
+    config = _servable(args)
     from tome_server.offline import Tuning, tune_model
     from tome_server.runtime.tuning_table import table
 
-    _check_place("--output", args.output)
     tuning = Tuning(args.r, args.target_macs, args.images, args.held_out, args.trials, args.blocks, args.seed)
-    report, found = tune_model(_config(args), args.data, tuning)
+    report, found = tune_model(config, args.data, tuning)
     text = json.dumps(report, indent=2) + "\n"
     if args.output:
         _write(args.output, text)
@@ -126,13 +128,15 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _profile(args: argparse.Namespace) -> int:
-    _check_place("--output", args.output)
-    picture = _drawing("tome_server.runtime.profile_picture", "--picture", args.picture) if args.picture else None
+    _check_place("--output", args.output, args.overwrite)
+    drawing = ("tome_server.runtime.profile_picture", "--picture", args.picture, args.overwrite)
+    picture = _drawing(*drawing) if args.picture else None
+    config = _servable(args)
     from tome_server.offline import profile_model
     from tome_server.runtime.profile_store import profile_text
     from tome_server.runtime.profile_table import table
 
-    name, key, profile, kept = profile_model(_config(args), budget=args.seconds, progress=sys.stderr.isatty())
+    name, key, profile, kept = profile_model(config, budget=args.seconds, progress=sys.stderr.isatty())
     text = profile_text(key, profile)
     sys.stdout.write(text if args.json else table(profile))
     if args.output:
@@ -153,7 +157,7 @@ def _settings(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    picture = _drawing("tome_server.plan_picture", "--plot", args.plot) if args.plot else None
+    picture = _drawing("tome_server.plan_picture", "--plot", args.plot, args.overwrite) if args.plot else None
     from tqdm import tqdm
 
     from tome_server.plan import Plan, Question, answer_fields, answer_lines, load_replica
@@ -180,14 +184,28 @@ def _plan(args: argparse.Namespace) -> int:
     return 0 if replicas else 1
 
 
-def _check_place(flag: str, path: Path | None) -> None:
-    """Raises ConfigError for a file that can't be written where it is wanted, before the work that fills it."""
+def _servable(args: argparse.Namespace) -> "ServerConfig":
+    """Return the configuration. What is wrong with its models is said before torch is imported, as far as it can be."""
+    from tome_server.hosting import find_models
+
+    config = _config(args)
+    find_models(config)
+    return config
+
+
+def _check_place(flag: str, path: Path | None, overwrite: bool) -> None:
+    """Raises ConfigError for a file that can't be written where it is wanted, before the work that fills it.
+
+    Nor does a command replace a file unless it is told to.
+    """
     if path is None:
         return
     if not path.parent.is_dir():
         raise ConfigError(f"{flag}: there is no folder {path.parent}")
     if path.is_dir():
         raise ConfigError(f"{flag}: {path} is a folder; name a file in it")
+    if path.is_file() and not overwrite:
+        raise ConfigError(f"{flag}: {path} exists; --overwrite replaces it")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(f"{flag}: {path} can't be written")
 
@@ -201,9 +219,9 @@ def _write(path: Path, text: str) -> None:
         raise ConfigError(f"--output: {path}: {error.strerror}; what it was to hold is printed instead") from error
 
 
-def _drawing(module: str, flag: str, path: Path) -> ModuleType:
+def _drawing(module: str, flag: str, path: Path, overwrite: bool) -> ModuleType:
     """Import what draws the picture at `path`: before the work, so that none is done for one that can't be drawn."""
-    _check_place(flag, path)
+    _check_place(flag, path, overwrite)
     try:
         drawing = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -264,7 +282,7 @@ class _Version(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="tome-server",
         description="Serves Vision Transformers over gRPC, merging tokens (ToMe) as far as each deadline asks.",
         epilog=EPILOG,
@@ -319,6 +337,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--r", type=r_values, metavar="R,R,…", help="r values, besides 0 (default: the model's grid)")
     evaluate.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
     evaluate.add_argument("--output", type=Path, metavar="FILE", help="where to write JSON (default: standard output)")
+    _add_overwrite(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     tune = commands.add_parser(
@@ -334,6 +353,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_flags(tune)
     add_tuning(tune)
     tune.add_argument("--output", type=Path, metavar="FILE", help="where to write JSON (default: standard output)")
+    _add_overwrite(tune)
     tune.set_defaults(run=_tune)
 
     profile = commands.add_parser(
@@ -349,6 +369,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--output", type=Path, metavar="FILE", help="where to write JSON as well")
     profile.add_argument("--picture", type=Path, metavar="FILE", help="where to draw it: .png, .svg or .pdf")
     profile.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _add_overwrite(profile)
     profile.set_defaults(run=_profile)
 
     settings = commands.add_parser(
@@ -375,6 +396,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ))  # fmt: skip
     return parser
+
+
+def _add_overwrite(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--overwrite", action="store_true", help="replace files that are there already")
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
@@ -408,6 +433,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     )
     plan.add_argument("--plot", type=Path, metavar="FILE", help="where to draw both against rate: .png, .svg or .pdf")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _add_overwrite(plan)
     plan.set_defaults(run=_plan)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from tome_server.models.own import OwnConfig
+from tome_server.nearest import meant
 from tome_server.settings import Count, Duration, Policy, Size, SizeOrNone, Strict, read_settings
 
 
@@ -21,12 +22,21 @@ def parse_address(value: object) -> object:
     return value
 
 
+_DEVICE = r"auto|cpu|cuda(:[0-9]{1,3})?"
 # What may be written, for the JSON Schema; the functions decide.
 _AddressText = Annotated[str, Field(pattern=r"^\S+:[0-9]{1,5}$")]
 Address = Annotated[str, BeforeValidator(parse_address, json_schema_input_type=_AddressText)]
+_DeviceText = Annotated[str, Field(pattern=f"^({_DEVICE})$")]
 AddressOrOff = Annotated[
     str | None, BeforeValidator(parse_address, json_schema_input_type=_AddressText | Literal["off", False] | None)
 ]
+
+
+def parse_device(value: object) -> object:
+    """Return the name of a device as it is. Raises ValueError for text that is none, whatever devices there are."""
+    if isinstance(value, str) and not re.fullmatch(_DEVICE, value):
+        raise ValueError(f"{value!r} is none of auto, cpu, cuda, cuda:N{meant(value, ('auto', 'cpu', 'cuda'))}")
+    return value
 
 
 class _Source(Strict):
@@ -122,7 +132,7 @@ class ServerConfig(Strict):
     """The first answers requests that name no model. Where there is a repository, none by default."""
     memory_budget: Size | None = None
     """What the weights of all models may take together; one that goes beyond isn't loaded. By default no limit."""
-    device: str = "auto"
+    device: Annotated[str, BeforeValidator(parse_device, json_schema_input_type=_DeviceText)] = "auto"
     """auto, cpu, cuda or cuda:N"""
     cuda_graph_memory: SizeOrNone = 2**30
     """What the CUDA graphs of one model may take of a GPU's memory; 0 for no graphs."""

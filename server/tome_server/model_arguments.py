@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tome_server.arguments import budget, positive, r_values, seconds, share
+from tome_server.arguments import budget, device, positive, r_values, seconds, share
 
 EPILOG = """examples:
   tome-server models add bundled:fashion --to models
@@ -40,7 +40,9 @@ def add_models_commands(parser: argparse.ArgumentParser) -> None:
     add.add_argument("--labels", type=Path, metavar="FILE", help="class names, one a line (default: ImageNet's if fit)")
     add.add_argument("--data", type=Path, metavar="PATH", help="images to measure the quality on, as of evaluate")
     add.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
-    add.add_argument("--version", type=positive, metavar="N", help="make this version of the model")
+    add.add_argument(
+        "--version", type=positive, metavar="N", help="make this version of the model; what has none becomes version 1"
+    )
     add.add_argument(
         "--kwargs", type=_mapping, default={}, metavar="YAML",
         help="arguments of timm's create_model, such as '{img_size: 224}' (default: as the weights tell)",
@@ -76,6 +78,8 @@ def add_models_commands(parser: argparse.ArgumentParser) -> None:
         "--r", type=r_values, metavar="R,R,…",
         help="fit to what each of these r gives (default: 0 and the middle of the model's grid)",
     )  # fmt: skip
+    fit.add_argument("--save-as", metavar="NAME", help="store the result as another model, and leave this one alone")
+    _add_overwrite(fit, "the classifier and the quality that the model has")
     _add_measuring(fit)
     fit.add_argument("--no-profile", action="store_true", help="don't measure latencies")
     fit.set_defaults(run=_command("fit_head"))
@@ -89,6 +93,7 @@ def add_models_commands(parser: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--data", type=Path, required=True, metavar="PATH", help="images, as of evaluate")
     evaluate.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
     _add_dtype(evaluate)
+    _add_overwrite(evaluate, "the quality that was measured before")
     _add_device(evaluate)
     evaluate.set_defaults(run=_command("evaluate"))
 
@@ -100,6 +105,7 @@ def add_models_commands(parser: argparse.ArgumentParser) -> None:
     _add_name(tune)
     add_tuning(tune)
     _add_dtype(tune)
+    _add_overwrite(tune, "the quality that was measured before")
     _add_device(tune)
     tune.set_defaults(run=_command("tune"))
 
@@ -190,8 +196,12 @@ def _add_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_overwrite(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {what}")
+
+
 def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    parser.add_argument("--device", type=device, default="auto", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads for the model (default: measured)")
 
 

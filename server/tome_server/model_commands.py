@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tome_server.errors import ConfigError
+from tome_server.models.checkpoint_header import SUFFIX, check_header, read_header
 from tome_server.models.repository import Repository, read_folder
 from tome_server.models.spec import BUNDLED_PREFIX, quality_file, weights_digest
+from tome_server.models.timm_names import check_architecture
 from tome_server.text_file import read_text
 
 # torch and timm take seconds to import, so each command imports what it needs when it runs.
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 
 def add(args: argparse.Namespace) -> int:
     """Make a model's folder from weights."""
+    if not args.source.startswith(BUNDLED_PREFIX):
+        check_architecture(args.source)
+    if args.weights:
+        check_header(args.weights)
     from tome_server.models.datasets import load_labelled
     from tome_server.models.preparing import Recipe, prepare
 
@@ -71,12 +77,21 @@ def add(args: argparse.Namespace) -> int:
 
 def fit_head(args: argparse.Namespace) -> int:
     """Fit a classifier to labelled images and store the model with it."""
+    repository, spec = _stored(args)
+    name = args.save_as or args.name
+    versions = repository.versions(name) if name in repository.names() else []
+    if name != args.name and name in repository.names() and not versions:
+        raise ConfigError(f"--save-as: {repository.folder / name} exists; take another name")
+    if name == args.name and not versions and not args.overwrite and (there := _measured_or_fitted(spec)):
+        raise ConfigError(
+            f"{repository.folder / name} has {there}: --overwrite replaces that, --save-as NAME makes another model"
+        )
     import torch
 
     from tome_server.models.datasets import load_labelled
     from tome_server.models.head import fit_head
     from tome_server.models.loading import load
-    from tome_server.models.preparing import headless_weights, prepare_with_head
+    from tome_server.models.preparing import carry_over, headless_weights, prepare_with_head
     from tome_server.offline import float32_of
     from tome_server.runtime.choose_device import choose_device
     from tome_server.runtime.evaluation import evaluate as measure_quality
@@ -84,7 +99,6 @@ def fit_head(args: argparse.Namespace) -> int:
     from tome_server.runtime.features import pooled_features
 
     _log()
-    repository, spec = _stored(args)
     images = _some(load_labelled(args.data), args.limit, args.seed)
     kept, held = images.split(args.holdout, args.seed)
     device = choose_device(args.device)
@@ -102,7 +116,8 @@ def fit_head(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.data}: {error}") from error
 
     def fill(folder: Path) -> None:
-        made = prepare_with_head(spec, weights, head, images.classes, folder)
+        made = prepare_with_head(replace(spec, name=name), weights, head, images.classes, folder)
+        carry_over(spec, folder)
         model = made.model if device.type == "cpu" else load(made.spec, device)
         grid = [level.r for level in model.grid]
         reference = float32_of(made.spec, device)
@@ -115,12 +130,11 @@ def fit_head(args: argparse.Namespace) -> int:
         if not args.no_profile:
             _measure_latencies(made.spec, args)
 
-    versions = repository.versions(args.name)
-    folder = repository.write(args.name, fill, version=versions[-1] + 1 if versions else None, replace=True)
+    folder = repository.write(name, fill, version=versions[-1] + 1 if versions else None, replace=True)
     print(f"{folder}: {len(images.classes)} classes, fitted to {len(kept)} images at r = {', '.join(map(str, rs))}")
     print(f"cross-validated top-1 on those: {head.accuracy:.4f}")
     print(f"on the {len(held)} held out:")
-    _print_levels(read_folder(folder, args.name))
+    _print_levels(read_folder(folder, name))
     return 0
 
 
@@ -130,6 +144,7 @@ def evaluate(args: argparse.Namespace) -> int:
     _, spec = _stored(args)
     if args.dtype:
         spec = replace(spec, dtype=args.dtype)
+    _check_report(spec, args.overwrite)
     _measure_quality(spec, args)
     _print_levels(spec)
     return 0
@@ -137,13 +152,14 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def tune(args: argparse.Namespace) -> int:
     """Find how much each block of a stored model should merge, and keep that with it."""
+    _, spec = _stored(args)
+    if args.dtype:
+        spec = replace(spec, dtype=args.dtype)
+    _check_report(spec, args.overwrite)
     from tome_server.offline import Tuning, tune_model
     from tome_server.runtime.tuning_table import table
 
     _log()
-    _, spec = _stored(args)
-    if args.dtype:
-        spec = replace(spec, dtype=args.dtype)
     assert spec.checkpoint is not None
     tuning = Tuning(args.r, args.target_macs, args.images, args.held_out, args.trials, args.blocks, args.seed)
     report, found = tune_model(_settings(spec, args), args.data, tuning)
@@ -315,6 +331,35 @@ def _measure_quality(spec: "ModelSpec", args: argparse.Namespace) -> None:
     from tome_server.offline import evaluate_model
 
     _write_report(spec, evaluate_model(_settings(spec, args), args.data, limit=args.limit))
+
+
+def _check_report(spec: "ModelSpec", overwrite: bool) -> None:
+    """Raises ConfigError if a stored model has a quality report that isn't to be replaced."""
+    assert spec.checkpoint is not None
+    file = quality_file(spec.checkpoint.parent, spec.dtype)
+    if file.is_file() and not overwrite:
+        raise ConfigError(f"{file} holds {_reported(file)}; --overwrite replaces it")
+
+
+def _reported(file: Path) -> str:
+    """Say what a quality report holds."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        report = json.loads(read_text(file))
+        return f"the quality measured on {int(report['images']):,} images of {report['data']}"
+    return "a quality report"
+
+
+def _measured_or_fitted(spec: "ModelSpec") -> str:
+    """Say what a new classifier would replace: the one that a stored model has, and what was measured with it."""
+    assert spec.checkpoint is not None
+    there = []
+    if spec.checkpoint.suffix == SUFFIX:
+        head = read_header(spec.checkpoint).get("head.weight")
+        there += [f"a classifier of {head.shape[0]} classes"] if head and head.shape else []
+    elif spec.labels or spec.kwargs.get("num_classes"):
+        there.append("a classifier")
+    there += [_reported(file) for file in (spec.quality, spec.quality_bfloat16) if file]
+    return " and ".join(there)
 
 
 def _write_report(spec: "ModelSpec", report: "Mapping[str, Any]") -> None:

@@ -1,6 +1,5 @@
 """Reads settings from YAML files, strictly: errors name the line, what is wrong there and the nearest valid key."""
 
-import difflib
 import math
 import re
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from tome_api import durations
 from tome_server.errors import ConfigError
+from tome_server.nearest import meant
 from tome_server.policy_names import PATTERN as POLICY_PATTERN
 from tome_server.policy_names import parse_policy
 from tome_server.text_file import read_text
@@ -147,7 +147,9 @@ def faults(error: ValidationError) -> Iterator[tuple[tuple[str | int, ...], str 
         if bound := _BOUNDS.get(fault["type"]):
             what = bound.format(**fault["ctx"])
         elif fault["type"] == "literal_error":
-            what = f"{fault['input']!r} is none of {fault['ctx']['expected']}"
+            expected = str(fault["ctx"]["expected"])
+            what = f"{fault['input']!r} is none of {expected}"
+            what += meant(str(fault["input"]), re.findall("'([^']+)'", expected))
         yield location, None if fault["type"] == "extra_forbidden" else what
 
 
@@ -188,9 +190,8 @@ def _explain(path: Path, root: yaml.Node, kind: type[Strict], location: tuple[st
     if what is not None:
         return f"{path}:{line}: {where}: {what}"
     valid = _keys(kind, location[:-1])
-    close = difflib.get_close_matches(str(location[-1]), valid, 1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}?" if close else f"valid keys are {', '.join(valid)}"
-    return f"{path}:{line}: {where} is not a setting; {hint}"
+    hint = meant(str(location[-1]), valid) or f"; valid keys are {', '.join(valid)}"
+    return f"{path}:{line}: {where} is not a setting{hint}"
 
 
 def _line(node: yaml.Node, location: tuple[str | int, ...]) -> int:

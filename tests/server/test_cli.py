@@ -201,8 +201,87 @@ def test_a_fault_in_the_file_names_the_line(file: Path) -> None:
     ],
     ids=" ".join,
 )
-def test_wrong_usage_exits_with_2_and_shows_usage(capsys: pytest.CaptureFixture[str], args: list[str]) -> None:
-    assert wrong_usage(capsys, *args).startswith("usage: tome-server")
+def test_wrong_usage_exits_with_2_and_says_in_a_line_what_is_wrong(
+    capsys: pytest.CaptureFixture[str], args: list[str]
+) -> None:
+    what, where = wrong_usage(capsys, *args).splitlines()
+    command = "tome-server" if args in ([], ["sevre"]) else f"tome-server {args[0]}"
+    assert what.startswith(f"{command}: ")
+    assert where == f"{command} --help lists what it takes"
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["serve", "--polcy", "price"], "there is no flag --polcy; did you mean '--policy'?"),
+        (["serve", "--polcy=price"], "there is no flag --polcy; did you mean '--policy'?"),
+        (["models", "add", "x", "--to", "y", "--weight-file", "z"], "there is no flag --weight-file"),
+        (["models", "fit-haed"], "'fit-haed' is none of add, fit-head, evaluate, "),
+        (["sevre"], "did you mean 'serve'?"),
+        (["serve", "--log-level", "warn"], "'warn' is none of debug, info, warning, error; did you mean 'warning'?"),
+        (["serve", "bundled:fashion"], "unexpected argument 'bundled:fashion'"),
+        (["models", "profile", "x", "--repository", "y", "--device", "cud"], "did you mean 'cuda'?"),
+    ],
+)
+def test_the_nearest_name_is_told(capsys: pytest.CaptureFixture[str], args: list[str], says: str) -> None:
+    assert says in wrong_usage(capsys, *args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--dtype", "bloat16"], "--dtype: 'bloat16' is none of 'auto', 'float32', 'bfloat16' or 'float16'; did you"),
+        (["--device", "cdua"], "--device: 'cdua' is none of auto, cpu, cuda, cuda:N; did you mean 'cuda'?"),
+        (["--device", "cuda:x"], "--device: 'cuda:x' is none of auto, cpu, cuda, cuda:N"),
+        (["--model", "bundled:fashoin"], "no bundled model is named 'fashoin'; there is fashion; did you mean"),
+        (["--model", "vit_bas_patch16_224"], "no model named 'vit_bas_patch16_224'; did you mean vit_base_patch16_224"),
+        (
+            ["--model", "vit_base_patch16_224", "--checkpoint", "/gone.safetensors"],
+            "checkpoint /gone.safetensors is no file",
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "command", [["serve"], ["profile"], ["evaluate", "--data", "x"], ["tune", "--data", "x"]], ids=str
+)
+def test_a_wrong_name_is_said_before_torch_is_imported(command: list[str], flags: list[str], says: str) -> None:
+    code = f"import sys\nfrom tome_server.cli import main\ntry: main({[*command, *flags]!r})\n"
+    code += "finally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert done.stdout == "False\n"
+
+
+def test_the_nearest_policy_is_told() -> None:
+    said = (
+        "--policy: 'prize' is no policy; there are price, fixed:R, max_accuracy, max_batch, slackfit; did you mean 'p"
+    )
+    assert said in failure("serve", "--policy", "prize")
+
+
+@pytest.mark.parametrize("flags", [["evaluate", "--data", "images"], ["tune", "--data", "images"], ["profile"]])
+def test_a_file_that_is_there_is_replaced_only_when_told_to(
+    flags: list[str], evaluated: list[Any], tuned: list[Any], profiled: list[Any], tmp_path: Path
+) -> None:
+    output = tmp_path / "kept"
+    output.write_text("before")
+    said = f"tome-server: --output: {output} exists; --overwrite replaces it"
+    assert failure(*flags, "--output", str(output)) == said
+    assert output.read_text() == "before"
+    assert evaluated == tuned == profiled == []
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*flags, "--output", str(output), "--overwrite"])
+    assert caught.value.code == 0
+    assert json.loads(output.read_text())
+
+
+def test_a_picture_that_is_there_is_replaced_only_when_told_to(profiled: list[Any], tmp_path: Path) -> None:
+    picture = tmp_path / "profile.svg"
+    picture.write_text("before")
+    said = f"tome-server: --picture: {picture} exists; --overwrite replaces it"
+    assert failure("profile", "--picture", str(picture)) == said
+    assert profiled == []
 
 
 @pytest.mark.parametrize("value", ["a", "1,b", "", "1,,2", "-1", "0,-4", "1.5"])
@@ -282,11 +361,11 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 def test_evaluate_prints_its_report(capsys: pytest.CaptureFixture[str], evaluated: list[tuple[Any, ...]]) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main(["evaluate", "--data", "images", "--r", "0,4, 8", "--limit", "3", "--model", "vit"])
+        cli.main(["evaluate", "--data", "images", "--r", "0,4, 8", "--limit", "3", "--model", "vit_base_patch16_224"])
     assert caught.value.code == 0
     assert json.loads(capsys.readouterr().out) == {"levels": []}
     [(settings, data, options)] = evaluated
-    assert settings.models[0].source == "vit"
+    assert settings.models[0].source == "vit_base_patch16_224"
     assert data == Path("images")
     assert options == {"limit": 3, "grid": [0, 4, 8]}
 
@@ -332,7 +411,7 @@ def test_tune_prints_a_report_or_writes_it_and_prints_what_was_found(
                 "--data",
                 "images",
                 "--model",
-                "vit",
+                "vit_base_patch16_224",
                 "--r",
                 "8,14",
                 "--blocks",
@@ -350,7 +429,7 @@ def test_tune_prints_a_report_or_writes_it_and_prints_what_was_found(
     assert json.loads((tmp_path / "q").read_text()) == {"levels": []}
     assert "  9 7   -0.01000 ± 0.00200\n" in capsys.readouterr().out
     (settings, data, first), (_, _, second) = tuned
-    assert (settings.models[0].source, data) == ("vit", Path("images"))
+    assert (settings.models[0].source, data) == ("vit_base_patch16_224", Path("images"))
     assert first == offline.Tuning(rs=[8, 14], held_out=99, blocks=2, seed=3)
     assert second == offline.Tuning(target_macs=0.6, images=9)
 
@@ -438,12 +517,12 @@ def succeeds(*args: str) -> None:
 def test_profile_prints_a_table_and_where_it_is_kept(
     capsys: pytest.CaptureFixture[str], profiled: list[tuple[ServerConfig, dict[str, Any]]]
 ) -> None:
-    succeeds("profile", "--model", "vit", "--max-batch", "2", "--seconds", "7.5", "--threads", "1")
+    succeeds("profile", "--model", "vit_base_patch16_224", "--max-batch", "2", "--seconds", "7.5", "--threads", "1")
     shown = capsys.readouterr()
     assert shown.out.startswith("batch                   r=0     r=4\n    1  p50 ms          10.0     5.0\n")
     assert shown.err == "measured tiny in float32\nkept for the server in /cache/tiny.json\n"
     [(settings, options)] = profiled
-    assert settings.models[0].source == "vit"
+    assert settings.models[0].source == "vit_base_patch16_224"
     assert (settings.batching.max_batch, settings.threads) == (2, 1)
     assert options == {"budget": 7.5, "progress": False}
 

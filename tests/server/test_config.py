@@ -245,7 +245,7 @@ def test_a_policy_is_one_of_those_there_are(file: Path, policy: str) -> None:
     "policy", ["Price", "fixed", "fixed:", "fixed:R", "fixed:-1", "fixed:1.5", "slackfit:3", "best", ""]
 )
 def test_any_other_policy_names_its_line_and_all_policies(file: Path, policy: str) -> None:
-    assert refusal(file, f'listen: a:1\npolicy: "{policy}"') == (
+    assert refusal(file, f'listen: a:1\npolicy: "{policy}"').startswith(
         f"FILE:2: policy: '{policy}' is no policy; there are price, fixed:R, max_accuracy, max_batch, slackfit"
     )
 

@@ -187,6 +187,71 @@ def test_a_model_with_versions_gets_a_new_one(run: Run, models: Path, backbone: 
     assert list(models.iterdir()) == []
 
 
+def test_a_model_that_has_a_classifier_keeps_it_unless_told_otherwise(
+    run: Run, models: Path, backbone: Path, photos: Path
+) -> None:
+    add(run, models, backbone, "--name", "tiny")
+    (models / "tiny" / "LICENSE").write_text("mine")
+    (models / "tiny" / "notes").mkdir()
+    (models / "tiny" / "notes" / "one").touch()
+    fit = ["fit-head", "tiny", "--repository", models, "--data", photos, "--no-profile", "--threads", "1"]
+    run(*fit)  # a backbone has none
+    report = models / "tiny" / "quality.json"
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"images": 10_000, "data": "t10k"}))
+    before = {path.name: path.read_bytes() for path in (models / "tiny").iterdir() if path.is_file()}
+    said = failure(*fit)
+    assert said == (
+        f"tome-server: {models}/tiny has a classifier of 3 classes and the quality measured on 10,000 images of t10k: "
+        "--overwrite replaces that, --save-as NAME makes another model"
+    )
+    assert {path.name: path.read_bytes() for path in (models / "tiny").iterdir() if path.is_file()} == before
+    run(*fit, "--save-as", "other", "--seed", "1")
+    assert "exists; take another name" in failure(*fit, "--save-as", "other")
+    assert {path.name: path.read_bytes() for path in (models / "tiny").iterdir() if path.is_file()} == before
+    assert json.loads((models / "other" / "quality.json").read_text())["images"] == 15
+    run(*fit, "--overwrite")
+    assert json.loads(report.read_text())["images"] == 15
+    # What else lies in the folder isn't the command's to remove.
+    for name in ("tiny", "other"):
+        assert (models / name / "LICENSE").read_text() == "mine"
+        assert (models / name / "notes" / "one").is_file()
+
+
+def test_a_model_without_versions_becomes_version_1_when_another_is_added(
+    run: Run, models: Path, backbone: Path
+) -> None:
+    add(run, models, backbone, "--name", "tiny")
+    before = {path.name: path.read_bytes() for path in (models / "tiny").iterdir() if path.is_file()}
+    flags = ["--kwargs", KWARGS, "--weights", backbone, "--to", models, "--no-profile", "--name", "tiny"]
+    assert f"{models}/tiny has no versions yet: what lies in it becomes version 1, so take 2 or more" in failure(
+        "add", ARCHITECTURE, *flags, "--version", "1"
+    )
+    add(run, models, backbone, "--name", "tiny", "--version", "2", "--description", "second")
+    repository = Repository(models)
+    assert repository.versions("tiny") == [1, 2]
+    assert (repository.spec("tiny").version, repository.spec("tiny").description) == (2, "second")
+    assert {path.name: path.read_bytes() for path in (models / "tiny" / "1").iterdir() if path.is_file()} == before
+    assert [path.name for path in models.iterdir()] == ["tiny"]
+    assert load(repository.spec("tiny", 1), torch.device("cpu")).name == "tiny"
+
+
+def test_a_faulty_model_is_listed_apart(
+    run: Run, models: Path, backbone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(run, models, backbone, "--name", "tiny")
+    (models / "broken").mkdir()
+    (models / "lost+found").mkdir()
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["models", "list", "--repository", str(models), "--json"])
+    assert caught.value.code == 1
+    out, err = capsys.readouterr()
+    assert [model["name"] for model in json.loads(out)] == ["tiny"]
+    assert err == (
+        f"broken can't be loaded: {models}/broken is no model: there is no config.yaml in it, and no folder of a "
+        "version\n"
+    )
+
+
 def test_quality_is_measured_when_images_are_given(run: Run, models: Path, backbone: Path, photos: Path) -> None:
     add(run, models, backbone, "--name", "tiny")
     said = "tiny has no classifier to measure; tome-server models fit-head gives it one"
@@ -196,7 +261,11 @@ def test_quality_is_measured_when_images_are_given(run: Run, models: Path, backb
     add(run, models, weights, "--name", "again", "--labels", labels, "--data", photos, "--limit", "10")
     report = json.loads((models / "again/quality.json").read_text())
     assert report["images"] == 10
-    table = run("evaluate", "again", "--repository", models, "--data", photos, "--threads", "1")
+    again = ["evaluate", "again", "--repository", models, "--data", photos, "--threads", "1"]
+    said = f"{models}/again/quality.json holds the quality measured on 10 images of photos0; --overwrite replaces it"
+    assert said.replace("photos0", photos.name) in failure(*again)
+    assert json.loads((models / "again/quality.json").read_text()) == report
+    table = run(*again, "--overwrite")
     assert len(table.splitlines()) == 1 + len(report["levels"])
     assert json.loads((models / "again/quality.json").read_text())["images"] == 60
     listed = run("list", "--repository", models)
@@ -209,7 +278,7 @@ def test_a_report_that_replaces_one_of_more_images_says_so(
 ) -> None:
     def told(*flags: str) -> str:
         with pytest.raises(SystemExit) as caught:
-            cli.main(["models", "evaluate", *map(str, stored), *flags])
+            cli.main(["models", "evaluate", *map(str, stored), "--overwrite", *flags])
         assert caught.value.code == 0
         return capsys.readouterr().err
 
@@ -237,6 +306,8 @@ def test_a_tuned_model_keeps_its_schedules_when_it_is_measured_again(
     add(run, models, backbone, "--name", "tiny")
     stored = ["tiny", "--repository", models, "--data", photos, "--threads", "1"]
     run("fit-head", *stored, "--no-profile")
+    assert "--overwrite replaces it" in failure("tune", *stored, "--r", "2,3")
+    stored.append("--overwrite")
     printed = run("tune", *stored, "--r", "2,3", "--images", "60", "--held-out", "40", "--trials", "3")
     assert printed.count("  r in every block") == 2
     report = json.loads((models / "tiny/quality.json").read_text())
@@ -279,7 +350,7 @@ def test_a_model_is_tuned_in_the_dtype_asked_for_and_its_report_kept_apart(
         cli.main(["models", "add", "bundled:fashion", "--to", str(models), "--no-profile"])
     for flags in ([], ["--dtype", "bfloat16"], []):
         with pytest.raises(SystemExit) as caught:
-            cli.main([*stored, *flags])
+            cli.main([*stored, "--overwrite", *flags])
         assert caught.value.code == 0
     assert asked == ["auto", "bfloat16", "auto"]
     assert (written("quality.json"), written("quality-bfloat16.json")) == (3, 2)

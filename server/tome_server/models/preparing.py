@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -19,11 +19,22 @@ from tome_server.models.head import Head
 from tome_server.models.importing import fitted, read_weights
 from tome_server.models.loaded import LoadedModel
 from tome_server.models.loading import create, load, outline, put_weights
-from tome_server.models.repository import read_folder
-from tome_server.models.spec import BUNDLED_PREFIX, CONFIG, LABELS, WEIGHTS, ModelSpec, bundled_spec
+from tome_server.models.repository import OTHER_WEIGHTS, read_folder
+from tome_server.models.spec import (
+    BUNDLED_PREFIX,
+    CONFIG,
+    LABELS,
+    PROFILES,
+    WEIGHTS,
+    Dtype,
+    ModelSpec,
+    bundled_spec,
+    quality_file,
+)
 from tome_server.text_file import read_text
 
 CPU = torch.device("cpu")
+_DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,19 @@ def prepare_with_head(
     _write_config(folder, config)
     write_labels(folder, labels)
     return _proved(folder, spec.name)
+
+
+def carry_over(spec: ModelSpec, folder: Path) -> None:
+    """Copy what else lies in a stored model's folder, such as its licence, into the one that takes its place."""
+    assert spec.checkpoint is not None
+    made = {CONFIG, WEIGHTS, OTHER_WEIGHTS, LABELS, PROFILES, *(quality_file(folder, dtype).name for dtype in _DTYPES)}
+    for path in spec.checkpoint.parent.iterdir():
+        if path.name in made:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, folder / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, folder / path.name, follow_symlinks=False)
 
 
 def write_labels(folder: Path, labels: Sequence[str]) -> None:

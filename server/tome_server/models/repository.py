@@ -175,16 +175,17 @@ class Repository:
     def write(self, name: str, fill: Callable[[Path], None], *, version: int | None = None, replace: bool) -> Path:
         """Make a model's folder, whole or not at all: `fill` writes into an empty one, which then takes its place.
 
-        With `version`, a version folder of the model. Returns the folder. Raises ConfigError if there is one already
-        and it isn't to be replaced, if a model has versions and is written without one or the other way about, and
-        what `fill` raises.
+        With `version`, a version folder of the model; a model that had no versions becomes its version 1 then. Returns
+        the folder. Raises ConfigError if there is one already and it isn't to be replaced, if a model has versions and
+        is written without one, and what `fill` raises.
         """
         place = self.folder / check_name(name)
         if version is None and place.is_dir() and self.versions(name):
             raise ConfigError(f"{place} has versions; name one")
+        plain = place if (place / WEIGHTS).exists() or (place / OTHER_WEIGHTS).exists() else None
         if version is not None:
-            if (place / WEIGHTS).exists() or (place / OTHER_WEIGHTS).exists():
-                raise ConfigError(f"{place} has no versions: its files lie in it, and not in a folder of a version")
+            if plain and version == 1:
+                raise ConfigError(f"{place} has no versions yet: what lies in it becomes version 1, so take 2 or more")
             place /= str(version)
         if place.exists() and not replace:
             raise ConfigError(f"{place} exists; remove it first, or take another name or version")
@@ -197,10 +198,13 @@ class Repository:
             except (ConfigError, ModelLoadError) as error:
                 # As the folder would have been called.
                 raise type(error)(str(error).replace(str(draft), str(place))) from error
-            place.parent.mkdir(exist_ok=True)
-            if place.exists():
-                place.rename(before)
-            draft.rename(place)
+            if version is not None and plain:
+                _with_version_1(plain, draft, str(version), before)
+            else:
+                place.parent.mkdir(exist_ok=True)
+                if place.exists():
+                    place.rename(before)
+                draft.rename(place)
         finally:
             for left in (draft, before):
                 shutil.rmtree(left, ignore_errors=True)
@@ -263,6 +267,22 @@ def read_folder(folder: Path, name: str, version: int | None = None) -> ModelSpe
         description=config.description,
         own=Own.of(config.model_dump(), folder / CONFIG),
     )
+
+
+def _with_version_1(model: Path, draft: Path, version: str, both: Path) -> None:
+    """Give a model that has no versions two: what it is, as version 1, and `draft`. `both` is a place to do it in.
+
+    The model's folder is exchanged as a whole: whoever looks sees one or the other, but for the instant between two
+    renames. If the second fails, the first is undone.
+    """
+    both.mkdir()
+    draft.rename(both / version)
+    model.rename(both / "1")
+    try:
+        both.rename(model)
+    except OSError:
+        (both / "1").rename(model)
+        raise
 
 
 def _is_there(path: Path) -> bool:

@@ -10,6 +10,7 @@ import yaml
 
 from tome_server.errors import ConfigError, ModelLoadError
 from tome_server.models.bundled import BUNDLED
+from tome_server.nearest import meant
 from tome_server.text_file import read_text
 
 BUNDLED_PREFIX = "bundled:"
@@ -120,7 +121,7 @@ def bundled_spec(name: str, dtype: DtypeSetting = "auto") -> ModelSpec:
     """Return the spec of the bundled model `name` ("fashion"). Raises ConfigError if there is none."""
     known = sorted(path.parent.name for path in BUNDLED.glob(f"*/{CONFIG}"))
     if name not in known:
-        raise ConfigError(f"no bundled model is named {name!r}; there is {', '.join(known)}")
+        raise ConfigError(f"no bundled model is named {name!r}; there is {', '.join(known)}{meant(name, known)}")
     folder = BUNDLED / name
     # A repository's folder, read without its checks: those take pydantic, which not all who want this model have.
     config = yaml.safe_load(read_text(folder / CONFIG))

@@ -247,9 +247,35 @@ def test_what_is_written_is_whole_or_not_there(repository: Repository, fill: Fil
     assert [path.name for path in repository.folder.iterdir()] == ["tiny"]
 
 
-def test_versions_and_plain_models_do_not_mix(repository: Repository, fill: Fill) -> None:
-    repository.write("plain", fill, replace=False)
-    assert "has no versions" in refusal(lambda: repository.write("plain", fill, version=1, replace=False))
+def test_a_model_without_versions_becomes_the_first(repository: Repository, fill: Fill) -> None:
+    repository.write("plain", lambda folder: fill(folder, description="first"), replace=False)
+    said = refusal(lambda: repository.write("plain", fill, version=1, replace=False))
+    assert said.endswith("/plain has no versions yet: what lies in it becomes version 1, so take 2 or more")
+    repository.write("plain", lambda folder: fill(folder, description="fourth"), version=4, replace=False)
+    assert repository.versions("plain") == [1, 4]
+    assert (repository.spec("plain", 1).description, repository.spec("plain").description) == ("first", "fourth")
+    assert [path.name for path in repository.folder.iterdir()] == ["plain"]
+
+
+def test_a_version_that_cannot_be_put_there_leaves_the_model_as_it_was(
+    repository: Repository, fill: Fill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = repository.write("plain", fill, replace=False)
+    rename = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if target == place and self.parent == repository.folder:
+            raise OSError("the disk has gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="the disk has gone"):
+        repository.write("plain", fill, version=2, replace=False)
+    assert repository.spec("plain").version is None
+    assert [path.name for path in repository.folder.iterdir()] == ["plain"]
+
+
+def test_a_model_with_versions_is_not_written_without_one(repository: Repository, fill: Fill) -> None:
     for version in (1, 2):
         repository.write("many", fill, version=version, replace=False)
     assert "has versions; name one" in refusal(lambda: repository.write("many", fill, replace=True))
