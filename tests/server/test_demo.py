@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from http_proxy import HttpProxy, running_proxy
 
+from tome_server import demo
+
 
 @pytest.fixture(scope="module")
 def proxy() -> Iterator[HttpProxy]:
@@ -107,3 +109,47 @@ def test_a_proxy_of_the_environment_is_not_asked_for_what_is_on_this_machine(
 ) -> None:
     assert report["rows"]
     assert not proxy.asked
+STUB = """#!{python}
+import json, pathlib, sys, time
+print(json.dumps({{"level": "info", "event": "measuring how fast fashion is"}}), file=sys.stderr, flush=True)
+while not pathlib.Path({told!r}).exists():
+    time.sleep(0.01)
+print(json.dumps({{"ready": {{"seconds": 1.0}}}}), flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_server_that_takes_long_is_waited_for_and_what_it_does_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told, stub, said = tmp_path / "told", tmp_path / "stub", []
+    stub.write_text(STUB.format(python=sys.executable, told=str(told)))
+    stub.chmod(0o755)
+
+    def tell(what: str) -> None:
+        said.append(what)
+        if "measuring" in what:
+            told.touch()
+
+    monkeypatch.setattr(demo, "_tell", tell)
+    monkeypatch.setattr(demo, "REPORT_EVERY", 0.05)
+    monkeypatch.setattr(sys, "executable", str(stub))
+    server = demo._server()
+    assert server.__enter__() == {"seconds": 1.0}
+    assert "waiting for the server, 0 s so far; it says: measuring how fast fashion is" in said
+    with pytest.raises(demo._DemoError, match="stopped with status -15: it said nothing"):
+        server.__exit__(None, None, None)
+
+
+def test_a_server_that_does_not_start_is_quoted_without_its_log(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stub = tmp_path / "stub"
+    stub.write_text(
+        f"#!{sys.executable}\nimport sys\n"
+        """sys.exit('{"level": "info", "event": "loading fashion"}\\ntome-server: no memory is left')"""
+    )
+    stub.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stub))
+    with pytest.raises(demo._DemoError, match=r"^the server did not start: tome-server: no memory is left$"):
+        demo._server().__enter__()

@@ -1,5 +1,6 @@
 """Models on their way into service, where the device has something against it."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from tome_server.config import ModelConfig, ServerConfig
 from tome_server.engine import Engine
 from tome_server.errors import ConfigError, ModelLoadError, OutOfMemoryError, UnknownModelError
 from tome_server.hosting import Hosting, find_models, model_specs
+from tome_server.models.bundled import BUNDLED
 from tome_server.models.preprocess import Limits
 from tome_server.models.spec import ModelSpec, Outline
 from tome_server.observability.metrics import Metrics
@@ -127,3 +129,59 @@ def test_a_model_that_takes_larger_images_than_messages_may_be_is_refused() -> N
     said = "^model fashion: limits.max_image_bytes: 17,825,792 bytes is more than the server's 16,777,216, by which"
     with pytest.raises(ConfigError, match=said):
         model_specs(config)
+
+
+async def test_a_policy_that_fits_no_r_of_the_model_is_refused_before_anything_is_measured() -> None:
+    class Outlining(CpuDevice):
+        async def outline(self, spec: ModelSpec) -> Outline:
+            return Outline(spec, (0, 2, 4))
+
+    config, device = ServerConfig(policy="fixed:99"), Outlining()
+    engine = Engine(
+        device, Metrics(), max_delay=0.0, max_pending=1, reply_margin=0.0, decode_threads=1, names=["fashion"]
+    )
+    with pytest.raises(ConfigError, match=r"^policy, for model fashion: fixed:99: the model is served at r = 0, 2, 4$"):
+        await Hosting(device, engine, config).start(find_models(config))
+    engine.close()
+    assert device.threads == device.asked == []
+
+
+class OddDevice(CpuDevice):
+    """One on which loading some models goes wrong in ways that nobody foresaw."""
+
+    async def load(self, _key: str, spec: ModelSpec, *_: object, **__: object) -> None:
+        raise {"cats": TypeError("unexpected"), "dogs": FileNotFoundError(2, "No such file")}[spec.name]
+
+
+async def test_whatever_goes_wrong_with_a_model_is_its_own_fault(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("cats", "dogs"):
+        shutil.copytree(BUNDLED / "fashion", tmp_path / name)
+    config = ServerConfig.model_validate({"repository": tmp_path})
+    engine = Engine(
+        OddDevice(), Metrics(), max_delay=0.0, max_pending=1, reply_margin=0.0, decode_threads=1, names=["cats", "dogs"]
+    )
+    hosting = Hosting(OddDevice(), engine, config)
+    with pytest.raises(ConfigError, match=r"holds no model that can be served: see the log$"):
+        await hosting.start(find_models(config))
+    await hosting.refresh()
+    for name, what in (("cats", "TypeError: unexpected"), ("dogs", "FileNotFoundError: ")):
+        assert caplog.text.count(f"{name} isn't loaded: {tmp_path}/{name}: {what}") == 2
+        with pytest.raises(ModelLoadError, match=f"^{tmp_path}/{name}: {what}"):
+            await hosting.load(name)
+    assert engine.names == []
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ["fashion", "cats"])
+def test_a_model_of_the_repository_that_has_a_configured_ones_name_is_left_out(name: str, tmp_path: Path) -> None:
+    for folder in ("fashion", "cats"):
+        shutil.copytree(BUNDLED / "fashion", tmp_path / folder)
+    config = ServerConfig.model_validate({"repository": tmp_path, "models": [{"name": name}]})
+    wanted = find_models(config)
+    assert [spec.name for spec in wanted.specs] == [name, *({"fashion", "cats"} - {name})]
+    assert wanted.configured == {name}
+    assert {name: str(fault) for name, fault in wanted.faults.items()} == {
+        name: f"two models are named '{name}'; give the configured one another `name`"
+    }

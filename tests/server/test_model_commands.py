@@ -1,6 +1,7 @@
 """The `tome-server models` commands, on models and images so small that each takes a moment."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -233,6 +234,21 @@ def test_a_model_without_versions_becomes_version_1_when_another_is_added(
     assert {path.name: path.read_bytes() for path in (models / "tiny" / "1").iterdir() if path.is_file()} == before
     assert [path.name for path in models.iterdir()] == ["tiny"]
     assert load(repository.spec("tiny", 1), torch.device("cpu")).name == "tiny"
+
+
+def test_a_repository_that_is_read_only_is_said_before_anything_is_measured(
+    run: Run, models: Path, backbone: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(run, models, backbone, "--name", "tiny")
+    # Tests may run as root, whom nothing but a read-only file system keeps from writing.
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    stored = ["tiny", "--repository", models]
+    said = "can't be written to: it is read-only, or another user's"
+    assert failure("profile", *stored) == f"tome-server: {models}/tiny {said}"
+    for command in ("evaluate", "tune"):
+        assert failure(command, *stored, "--data", photos) == f"tome-server: {models}/tiny {said}"
+    assert failure("fit-head", *stored, "--data", photos) == f"tome-server: {models} {said}"
+    assert failure("add", "bundled:fashion", "--to", models) == f"tome-server: {models} {said}"
 
 
 def test_a_faulty_model_is_listed_apart(

@@ -36,7 +36,7 @@ def check_architecture(architecture: str) -> None:
     name, known = architecture.split(".")[0], architectures()
     if not known or name in known:
         return
-    close = difflib.get_close_matches(name, sorted(known), _SUGGESTED)
-    close = close or sorted(other for other in known if name and other.startswith(name))[:_SUGGESTED]
+    longer = [other for other in sorted(known) if name and other.startswith(name)]
+    close = longer[:_SUGGESTED] or difflib.get_close_matches(name, sorted(known), _SUGGESTED)
     hint = f"did you mean {' or '.join(close)}?" if close else "tome-server models supported lists those there are"
     raise ModelLoadError(f"timm has no model named {architecture!r}; {hint}")

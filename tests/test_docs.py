@@ -1,0 +1,47 @@
+"""The Python that README.md and docs/ print does what they say, as it is printed."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Without its own extra for gRPC, which wants a grpcio of its own choice, it warns.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Of a load test, which takes as long as it says.
+SHORTER = {"duration=10,": "duration=1,", "warmup=2,": "warmup=0,"}
+
+
+def snippets(page: Path) -> list[tuple[int, str]]:
+    """The blocks of Python on a page, each with the line that it begins on."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text[: block.start(1)].count("\n") + 1, block[1]) for block in found]
+
+
+def test_there_are_snippets() -> None:
+    assert sum(len(snippets(page)) for page in PAGES) >= 8
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
+def test_a_pages_python_runs(
+    page: Path, server: Any, samples: dict[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of one page run one after the other, as its reader would type them; files are where the page has them."""
+    for folder in ("server", "benchmarks"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    for sample in samples:
+        (tmp_path / sample.name).symlink_to(sample)
+    (tmp_path / "cloth.jpg").symlink_to(next(iter(samples)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(page)])
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for line, code in snippets(page):
+        for printed, meant in {"localhost:8500": server.target, **SHORTER}.items():
+            code = code.replace(printed, meant)
+        # So that a traceback names the page and its line.
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
