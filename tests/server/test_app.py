@@ -21,6 +21,10 @@ from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rest.wire import INFER, JSON_LENGTH, ask
 from rpc.wire import connected, device_held, refusal, refusal_in, refusal_of, scrape, until
+from safetensors.torch import save_file
+
+import tome_server.timm_import  # noqa: F401  isort: skip
+import timm
 
 from tome_api.v1 import inference_pb2 as pb
 
