@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_va
 
 from tome_server.models.own import OwnConfig
 from tome_server.nearest import meant
-from tome_server.settings import Count, Duration, Policy, Size, SizeOrNone, Strict, read_settings
+from tome_server.settings import BatchSize, Count, Duration, Policy, Size, SizeOrNone, Strict, read_settings
 
 
 def parse_address(value: object) -> object:
@@ -65,7 +65,7 @@ class ModelConfig(OwnConfig, _Source):
 class BatchingConfig(Strict):
     """How requests wait."""
 
-    max_batch: Count = 8
+    max_batch: BatchSize = 8
     """Images in a batch."""
     max_delay: Duration = 0.0
     """How long an idle device waits for batch-mates. 0 starts at once; batches still form while the device is busy."""

@@ -66,6 +66,8 @@ def parse_size(value: object) -> object:
 
 
 Count = Annotated[int, Field(ge=1, strict=True)]
+# More than any device gains by, and less than a mistyped number that would take all of its memory.
+BatchSize = Annotated[int, Field(ge=1, le=4096, strict=True)]
 # What may be written, for the JSON Schema; the functions decide.
 _DurationText = Annotated[str, Field(pattern=rf"^\s*(?:{durations.PATTERN})\s*$")]
 _SizeText = Annotated[str, Field(pattern=r"^\s*[0-9]+\s*(KiB|MiB|GiB)\s*$")]

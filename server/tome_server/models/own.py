@@ -5,13 +5,13 @@ from typing import Annotated
 from pydantic import Field
 
 from tome_server.models.spec import DtypeSetting
-from tome_server.settings import Budget, Count, Duration, Policy, Size, Strict
+from tome_server.settings import BatchSize, Budget, Count, Duration, Policy, Size, Strict
 
 
 class OwnBatching(Strict):
     """How its requests wait; what is left out is as the server's `batching` says."""
 
-    max_batch: Count | None = None
+    max_batch: BatchSize | None = None
     """Images of this model in a batch."""
     max_delay: Duration | None = None
     """How long an idle device waits for batch-mates of one of its requests."""

@@ -272,8 +272,8 @@ def read_folder(folder: Path, name: str, version: int | None = None) -> ModelSpe
 def _with_version_1(model: Path, draft: Path, version: str, both: Path) -> None:
     """Give a model that has no versions two: what it is, as version 1, and `draft`. `both` is a place to do it in.
 
-    The model's folder is exchanged as a whole: a scan finds the old one or the new one, and none for the instant between
-    two renames. If the second rename fails, the first is undone.
+    The model's folder is exchanged as a whole: a scan finds the old one or the new one, but none between two renames.
+    If the second fails, the first is undone.
     """
     both.mkdir()
     draft.rename(both / version)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tome_server.errors import ConfigError
 from tome_server.rpc.files import state
+from tome_server.text_file import read_text
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,11 @@ def _read(path: Path) -> list[bytes]:
     Raises ConfigError, which doesn't repeat them either.
     """
     digests = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+    try:
+        text = read_text(path)
+    except ValueError as error:
+        raise ConfigError(f"auth.tokens: {path}: {error}") from error
+    for number, line in enumerate(text.splitlines(), 1):
         token = line.strip()
         if not token or token.startswith("#"):
             continue

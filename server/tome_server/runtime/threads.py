@@ -32,7 +32,7 @@ def choose_threads(models: Sequence[tuple[ModelSpec, int]], folder: Path | None 
     most = available_cpus()
     torch.set_num_threads(most)
     if most == 1:
-        log.info("1 CPU thread, for this is the only CPU")
+        log.info("using 1 CPU thread: this is the only CPU")
         return 1
     parts = [speed_key(spec, CPU, most, max_batch) | {"dtype": spec.dtype} for spec, max_batch in models]
     shipped = models[0][0].profiles if len(models) == 1 else None
@@ -52,7 +52,7 @@ def choose_threads(models: Sequence[tuple[ModelSpec, int]], folder: Path | None 
     gain = gains.recall(f"{most} threads", measure)
     threads = most if gain > 1 else 1
     torch.set_num_threads(threads)
-    log.info("%d CPU threads: %d are %.2f times as fast as one", threads, most, gain)
+    log.info("using %d CPU thread%s (%d ran %.2f times as fast as one)", threads, "s" * (threads > 1), most, gain)
     return threads
 
 

@@ -319,6 +319,7 @@ ODD: dict[str, Spoil] = {
     "a budget of nothing": config(default_budget="0s"),
     "a negative budget": config(default_budget=-1),
     "a batch of none": config(batching={"max_batch": 0}),
+    "a batch of more than memory": config(batching={"max_batch": HUGE}),
     "a type of nothing": config(dtype="int4"),
     # Versions
     "a version of zero": versioned("0"),

@@ -137,7 +137,8 @@ def test_the_thread_count_that_runs_faster_is_set_and_stays_however_busy_the_mac
     best: int,
 ) -> None:
     caplog.set_level(logging.INFO)
-    models, said = [(tiny(tmp_path), 4)], f"{best} CPU threads: 2 are {one / two:.2f} times as fast as one"
+    models, used = [(tiny(tmp_path), 4)], "1 CPU thread" if best == 1 else "2 CPU threads"
+    said = f"using {used} (2 ran {one / two:.2f} times as fast as one)"
     folder = tmp_path / "kept"
     assert machine(2, (one, two)) == []
     assert choose_threads(models, folder) == torch.get_num_threads() == best
