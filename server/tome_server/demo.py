@@ -281,6 +281,7 @@ def _print(
     for name, value in counters.items():
         print(f"  {name:<28}{value:>18,.0f}")
     if agree:
-        print("They agree with the replies: it works. For a server of your own: tome-server serve")
+        command = sys.argv[0] if sys.argv[0].endswith("tome-server") else "tome-server"
+        print(f"They agree with the replies: it works. For a server of your own: {command} serve")
     else:
         print("They do NOT agree with the replies.")
