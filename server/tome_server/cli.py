@@ -189,7 +189,8 @@ def _servable(args: argparse.Namespace) -> "ServerConfig":
     from tome_server.hosting import find_models
 
     config = _config(args)
-    find_models(config)
+    for name, fault in find_models(config).faults.items():
+        print(f"tome-server: {name} can't be loaded: {fault}", file=sys.stderr)
     return config
 
 

@@ -92,7 +92,7 @@ class Hosting:
         """
         async with self._changing:
             try:
-                wanted = await asyncio.to_thread(find_models, self._config)
+                wanted = await asyncio.to_thread(find_models, self._config, strict=False)
             except ConfigError as error:
                 log.error("models stay as they are: %s", error)  # noqa: TRY400  (in words for the operator)
                 return
@@ -317,19 +317,26 @@ def _files(spec: ModelSpec) -> Iterator[Path]:
     return (path for path in paths if path and path.is_file())
 
 
-def find_models(config: ServerConfig) -> Wanted:
+def find_models(config: ServerConfig, *, strict: bool = True) -> Wanted:
     """Return what to load: the configured models, then those of the repository in order of name.
 
     Faults are found as far as that goes without torch, whose import takes seconds. Raises ConfigError or ModelLoadError
-    for a fault of a configured model, if two have one name, if the repository can't be read, and if there is nothing
-    to load.
+    for a fault of a configured model if `strict`, if two have one name, if the repository can't be read, and if there
+    is nothing to load.
     """
-    specs = [_checked(_spec(model), config) for model in config.models]
-    names = [spec.name for spec in specs]
+    names = [_name(model) for model in config.models]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"two models are named {name!r}; give one another `name`")
+    specs: list[ModelSpec] = []
     faults: dict[str, ConfigError] = {}
+    for name, model in zip(names, config.models, strict=True):
+        try:
+            specs.append(_checked(_spec(model), config))
+        except (ConfigError, ModelLoadError) as error:
+            if strict:
+                raise
+            faults[name] = ConfigError(str(error))
     if config.repository:
         contents = Repository(config.repository).scan()
         if not contents.specs and not contents.faults:
@@ -368,6 +375,10 @@ def _checked(spec: ModelSpec, config: ServerConfig) -> ModelSpec:
 _OWN = {"policy", "batching", "limits", "default_min_r", "default_max_r", "default_min_quality"}
 
 
+def _name(model: ModelConfig) -> str:
+    return model.name or model.source.removeprefix(BUNDLED_PREFIX).split(".")[0]
+
+
 def _spec(model: ModelConfig) -> ModelSpec:
     settings = model.model_dump(exclude_unset=True, exclude={"source"})
     given = {name: value for name, value in settings.items() if name not in _OWN} | {"own": Own.of(settings)}
@@ -379,4 +390,4 @@ def _spec(model: ModelConfig) -> ModelSpec:
         return ModelSpec(**{**spec.__dict__, **given})
     if model.quality and model.dtype == "auto":
         given = qualities(model.quality, "auto") | given
-    return ModelSpec(architecture=model.source, **{"name": model.source.split(".")[0], **given})
+    return ModelSpec(architecture=model.source, **{"name": _name(model), **given})

@@ -185,3 +185,22 @@ def test_a_model_of_the_repository_that_has_a_configured_ones_name_is_left_out(n
     assert {name: str(fault) for name, fault in wanted.faults.items()} == {
         name: f"two models are named '{name}'; give the configured one another `name`"
     }
+
+
+async def test_a_configured_model_that_is_faulty_by_now_keeps_no_other_from_being_refreshed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models, weights = tmp_path / "models", tmp_path / "weights.safetensors"
+    shutil.copytree(BUNDLED / "fashion", models / "cats")
+    named = {"source": "vit_tiny_patch16_224", "name": "named", "checkpoint": weights}
+    config = ServerConfig.model_validate({"repository": models, "models": [named]})
+    with pytest.raises(ConfigError, match=f"^checkpoint {weights} is no file$"):
+        find_models(config)
+    wanted = find_models(config, strict=False)
+    assert [spec.name for spec in wanted.specs] == ["cats"]
+    assert {name: str(fault) for name, fault in wanted.faults.items()} == {"named": f"checkpoint {weights} is no file"}
+    engine = Engine(OddDevice(), Metrics(), max_delay=0.0, max_pending=1, reply_margin=0.0, decode_threads=1, names=[])
+    await Hosting(OddDevice(), engine, config).refresh()
+    engine.close()
+    assert f"named isn't loaded: checkpoint {weights} is no file" in caplog.messages
+    assert any(message.startswith("cats isn't loaded: ") for message in caplog.messages)
