@@ -443,7 +443,7 @@ def _add_model_flags(command: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML settings; flags override them")
     parser.add_argument("--model", metavar="SOURCE", help="bundled:fashion (default), or timm's name of a model")
     parser.add_argument("--repository", type=Path, metavar="DIR", help="folder of models, each in a folder of its own")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="local weights, .safetensors or .pth")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="local weights, .safetensors, .pth or .onnx")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="class names, one a line")
     parser.add_argument(
         "--quality", type=Path, metavar="FILE", help="what tome-server evaluate wrote: what each r is worth"

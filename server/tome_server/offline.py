@@ -14,7 +14,7 @@ from tome_server.errors import ConfigError
 from tome_server.hosting import model_specs
 from tome_server.models.datasets import load_labelled
 from tome_server.models.loaded import LoadedModel, with_schedules
-from tome_server.models.loading import load, stored_schedules
+from tome_server.models.loading import load, outline, stored_schedules
 from tome_server.models.spec import ModelSpec
 from tome_server.runtime.choose_device import choose_device
 from tome_server.runtime.choose_dtype import load_chosen
@@ -128,7 +128,8 @@ def profile_model(
     Returns the model's name, what the profile holds for, the profile, and where it is kept: None if it can't be, which
     is logged. Raises ConfigError or ModelLoadError, in words for the operator.
     """
-    specs = [stored] if stored else model_specs(config)
+    # As the server does, or what is measured of them would be kept under another key.
+    specs = [outline(spec).spec for spec in ([stored] if stored else model_specs(config))]
     spec, device = specs[0], choose_device(config.device)
     most = {spec.name: spec.own.max_batch or config.batching.max_batch for spec in specs}
     torch.set_num_threads(config.threads or available_cpus())

@@ -399,6 +399,7 @@ def test_what_cannot_be_added_leaves_nothing(
         ([ARCHITECTURE, *flags, "--weights", backbone, "--data", "/gone"], "/gone does not exist"),
         ([ARCHITECTURE, *flags, "--weights", backbone, "--data", photos], "has no classifier to measure"),
         ([ARCHITECTURE, *flags, "--weights", backbone, "--input", "{crop: 1}"], "crop is none of input_size"),
+        (["beit_base_patch16_224", "--to", models], "beit_base_patch16_224 can't be merged"),  # nor is it downloaded
         (["bundled:nothing", "--to", models], "no bundled model is named 'nothing'"),
         (["bundled:fashion", "--to", models, "--labels", "x"], "bundled:fashion is complete as it is"),
     ]

@@ -78,14 +78,16 @@ def prepare(recipe: Recipe, name: str, folder: Path) -> Prepared:
         shutil.copytree(BUNDLED / spec.name, folder, dirs_exist_ok=True)
         return _proved(folder, name)
     left_out: tuple[str, ...] = ()
-    licensed, kwargs = recipe.license, dict(recipe.kwargs)
+    licensed = recipe.license
+    # What is wrong with it is said before weights are read or downloaded, as far as that goes.
+    spec = outline(
+        ModelSpec(name=name, architecture=recipe.source, kwargs=dict(recipe.kwargs), checkpoint=recipe.weights)
+    ).spec
+    model = create(spec)
     if recipe.weights is None:
-        model = create(ModelSpec(name=name, architecture=recipe.source, kwargs=kwargs))
         licensed = licensed or str((getattr(model, "pretrained_cfg", None) or {}).get("license") or "")
     else:
         weights = read_weights(recipe.weights)
-        spec = outline(ModelSpec(name=name, architecture=recipe.source, kwargs=kwargs, checkpoint=recipe.weights)).spec
-        kwargs, model = dict(spec.kwargs), create(spec)
         put_weights(model, fitted(weights, model), recipe.weights, recipe.source)
         left_out = weights.left_out
     if recipe.labels:
@@ -95,7 +97,7 @@ def prepare(recipe: Recipe, name: str, folder: Path) -> Prepared:
             raise ModelLoadError(f"labels {recipe.labels} can't be read: {error.strerror}") from error
     config = {
         "architecture": recipe.source,
-        "kwargs": kwargs,
+        "kwargs": dict(spec.kwargs),
         "data": dict(recipe.data),
         "default_budget": None if recipe.default_budget is None else duration_text(recipe.default_budget),
         "license": licensed,

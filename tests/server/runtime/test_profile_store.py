@@ -433,7 +433,7 @@ def test_a_folder_that_cannot_be_read_does_not_stop_a_server(
         raise PermissionError(13, "Permission denied")
 
     caplog.set_level(logging.INFO)
-    for name in ("glob", "read_text", "mkdir"):
+    for name in ("glob", "read_bytes", "mkdir"):
         monkeypatch.setattr(Path, name, denied)
     assert obtain(model, tmp_path).max_batch == 2
     assert "can't be read: Permission denied" in caplog.messages[0]
