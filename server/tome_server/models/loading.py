@@ -86,8 +86,8 @@ def _load(spec: ModelSpec, device: torch.device, limits: Limits, recall: Recall)
     _check_equal(plain, merged, settings, device)
     # Only now, for the rounding of lesser types would hide what the check looks for.
     merged = merged.to(getattr(torch, spec.dtype))
-    _check_finite(merged.model, f"{spec.checkpoint or spec.architecture} in {spec.dtype}")
     if spec.dtype != "float32":
+        _check_finite(merged.model, f"{spec.checkpoint or spec.architecture} in {spec.dtype}")
         merged, gain = _packed(merged, recall)
     quality, schedules = _quality(spec)
     loaded = loaded_model(
@@ -157,8 +157,8 @@ def _outline(spec: ModelSpec) -> Outline:
         check_supported(model)
     except UnsupportedModelError as error:
         raise ModelLoadError(f"{spec.architecture} can't be merged: {error}") from error
-    if weights is not None:
-        _check_fit(model, _without_values(weights, model), weights.path, spec.architecture)
+    if weights is not None and (tensors := _without_values(weights, model)):
+        _check_fit(model, tensors, weights.path, spec.architecture)
     _labels(spec, model)
     settings = _settings(spec, model)
     patches = math.prod(patch_grid(model, *settings.input_size[1:]))
@@ -172,10 +172,13 @@ def _outline(spec: ModelSpec) -> Outline:
         raise ModelLoadError(f"{spec.name} fails on an input of {list(settings.input_size)}: {error}") from error
 
 
-def _without_values(weights: Imported, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what `fitted` does, without values."""
+def _without_values(weights: Imported, model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """Return what `fitted` does, without values; None where timm needs them to convert it."""
     outlined = {name: tensor.to("meta") for name, tensor in weights.tensors.items()}
-    return fitted(replace(weights, tensors=outlined), model)
+    try:
+        return fitted(replace(weights, tensors=outlined), model)
+    except ModelLoadError:
+        return None
 
 
 def _packed(merged: MergedModel, recall: Recall) -> tuple[MergedModel, float | None]:

@@ -460,3 +460,12 @@ def test_little_agreement_with_float32_is_said(
         caplog.clear()
         load(replace(spec, dtype="bfloat16", quality=report), CPU)
         assert ("agrees with float32 on only 99.00 %" in caplog.text) == said
+
+
+def test_weights_beyond_what_a_lesser_type_holds_are_named(spec: ModelSpec, tiny: nn.Module, tmp_path: Path) -> None:
+    weights = tiny.state_dict() | {"head.bias": torch.full((7,), 1e6)}
+    checkpoint = tmp_path / "large.safetensors"
+    save_file(weights, checkpoint)
+    load(replace(spec, checkpoint=checkpoint), CPU)
+    said = refusal(replace(spec, checkpoint=checkpoint, dtype="float16"))
+    assert said == f"{checkpoint} in float16: head.bias holds infinity; such weights give no answer"
