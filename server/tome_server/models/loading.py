@@ -159,7 +159,8 @@ def _outline(spec: ModelSpec) -> Outline:
         raise ModelLoadError(f"{spec.architecture} can't be merged: {error}") from error
     if weights is not None and (tensors := _without_values(weights, model)):
         _check_fit(model, tensors, weights.path, spec.architecture)
-    _labels(spec, model)
+    if spec.labels is None or not spec.labels.is_fifo():  # a pipe, as of `<(command)`, can be read but once
+        _labels(spec, model)
     settings = _settings(spec, model)
     patches = math.prod(patch_grid(model, *settings.input_size[1:]))
     if not 0 < patches <= MOST_PATCHES:
