@@ -109,6 +109,8 @@ def test_a_proxy_of_the_environment_is_not_asked_for_what_is_on_this_machine(
 ) -> None:
     assert report["rows"]
     assert not proxy.asked
+
+
 STUB = """#!{python}
 import json, pathlib, sys, time
 print(json.dumps({{"level": "info", "event": "measuring how fast fashion is"}}), file=sys.stderr, flush=True)
