@@ -161,7 +161,7 @@ def test_a_repository_is_served_beside_the_models_that_are_named(monkeypatch: py
         (["--max-batch", "0"], "--max-batch: must be at least 1"),
         (["--max-pending", "-1"], "--max-pending: must be at least 1"),
         (["--threads", "0"], "--threads: must be at least 1"),
-        (["--default-budget", "0s"], "--default-budget: must be above 0"),
+        (["--default-budget", "0s"], "--default-budget: '0s' must be above 0; write for example 50ms, 1.5s or 2m"),
         (["--default-budget", "8h"], "--default-budget: '8h' is not a duration; write for example 50ms, 1.5s or 2m"),
         (["--profile-time", "0s"], "--profile-time: must be above 0"),
         (["--default-budget", "200"], "--default-budget: 200 needs a unit: 200ms or 200s"),
