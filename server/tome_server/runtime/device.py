@@ -157,10 +157,11 @@ class Device:
     async def close(self) -> None:
         """End the process, after the batch that it runs."""
         self._hang_up()
-        try:
-            await asyncio.to_thread(self._process.wait, PATIENCE)
-        except subprocess.TimeoutExpired:
-            await self.kill()
+        # In one system call: Popen's own limit of time is kept by short sleeps, which a clock that is set can break.
+        ended = asyncio.ensure_future(asyncio.to_thread(self._process.wait))
+        if not (await asyncio.wait({ended}, timeout=PATIENCE))[0]:
+            self._process.kill()
+            await ended
 
     async def kill(self) -> None:
         """End the process, whatever it does."""
