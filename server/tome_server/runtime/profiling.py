@@ -17,16 +17,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tome_server.models.loaded import LoadedModel
+from tome_server.runtime.cpu_load import LoadMeter
 from tome_server.runtime.executor import run_batch
 from tome_server.runtime.work import BatchResult, Work
+from tome_server.scheduling.measured import LEAST_ROUNDS, Measured
 from tome_server.scheduling.profile import Profile
 
 log = logging.getLogger(__name__)
 
 # Beyond these, further rounds change little.
 MOST_ROUNDS = 15
-# Fewer can't tell a stall from what a batch takes.
-LEAST_ROUNDS = 3
 PROMISE = 0.95
 # The 95th percentile is at least so many medians: what a few rounds, or a machine at rest, show too little of.
 LEAST_SPREAD = 1.05
@@ -59,6 +59,10 @@ class _Kind:
     packed: bool = True
 
 
+# One image as the model is without merging.
+_ALONE = _Kind((0,))
+
+
 class _Timing(NamedTuple):
     kind: _Kind
     seconds: float
@@ -87,15 +91,19 @@ def measure(
     budget: float,
     progress: bool = False,
     run: Run = run_batch,
+    stop: threading.Event | None = None,
 ) -> Profile:
     """Time batches of `model` of the sizes that `batch_sizes` gives, at each r of its grid.
 
-    Takes about `budget` seconds: less once more would change little, up to twice as many for three rounds of all. Where
-    those would take longer, it times fewer batches and interpolates between them, in proportion to the operations; at
-    the least the four corners, once, however long they take.
-    Blocks; runs in a thread of its own, with as many torch threads as were set last. Raises what the model raises.
+    Takes at most `budget` seconds and what is left of the batch that runs then; less once more would change little.
+    Where that isn't enough for three rounds of all, it times fewer batches and interpolates between them, in proportion
+    to the operations. At the least it times one image at both ends of the grid, however long that takes; where there is
+    no time for larger batches, each is taken to cost as many times one image. What the profile says of how it was
+    `measured` tells.
+    Blocks; runs in a thread of its own, with as many torch threads as were set last. Raises what the model raises, and
+    InterruptedError at the next batch once `stop` is set.
     """
-    stop = threading.Event()
+    stop = stop or threading.Event()
     with ThreadPoolExecutor(1, thread_name_prefix="profile") as thread:
         try:
             return thread.submit(_measure, model, device, max_batch, budget, progress, run, stop).result()
@@ -135,7 +143,59 @@ def _measure(
     run: Run,
     stop: threading.Event,
 ) -> Profile:
-    began = time.perf_counter()
+    load, end = LoadMeter(), time.perf_counter() + budget
+    began = end - budget
+
+    def left() -> float:
+        return end - time.perf_counter()
+
+    timed = _timer(model, device, run, stop)
+    one = timed(_ALONE)
+    for _ in range(3):
+        if left() > 0:
+            one = min(one, timed(_ALONE))
+    parts = _parts(_plan(model, max_batch, lambda kind: one * _share(model, kind.rs), budget), max_batch)
+    kinds, least = list(dict.fromkeys(kind for part in parts for kind in part.kinds)), parts[0].kinds
+    timings = list[_Timing]()
+    with tqdm(total=(1 + MOST_ROUNDS) * len(kinds), unit="batch", disable=not progress) as bar:
+
+        def once(kind: _Kind) -> _Timing:
+            bar.update()
+            return _Timing(kind, timed(kind))
+
+        # What is needed most comes first, since time may be up before the first round is over.
+        for kind in kinds:
+            if left() > 0:
+                once(kind)  # kernels are made at first use
+            if left() > 0 or kind in least:
+                timings.append(once(kind))
+            else:
+                break
+        plan = _affordable(parts, dict(timings), left())
+        kinds = [kind for kind in kinds if kind in plan.kinds]
+        order, rounds = random.Random(0), 1
+        took = sum(seconds for kind, seconds in timings if kind in kinds)
+        while rounds < MOST_ROUNDS and left() > (took if rounds >= LEAST_ROUNDS else 0):
+            bar.total = bar.n + min(MOST_ROUNDS - rounds, max(1, int(left() / took))) * len(kinds)
+            # There and back again, so that a machine that slows down meanwhile wrongs none; and each time among others,
+            # since it is against its neighbours that a batch is judged.
+            if rounds % 2 == 1:
+                kinds.reverse()
+            else:
+                order.shuffle(kinds)
+            started, before = time.perf_counter(), len(timings)
+            timings += (once(kind) for kind in kinds if left() > 0)
+            if len(timings) - before < len(kinds):
+                break
+            took, rounds = time.perf_counter() - started, rounds + 1
+        bar.total = bar.n
+    seconds = time.perf_counter() - began
+    log.info("timed %d rounds of %d kinds of batch of %s in %.1f s", rounds, len(kinds), model.name, seconds)
+    return _profile(model, max_batch, plan, [each for each in timings if each.kind in kinds], rounds, load.share())
+
+
+def _timer(model: LoadedModel, device: torch.device, run: Run, stop: threading.Event) -> Callable[[_Kind], float]:
+    """Return a function that runs a batch and returns the seconds it took. Raises InterruptedError if `stop` is set."""
     image = torch.randint(256, model.preprocess.settings.input_size, dtype=torch.uint8)
     work = Work(image, top_k=min(5, model.num_classes))
 
@@ -145,44 +205,11 @@ def _measure(
         rs = kind.rs[0] if len(set(kind.rs)) == 1 else kind.rs
         return run(model, [work] * len(kind.rs), rs, device, packed=kind.packed).seconds
 
-    timed(_Kind((0,)))
-    one = min(timed(_Kind((0,))) for _ in range(3))
-    plan = _plan(model, max_batch, lambda kind: one * _share(model, kind.rs), budget)
-    kinds, timings = plan.kinds, list[_Timing]()
-    with tqdm(total=(1 + MOST_ROUNDS) * len(kinds), unit="batch", disable=not progress) as bar:
-
-        def once(kind: _Kind) -> _Timing:
-            bar.update()
-            return _Timing(kind, timed(kind))
-
-        started = time.perf_counter()
-        for kind in kinds:
-            once(kind)
-        took = time.perf_counter() - started
-        least = LEAST_ROUNDS if LEAST_ROUNDS * took <= 2 * budget else 1
-        order, rounds = random.Random(0), 0
-        while rounds < MOST_ROUNDS and (rounds < least or time.perf_counter() - began + took <= budget):
-            # There and back again, so that a machine that slows down meanwhile wrongs none; and each time among others,
-            # since it is against its neighbours that a batch is judged.
-            if rounds % 2 == 0:
-                order.shuffle(kinds)
-            else:
-                kinds.reverse()
-            started = time.perf_counter()
-            timings += map(once, kinds)
-            took, rounds = time.perf_counter() - started, rounds + 1
-            left = int(max(0.0, budget - (time.perf_counter() - began)) / took)
-            bar.total = (1 + min(rounds + left, MOST_ROUNDS)) * len(kinds)
-    seconds = time.perf_counter() - began
-    log.info("timed %d rounds of %d kinds of batch of %s in %.1f s", rounds, len(kinds), model.name, seconds)
-    return _profile(model, max_batch, plan, timings)
+    return timed
 
 
 def _plan(model: LoadedModel, max_batch: int, cost: Callable[[_Kind], float], budget: float) -> _Plan:
-    """Return the most complete plan for which `budget` seconds should do.
-
-    `cost` makes large batches dearer than they are, so the least rounds' time will about do for warming up too.
-    """
+    """Return the most complete plan for which `budget` seconds should do, a round to warm up included."""
     sizes, rs = _sizes(model, max_batch), tuple(level.r for level in model.grid)
     ends = tuple(sorted({1, max_batch}))
     halves, four = _mixes(max_batch, rs)
@@ -193,9 +220,35 @@ def _plan(model: LoadedModel, max_batch: int, cost: Callable[[_Kind], float], bu
         _Plan(ends, _some(rs, 2), halves),
     ]
     for plan in plans[:-1]:
-        if LEAST_ROUNDS * sum(map(cost, plan.kinds)) <= budget:
+        if (1 + LEAST_ROUNDS) * sum(map(cost, plan.kinds)) <= budget:
             return plan
     return plans[-1]
+
+
+def _parts(plan: _Plan, max_batch: int) -> list[_Plan]:
+    """Return plans within `plan`, each a part of the next and the last all of it, for a machine that is too slow."""
+    ends, halves = tuple(sorted({1, max_batch})), plan.mixes[:1]
+    parts = [
+        _Plan((1,), _some(plan.rs, 2), ()),
+        _Plan(ends, _some(plan.rs, 2), ()),
+        _Plan(ends, _some(plan.rs, 2), halves),
+        _Plan(ends, _some(plan.rs, 3), halves),
+        _Plan(ends, plan.rs, halves),
+        plan,
+    ]
+    return list(dict.fromkeys(parts))
+
+
+def _affordable(parts: Sequence[_Plan], took: dict[_Kind, float], left: float) -> _Plan:
+    """Return the largest of `parts` that was timed once, and can be for the least rounds in the seconds that are left.
+
+    Where there is time for that with none, the least that says what a batch of several images costs.
+    """
+    timed = [part for part in parts if all(kind in took for kind in part.kinds)]
+    for part in reversed(timed[1:]):
+        if (LEAST_ROUNDS - 1) * sum(took[kind] for kind in part.kinds) <= left:
+            return part
+    return timed[:2][-1]
 
 
 def _sizes(model: LoadedModel, max_batch: int) -> tuple[int, ...]:
@@ -220,7 +273,9 @@ def _share(model: LoadedModel, rs: Sequence[int]) -> float:
     return sum(model.cost(r).merged for r in rs) / model.cost(0).merged
 
 
-def _profile(model: LoadedModel, max_batch: int, plan: _Plan, timings: Sequence[_Timing]) -> Profile:
+def _profile(
+    model: LoadedModel, max_batch: int, plan: _Plan, timings: Sequence[_Timing], rounds: int, load: float | None
+) -> Profile:
     """Return what the timings say: how kinds of batch compare, and how much the median and the 95th percentile are.
 
     The latter are taken from all of them together, since a few rounds show neither for each.
@@ -230,13 +285,17 @@ def _profile(model: LoadedModel, max_batch: int, plan: _Plan, timings: Sequence[
     measured = [[usual[_Kind((r,) * size)] for r in plan.rs] for size in plan.sizes]
     costs = [_share(model, (r,)) for r in reversed(plan.rs)]  # reversed, so that they rise
     every_r = [[_interpolate(_share(model, (r,)), costs, row[::-1]) for r in rs] for row in measured]
-    every_size = [[_interpolate(size, plan.sizes, column) for size in sizes] for column in _turned(every_r)]
+    known = plan.sizes
+    if extrapolated := known[-1] < max_batch:
+        known, every_r = (1, max_batch), [every_r[0], [max_batch * seconds for seconds in every_r[0]]]
+    every_size = [[_interpolate(size, known, column) for size in sizes] for column in _turned(every_r)]
     table = monotone(_turned(every_size))
     predicted = {_Kind((r,) * size): table[i][j] for i, size in enumerate(sizes) for j, r in enumerate(rs)}
     uniform = [timing for timing in timings if timing.kind in predicted]
     level = statistics.median(seconds / predicted[kind] for kind, seconds in uniform)
     scatter = sorted(seconds / usual[kind] for kind, seconds in uniform)
-    spread = max(LEAST_SPREAD, scatter[int(PROMISE * len(scatter))] / statistics.median(scatter))
+    scattered = scatter[int(PROMISE * len(scatter))] / statistics.median(scatter)
+    spread = max(LEAST_SPREAD, scattered)
     return Profile(
         sizes=sizes,
         rs=rs,
@@ -244,6 +303,7 @@ def _profile(model: LoadedModel, max_batch: int, plan: _Plan, timings: Sequence[
         p95=tuple(tuple(value * level * spread for value in row) for row in table),
         extra_group=_extra_group(plan, usual, predicted) * level,
         packed=sum(usual[_Kind(mix)] for mix in plan.mixes) <= sum(usual[_Kind(mix, False)] for mix in plan.mixes),
+        measured=Measured(rounds, load, scattered, extrapolated),
     )
 
 

@@ -4,8 +4,10 @@ import math
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
+
+from tome_server.scheduling.measured import Measured
 
 # Batches that say how fast the machine is now. Their median shrugs off stalls, and turns over within five batches when
 # the machine's speed really changes; a promise heeds the second slowest of them, and so changes within two.
@@ -41,6 +43,8 @@ class Profile:
     """What each further r in a packed batch adds to the mean of its members' uniform batches."""
     packed: bool = True
     """Whether members of several r run faster together than in one call for each r."""
+    measured: Measured | None = field(default=None, compare=False)
+    """How it was measured, where that was recorded."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for what no measurement gives."""
@@ -67,6 +71,11 @@ class Profile:
     def max_batch(self) -> int:
         """The largest batch measured."""
         return self.sizes[-1]
+
+    @property
+    def provisional(self) -> bool:
+        """Whether it was measured under circumstances that call for measuring it again."""
+        return self.measured is not None and self.measured.provisional
 
     def every_size(self, table: Sequence[Sequence[float]]) -> list[list[float]]:
         """Return `table` with a row for each size from 1 to the largest, interpolated; row 0 is of zeros."""
