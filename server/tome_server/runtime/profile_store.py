@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import secrets
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -20,7 +21,8 @@ from tome_server.merging import attention, native
 from tome_server.models.loaded import LoadedModel
 from tome_server.models.spec import weights_digest
 from tome_server.runtime.executor import run_batch
-from tome_server.runtime.profiling import Run, measure
+from tome_server.runtime.profiling import Run, load_of_single_images, measure
+from tome_server.scheduling.measured import MOST_LOAD, Measured
 from tome_server.scheduling.profile import Profile
 from tome_server.text_file import read_text
 
@@ -147,6 +149,10 @@ def profile_text(key: ProfileKey, profile: Profile) -> str:
         "extra_group_seconds": _short(profile.extra_group),
         "packed": profile.packed,
     }
+    if profile.measured:
+        measured = asdict(profile.measured)
+        shares = {name: None if measured[name] is None else _short(measured[name]) for name in ("load", "spread")}
+        parts["measured"] = measured | shares
     return "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(part)}" for name, part in parts.items()) + "\n}\n"
 
 
@@ -207,26 +213,80 @@ def obtain_profile(
 ) -> Profile:
     """Return the profile stored in `folder` (None: `default_folder`) or `shipped`, or measure one and store it.
 
-    `shipped` is a folder that came with the model, and is only read.
-    Blocks, for about `budget` seconds if it measures. A store that can't be used never stops a server: the log says
-    why it can't. Raises what the model raises.
+    `shipped` is a folder that came with the model, and is only read. Where what is stored is provisional, it is
+    measured again, and the better of the two is kept.
+    Blocks, for at most about `budget` seconds if it measures. A store that can't be used never stops a server: the log
+    says why it can't. Raises what the model raises.
     """
     key = profile_key(model, checkpoint, device, max_batch)
-    reasons = []
+    reasons, provisional = list[str](), list[tuple[Path, Profile]]()
     for place in (folder, shipped) if shipped and shipped.is_dir() else (folder,):
         try:
             path = _stored(place or default_folder(), model.name, key)
             profile = load_profile(path, key)
         except ProfileError as error:
             reasons.append(str(error))
-        else:
+            continue
+        if not profile.provisional:
             log.info("profile of %s read from %s: %s", model.name, path, _mixed(profile))
             return profile
+        reasons.append(f"{path} was {profile.measured}")
+        provisional.append((path, profile))
     log.info("measuring how fast %s is, for about %.0f s: %s", model.name, budget, "; ".join(reasons))
     profile = measure(model, device, max_batch=max_batch, budget=budget, run=run)
+    kept: Path | None = None
+    for path, stored in provisional:
+        if _is_better(stored, profile):
+            kept, profile = path, stored
+    if kept:
+        log.info("profile of %s read from %s: %s%s", model.name, kept, _mixed(profile), _doubts(profile))
+        return profile
     keep_profile(folder, model.name, key, profile)
-    log.info("profile of %s measured: %s", model.name, _mixed(profile))
+    log.info("profile of %s measured: %s%s", model.name, _mixed(profile), _doubts(profile))
     return profile
+
+
+def measure_again(
+    model: LoadedModel,
+    checkpoint: Path | None,
+    device: torch.device,
+    profile: Profile,
+    *,
+    max_batch: int,
+    budget: float,
+    folder: Path | None,
+    run: Run,
+    stop: threading.Event,
+) -> Profile | None:
+    """Return and store a better profile of a model than the provisional `profile`; None if there is none to be had now.
+
+    On a machine that is still about as busy as when `profile` was measured, that is found out by running single images
+    for a moment. Blocks, for at most about `budget` seconds. Raises InterruptedError once `stop` is set, and what the
+    model raises.
+    """
+    load = load_of_single_images(model, device, run=run, stop=stop)
+    before = profile.measured.load if profile.measured else None
+    if load is not None and before is not None and load > max(MOST_LOAD, before / 2):
+        log.debug("%s isn't measured again while %.0f%% of the time is spent waiting", model.name, 100 * load)
+        return None
+    found = measure(model, device, max_batch=max_batch, budget=budget, run=run, stop=stop)
+    if not _is_better(found, profile):
+        return None
+    keep_profile(folder, model.name, profile_key(model, checkpoint, device, max_batch), found)
+    log.info("profile of %s measured again while nothing else ran: %s%s", model.name, _mixed(found), _doubts(found))
+    return found
+
+
+def _is_better(profile: Profile, other: Profile) -> bool:
+    """Return whether a profile was measured under better circumstances than another; good if nothing is known."""
+    if profile.measured is None or other.measured is None:
+        return profile.measured is None
+    return profile.measured.better_than(other.measured)
+
+
+def _doubts(profile: Profile) -> str:
+    """Return what makes a profile provisional, as the end of a sentence; empty if nothing does."""
+    return f"; {profile.measured}; it will be measured again" if profile.provisional else ""
 
 
 def _mixed(profile: Profile) -> str:
@@ -291,10 +351,24 @@ def _profile(document: dict[str, Any], key: ProfileKey) -> Profile:
         p95=tuple(map(tuple, document["p95_seconds"])),
         extra_group=document["extra_group_seconds"],
         packed=packed,
+        measured=_measured(document.get("measured")),
     )
     if profile.max_batch != key.max_batch:
         raise ValueError(f"batch sizes end at {profile.max_batch}")
     return profile
+
+
+def _measured(part: dict[str, Any] | None) -> Measured | None:
+    """Return how a profile was measured, None where that isn't recorded: older versions didn't.
+
+    Raises KeyError, TypeError or ValueError if it is none.
+    """
+    if part is None:
+        return None
+    rounds, extrapolated = part["rounds"], part["extrapolated"]
+    if type(rounds) is not int or type(extrapolated) is not bool:
+        raise TypeError("rounds must be a whole number, and extrapolated true or false")
+    return Measured(rounds, part["load"], part["spread"], extrapolated)
 
 
 def _damaged(path: Path, error: Exception) -> ProfileError:
@@ -314,9 +388,9 @@ def _shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def _short(seconds: float) -> float:
+def _short(value: float) -> float:
     """Six significant digits: rounding keeps order, and nobody measures better."""
-    return float(f"{seconds:.6g}")
+    return float(f"{value:.6g}")
 
 
 def file_name(name: str) -> str:

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,10 +24,14 @@ from tome_server.runtime.work import BatchResult, Work
 from tome_server.scheduling.measured import LEAST_ROUNDS, Measured
 from tome_server.scheduling.profile import Profile
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
 # Beyond these, further rounds change little.
 MOST_ROUNDS = 15
+# Seconds for which single images show how busy the machine is.
+TRIAL = 0.5
 PROMISE = 0.95
 # The 95th percentile is at least so many medians: what a few rounds, or a machine at rest, show too little of.
 LEAST_SPREAD = 1.05
@@ -104,12 +109,15 @@ def measure(
     InterruptedError at the next batch once `stop` is set.
     """
     stop = stop or threading.Event()
-    with ThreadPoolExecutor(1, thread_name_prefix="profile") as thread:
-        try:
-            return thread.submit(_measure, model, device, max_batch, budget, progress, run, stop).result()
-        except BaseException:  # an interrupt, which only the waiting thread gets
-            stop.set()
-            raise
+    return _in_thread(partial(_measure, model, device, max_batch, budget, progress, run, stop), stop)
+
+
+def load_of_single_images(model: LoadedModel, device: torch.device, *, run: Run, stop: threading.Event) -> float | None:
+    """Return how busy the machine is: the share of the time that single images wait for a CPU in the next half second.
+
+    None where the kernel doesn't say. Blocks and raises as `measure` does.
+    """
+    return _in_thread(partial(_load, _timer(model, device, run, stop)), stop)
 
 
 def batch_sizes(max_batch: int, *, shared: bool = False) -> tuple[int, ...]:
@@ -132,6 +140,24 @@ def monotone(table: Sequence[Sequence[float]]) -> list[list[float]]:
     rows = [list(accumulate(row, min)) for row in table]
     columns = [list(accumulate(column[::-1], min))[::-1] for column in _turned(rows)]
     return _turned(columns)
+
+
+def _in_thread(call: Callable[[], T], stop: threading.Event) -> T:
+    """Return what `call` returns in a thread of its own."""
+    with ThreadPoolExecutor(1, thread_name_prefix="profile") as thread:
+        try:
+            return thread.submit(call).result()
+        except BaseException:  # an interrupt, which only the waiting thread gets
+            stop.set()
+            raise
+
+
+def _load(timed: Callable[[_Kind], float]) -> float | None:
+    load, end = LoadMeter(), time.perf_counter() + TRIAL
+    timed(_ALONE)
+    while time.perf_counter() < end:
+        timed(_ALONE)
+    return load.share()
 
 
 def _measure(

@@ -48,7 +48,8 @@ class Measured:
 
     @property
     def _rank(self) -> tuple[bool, float, bool, int]:
-        return self.provisional, self.load or 0.0, self.extrapolated, -self.rounds
+        # Loads that don't matter are all alike.
+        return self.provisional, max(self.load or 0.0, MOST_LOAD), self.extrapolated, -self.rounds
 
     def __str__(self) -> str:
         """Say what makes it provisional, in words for the operator; empty if nothing does."""

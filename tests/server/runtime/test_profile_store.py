@@ -3,6 +3,8 @@ import json
 import logging
 import os
 import stat
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from tome_server.merging import merge, pack
 from tome_server.models.loaded import LoadedModel, with_schedules
 from tome_server.runtime import profile_store
+from tome_server.runtime.executor import run_batch
 from tome_server.runtime.profile_store import (
     ProfileError,
     ProfileKey,
@@ -28,6 +31,7 @@ from tome_server.runtime.profile_store import (
     read_profile,
     save_profile,
 )
+from tome_server.scheduling.measured import Measured
 from tome_server.scheduling.profile import Profile
 
 CPU = torch.device("cpu")
@@ -39,6 +43,8 @@ PROFILE = Profile(
     extra_group=0.00123456789,
     packed=False,
 )
+GOOD = Measured(rounds=5, load=0.0123456789, spread=1.06)
+BUSY = Measured(rounds=5, load=0.374, spread=1.3)
 
 
 @pytest.fixture
@@ -86,6 +92,54 @@ def test_a_file_says_what_it_holds_and_in_which_unit(path: Path) -> None:
     assert document["batch_sizes"] == [1, 2, 4]
     assert document["p50_seconds"][0] == [0.0135123, 0.0121]
     assert document["extra_group_seconds"] == 0.00123457
+
+
+@pytest.mark.parametrize("measured", [GOOD, BUSY, replace(GOOD, load=None), Measured(1, 0.0, 1.0, extrapolated=True)])
+def test_how_a_profile_was_measured_is_stored_with_it(path: Path, key: ProfileKey, measured: Measured) -> None:
+    save_profile(path, key, replace(PROFILE, measured=measured))
+    read = load_profile(path, key).measured
+    assert read is not None
+    assert (read.rounds, read.extrapolated, read.provisional) == (
+        measured.rounds,
+        measured.extrapolated,
+        measured.provisional,
+    )
+    assert read.spread == pytest.approx(measured.spread, rel=1e-5)
+    assert read.load == (None if measured.load is None else pytest.approx(measured.load, rel=1e-5))
+    assert json.loads(path.read_text())["measured"].keys() == {"rounds", "load", "spread", "extrapolated"}
+
+
+def test_a_file_of_an_older_version_is_read_and_counts_as_good(path: Path, key: ProfileKey) -> None:
+    assert "measured" not in json.loads(path.read_text())
+    read = load_profile(path, key)
+    assert read.measured is None
+    assert not read.provisional
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("rounds", 2.5, "rounds must be a whole number"),
+        ("rounds", -1, "rounds can't be -1"),
+        ("load", 1.5, "load must lie in 0..1, not 1.5"),
+        ("load", "much", "not supported"),
+        ("spread", 0, "spread must be above 0"),
+        ("spread", None, "not supported"),
+        ("extrapolated", 1, "extrapolated true or false"),
+    ],
+)
+def test_what_does_not_say_how_it_was_measured_is_damaged(
+    path: Path, key: ProfileKey, name: str, value: Any, says: str
+) -> None:
+    save_profile(path, key, replace(PROFILE, measured=GOOD))
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {"measured": document["measured"] | {name: value}}))
+    with pytest.raises(ProfileError, match=f"{path} is damaged: .*{says}"):
+        load_profile(path, key)
+    del document["measured"][name]
+    path.write_text(json.dumps(document))
+    with pytest.raises(ProfileError, match=f"is damaged: '{name}' is missing"):
+        load_profile(path, key)
 
 
 def test_a_file_is_replaced_whole_and_nothing_else_is_left(path: Path, key: ProfileKey) -> None:
@@ -299,18 +353,32 @@ def test_a_processor_that_does_not_say_its_name_goes_by_its_kind(tmp_path: Path)
     assert profile_store._cpu_name(tmp_path / "cpuinfo") == "A Processor"
 
 
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Arguments of the measurements, which take no time."""
-    calls: list[dict[str, Any]] = []
+class Measure:
+    """Stands in for the measurement, which takes no time."""
 
-    def measure(model: LoadedModel, device: torch.device, **options: Any) -> Profile:
-        calls.append(options)
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        """arguments"""
+        self.measured: Measured | None = None
+        """what the next profile says of how it was measured"""
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.calls)
+
+    def __call__(self, model: LoadedModel, _: torch.device, **options: Any) -> Profile:
+        self.calls.append(options)
         rs = tuple(level.r for level in model.grid)
-        return Profile((1, 2), rs, ((0.01,) * len(rs),) * 2, ((0.02,) * len(rs),) * 2)
+        return Profile((1, 2), rs, ((0.01,) * len(rs),) * 2, ((0.02,) * len(rs),) * 2, measured=self.measured)
 
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Measure:
+    measure = Measure()
     monkeypatch.setattr(profile_store, "measure", measure)
-    return calls
+    return measure
 
 
 def obtain(model: LoadedModel, folder: Path | None, shipped: Path | None = None) -> Profile:
@@ -318,7 +386,7 @@ def obtain(model: LoadedModel, folder: Path | None, shipped: Path | None = None)
 
 
 def test_a_model_is_measured_once(
-    model: LoadedModel, tmp_path: Path, measured: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+    model: LoadedModel, tmp_path: Path, measured: Measure, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     folder = tmp_path / "deep" / "profiles"
@@ -335,8 +403,126 @@ def test_a_model_is_measured_once(
     assert caplog.messages == [f"profile of tiny read from {file}: batches of several r run packed"]
 
 
+def test_a_profile_measured_while_the_machine_was_busy_is_measured_again_at_the_next_start(
+    model: LoadedModel, tmp_path: Path, measured: Measure, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    measured.measured = BUSY
+    obtain(model, tmp_path)
+    assert caplog.messages[-1] == (
+        "profile of tiny measured: batches of several r run packed; measured while the machine was busy (37% of the "
+        "time waiting for a CPU); it will be measured again"
+    )
+    measured.measured = GOOD
+    assert obtain(model, tmp_path).measured == GOOD
+    [file] = tmp_path.iterdir()
+    assert caplog.messages[-2:] == [
+        f"measuring how fast tiny is, for about 3 s: {file} was measured while the machine was busy (37% of the time "
+        "waiting for a CPU)",
+        "profile of tiny measured: batches of several r run packed",
+    ]
+    assert not obtain(model, tmp_path).provisional
+    assert len(measured) == 2
+
+
+@pytest.mark.parametrize(
+    ("worse", "better"),
+    [
+        (BUSY, replace(BUSY, load=0.2)),
+        (replace(GOOD, rounds=1), replace(GOOD, rounds=2)),
+        (replace(GOOD, rounds=1, extrapolated=True), replace(GOOD, rounds=1)),
+    ],
+)
+def test_of_two_provisional_profiles_the_better_is_kept(
+    model: LoadedModel, tmp_path: Path, measured: Measure, caplog: pytest.LogCaptureFixture, worse: Measured,
+    better: Measured,
+) -> None:  # fmt: skip
+    caplog.set_level(logging.INFO)
+    for now, kept in ((worse, worse), (better, better), (worse, better)):
+        measured.measured = now
+        assert obtain(model, tmp_path).rs
+        [file] = tmp_path.iterdir()
+        read = load_profile(file, profile_key(model, None, CPU, 2)).measured
+        assert read is not None
+        assert (read.rounds, read.load) == (kept.rounds, pytest.approx(kept.load, rel=1e-5))
+    assert caplog.messages[-1].startswith(f"profile of tiny read from {file}: batches of several r run packed; meas")
+    assert caplog.messages[-1].endswith("; it will be measured again")
+
+
+def test_a_provisional_profile_that_came_with_the_model_is_measured_again_and_the_better_one_kept_beside(
+    model: LoadedModel, tmp_path: Path, measured: Measure
+) -> None:
+    own, shipped = tmp_path / "own", tmp_path / "shipped"
+    measured.measured = BUSY
+    obtain(model, shipped)
+    [file] = shipped.iterdir()
+    before = file.read_bytes()
+    measured.measured = GOOD
+    assert obtain(model, own, shipped).measured == GOOD
+    assert file.read_bytes() == before
+    assert len(list(own.iterdir())) == 1
+    assert not obtain(model, own, shipped).provisional
+    assert len(measured) == 2
+    # A good one that came with the model is as good as one of the own.
+    for name in own.iterdir():
+        name.rename(shipped / name.name)
+    measured.measured = BUSY
+    keep_profile(own, "tiny", profile_key(model, None, CPU, 2), measured(model, CPU))
+    assert not obtain(model, own, shipped).provisional
+
+
+class SingleImages:
+    """Stands in for the trial of single images that shows how busy the machine is."""
+
+    def __init__(self, load: float | None) -> None:
+        self.load = load
+
+    def __call__(self, *_: object, **__: object) -> float | None:
+        return self.load
+
+
+def again(model: LoadedModel, folder: Path, profile: Profile) -> Profile | None:
+    return profile_store.measure_again(
+        model, None, CPU, profile, max_batch=2, budget=3, folder=folder, run=run_batch, stop=threading.Event()
+    )
+
+
+def test_in_service_what_is_better_is_stored_and_returned(
+    model: LoadedModel, tmp_path: Path, measured: Measure, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(profile_store, "load_of_single_images", SingleImages(0.01))
+    measured.measured = BUSY
+    busy = obtain(model, tmp_path)
+    caplog.set_level(logging.INFO)
+    assert again(model, tmp_path, busy) is None
+    assert caplog.messages == []
+    measured.measured = GOOD
+    found = again(model, tmp_path, busy)
+    assert found is not None
+    assert not found.provisional
+    assert caplog.messages == ["profile of tiny measured again while nothing else ran: batches of several r run packed"]
+    assert not obtain(model, tmp_path).provisional
+    assert len(measured) == 3
+
+
+@pytest.mark.parametrize(
+    ("load", "before", "measures"),
+    [(0.05, 0.374, True), (0.18, 0.374, True), (0.2, 0.374, False), (0.2, 0.05, False), (0.05, 0.05, True),
+     (None, 0.374, True), (0.9, None, True)],
+)  # fmt: skip
+def test_in_service_nothing_is_measured_while_the_machine_is_busy(
+    model: LoadedModel, tmp_path: Path, measured: Measure, monkeypatch: pytest.MonkeyPatch, load: float | None,
+    before: float | None, measures: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(profile_store, "load_of_single_images", SingleImages(load))
+    measured.measured = Measured(1, before, 1.0)
+    again(model, tmp_path, measured(model, CPU))
+    assert len(measured) == 1 + measures
+
+
 def test_a_profile_that_came_with_the_model_is_read_and_never_written(
-    model: LoadedModel, tmp_path: Path, measured: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+    model: LoadedModel, tmp_path: Path, measured: Measure, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     own, shipped = tmp_path / "own", tmp_path / "shipped"
@@ -355,7 +541,7 @@ def test_a_profile_that_came_with_the_model_is_read_and_never_written(
 
 
 def test_a_profile_of_another_set_up_is_measured_again_and_what_differs_is_logged(
-    model: LoadedModel, tmp_path: Path, measured: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+    model: LoadedModel, tmp_path: Path, measured: Measure, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     profile = obtain(model, tmp_path)
@@ -376,7 +562,7 @@ def test_a_profile_of_another_set_up_is_measured_again_and_what_differs_is_logge
 
 
 def test_a_damaged_profile_is_measured_again_and_replaced(
-    model: LoadedModel, tmp_path: Path, measured: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+    model: LoadedModel, tmp_path: Path, measured: Measure, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     obtain(model, tmp_path)
@@ -391,7 +577,7 @@ def test_a_damaged_profile_is_measured_again_and_replaced(
 
 
 def test_a_folder_that_cannot_be_written_is_warned_of_and_the_profile_used(
-    model: LoadedModel, tmp_path: Path, measured: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+    model: LoadedModel, tmp_path: Path, measured: Measure, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()  # permissions would not stop root
     assert obtain(model, tmp_path / "file" / "profiles").max_batch == 2
@@ -404,7 +590,7 @@ def test_a_folder_that_cannot_be_written_is_warned_of_and_the_profile_used(
 def test_a_full_disk_is_warned_of_the_profile_used_and_nothing_left_behind(
     model: LoadedModel,
     tmp_path: Path,
-    measured: list[dict[str, Any]],
+    measured: Measure,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -425,7 +611,7 @@ def test_a_full_disk_is_warned_of_the_profile_used_and_nothing_left_behind(
 def test_a_folder_that_cannot_be_read_does_not_stop_a_server(
     model: LoadedModel,
     tmp_path: Path,
-    measured: list[dict[str, Any]],
+    measured: Measure,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -441,10 +627,7 @@ def test_a_folder_that_cannot_be_read_does_not_stop_a_server(
 
 
 def test_without_a_home_the_profile_is_used_and_the_log_says_it_is_not_kept(
-    model: LoadedModel,
-    measured: list[dict[str, Any]],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    model: LoadedModel, measured: Measure, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -456,7 +639,7 @@ def test_without_a_home_the_profile_is_used_and_the_log_says_it_is_not_kept(
 
 
 def test_without_a_folder_named_it_is_the_default_one(
-    model: LoadedModel, tmp_path: Path, measured: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, tmp_path: Path, measured: Measure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     obtain(model, None)
