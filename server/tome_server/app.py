@@ -18,6 +18,7 @@ from tome_server.hosting import Hosting, find_models
 from tome_server.observability.logs import Summary, log_request
 from tome_server.observability.metrics import Metrics
 from tome_server.oip.service import OpenInference
+from tome_server.remeasuring import remeasure
 from tome_server.rest.server import HttpServer
 from tome_server.rpc.server import RpcServer, RpcSettings
 from tome_server.rpc.tls import TlsFiles
@@ -82,6 +83,7 @@ async def serve(config: ServerConfig) -> int:
         loading = asyncio.create_task(hosting.start(wanted))
         _on_hangup(hosting.refresh)
         dispatching = asyncio.create_task(engine.run())
+        remeasuring = asyncio.create_task(remeasure(device, engine, config.profile_time))
         ends = [asyncio.create_task(stopping.ordered.wait()), asyncio.create_task(device.ended())]
         grace, status = min(config.drain_timeout, FAILED_TIMEOUT), 0
         try:
@@ -105,9 +107,10 @@ async def serve(config: ServerConfig) -> int:
             answered = [rpc.stop(grace)] + ([http.drain(grace)] if http else [])
             await asyncio.gather(*answered)
             dispatching.cancel()
+            remeasuring.cancel()
             for end in ends:
                 end.cancel()
-            await asyncio.gather(loading, dispatching, *ends, return_exceptions=True)
+            await asyncio.gather(loading, dispatching, remeasuring, *ends, return_exceptions=True)
         await device.close()
     log.info("stopped")
     return status

@@ -187,6 +187,7 @@ class Engine:
         self._pending = 0
         self._held: Counter[str] = Counter()
         self._released = asyncio.Event()
+        self._last_left = -math.inf
         self.metrics.pending_limit.set(self.max_pending)
 
     def model(self, name: str) -> Served:
@@ -203,6 +204,11 @@ class Engine:
         if name not in self.models:
             raise UnavailableError(f"model {name} is loading")
         return self.models[name]
+
+    @property
+    def idle_since(self) -> float:
+        """When the last request left the server; infinite while one is there."""
+        return math.inf if self._pending else self._last_left
 
     @property
     def default_name(self) -> str:
@@ -392,6 +398,7 @@ class Engine:
         finally:
             self._pending -= 1
             served.pending -= 1
+            self._last_left = _now()
             self.metrics.pending.set(self._pending)
             if slot is not None and not (job and job.taken):
                 slot.drop()

@@ -22,13 +22,11 @@ from tome_server.models.preprocess import Limits
 from tome_server.models.repository import Repository
 from tome_server.models.spec import BUNDLED_PREFIX, ModelSpec, Own, bundled_spec, qualities
 from tome_server.models.timm_names import check_architecture
+from tome_server.remeasuring import observed
 from tome_server.runtime.device import Device
 from tome_server.served import FIXED, ServedModel
 
 log = logging.getLogger(__name__)
-
-# Seconds for which empty images are run before a model is served, so that its first predictions are right.
-OBSERVED_FOR = 2.0
 
 
 @dataclass(frozen=True)
@@ -223,17 +221,11 @@ class Hosting:
                 log.info("warming up %s, for at most %.0f s", spec.name, seconds)
                 await self._device.warm(key, max_batch=max_batch, seconds=seconds)
             served: Served = ServedModel(model, profile, self._config.policy, key, spec.own)
-            await self._observed(served)
+            await observed(self._device, key, served.scheduler.latency)
         except Exception:
             await self._forget(key)
             raise
         return served
-
-    async def _observed(self, served: Served) -> None:
-        """Have a model's predictions start from what batches take now, and not when its profile was measured."""
-        latency, level, end = served.scheduler.latency, served.scheduler.latency.levels - 1, _now() + OBSERVED_FOR
-        while not latency.observed and _now() < end:
-            latency.observe([level], await self._device.probe(served.key, served.rs[level]))
 
     def _max_batch(self, spec: ModelSpec) -> int:
         return spec.own.max_batch or self._config.batching.max_batch
@@ -261,10 +253,6 @@ class Hosting:
         self._engine.metrics.retired(served.model.name)
         await self._forget(served.key)
         log.info("unloaded %s", served.model.name)
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 def _mib(size: int) -> str:

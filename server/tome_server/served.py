@@ -10,6 +10,7 @@ from tome_server.errors import ConfigError, InvalidRequestError
 from tome_server.models.hosted import HostedModel
 from tome_server.models.spec import Own
 from tome_server.scheduling.policy import policy_named
+from tome_server.scheduling.policy.view import Policy
 from tome_server.scheduling.profile import Latency, Profile
 from tome_server.scheduling.scheduler import Scheduler
 
@@ -47,33 +48,49 @@ class ServedModel(Generic[T]):
         self.model = model
         self.key = key or model.name
         """What the device calls it: what replaces a model under its name has another."""
-        self.profile = profile
         self.own = own
-        self.policy = policy = own.policy or policy
+        self.policy = own.policy or policy
         self.rs = profile.rs
         if model.relative_quality is None:
             log.warning("the quality of %s was never measured: see tome-server evaluate", model.name)
-        try:
-            decide = policy_named(policy, profile, model.assumed_quality)
-        except ValueError as error:
-            if own.policy:
-                raise own.fault(model.name, "policy", error) from error
-            raise ConfigError(f"policy, for model {model.name}: {error}") from error
-        self.scheduler: Scheduler[T] = Scheduler(Latency(profile), decide)
-        self.default_budget = model.default_budget or max(
-            LEAST_DEFAULT_BUDGET, IMAGES_IN_DEFAULT_BUDGET * profile.p95[0][0]
-        )
-        """Seconds that a request has which sets neither budget nor deadline; infinite for any number."""
+        self.scheduler: Scheduler[T] = Scheduler(Latency(profile), self._decided_by(profile))
+        self._predict_by(profile)
         self.pending = 0
         """Requests for it in the server, not answered yet."""
         self.waiting_since = -math.inf
         """When the first of those who wait came."""
         # What a fixed policy wouldn't do can't be promised either.
-        self._only = self.rs.index(int(policy.removeprefix(FIXED))) if policy.startswith(FIXED) else None
+        fixed = self.policy.startswith(FIXED)
+        self._only = self.rs.index(int(self.policy.removeprefix(FIXED))) if fixed else None
         try:
             self._default = self._allowed(None, own.default_min_r, own.default_max_r, own.default_min_quality)
         except InvalidRequestError as error:
             raise own.fault(model.name, f"default_{error.field}", error.description) from error
+
+    def adopt(self, profile: Profile, latency: Latency) -> None:
+        """Predict and decide by another profile of the same sizes and r from now on; no request is dropped.
+
+        `latency` is made of it, and may have learned what batches take now.
+        """
+        latency.allow(self.scheduler.latency.max_batch)
+        self.scheduler.decide_by(latency, self._decided_by(profile))
+        self._predict_by(profile)
+
+    def _predict_by(self, profile: Profile) -> None:
+        self.profile = profile
+        self.default_budget = self.model.default_budget or max(
+            LEAST_DEFAULT_BUDGET, IMAGES_IN_DEFAULT_BUDGET * profile.p95[0][0]
+        )
+        """Seconds that a request has which sets neither budget nor deadline; infinite for any number."""
+
+    def _decided_by(self, profile: Profile) -> Policy:
+        """Return the policy for a profile. Raises ConfigError if there is none of that name for this model."""
+        try:
+            return policy_named(self.policy, profile, self.model.assumed_quality)
+        except ValueError as error:
+            if self.own.policy:
+                raise self.own.fault(self.model.name, "policy", error) from error
+            raise ConfigError(f"policy, for model {self.model.name}: {error}") from error
 
     def bounds(
         self, r: int | None = None, min_r: int | None = None, max_r: int | None = None, min_quality: float | None = None

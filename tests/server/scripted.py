@@ -68,6 +68,10 @@ class ScriptedDevice:
     dead: bool = False
     probes: list[str] = field(default_factory=list)
     """models of the empty images that it ran"""
+    better: "Profile | Exception | None" = None
+    """what measuring a model again gives or raises"""
+    remeasured: list[tuple[str, float]] = field(default_factory=list)
+    """models that were measured again, and for how many seconds"""
 
     def put(self, _: str, image: int) -> "ScriptedSlot":
         slot = ScriptedSlot(self, image)
@@ -81,6 +85,12 @@ class ScriptedDevice:
     async def probe(self, model: str, r: int) -> float:
         self.probes.append(model)
         return self.slowness * Latency(self.profile).of_batch([self.profile.level_of(r)])
+
+    async def measure_again(self, model: str, *, budget: float) -> Profile | None:
+        self.remeasured.append((model, budget))
+        if isinstance(self.better, Exception):
+            raise self.better
+        return self.better
 
     async def run(
         self, model: str, batch: Sequence[Work["ScriptedSlot"]], rs: Sequence[int], packed: bool

@@ -97,7 +97,9 @@ def served(folder: Path, commands: Path) -> Iterator[str]:
 def test_the_model_is_added_fitted_profiled_and_served_by_the_documented_commands(
     folder: Path, commands: Path, served: str
 ) -> None:
-    assert "profile of textile read from " in (folder / "log").read_text()
+    # That it holds; if it was measured while the machine was busy, it is measured again.
+    said = r"profile of textile read from |textile-\w+\.json was measured (while|in|for) "
+    assert re.search(said, (folder / "log").read_text())
     quality = json.loads((folder / "models/textile/quality.json").read_text())["levels"]
     assert [level["r"] for level in quality] == [0, 3, 6, 9, 12, 15, 18, 21]
     assert quality[0]["top1"] > 0.5  # half of the images are of one class

@@ -20,7 +20,7 @@ from tome_server.models.preprocess import Limits, Preprocess
 from tome_server.models.spec import Own
 from tome_server.models.transform import ImageSettings
 from tome_server.rpc.convert import model_to
-from tome_server.scheduling.profile import Profile
+from tome_server.scheduling.profile import Latency, Profile
 from tome_server.served import Bounds, ServedModel
 
 RS = (0, 2, 4, 6, 8, 10, 12, 14, 16)
@@ -260,6 +260,25 @@ def test_the_default_budget_is_as_set_or_what_the_model_needs(measured: HostedMo
     assert budget(measured) == 1.0
     slow = replace(PROFILE, p95=tuple(tuple(0.5 for _ in row) for row in PROFILE.p95))
     assert budget(measured, slow) == 5.0
+
+
+# Another profile
+
+
+def test_another_profile_takes_the_place_of_the_one_that_it_was_served_with(measured: HostedModel) -> None:
+    slow = replace(PROFILE, p95=tuple(tuple(0.5 for _ in row) for row in PROFILE.p95))
+    model: ServedModel[object] = ServedModel(measured, slow, "fixed:4")
+    model.scheduler.latency.allow(3)
+    assert model.default_budget == 5.0
+    latency = Latency(PROFILE)
+    latency.observe([0], 2 * PROFILE.p50[0][0])
+    model.adopt(PROFILE, latency)
+    assert model.profile is PROFILE
+    assert model.scheduler.latency is latency
+    assert model.default_budget == 1.0
+    # What memory was found to be too little for stays out, and a fixed policy stays fixed.
+    assert latency.max_batch == 3
+    assert model.bounds() == Bounds(2, 2)
 
 
 # What a model's own settings say

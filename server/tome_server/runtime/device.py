@@ -125,6 +125,15 @@ class Device:
         profile: Profile = await self._call("profile", key, spec, max_batch, budget, folder)
         return profile
 
+    async def measure_again(self, key: str, *, budget: float) -> Profile | None:
+        """Do what the function `measure_again` does for a model that has a profile and is served meanwhile.
+
+        A batch that is to run waits for one that is being measured, at most. Raises InterruptedError when one comes, or
+        any other call but `probe`.
+        """
+        profile: Profile | None = await self._call("measure_again", key, budget)
+        return profile
+
     async def warm(self, key: str, *, max_batch: int, seconds: float) -> None:
         """Run batches of every size at every r, as far as that goes in so many seconds: first ones take longer."""
         await self._call("warm", key, max_batch, seconds)

@@ -33,7 +33,7 @@ from tome_server.runtime.cpus import available_cpus
 from tome_server.runtime.executor import run_batch
 from tome_server.runtime.graphs import with_graphs
 from tome_server.runtime.memory import lacks_memory
-from tome_server.runtime.profile_store import obtain_profile
+from tome_server.runtime.profile_store import measure_again, obtain_profile
 from tome_server.runtime.shared_images import Place, receive
 from tome_server.runtime.threads import choose_threads
 from tome_server.runtime.turns import Turns
@@ -59,6 +59,11 @@ class DeviceProcess:
         self._sending = threading.Lock()
         self._models: dict[str, LoadedModel] = {}
         self._images: dict[str, Uploads] = {}
+        # The profile of each model, and what finds a better one.
+        self._profiles: dict[str, Profile] = {}
+        self._measure_again: dict[str, Callable[..., Profile | None]] = {}
+        # Set when a call comes for which measuring again is given up.
+        self._called = threading.Event()
         self._device = torch.device("cpu")
         self._threads = available_cpus()
         # Held by a batch, and while a CUDA graph is recorded, so that neither comes into the other.
@@ -78,8 +83,13 @@ class DeviceProcess:
             except (EOFError, OSError):
                 self._batches.shutdown(cancel_futures=True)
                 return
+            if call not in ("bring", "probe"):
+                self._called.set()
             if call == "bring":
                 self.bring(*args)
+            elif call == "measure_again":
+                self._called = threading.Event()
+                self._beside.submit(self._answer, ticket, self.measure_again, (*args, self._called))
             elif call in ("run", "probe"):
                 self._batches.submit(self._answer, ticket, getattr(self, call), args)
             elif call == "share":
@@ -140,6 +150,8 @@ class DeviceProcess:
         """Forget a model."""
         del self._models[key]
         self._images.pop(key, None)  # none where there was no room for them
+        self._profiles.pop(key, None)
+        self._measure_again.pop(key, None)
 
     def set_threads(self, threads: int) -> None:
         """Use so many CPU threads."""
@@ -159,8 +171,12 @@ class DeviceProcess:
 
     def profile(self, key: str, spec: ModelSpec, max_batch: int, budget: float, folder: Path | None) -> Profile:
         """Return the profile of a loaded model, measured if need be."""
-        return obtain_profile(
-            self._models[key],
+        model = self._models[key]
+        self._measure_again[key] = partial(
+            measure_again, model, spec.checkpoint, self._device, max_batch=max_batch, folder=folder, run=self._run_alone
+        )
+        self._profiles[key] = obtain_profile(
+            model,
             spec.checkpoint,
             self._device,
             max_batch=max_batch,
@@ -168,6 +184,27 @@ class DeviceProcess:
             folder=folder,
             shipped=spec.profiles,
         )
+        return self._profiles[key]
+
+    def measure_again(self, key: str, budget: float, stop: threading.Event) -> Profile | None:
+        """Return a better profile of a model that is served, or None. Raises InterruptedError once `stop` is set."""
+        profile = self._measure_again[key](profile=self._profiles[key], budget=budget, stop=stop)
+        if profile:
+            self._profiles[key] = profile
+        return profile
+
+    def _run_alone(
+        self,
+        model: LoadedModel,
+        batch: Sequence[Work[torch.Tensor]],
+        rs: int | Sequence[int],
+        device: torch.device,
+        *,
+        packed: bool,
+    ) -> BatchResult:
+        """Do what `run_batch` does while no other batch runs."""
+        with self._running:
+            return run_batch(model, batch, rs, device, packed=packed)
 
     def warm(self, key: str, max_batch: int, seconds: float) -> None:
         """Run each kind of batch once, the quickest first: kernels are made at first use."""

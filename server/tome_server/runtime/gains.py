@@ -1,7 +1,8 @@
 """Keeps beside the profiles what was measured to choose by, so that each choice is made once on a machine.
 
 A gain says how many times as fast one way of running a model is as another. Where that is about what a choice asks for,
-measuring again could turn it; and what was profiled before wouldn't hold any more.
+measuring again could turn it; and what was profiled before wouldn't hold any more. One that was measured while the
+machine was busy is measured again next time all the same, for it may have chosen the worse way.
 """
 
 import hashlib
@@ -18,7 +19,9 @@ from tome_server.merging import attention
 from tome_server.merging.packing import packed_dtypes
 from tome_server.models.loading import Recall
 from tome_server.models.spec import ModelSpec
+from tome_server.runtime.cpu_load import LoadMeter
 from tome_server.runtime.profile_store import ProfileError, code, default_folder, device_name, file_name, write_whole
+from tome_server.scheduling.measured import MOST_LOAD
 
 log = logging.getLogger(__name__)
 
@@ -73,32 +76,60 @@ class Gains:
         self._name, self._key, self._folder, self._warned = name, dict(key), folder, False
         digest = hashlib.sha256(json.dumps(self._key, sort_keys=True).encode()).hexdigest()[:8]
         self._file = f"{file_name(name)}-{digest}.gains"
-        self._found = {} if anew else self._read(folder) or (shipped and self._read(shipped)) or {}
+        found = None if anew else self._read(folder) or (shipped and self._read(shipped))
+        self._found, self._loads = found or ({}, {})
+        # Those that this process has measured, and doesn't measure again however busy the machine is.
+        self._measured: set[str] = set()
 
     def recall(self, what: str, measure: Callable[[], float]) -> float:
-        """Return the gain called `what` as it is kept, or else measure and keep it. Raises what `measure` raises."""
-        if what not in self._found:
+        """Return the gain called `what` as it is kept, or else measure and keep it. Raises what `measure` raises.
+
+        One that was measured while the machine was busy is measured once more, and the one of less load is kept.
+        """
+        if what not in self._found or (what in self._loads and what not in self._measured):
             log.info("measuring what is gained by %s (%s), to be kept in %s", what, self._name, self._file)
-            # As it will be read, or the choice could be another then.
-            gain = round(measure(), 3)
-            self._found[what] = gain
-            self._write()
+            self._measure(what, measure)
         return self._found[what]
+
+    def _measure(self, what: str, measure: Callable[[], float]) -> None:
+        meter = LoadMeter()
+        # As it will be read, or the choice could be another then.
+        gain, load = round(measure(), 3), round(meter.share() or 0.0, 3)
+        self._measured.add(what)
+        if load > MOST_LOAD:
+            log.info(
+                "what is gained by %s (%s) was measured while the machine was busy (%.0f%% of the time waiting for a "
+                "CPU); it will be measured again next time",
+                what, self._name, 100 * load,
+            )  # fmt: skip
+            if load > self._loads.get(what, 1.0):
+                return
+        self._found[what] = gain
+        self._loads.pop(what, None)
+        if load > MOST_LOAD:
+            self._loads[what] = load
+        self._write()
 
     def divided(self, dtype: str) -> Recall:
         """Return what `load` is to recall: what one image gains by being divided among the threads in a dtype."""
         return partial(self.recall, f"one image divided in {dtype}")
 
-    def _read(self, folder: Path | None) -> dict[str, float] | None:
+    def _read(self, folder: Path | None) -> tuple[dict[str, float], dict[str, float]] | None:
+        """Return the gains that are kept, and of those measured on a busy machine the share of the time it waited."""
         try:
             document = json.loads(((folder or default_folder()) / self._file).read_text(encoding="utf-8"))
             found = {str(what): float(gain) for what, gain in document["gains"].items()}
-            return found if document["key"] == self._key and all(gain > 0 for gain in found.values()) else None
+            loads = {str(what): float(load) for what, load in document.get("busy", {}).items()}
+            good = document["key"] == self._key and all(gain > 0 for gain in found.values())
         except (ProfileError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
+        return (found, loads) if good else None
 
     def _write(self) -> None:
-        text = f'{{\n  "key": {json.dumps(self._key)},\n  "gains": {json.dumps(self._found)}\n}}\n'
+        parts: dict[str, Mapping[str, Any]] = {"key": self._key, "gains": self._found}
+        if self._loads:
+            parts["busy"] = self._loads
+        text = "{\n" + ",\n".join(f'  "{name}": {json.dumps(part)}' for name, part in parts.items()) + "\n}\n"
         try:
             write_whole((self._folder or default_folder()) / self._file, text)
         except ProfileError as error:

@@ -24,6 +24,8 @@ def table(profile: Profile) -> str:
         lines.append(f"batches of several r are faster packed; each further r adds {more}")
     else:
         lines.append("batches of several r are faster split, one call for each r")
+    if profile.provisional:
+        lines.append(f"{profile.measured}; it will be measured again")
     return "\n".join(lines) + "\n"
 
 

@@ -48,6 +48,11 @@ class Scheduler(Generic[T]):
         # A rate is that of several requests, however long each takes.
         self._traffic = TrafficMeter(max(HORIZON, _IMAGES_IN_HORIZON * latency.profile.p50[0][0]))
 
+    def decide_by(self, latency: Latency, policy: Policy) -> None:
+        """Predict and decide by these from now on; those who wait go on waiting."""
+        self.latency = latency
+        self._policy = policy
+
     def __len__(self) -> int:
         return len(self._queue)
 

@@ -10,6 +10,7 @@ from tome_server.merging import merge
 from tome_server.models.loaded import LoadedModel, loaded_model
 from tome_server.models.preprocess import Limits, Preprocess
 from tome_server.models.transform import ImageSettings
+from tome_server.runtime.cpu_load import LoadMeter
 
 LABELS = ("coat", "bag", "shirt", "boot")
 
@@ -18,6 +19,12 @@ LABELS = ("coat", "bag", "shirt", "boot")
 def _seed() -> None:
     """The same random numbers whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is found to do nothing else, however busy it is."""
+    monkeypatch.setattr(LoadMeter, "share", lambda _: 0.0)
 
 
 @pytest.fixture(scope="session")

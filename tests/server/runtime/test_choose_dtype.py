@@ -27,6 +27,9 @@ from tome_server.runtime.choose_dtype import LEAST_GAIN, LEAST_IMAGES, choose, l
 from tome_server.runtime.profile_store import profile_key
 from tome_server.runtime.work import BatchResult, Work
 
+# What was measured is kept for good.
+pytestmark = pytest.mark.usefixtures("quiet")
+
 CPU = torch.device("cpu")
 ARCHITECTURE = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 4}

@@ -29,8 +29,10 @@ from tome_server.runtime.cpus import available_cpus
 from tome_server.runtime.device import Device
 from tome_server.runtime.device_process import _sendable, is_usable
 from tome_server.runtime.executor import run_batch
+from tome_server.runtime.profile_store import read_profile
 from tome_server.runtime.shared_images import Slot
 from tome_server.runtime.work import Work
+from tome_server.scheduling.profile import Profile
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 CPU = torch.device("cpu")
@@ -55,6 +57,12 @@ def put(device: Device, images: torch.Tensor) -> list[Work[Slot]]:
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.rand(3, *load(SPEC, CPU).preprocess.settings.input_size, generator=torch.Generator().manual_seed(0))
+
+
+def kept(folder: Path) -> Profile:
+    """The one profile in a folder."""
+    [file] = folder.iterdir()
+    return read_profile(file)[1]
 
 
 def running(pid: int) -> bool:
@@ -210,11 +218,38 @@ async def test_a_caller_that_leaves_does_not_disturb_the_next(device: Device, im
 
 
 async def test_a_profile_is_measured_there_and_kept(device: Device, tmp_path: Path) -> None:
-    measured = await device.profile("fashion", SPEC, max_batch=1, budget=0.1, folder=tmp_path)
-    read = await device.profile("fashion", SPEC, max_batch=1, budget=0.1, folder=tmp_path)
-    assert measured.max_batch == 1
-    assert read.p50[0][0] == pytest.approx(measured.p50[0][0], rel=1e-4)
+    for _ in range(2):  # measured a second time if the machine was busy
+        profile = await device.profile("fashion", SPEC, max_batch=1, budget=0.1, folder=tmp_path)
+        assert profile.max_batch == 1
+        assert kept(tmp_path).p50[0][0] == pytest.approx(profile.p50[0][0], rel=1e-4)
     await device.warm("fashion", max_batch=1, seconds=0.1)
+
+
+async def test_measuring_again_is_given_up_for_a_batch_and_for_whatever_else_is_asked_for(
+    device: Device, images: torch.Tensor, tmp_path: Path
+) -> None:
+    await device.profile("fashion", SPEC, max_batch=8, budget=0.1, folder=tmp_path)
+    [work] = put(device, images[:1])
+    for call in (device.run("fashion", [work], [4], True), device.warm("fashion", max_batch=1, seconds=0.0)):
+        again = asyncio.create_task(device.measure_again("fashion", budget=1000))
+        await asyncio.sleep(0)  # it is asked for first
+        await call
+        with pytest.raises(InterruptedError):
+            await again
+    work.image.drop()
+
+
+async def test_measuring_again_gives_a_profile_only_if_it_is_better(device: Device, tmp_path: Path) -> None:
+    before = await device.profile("fashion", SPEC, max_batch=2, budget=0.1, folder=tmp_path)
+    again = asyncio.create_task(device.measure_again("fashion", budget=0.5))
+    await asyncio.sleep(0)
+    await device.probe("fashion", 4)  # lets it go on
+    after = await again
+    assert before.measured is not None
+    if after is not None:
+        assert after.measured is not None
+        assert after.measured.better_than(before.measured)
+    assert kept(tmp_path).p50[0][0] == pytest.approx((after or before).p50[0][0], rel=1e-4)
 
 
 async def test_threads_are_chosen_there_before_models_are_loaded_for_them(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from tome_server.merging import attention, native
 from tome_server.models.spec import ModelSpec
 from tome_server.runtime import gains
+from tome_server.runtime.cpu_load import LoadMeter
 from tome_server.runtime.gains import Gains, model_gains, speed_key
 
 CPU = torch.device("cpu")
@@ -172,3 +173,50 @@ def test_gains_of_a_model_are_those_on_as_many_threads_as_torch_is_set_to(tmp_pa
     finally:
         torch.set_num_threads(before)
     assert clock.asked == 2
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
+    """How busy the machine is found to be, from measurement to measurement."""
+    loads: list[float | None] = []
+    monkeypatch.setattr(LoadMeter, "share", lambda _: loads.pop(0))
+    return loads
+
+
+def test_a_gain_measured_while_the_machine_was_busy_is_measured_again_next_time(
+    tmp_path: Path, load: list[float | None], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    load[:] = [0.37, 0.02]
+    first = Gains("vit", KEY, tmp_path)
+    # Not within one start, where the choice must stay.
+    assert [first.recall("division", Clock(gain)) for gain in (0.7, 1.5)] == [0.7] * 2
+    [file] = tmp_path.iterdir()
+    assert json.loads(file.read_text()) == {"key": KEY, "gains": {"division": 0.7}, "busy": {"division": 0.37}}
+    assert caplog.messages[-1] == (
+        "what is gained by division (vit) was measured while the machine was busy (37% of the time waiting for a "
+        "CPU); it will be measured again next time"
+    )
+    assert Gains("vit", KEY, tmp_path).recall("division", Clock(1.5)) == 1.5
+    assert json.loads(file.read_text()) == {"key": KEY, "gains": {"division": 1.5}}
+    assert Gains("vit", KEY, tmp_path).recall("division", Clock(0.0)) == 1.5
+
+
+def test_of_two_gains_measured_while_the_machine_was_busy_the_one_of_less_load_is_kept(
+    tmp_path: Path, load: list[float | None]
+) -> None:
+    load[:] = [0.4, 0.6, 0.3, None]
+    kept = [Gains("vit", KEY, tmp_path).recall("division", Clock(gain)) for gain in (0.7, 0.8, 0.9, 1.5)]
+    assert kept == [0.7, 0.7, 0.9, 1.5]
+
+
+def test_what_does_not_say_how_busy_the_machine_was_is_measured_again(tmp_path: Path) -> None:
+    Gains("vit", KEY, tmp_path).recall("division", Clock(1.5))
+    [file] = tmp_path.iterdir()
+    for busy in ("[]", '{"division": "much"}', "3"):
+        whole = file.read_text()
+        file.write_text(whole.replace("\n}\n", f',\n  "busy": {busy}\n}}\n'))
+        clock = Clock(1.5)
+        assert Gains("vit", KEY, tmp_path).recall("division", clock) == 1.5
+        assert clock.asked == 1
+        assert file.read_text() == whole

@@ -483,7 +483,7 @@ class SingleImages:
 
 def again(model: LoadedModel, folder: Path, profile: Profile) -> Profile | None:
     return profile_store.measure_again(
-        model, None, CPU, profile, max_batch=2, budget=3, folder=folder, run=run_batch, stop=threading.Event()
+        model, None, CPU, profile=profile, max_batch=2, budget=3, folder=folder, run=run_batch, stop=threading.Event()
     )
 
 

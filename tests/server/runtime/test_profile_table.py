@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 from tome_server.runtime.profile_table import table
+from tome_server.scheduling.measured import Measured
 from tome_server.scheduling.profile import Profile
 
 PROFILE = Profile(
@@ -37,3 +38,10 @@ def test_an_r_that_gains_nothing_is_said_to_be_predicted_at_the_lesser_ones_cost
     note = "where neighbours are equal, the larger r was no faster, and is predicted to take as long as the smaller"
     assert note in table(lowered).splitlines()
     assert note not in table(PROFILE)
+
+
+def test_a_profile_that_was_measured_on_a_busy_machine_is_said_to_be() -> None:
+    assert table(replace(PROFILE, measured=Measured(rounds=5, load=0.05, spread=1.1))) == LINES
+    assert table(replace(PROFILE, measured=Measured(rounds=5, load=0.37, spread=1.1))) == LINES + (
+        "measured while the machine was busy (37% of the time waiting for a CPU); it will be measured again\n"
+    )

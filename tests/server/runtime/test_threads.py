@@ -20,6 +20,9 @@ from tome_server.runtime import cpus, threads
 from tome_server.runtime.cpus import available_cpus
 from tome_server.runtime.threads import choose_threads, seconds_on
 
+# What was measured is kept for good.
+pytestmark = pytest.mark.usefixtures("quiet")
+
 
 @pytest.fixture
 def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
