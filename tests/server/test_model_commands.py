@@ -463,8 +463,8 @@ def test_what_was_added_is_served(
     flags = ["--threads", "1", "--max-batch", "2", "--profile-time", "300ms"]
     server = own_server("--repository", str(models), *flags)
     [profile] = (models / "fashion/profiles").glob("*.json")
-    # That it holds; if it was measured in too few rounds, or while the machine was busy, it is measured again.
-    said = f"profile of fashion read from {profile}|{profile} was measured (while|in|for)"
+    # It holds; on a busy machine it may be measured again, or another type be chosen than when it was measured.
+    said = f"profile of fashion read from {profile}|{profile} was measured (while|in|for|with other dtype)"
     assert re.search(said, server.log.read_text())
     with Client(server.target, timeout=60) as client:
         assert [model.name for model in client.models()] == ["embedder", "fashion"]
