@@ -13,6 +13,8 @@ _GAPS = 256
 _BUDGETS = 64
 _CLASSES = 4
 _MOST_DISPERSED = 16.0
+# Gaps that temper the rate of the first arrivals.
+_TEMPERED = 16
 
 
 def together(own: Traffic, others: Sequence[tuple[Traffic, float]]) -> Traffic:
@@ -38,13 +40,16 @@ class TrafficMeter:
         self._began = math.inf
         self._last = -math.inf
         self._weight = 0.0
+        self._count = 0
         self._gap = 0.0
         self._gap_squared = 0.0
         self._gaps = 0.0
         self._budgets: deque[float] = deque(maxlen=_BUDGETS)
 
     def add(self, now: float, budget: float) -> None:
-        """Count an arrival at `now` that allows `budget` seconds, infinite for any."""
+        """Count an arrival at `now` that allows `budget` seconds. One without a deadline is no traffic: it can wait."""
+        if math.isinf(budget):
+            return
         if math.isinf(self._began):
             self._began = self._last = now
         else:
@@ -54,14 +59,18 @@ class TrafficMeter:
             self._gaps = self._gaps * keep + 1
         self._weight = self._weight * math.exp((self._last - now) / self._horizon) + 1.0
         self._last = now
+        self._count += 1
         self._budgets.append(budget)
 
     def at(self, now: float) -> Traffic:
         """Return what has been seen until `now`."""
         if math.isinf(self._began):
             return Traffic()
-        # Until the horizon is full, what has been seen stands for a shorter time; the eighth tempers the first few.
-        seen = self._horizon * -math.expm1(-(now - self._began + self._horizon / 8) / self._horizon)
+        # Until the horizon is full, what has been seen stands for a shorter time. The first few are tempered: by an
+        # eighth of the horizon, or by some of their gaps where they come faster than that.
+        age = now - self._began
+        age += min(self._horizon / 8, _TEMPERED * age / self._count) if age > 0 else self._horizon / 8
+        seen = self._horizon * -math.expm1(-age / self._horizon)
         rate = self._weight * math.exp((self._last - now) / self._horizon) / seen
         dispersion = 1.0
         if (square := self._gap**2) > 0:  # a gap of a rounding error has none

@@ -1,36 +1,36 @@
-"""Our policy: device time has a price, and each request is merged just as far as that price asks.
+"""Our policy: device time has a price, and each batch is judged by what it earns and by what it leaves in time.
 
-A millisecond spent now on less merging is a millisecond that others won't have. If the device runs idle before it ever
-runs out of time, nobody misses it, and it was free. If a request is lost first, it cost that request. So the price of
+A millisecond spent now on less merging is a millisecond that later requests won't have. If the device runs idle before
+it ever runs out of time, the millisecond was free. If a request is lost first, it cost that request. So the price of
 device time is
 
     price = (quality a saturated device makes in a second) x P(out of time before idle)
 
-and the best r of a request maximises quality(r) - price * seconds(r). P follows from how much work waits, how much more
-could wait before deadlines break, how fast requests come in and in what bursts; and from the price itself, which the
-requests to come will be merged by as well. `price_curve` solves that.
+where P follows from how much work waits, how much more could wait before deadlines break, how fast requests come in
+and in what bursts (`curve.py`). A price alone suits budgets of many batches. Where a budget is a few batches long, what
+counts is who can still be met when this batch ends: a batch can't be stopped, and a newcomer waits for its end. So each
+candidate, a size and a level, is judged by one step of look-ahead (`lookahead.py`):
 
-The model behind it is a queue in heavy traffic: the backlog, counted in the seconds it would take at the most merging,
-wanders like a Brownian motion between 0 (idle) and the most that can be finished in time.
+    quality of its members - price x seconds + worth of the best batch after it, of the requests left and of newcomers
+
+and the best candidate runs. Requests without a deadline run when no other waits, or where they cost no time.
 """
 
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from functools import lru_cache
-from itertools import accumulate, pairwise
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
+from tome_server.scheduling.policy.curve import between, price_curve, price_steps, rounded
+from tome_server.scheduling.policy.lookahead import Lookahead
 from tome_server.scheduling.policy.view import Decision, View, uniform
 from tome_server.scheduling.profile import Profile
 from tome_server.scheduling.queue import Waiting
 
 # Of a newcomer's budget, the share that batches already begun may take before it is reached.
 _RESERVE = 0.4
-# Batches longer than this share of the hastiest budget are no use in reckoning what the device can do in time.
-_TYPICAL = 0.4
-# A newcomer needs this share of its budget, and one image's time, once the device is free.
-_OWN = 0.3
 # Bursts are as strong as their dispersion says only over long stretches; over one budget, about half.
 _DISPERSION = 0.5
 # Backlog is reckoned in the smallest batches that are nearly as efficient as the largest.
@@ -47,17 +47,33 @@ _CHEAP = 0.02
 # that were measured alike, the one that merges less leads by this share.
 _HAIR = 1e-4
 
-_STEPS = 40
-# The logarithm by which the price's slope may change between idle and out of time; a float holds what is left then.
-_STEEPEST = 680.0
-# Traffic and backlog are rounded to this many steps a factor of e, so that curves can be used again.
-_ROUNDING = 20
-_ROUNDS = 40
-_NEAR = 1e-6
+# A batch that takes no more than this share longer costs nothing.
+_FREE = 0.01
+# Up to this many waiting, each size of batch is a candidate; of more, each size this much smaller than the last.
+_EACH = 6
+_BOUND = 0.0
+_POW = 1.0
+_BOTH = 0
+_LOST = 1
+_COARSER = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class _Outlook:
+    """What device time is worth at present."""
+
+    typical: int
+    """The size of the batches that requests are likely to run in."""
+    price: float
+    """Quality for a second."""
+    share: float
+    """The price, as a share of the dearest."""
+    lost: int
+    """How many of those that wait can't be met."""
 
 
 class Price:
-    """Merges each request as far as the present price of device time asks, within the request's bounds."""
+    """Merges each batch as far as the price of device time and the requests after it ask, within the members' bounds."""
 
     def __init__(self, profile: Profile, quality: Sequence[float]) -> None:
         """`quality` is by level, positive. Raises ValueError if it has not one for each level of the profile."""
@@ -68,7 +84,7 @@ class Price:
         seconds = profile.every_size(profile.p50)
         # Of each batch size: what an image costs in it at each level, and so when each level is worth its price.
         self._steps = [
-            _steps(self._quality, tuple(value / size for value in row)) for size, row in enumerate(seconds[1:], 1)
+            price_steps(self._quality, tuple(value / size for value in row)) for size, row in enumerate(seconds[1:], 1)
         ]
         images_a_second = [size / row[-1] for size, row in enumerate(seconds[1:], 1)]
         enough = _EFFICIENT * max(images_a_second)
@@ -76,40 +92,56 @@ class Price:
 
     def __call__(self, view: View) -> Decision:
         """Return the batch and the levels that make the most of the time they take."""
-        latency, waiting, top = view.latency, view.waiting, self._top
+        due = bisect_left(view.waiting, math.inf, key=_deadline)
+        if not due:
+            return self._in_a_gap(view)
+        waiting = view.waiting[:due]
+        outlook = self._outlook(view, waiting)
+        decision = self._best(view, waiting, outlook)
+        if outlook.share <= _CHEAP and len(decision.batch) < due:
+            # So cheap a price heeds no newcomers, and must not cost those that wait their deadlines.
+            unit, ends = min(outlook.typical, self._unit), view.now + view.latency.of_batch(decision.levels)
+            if self._loses(view, waiting[len(decision.batch) :], ends, unit):
+                decision = _in_time(view, waiting[: self._chunk(view, waiting, view.now, unit)], self._top)
+        return self._joined(view, decision, view.waiting[due:])
+
+    def _outlook(self, view: View, waiting: Sequence[Waiting[Any]]) -> _Outlook:
         typical = self._typical(view)
-        image = latency.expected(typical, top) / typical
-        dearest = self._quality[top] / image
-        share, lost = self._share(view, typical, image)
-        first = self._worthiest(view, dearest, lost) if lost else 0
-        decision = self._best(view, waiting[first : first + latency.max_batch], typical, dearest * share)
-        if share > _CHEAP or len(decision.batch) == len(waiting):
-            return decision
-        # So cheap a price heeds nobody to come, and must not cost those who are here.
-        unit, ends = min(typical, self._unit), view.now + latency.of_batch(decision.levels)
-        if not self._loses(view, waiting[len(decision.batch) :], ends, unit):
-            return decision
-        return _in_time(view, waiting[: self._chunk(view, waiting, view.now, unit)], top)
+        image = view.latency.expected(typical, self._top) / typical
+        share, lost = self._share(view, waiting, typical, image)
+        return _Outlook(typical, share * self._quality[self._top] / image, share, lost)
 
     def _typical(self, view: View) -> int:
-        """Return the size of the batches that most of the work is likely to be done in."""
-        size = view.latency.max_batch
-        if view.traffic.budgets:
-            longest = _TYPICAL * view.traffic.budgets[0][0]
-            while size > 1 and view.latency.expected(size, self._top) > longest:
-                size -= 1
+        """Return the size of the batches that most of the work is likely to be done in when time is short.
+
+        A saturated device takes in during a batch as much as it finishes. Those newcomers fill the next batch if they
+        are enough whose budgets last for what is left of this one and for the next: with one class of budgets, if a
+        batch takes half of it.
+        """
+        latency, top, size = view.latency, self._top, view.latency.max_batch
+        while size > 1:
+            seconds, room, before = latency.expected(size, top), 0.0, 0.0
+            for budget, part in view.traffic.budgets:
+                if budget > seconds:
+                    room += (part - before) * (budget - seconds)
+                before = part
+            if seconds <= room or not view.traffic.budgets:
+                break
+            size -= 1
         return size
 
-    def _share(self, view: View, typical: int, image: float) -> tuple[float, int]:
-        """Return the price, as a share of the dearest, and how many of those who wait can't be met.
+    def _share(
+        self, view: View, waiting: Sequence[Waiting[Any]], typical: int, image: float
+    ) -> tuple[float, int]:
+        """Return the price, as a share of the dearest, and how many of those that wait can't be met.
 
         Each class of budgets has a queue of its own, as earliest deadline first serves it: the work due before the
         deadline of a newcomer of that class, and the arrivals that allow no more than it does. The dearest counts.
         """
-        latency, waiting, top, traffic = view.latency, view.waiting, self._top, view.traffic
+        latency, top, traffic = view.latency, self._top, view.traffic
         unit, total = min(typical, self._unit), len(waiting)
         chunk, alone = latency.expected(unit, top), latency.expected(1, top)
-        burden = _burden(view, unit, top)
+        burden = _burden(view, waiting, unit, top)
         depth_of = 1 / (image * max(1.0, _DISPERSION * traffic.dispersion))
         share, backlog, room, start, lost = _LEAST_SHARE * min(1.0, traffic.rate * image), 0.0, math.inf, 0, 0
         for budget, part in (*traffic.budgets, (math.inf, 0.0)):
@@ -128,15 +160,17 @@ class Price:
                     backlog += seconds
                     room = min(room, slack - seconds)
             space = min(room, budget * (1 - _RESERVE) - backlog - alone)
+            load = part * traffic.rate * image
+            cap = min(1.0, _BOUND * load) ** _POW if _BOUND else 1.0
             if space <= 0:
-                share = 1.0
+                share = max(share, cap)
             elif part * traffic.rate > 0 and space < math.inf:
                 span = backlog + space
                 curve = price_curve(
-                    self._steps[typical - 1], _rounded(part * traffic.rate * image), _rounded(span * depth_of)
+                    self._steps[typical - 1], rounded(part * traffic.rate * image), rounded(span * depth_of)
                 )
-                share = max(share, _between(curve, backlog / span))
-        return (1.0, lost) if lost else (share, 0)
+                share = max(share, (cap if _BOTH else 1.0) * between(curve, backlog / span))
+        return (1.0, lost) if lost and _LOST else (share, lost)
 
     def _chunk(self, view: View, queue: Sequence[Waiting[Any]], start: float, unit: int) -> int:
         """Return how many of the first of `queue`, at most `unit`, can run together from `start` on; at least one."""
@@ -156,48 +190,76 @@ class Price:
             place += size
         return False
 
-    def _worthiest(self, view: View, price: float, lost: int) -> int:
-        """Return how many of the first, at most `lost`, to leave behind so that a larger batch is in time."""
-        latency, waiting, top = view.latency, view.waiting, self._top
-        best, chosen, first = -math.inf, 0, 0
-        for size in range(1, min(len(waiting), latency.max_batch) + 1):
-            earliest = view.now + latency.promised(size, top)
-            first = bisect_left(waiting, earliest, lo=first, key=lambda request: request.deadline)
-            if first > lost or first + size > len(waiting):
-                break
-            worth = size * self._quality[top] - price * latency.expected(size, top)
-            if worth > best:
-                best, chosen = worth, first
-        return chosen
+    def _best(self, view: View, waiting: Sequence[Waiting[Any]], outlook: _Outlook) -> Decision:
+        """Return the batch that earns the most, with what it leaves to the next.
 
-    def _best(self, view: View, queue: Sequence[Waiting[Any]], typical: int, price: float) -> Decision:
-        """Return the batch of the first of `queue` that gains most over what each of them is worth on average."""
-        latency, top, quality = view.latency, self._top, self._quality
-        net = [quality[level] - price * latency.expected(typical, level) / typical for level in range(top + 1)]
-        level = max(range(top + 1), key=net.__getitem__)
-        average = net[level]
-        slack, alone = queue[0].deadline - view.now, latency.promised(1, top)
-        hurdles, before = [], 0.0
-        for budget, part in view.traffic.budgets:
-            # Newcomers of this class are lost at this rate once a batch takes longer than that.
-            hurdles.append((budget * (1 - _OWN) - alone, (part - before) * view.traffic.rate * quality[top]))
-            before = part
-        best, chosen = -math.inf, (1, top)
+        A batch is of the earliest deadlines. Where some requests can't be met whatever is done, as many of the first
+        may be passed over for a larger batch, which they would be too late for.
+        """
+        latency, quality, top, price = view.latency, self._quality, self._top, outlook.price
         expected, promised = latency.expected, latency.promised
-        for size in range(1, len(queue) + 1):
-            while (late := promised(size, level) > slack) and level < top:
-                level += 1
-            if late and size > 1:
+        ahead = Lookahead(view, waiting, quality, price, outlook.typical)
+        slacks = ahead.slacks
+        best, chosen = -math.inf, (0, 1, top)
+        for size in _sizes(min(len(slacks), latency.max_batch)):
+            first = bisect_left(slacks, promised(size, top)) if size > 1 else 0
+            if first > outlook.lost or first + size > len(slacks):
+                continue
+            slack = slacks[first]
+            seconds = expected(size, top)
+            most = ahead.after(seconds, first, size)  # no other level leaves more to the next batch
+            earns = {
+                level: size * quality[level] - price * expected(size, level)
+                for level in range(top)
+                if promised(size, level) <= slack
+            }
+            worth, level = size * quality[top] - price * seconds + most, top
+            for other in sorted(earns, key=earns.__getitem__, reverse=True):
+                if earns[other] + most <= worth:
+                    break
+                total = earns[other] + ahead.after(expected(size, other), first, size)
+                if total > worth:
+                    worth, level = total, other
+            if worth > best:
+                best, chosen = worth, (first, size, level)
+        first, size, level = chosen
+        return _in_time(view, waiting[first : first + size], level)
+
+    def _in_a_gap(self, view: View) -> Decision:
+        """Return a batch of requests without deadlines: unmerged, and no longer than a newcomer can wait for."""
+        latency = view.latency
+        size, budgets = min(len(view.waiting), latency.max_batch), view.traffic.budgets
+        if budgets:
+            longest = budgets[0][0] - 2 * latency.promised(1, 0)
+            while size > 1 and latency.promised(size, 0) > longest:
+                size -= 1
+        return uniform(view.waiting[:size], 0)
+
+    def _joined(self, view: View, decision: Decision, others: Sequence[Waiting[Any]]) -> Decision:
+        """Return the decision with as many of `others`, which have no deadline, as make the batch no longer."""
+        latency, levels = view.latency, list(decision.levels)
+        longest = (1 + _FREE) * latency.of_batch(levels)
+        mates = list[Waiting[Any]]()
+        for other in others[: latency.max_batch - len(levels)]:
+            level = min(max(levels[0], other.low), other.high)
+            if latency.of_batch([*levels, level]) > longest:
                 break
-            seconds = expected(size, level)
-            worth = size * (quality[level] - average) - price * seconds
-            for free, losses in hurdles:
-                if seconds > free:
-                    worth -= losses * (seconds - free)
-            if worth >= best:
-                best, chosen = worth, (size, level)
-        size, level = chosen
-        return _in_time(view, queue[:size], level)
+            levels.append(level)
+            mates.append(other)
+        return Decision([*decision.batch, *mates], levels, decision.shed) if mates else decision
+
+
+def _sizes(most: int) -> list[int]:
+    """Return the sizes of batches to consider, from the largest: each of a few, and some of many."""
+    sizes = [most]
+    while sizes[-1] > 1:
+        last = sizes[-1]
+        sizes.append(last - 1 if last <= _EACH else int(_COARSER * last))
+    return sizes
+
+
+def _deadline(request: Waiting[Any]) -> float:
+    return request.deadline
 
 
 def _in_time(view: View, batch: Sequence[Waiting[Any]], level: int) -> Decision:
@@ -209,104 +271,15 @@ def _in_time(view: View, batch: Sequence[Waiting[Any]], level: int) -> Decision:
     return decision
 
 
-def _burden(view: View, size: int, top: int) -> float:
+def _burden(view: View, waiting: Sequence[Waiting[Any]], size: int, top: int) -> float:
     """Return how much longer those who wait take, merged as far as each allows, than merged the most."""
-    bound = [request.high for request in view.waiting if request.high < top]
+    bound = [request.high for request in waiting if request.high < top]
     if not bound:
         return 1.0
     full = view.latency.expected(size, top)
     extra = sum(view.latency.expected(size, high) / full - 1 for high in bound)
-    return 1 + extra / len(view.waiting)
-
-
-def _rounded(value: float) -> int:
-    return round(math.log(value) * _ROUNDING)
-
-
-def _between(curve: tuple[float, ...], place: float) -> float:
-    """Return the curve's value at `place` of [0, 1]."""
-    step = min(int(place * _STEPS), _STEPS - 1)
-    return curve[step] + (curve[step + 1] - curve[step]) * (place * _STEPS - step)
+    return 1 + extra / len(waiting)
 
 
 def _falling(quality: Sequence[float]) -> tuple[float, ...]:
     return tuple(accumulate(quality, lambda before, own: min(own, before * (1 - _HAIR))))
-
-
-def _steps(quality: tuple[float, ...], seconds: tuple[float, ...]) -> tuple[tuple[float, float], ...]:
-    """Return, for each level worth using as the price rises: the price from which it is, and its speed.
-
-    The price as a share of the dearest, quality / seconds of the last level; the speed as a share of the last level's.
-    """
-    level, last = 0, len(quality) - 1
-    steps = [(0.0, seconds[last] / seconds[0])]
-    while level < last:
-        costs = {
-            other: (quality[level] - quality[other]) / (seconds[level] - seconds[other])
-            for other in range(level + 1, last + 1)
-            if seconds[other] < seconds[level]
-        }
-        if not costs:
-            break
-        level = min(costs, key=lambda other: (costs[other], -other))
-        steps.append((max(0.0, costs[level]) * seconds[last] / quality[last], seconds[last] / seconds[level]))
-    return tuple(steps)
-
-
-@lru_cache(maxsize=8192)
-def price_curve(steps: tuple[tuple[float, float], ...], load: int, depth: int) -> tuple[float, ...]:
-    """Return the price, as a share of the dearest, at `_STEPS` + 1 even places from idle to out of time.
-
-    `load` is the work that comes in, at the most merging, as a share of the device's time; `depth` how many images, at
-    the most merging, fit between idle and out of time, over the dispersion of arrivals. Both as logarithms, in
-    `_ROUNDING`ths.
-
-    The price is a martingale while an optimal policy runs, so over the place s in [0, 1] it solves
-    price'' = -2 depth (1 - speed(price) / load) price', price(0) = 0, price(1) = 1.
-    """
-    ratio, many = math.exp(load / _ROUNDING), math.exp(depth / _ROUNDING)
-    ends = [*(min(price, 1.0) for price, _ in steps[1:]), 1.0]
-    # price' depends on the price alone, and is linear in it between two steps: its growth there, and how far each step
-    # lifts it above where it is least.
-    growth = [min(max(-2 * many * (1 - speed / ratio), -_STEEPEST), _STEEPEST) for _, speed in steps]
-    widths = [end - min(start, 1.0) for (start, _), end in zip(steps, ends, strict=True)]
-    heights = list(accumulate((rate * width for rate, width in zip(growth, widths, strict=True)), initial=0.0))
-    lowest = min(heights)
-    pieces = [
-        (width, rate, low - lowest, high - lowest)
-        for width, rate, (low, high) in zip(widths, growth, pairwise(heights), strict=True)
-    ]
-    # The least of price' is that with which the whole way from price 0 to price 1 has length 1. Its logarithm is found
-    # by false position, with the weight of an end that stays halved (the Illinois method).
-    low, high = -_STEEPEST - 10.0, 0.0
-    over, under = (sum(_length(piece, math.exp(log)) for piece in pieces) - 1.0 for log in (low, high))
-    middle, side = high, 0
-    for _ in range(_ROUNDS):
-        middle = low + (high - low) * over / (over - under)
-        miss = sum(_length(piece, math.exp(middle)) for piece in pieces) - 1.0
-        if abs(miss) < _NEAR:
-            break
-        if miss > 0.0:
-            low, over, under, side = middle, miss, under / 2 if side > 0 else under, 1
-        else:
-            high, under, over, side = middle, miss, over / 2 if side < 0 else over, -1
-    least = math.exp(middle)
-    curve: list[float] = []
-    passed = price = 0.0
-    for piece in pieces:
-        width, rate, low, _ = piece
-        length = _length(piece, least)
-        while (place := len(curve) / _STEPS - passed) <= length and len(curve) < _STEPS:
-            slope = low + least
-            curve.append(price + slope * (math.expm1(rate * place) / rate if rate else place))
-        passed += length
-        price += width
-    return tuple(min(price, 1.0) for price in curve) + (1.0,) * (_STEPS + 1 - len(curve))
-
-
-def _length(piece: tuple[float, float, float, float], least: float) -> float:
-    """Return how far it is, in place, along a piece of the way: over 1 / price', where that is linear in the price."""
-    width, rate, low, high = piece
-    first, last = low + least, high + least
-    change = rate * width
-    return math.log(last / first) / rate if abs(change) > 1e-6 * first else width / first

@@ -58,7 +58,7 @@ class SlackFit:
         shortest = latency.promised(1, latency.levels - 1)
         width = (latency.promised(latency.max_batch, 0) - shortest) / self.buckets
         choices = (
-            (min(int((seconds - shortest) / width), self.buckets - 1), size, -level)
+            (min(int((seconds - shortest) / width), self.buckets - 1) if width > 0 else 0, size, -level)
             for size in range(1, min(len(view.waiting), latency.max_batch) + 1)
             for level in range(latency.levels)
             if (seconds := latency.promised(size, level)) <= slack

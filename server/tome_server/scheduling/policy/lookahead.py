@@ -1,0 +1,87 @@
+"""What a batch leaves to the next: the requests that can still be met when it ends, and what the best batch of them earns.
+
+The requests in the queue are known. Newcomers are expected as they have been coming in: at their rate, evenly over the
+time that the batch takes, each with the budget of its class. Everything after that next batch is valued by the price of
+device time alone.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any
+
+from tome_server.scheduling.policy.view import View
+from tome_server.scheduling.queue import Waiting
+
+# Sizes of the next batch.
+_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+# Requests beyond this many of the largest batches don't matter to the next.
+_BATCHES = 3
+
+
+class Lookahead:
+    """The state of the device from now on, at one price of its time."""
+
+    def __init__(
+        self, view: View, waiting: Sequence[Waiting[Any]], quality: Sequence[float], price: float, typical: int
+    ) -> None:
+        """`waiting` has deadlines. `quality` is by level; `typical` is the size of the batches when time is short."""
+        latency, top = view.latency, len(quality) - 1
+        expected, largest = latency.expected, latency.max_batch
+        self.slacks = [request.deadline - view.now for request in waiting[: _BATCHES * largest]]
+        """Seconds that each of the first requests has left."""
+        self._total = len(self.slacks)
+        net = [quality[level] - price * expected(typical, level) / typical for level in range(top + 1)]
+        usual = max(range(top + 1), key=net.__getitem__)
+        # What a request is worth on average, at this price of the time that it takes.
+        self._worth = max(0.0, net[usual])
+        self._classes, before = list[tuple[float, float]](), 0.0
+        for budget, part in view.traffic.budgets:
+            self._classes.append((budget, (part - before) * view.traffic.rate))
+            before = part
+        self._rate = sum(rate for _, rate in self._classes)
+        self._alone = latency.promised(1, top)
+        # Of each next batch: its size, the slack it needs, the slack that a request needs which runs after it, and what
+        # it earns.
+        self._batches = [
+            (
+                size,
+                latency.promised(size, top),
+                expected(size, top) + self._alone,
+                size * max(quality[usual] - price * expected(size, usual) / size,
+                           quality[top] - price * expected(size, top) / size),
+            )
+            for size in _SIZES
+            if size <= largest
+        ]
+
+    def after(self, seconds: float, first: int, size: int) -> float:
+        """Return what a batch of `size` requests from `first` on leaves that takes `seconds`.
+
+        That is what the best next batch earns, and the average worth of the requests that can be met after it, less
+        that of all newcomers: what becomes of these counts, not how many come.
+        """
+        best, worth, met = 0.0, self._worth, self._met
+        for many, needs, later, earns in self._batches:
+            ready = met(needs, seconds, first, size)
+            if ready <= 0:
+                break
+            total = earns if ready >= many else earns * ready / many
+            if worth and ready > many:
+                total += worth * min(ready - many, met(later, seconds, first, size))
+            best = max(best, total)
+            if ready <= many:
+                break
+        return best - worth * self._rate * seconds
+
+    def _met(self, needs: float, seconds: float, first: int, size: int) -> float:
+        """Return how many requests can be expected to have `needs` seconds left when `seconds` have passed."""
+        late = bisect_left(self.slacks, seconds + needs)
+        end = first + size
+        many: float = self._total - (end if end > late else late)
+        if late < first:
+            many += first - late
+        for budget, rate in self._classes:
+            room = budget - needs
+            if room > 0:
+                many += rate * (seconds if seconds < room else room)
+        return many
