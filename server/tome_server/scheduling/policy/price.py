@@ -30,9 +30,9 @@ from tome_server.scheduling.profile import Profile
 from tome_server.scheduling.queue import Waiting
 
 # Of a newcomer's budget, the share that batches already begun may take before it is reached.
-_RESERVE = 0.4
+_RESERVE = 0.1
 # Bursts are as strong as their dispersion says only over long stretches; over one budget, about half.
-_DISPERSION = 0.5
+_DISPERSION = 1.0
 # Backlog is reckoned in the smallest batches that are nearly as efficient as the largest.
 _EFFICIENT = 0.95
 
@@ -51,8 +51,13 @@ _HAIR = 1e-4
 _FREE = 0.01
 # Up to this many waiting, each size of batch is a candidate; of more, each size this much smaller than the last.
 _EACH = 6
-_BOUND = 0.0
-_POW = 1.0
+_POST = 0.0
+_SL = 1.0
+_KAPPA=0.0
+_NEWR=0
+_CH = 0
+_BOUND = 1.5
+_POW = 2.0
 _BOTH = 0
 _LOST = 1
 _COARSER = 0.7
@@ -88,6 +93,7 @@ class Price:
         ]
         images_a_second = [size / row[-1] for size, row in enumerate(seconds[1:], 1)]
         enough = _EFFICIENT * max(images_a_second)
+        self._candidates = _sizes(profile.max_batch)
         self._unit = next(size for size, speed in enumerate(images_a_second, 1) if speed >= enough)
 
     def __call__(self, view: View) -> Decision:
@@ -112,23 +118,26 @@ class Price:
         return _Outlook(typical, share * self._quality[self._top] / image, share, lost)
 
     def _typical(self, view: View) -> int:
-        """Return the size of the batches that most of the work is likely to be done in when time is short.
+        """Return the size of batches at which the device answers the most of the traffic; of several, the fastest.
 
-        A saturated device takes in during a batch as much as it finishes. Those newcomers fill the next batch if they
-        are enough whose budgets last for what is left of this one and for the next: with one class of budgets, if a
-        batch takes half of it.
+        In a batch's time the device finishes no more than its size, and takes in no more than the newcomers whose
+        budgets last for what is left of it and for the next.
         """
-        latency, top, size = view.latency, self._top, view.latency.max_batch
-        while size > 1:
-            seconds, room, before = latency.expected(size, top), 0.0, 0.0
-            for budget, part in view.traffic.budgets:
+        latency, top, traffic = view.latency, self._top, view.traffic
+        best, typical = (-math.inf, -math.inf), latency.max_batch
+        for size in self._candidates:
+            if size > latency.max_batch:
+                continue
+            seconds = latency.expected(size, top)
+            speed, met, before = size / seconds, 0.0, 0.0
+            for budget, part in traffic.budgets:
                 if budget > seconds:
-                    room += (part - before) * (budget - seconds)
+                    met += (part - before) * min(1.0, _SL*(budget - seconds) / seconds)
                 before = part
-            if seconds <= room or not view.traffic.budgets:
-                break
-            size -= 1
-        return size
+            answered = min(speed, met * traffic.rate) if traffic.budgets else speed
+            if (answered, speed) > best:
+                best, typical = (answered, speed), size
+        return typical
 
     def _share(
         self, view: View, waiting: Sequence[Waiting[Any]], typical: int, image: float
@@ -159,17 +168,20 @@ class Price:
                 else:
                     backlog += seconds
                     room = min(room, slack - seconds)
-            space = min(room, budget * (1 - _RESERVE) - backlog - alone)
             load = part * traffic.rate * image
+            if _POST:
+                left = max(0.0, backlog - chunk) + min(1.0,load) * min(chunk, max(backlog,alone)) * _POST
+            else: left = backlog
+            space = min(room, budget * (1 - _RESERVE) - left - (chunk if _CH else alone))
             cap = min(1.0, _BOUND * load) ** _POW if _BOUND else 1.0
             if space <= 0:
                 share = max(share, cap)
             elif part * traffic.rate > 0 and space < math.inf:
-                span = backlog + space
+                span = left + space
                 curve = price_curve(
                     self._steps[typical - 1], rounded(part * traffic.rate * image), rounded(span * depth_of)
                 )
-                share = max(share, (cap if _BOTH else 1.0) * between(curve, backlog / span))
+                share = max(share, (cap if _BOTH else 1.0) * between(curve, left / span))
         return (1.0, lost) if lost and _LOST else (share, lost)
 
     def _chunk(self, view: View, queue: Sequence[Waiting[Any]], start: float, unit: int) -> int:
@@ -198,7 +210,7 @@ class Price:
         """
         latency, quality, top, price = view.latency, self._quality, self._top, outlook.price
         expected, promised = latency.expected, latency.promised
-        ahead = Lookahead(view, waiting, quality, price, outlook.typical)
+        ahead = Lookahead(view, waiting, quality, price, outlook.typical, _KAPPA)
         slacks = ahead.slacks
         best, chosen = -math.inf, (0, 1, top)
         for size in _sizes(min(len(slacks), latency.max_batch)):
