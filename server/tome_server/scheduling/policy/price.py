@@ -213,21 +213,29 @@ class Price:
         ahead = Lookahead(view, waiting, quality, price, outlook.typical, _KAPPA)
         slacks = ahead.slacks
         best, chosen = -math.inf, (0, 1, top)
-        for size in _sizes(min(len(slacks), latency.max_batch)):
+        # The largest that the earliest deadline allows, and of those smaller some; larger ones only without the first.
+        most = min(len(slacks), latency.max_batch)
+        fits = 1
+        while fits < most and promised(fits + 1, top) <= slacks[0]:
+            fits += 1
+        sizes = _sizes(fits)
+        if outlook.lost:
+            sizes += [size for size in _sizes(most) if size > fits]
+        for size in sizes:
             first = bisect_left(slacks, promised(size, top)) if size > 1 else 0
             if first > outlook.lost or first + size > len(slacks):
                 continue
             slack = slacks[first]
             seconds = expected(size, top)
-            most = ahead.after(seconds, first, size)  # no other level leaves more to the next batch
+            leaves = ahead.after(seconds, first, size)  # no other level leaves more to the next batch
             earns = {
                 level: size * quality[level] - price * expected(size, level)
                 for level in range(top)
                 if promised(size, level) <= slack
             }
-            worth, level = size * quality[top] - price * seconds + most, top
+            worth, level = size * quality[top] - price * seconds + leaves, top
             for other in sorted(earns, key=earns.__getitem__, reverse=True):
-                if earns[other] + most <= worth:
+                if earns[other] + leaves <= worth:
                     break
                 total = earns[other] + ahead.after(expected(size, other), first, size)
                 if total > worth:
