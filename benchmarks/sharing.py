@@ -1,6 +1,6 @@
 """Two models on one device, in simulation: what it gains that each model's scheduler reckons with the other's requests.
 
-`gpu` and `cpu` are pairs of ViT-B/16, as benchmarks/policies.py has it, and a model five times as slow at five times
+`gpu` and `cpu` are pairs of ViT-B/16, as benchmarks/devices.py has it, and a model five times as slow at five times
 the SLO; `fashion` the bundled model as measured on a CPU and one three times as slow, at an SLO of 120 and of 240 ms.
 Each gives half of the load, which is in shares of what the device can do at r = 0; requests come in bursts of CV² 4. A
 batch takes just what the profile says. The device goes to the model whose earliest deadline is the earliest. `apart`,
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from benchmarks.policies import Device, devices
+from benchmarks.devices import Device, devices
 from tome_server.errors import InfeasibleError
 from tome_server.scheduling.policy import policy_named
 from tome_server.scheduling.profile import Latency, Profile
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
     rows = []
-    for device in devices():
+    for device in (device for device in devices() if device.name in SLOWER):
         for load in LOADS:
             pairs = [pair(device, load, seed, args.seconds) for seed in range(200, 200 + args.seeds)]
             row: dict[str, object] = {"device": device.name, "load": load}

@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 from benchmarks import sharing
-from benchmarks.policies import Device
+from benchmarks.devices import Device
 from benchmarks.sharing import pair, serve
 
 from tome_server.scheduling.policy import policy_named
@@ -11,7 +11,7 @@ from tome_server.scheduling.profile import Profile
 from tome_server.scheduling.simulator import Cluster, simulate
 
 P50 = ((0.012, 0.007), (0.042, 0.022))
-DEVICE = Device("gpu", Profile((1, 4), (0, 8), P50, P50), (90.0, 80.0), slo=0.2, seconds=5.0)
+DEVICE = Device("gpu", Profile((1, 4), (0, 8), P50, P50), (90.0, 80.0), slo=0.2)
 
 
 def test_every_request_ends_once_and_the_same_again() -> None:

@@ -68,8 +68,8 @@ class TrafficMeter:
             return Traffic()
         # Until the horizon is full, what has been seen stands for a shorter time. The first few are tempered: by an
         # eighth of the horizon, or by some of their gaps where they come faster than that.
-        age = now - self._began
-        age += min(self._horizon / 8, _TEMPERED * age / self._count) if age > 0 else self._horizon / 8
+        age, eighth = now - self._began, self._horizon / 8
+        age += min(eighth, max(eighth, _TEMPERED * age) / self._count)
         seen = self._horizon * -math.expm1(-age / self._horizon)
         rate = self._weight * math.exp((self._last - now) / self._horizon) / seen
         dispersion = 1.0

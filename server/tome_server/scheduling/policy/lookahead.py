@@ -22,7 +22,7 @@ class Lookahead:
     """The state of the device from now on, at one price of its time."""
 
     def __init__(
-        self, view: View, waiting: Sequence[Waiting[Any]], quality: Sequence[float], price: float, typical: int, kappa: float=0.0
+        self, view: View, waiting: Sequence[Waiting[Any]], quality: Sequence[float], price: float, typical: int
     ) -> None:
         """`waiting` has deadlines. `quality` is by level; `typical` is the size of the batches when time is short."""
         latency, top = view.latency, len(quality) - 1
@@ -35,9 +35,8 @@ class Lookahead:
         # What a request is worth on average, at this price of the time that it takes.
         self._worth = max(0.0, net[usual])
         self._classes, before = list[tuple[float, float]](), 0.0
-        burst = 1 + kappa*(view.traffic.dispersion-1)/2
         for budget, part in view.traffic.budgets:
-            self._classes.append((budget, (part - before) * view.traffic.rate * burst))
+            self._classes.append((budget, (part - before) * view.traffic.rate))
             before = part
         self._rate = sum(rate for _, rate in self._classes)
         self._alone = latency.promised(1, top)
@@ -48,8 +47,11 @@ class Lookahead:
                 size,
                 latency.promised(size, top),
                 expected(size, top) + self._alone,
-                size * max(quality[usual] - price * expected(size, usual) / size,
-                           quality[top] - price * expected(size, top) / size),
+                size
+                * max(
+                    quality[usual] - price * expected(size, usual) / size,
+                    quality[top] - price * expected(size, top) / size,
+                ),
             )
             for size in _SIZES
             if size <= largest

@@ -29,10 +29,12 @@ from tome_server.scheduling.policy.view import Decision, View, uniform
 from tome_server.scheduling.profile import Profile
 from tome_server.scheduling.queue import Waiting
 
-# Of a newcomer's budget, the share that batches already begun may take before it is reached.
+# Constants were chosen by `python -m benchmarks.tune_policy`; most could be half or twice as large for a tenth of a point.
+
+# Of a newcomer's budget, the share that is kept back for what can't be foreseen.
 _RESERVE = 0.1
-# Bursts are as strong as their dispersion says only over long stretches; over one budget, about half.
-_DISPERSION = 1.0
+# Where a class of budgets is out of time, requests come this much denser than on average: that is why it is.
+_DENSER = 1.5
 # Backlog is reckoned in the smallest batches that are nearly as efficient as the largest.
 _EFFICIENT = 0.95
 
@@ -51,15 +53,6 @@ _HAIR = 1e-4
 _FREE = 0.01
 # Up to this many waiting, each size of batch is a candidate; of more, each size this much smaller than the last.
 _EACH = 6
-_POST = 0.0
-_SL = 1.0
-_KAPPA=0.0
-_NEWR=0
-_CH = 0
-_BOUND = 1.5
-_POW = 2.0
-_BOTH = 0
-_LOST = 1
 _COARSER = 0.7
 
 
@@ -132,16 +125,14 @@ class Price:
             speed, met, before = size / seconds, 0.0, 0.0
             for budget, part in traffic.budgets:
                 if budget > seconds:
-                    met += (part - before) * min(1.0, _SL*(budget - seconds) / seconds)
+                    met += (part - before) * min(1.0, (budget - seconds) / seconds)
                 before = part
             answered = min(speed, met * traffic.rate) if traffic.budgets else speed
             if (answered, speed) > best:
                 best, typical = (answered, speed), size
         return typical
 
-    def _share(
-        self, view: View, waiting: Sequence[Waiting[Any]], typical: int, image: float
-    ) -> tuple[float, int]:
+    def _share(self, view: View, waiting: Sequence[Waiting[Any]], typical: int, image: float) -> tuple[float, int]:
         """Return the price, as a share of the dearest, and how many of those that wait can't be met.
 
         Each class of budgets has a queue of its own, as earliest deadline first serves it: the work due before the
@@ -151,7 +142,7 @@ class Price:
         unit, total = min(typical, self._unit), len(waiting)
         chunk, alone = latency.expected(unit, top), latency.expected(1, top)
         burden = _burden(view, waiting, unit, top)
-        depth_of = 1 / (image * max(1.0, _DISPERSION * traffic.dispersion))
+        depth_of = 1 / (image * traffic.dispersion)
         share, backlog, room, start, lost = _LEAST_SHARE * min(1.0, traffic.rate * image), 0.0, math.inf, 0, 0
         for budget, part in (*traffic.budgets, (math.inf, 0.0)):
             until = view.now + budget
@@ -169,20 +160,14 @@ class Price:
                     backlog += seconds
                     room = min(room, slack - seconds)
             load = part * traffic.rate * image
-            if _POST:
-                left = max(0.0, backlog - chunk) + min(1.0,load) * min(chunk, max(backlog,alone)) * _POST
-            else: left = backlog
-            space = min(room, budget * (1 - _RESERVE) - left - (chunk if _CH else alone))
-            cap = min(1.0, _BOUND * load) ** _POW if _BOUND else 1.0
+            space = min(room, budget * (1 - _RESERVE) - backlog - alone)
             if space <= 0:
-                share = max(share, cap)
+                share = max(share, min(1.0, _DENSER * load))
             elif part * traffic.rate > 0 and space < math.inf:
-                span = left + space
-                curve = price_curve(
-                    self._steps[typical - 1], rounded(part * traffic.rate * image), rounded(span * depth_of)
-                )
-                share = max(share, (cap if _BOTH else 1.0) * between(curve, left / span))
-        return (1.0, lost) if lost and _LOST else (share, lost)
+                span = backlog + space
+                curve = price_curve(self._steps[typical - 1], rounded(load), rounded(span * depth_of))
+                share = max(share, between(curve, backlog / span))
+        return (1.0, lost) if lost else (share, 0)
 
     def _chunk(self, view: View, queue: Sequence[Waiting[Any]], start: float, unit: int) -> int:
         """Return how many of the first of `queue`, at most `unit`, can run together from `start` on; at least one."""
@@ -210,7 +195,7 @@ class Price:
         """
         latency, quality, top, price = view.latency, self._quality, self._top, outlook.price
         expected, promised = latency.expected, latency.promised
-        ahead = Lookahead(view, waiting, quality, price, outlook.typical, _KAPPA)
+        ahead = Lookahead(view, waiting, quality, price, outlook.typical)
         slacks = ahead.slacks
         best, chosen = -math.inf, (0, 1, top)
         # The largest that the earliest deadline allows, and of those smaller some; larger ones only without the first.
