@@ -7,6 +7,7 @@ it, at admission and when a batch is decided on, and no batch takes time that th
 import logging
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
 from tome_server.errors import InfeasibleError
@@ -45,6 +46,10 @@ class Scheduler(Generic[T]):
         self._queue: DeadlineQueue[T] = DeadlineQueue()
         # Admitted, and still being decoded.
         self._coming: DeadlineQueue[None] = DeadlineQueue()
+        # Of each limit to batches, the size within it that does the most images a second. Where batches are steep in
+        # their size, several small ones are done before a large one.
+        speeds = [size / row[-1] for size, row in enumerate(latency.profile.every_size(latency.profile.p50)[1:], 1)]
+        self._fastest = list(accumulate(range(1, len(speeds) + 1), lambda a, b: b if speeds[b - 1] >= speeds[a - 1] else a))
         # A rate is that of several requests, however long each takes.
         self._traffic = TrafficMeter(max(HORIZON, _IMAGES_IN_HORIZON * latency.profile.p50[0][0]))
 
@@ -147,11 +152,11 @@ class Scheduler(Generic[T]):
 
     def _ends(self, start: float, deadline: float, high: int, ready: Callable[[float], float]) -> float:
         """Return when a request ends if all due by its `deadline` are merged the most, and run from `start` on."""
-        largest, top = self.latency.max_batch, self.latency.levels - 1
-        batches, rest = divmod(self._due_by(deadline), largest)
+        size, top = self._size, self.latency.levels - 1
+        batches, rest = divmod(self._due_by(deadline), size)
         for other in self._others():
             start += other._work(deadline)
-        begins = max(start + batches * self.latency.expected(largest, top), ready(deadline))
+        begins = max(start + batches * self.latency.expected(size, top), ready(deadline))
         return begins + self.latency.promised(rest + 1, high)
 
     def _due_by(self, deadline: float) -> int:
@@ -160,9 +165,9 @@ class Scheduler(Generic[T]):
 
     def _work(self, deadline: float) -> float:
         """Return the seconds that those due by `deadline` take, merged the most."""
-        largest, top = self.latency.max_batch, self.latency.levels - 1
-        batches, rest = divmod(self._due_by(deadline), largest)
-        seconds = batches * self.latency.expected(largest, top)
+        size, top = self._size, self.latency.levels - 1
+        batches, rest = divmod(self._due_by(deadline), size)
+        seconds = batches * self.latency.expected(size, top)
         return seconds + self.latency.expected(rest, top) if rest else seconds
 
     def _others(self) -> list["Scheduler[Any]"]:
@@ -189,8 +194,13 @@ class Scheduler(Generic[T]):
 
     @property
     def _image(self) -> float:
-        """Seconds that an image takes in the largest batch, merged the most."""
-        return self.latency.expected(self.latency.max_batch, self.latency.levels - 1) / self.latency.max_batch
+        """Seconds that an image takes in the fastest batch, merged the most."""
+        return self.latency.expected(self._size, self.latency.levels - 1) / self._size
+
+    @property
+    def _size(self) -> int:
+        """The size of batches that work is reckoned in."""
+        return self._fastest[self.latency.max_batch - 1]
 
     def _due(self, now: float, waiting: Sequence[Waiting[T]]) -> list[float]:
         """Return by when each of those who wait must be done so that it and the other models' requests are in time.
@@ -221,9 +231,9 @@ class Scheduler(Generic[T]):
         return dues
 
     def _chunks(self) -> list[tuple[float, float, float]]:
-        """Return the largest batches of those who wait: the first's deadline, seconds expected, and promised."""
-        largest, top, waiting = self.latency.max_batch, self.latency.levels - 1, list(self._queue)
-        sizes = ((first, min(largest, len(waiting) - first)) for first in range(0, len(waiting), largest))
+        """Return the batches of those who wait: the first's deadline, seconds expected, and promised."""
+        full, top, waiting = self._size, self.latency.levels - 1, list(self._queue)
+        sizes = ((first, min(full, len(waiting) - first)) for first in range(0, len(waiting), full))
         return [
             (waiting[first].deadline, self.latency.expected(size, top), self.latency.promised(size, top))
             for first, size in sizes

@@ -1,5 +1,6 @@
 """Profiles, queues and policies that the tests of this folder share."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -61,10 +62,11 @@ class Asked:
 
 
 def asked(least: float = 1.01, most: float = 60) -> st.SearchStrategy[Asked]:
-    """Requests that, alone, can be met, unless their slack may be less than 1."""
+    """Requests that, alone, can be met, unless their slack may be less than 1; some have no deadline."""
     levels = st.tuples(st.integers(0, len(RS) - 1), st.integers(0, len(RS) - 1)).map(sorted)
     wide = st.one_of(st.just([0, len(RS) - 1]), levels)
-    return st.builds(lambda slack, ends: Asked(slack, *ends), st.floats(least, most), wide)
+    slacks = st.one_of(st.floats(least, most), st.floats(least, 3), st.just(math.inf))
+    return st.builds(lambda slack, ends: Asked(slack, *ends), slacks, wide)
 
 
 def assert_fits(decision: Decision, view: View) -> None:

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tome_server.scheduling.policy.price import Price, price_curve
+from tome_server.scheduling.policy.curve import price_curve
+from tome_server.scheduling.policy.price import Price
 from tome_server.scheduling.policy.view import Traffic, View
 from tome_server.scheduling.profile import Latency, Profile
 from tome_server.scheduling.queue import Waiting

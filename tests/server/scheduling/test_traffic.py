@@ -66,16 +66,30 @@ def test_budgets_are_told_in_classes_of_the_latest() -> None:
     for number in range(100):
         meter.add(number / 100, 9.0)
     for number in range(400):
-        meter.add(1 + number / 100, rng.choice((0.1, 0.2, math.inf)))
+        meter.add(1 + number / 100, rng.choice((0.1, 0.2, 0.5)))
     budgets = meter.at(5.0).budgets
-    assert {budget for budget, _ in budgets} <= {0.1, 0.2, math.inf}
+    assert {budget for budget, _ in budgets} <= {0.1, 0.2, 0.5}
     assert budgets[-1][1] == 1
 
 
-budgets_of_any = st.one_of(st.floats(1e-3, 10), st.just(math.inf))
+def test_requests_without_a_deadline_are_no_traffic() -> None:
+    alone, beside = TrafficMeter(), TrafficMeter()
+    for number in range(100):
+        alone.add(number / 100, 0.1)
+        beside.add(number / 100, 0.1)
+        for _ in range(5):
+            beside.add(number / 100, math.inf)
+    assert beside.at(1.0) == alone.at(1.0)
 
 
-@given(st.lists(st.tuples(st.floats(0, 5), budgets_of_any), min_size=1), st.floats(0, 9))
+def test_the_rate_of_fast_arrivals_is_known_after_some_dozens() -> None:
+    meter = TrafficMeter()
+    for number in range(100):
+        meter.add(number / 5000, 0.01)
+    assert 3500 < meter.at(0.02).rate < 5500
+
+
+@given(st.lists(st.tuples(st.floats(0, 5), st.floats(1e-3, 10)), min_size=1), st.floats(0, 9))
 def test_whatever_comes_in_is_told_in_numbers(arrivals: list[tuple[float, float]], later: float) -> None:
     meter, now = TrafficMeter(), 0.0
     for gap, budget in arrivals:

@@ -54,6 +54,8 @@ _FREE = 0.01
 # Up to this many waiting, each size of batch is a candidate; of more, each size this much smaller than the last.
 _EACH = 6
 _COARSER = 0.7
+# A smaller batch must be better by this share of a request's quality.
+_CLOSE = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +199,7 @@ class Price:
         expected, promised = latency.expected, latency.promised
         ahead = Lookahead(view, waiting, quality, price, outlook.typical)
         slacks = ahead.slacks
-        best, chosen = -math.inf, (0, 1, top)
+        best, chosen, close = -math.inf, (0, 1, top), _CLOSE * quality[top]
         # The largest that the earliest deadline allows, and of those smaller some; larger ones only without the first.
         most = min(len(slacks), latency.max_batch)
         fits = 1
@@ -225,7 +227,7 @@ class Price:
                 total = earns[other] + ahead.after(expected(size, other), first, size)
                 if total > worth:
                     worth, level = total, other
-            if worth > best:
+            if worth > best + close:
                 best, chosen = worth, (first, size, level)
         first, size, level = chosen
         return _in_time(view, waiting[first : first + size], level)
