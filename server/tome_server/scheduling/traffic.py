@@ -1,6 +1,7 @@
 """How requests come in: how fast, in what bursts, and how hasty."""
 
 import math
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 
@@ -79,8 +80,5 @@ class TrafficMeter:
 
     def _quantiles(self) -> tuple[tuple[float, float], ...]:
         ranked = sorted(self._budgets)
-        found = {}
-        for part in range(1, _CLASSES + 1):
-            count = -(-part * len(ranked) // _CLASSES)
-            found[ranked[count - 1]] = count / len(ranked)
-        return tuple(found.items())
+        quantiles = {ranked[-(-part * len(ranked) // _CLASSES) - 1] for part in range(1, _CLASSES + 1)}
+        return tuple((budget, bisect_right(ranked, budget) / len(ranked)) for budget in sorted(quantiles))

@@ -17,7 +17,7 @@ and the best candidate runs. Requests without a deadline run when no other waits
 """
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -33,8 +33,6 @@ from tome_server.scheduling.queue import Waiting
 
 # Of a newcomer's budget, the share that is kept back for what can't be foreseen.
 _RESERVE = 0.1
-# Where a class of budgets is out of time, requests come this much denser than on average: that is why it is.
-_DENSER = 1.5
 # Backlog is reckoned in the smallest batches that are nearly as efficient as the largest.
 _EFFICIENT = 0.95
 
@@ -53,7 +51,7 @@ _HAIR = 1e-4
 _FREE = 0.01
 # Up to this many waiting, each size of batch is a candidate; of more, each size this much smaller than the last.
 _EACH = 6
-_COARSER = 0.7
+_COARSER = 0.8
 # A smaller batch must be better by this share of a request's quality.
 _CLOSE = 0.002
 
@@ -141,15 +139,14 @@ class Price:
         deadline of a newcomer of that class, and the arrivals that allow no more than it does. The dearest counts.
         """
         latency, top, traffic = view.latency, self._top, view.traffic
-        unit, total = min(typical, self._unit), len(waiting)
+        unit = min(typical, self._unit)
         chunk, alone = latency.expected(unit, top), latency.expected(1, top)
         burden = _burden(view, waiting, unit, top)
-        depth_of = 1 / (image * traffic.dispersion)
         share, backlog, room, start, lost = _LEAST_SHARE * min(1.0, traffic.rate * image), 0.0, math.inf, 0, 0
         for budget, part in (*traffic.budgets, (math.inf, 0.0)):
-            until = view.now + budget
-            while start < total and waiting[start].deadline <= until:
-                size = min(unit, total - start)
+            due = bisect_right(waiting, view.now + budget, lo=start, key=_deadline)
+            while start < due:
+                size = min(unit, due - start)
                 slack = waiting[start].deadline - view.now - backlog
                 seconds = burden * (chunk if size == unit else latency.expected(size, top))
                 while seconds > slack and size > 1:
@@ -164,10 +161,13 @@ class Price:
             load = part * traffic.rate * image
             space = min(room, budget * (1 - _RESERVE) - backlog - alone)
             if space <= 0:
-                share = max(share, min(1.0, _DENSER * load))
+                share = max(share, min(1.0, load))
             elif part * traffic.rate > 0 and space < math.inf:
                 span = backlog + space
-                curve = price_curve(self._steps[typical - 1], rounded(load), rounded(span * depth_of))
+                # Some of the arrivals of a stream, picked at random, are less dispersed than all.
+                dispersion = 1 + part * (traffic.dispersion - 1)
+                depth = span / (image * dispersion)
+                curve = price_curve(self._steps[typical - 1], rounded(load), rounded(depth))
                 share = max(share, between(curve, backlog / span))
         return (1.0, lost) if lost else (share, 0)
 
