@@ -46,7 +46,7 @@ def devices() -> list[Device]:
         _vit_b("gpu", 32, lambda size, work: 0.0025 + 0.001 * size * work, slo=0.036),
         _vit_b("cpu", 16, lambda size, work: 0.004 + 0.020 * size * work, slo=0.360),
         _fashion(),
-        # A fast GPU: the CPU takes 6 ms to launch a batch's kernels, whatever is in it, and up to 12 images hide in that.
+        # A fast GPU: launching a batch's kernels takes 6 ms, whatever is in it, and up to 11 images hide in that.
         _vit_b("launch", 32, lambda size, work: max(0.006, 0.0005 + 0.0005 * size * work), slo=0.036),
         # No gain from batches: beyond one image the caches miss, and each image costs more the larger the batch.
         _vit_b("steep", 8, lambda size, work: 0.002 + 0.010 * size**1.2 * work, slo=0.250),

@@ -2,7 +2,7 @@
 
 A cell is a device (benchmarks/devices.py); a budget, in multiples k of one image's time at r = 0; a load, as a share of
 what the device can do at r = 0 in its largest batches; the squared coefficient of variation of the gaps between
-arrivals (gamma-distributed); and the classes of budgets: one, two (k and 8 k) or three (k, 3 k and 8 k), equally likely.
+arrivals (gamma-distributed); and the classes of budgets, equally likely: one, two (k, 8 k) or three (k, 3 k, 8 k).
 
 Every policy serves the same requests behind the same admission and the same shedding of requests that can't be met any
 more; a batch takes what the profile says, give or take 2 %. Only `plain r=0` has neither: it knows of no deadlines, as
@@ -43,8 +43,8 @@ from tome_server.scheduling.workload import Arrival, Steady
 from tome_server.scheduling.workload import draw as draw_arrivals
 
 NOTE = (
-    "The default policy's constants are chosen by benchmarks/tune_policy.py on other cells (k = 2.5, 5, 10, …) and seeds "
-    "1 and 2; these figures are of seeds 200 and up, which it never saw."
+    "The default policy's constants are chosen by benchmarks/tune_policy.py on other cells (k = 2.5, 5, 10) and seeds; "
+    "these figures are of seeds 200 and up, which it never saw."
 )
 KS = (2, 3, 4, 6, 8, 12, 20, 40)
 LOADS = (0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
@@ -98,8 +98,8 @@ class Row:
 
     @property
     def first(self) -> str:
-        """The best of the others."""
-        return max((name for name in self.runs if name != DEFAULT), key=self.accuracy)
+        """The best of the others that are behind the same admission."""
+        return max((name for name in self.runs if name not in (DEFAULT, BLIND)), key=self.accuracy)
 
     def accuracy(self, name: str) -> float:
         """Mean over seeds."""
@@ -287,7 +287,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
         f"{DEFAULT}: first in {verdicts.count('first')} of {len(rows)} cells, near the first ({NEAR} points and two "
         f"standard errors) in {verdicts.count('near')} more; behind in {verdicts.count('BEHIND')}",
         f"mean distance to the clairvoyant bound: {statistics.fmean(row.below for row in rows):.2f} points; of the best "
-        f"other in each cell {statistics.fmean(row.below + row.ahead(row.first)[0] for row in rows):.2f}",
+        f"other in each cell: {statistics.fmean(row.below + row.ahead(row.first)[0] for row in rows):.2f}",
     ]
     for name in ("r_max", BLIND, "r=0"):
         margin, row = min(((row.ahead(name)[0], row) for row in rows), key=lambda pair: pair[0])
@@ -326,7 +326,7 @@ def _document(rows: Sequence[Row], decisions: Sequence[tuple[int, float, float]]
 
 
 def means(cells: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Return what each policy and the bound reached in these cells, on average, and in how many the default is behind."""
+    """Return what each policy and the bound reached in these cells, and in how many the default is behind."""
     cells = list(cells)
     reached = {
         name: statistics.fmean(cell["policies"][name]["effective_accuracy"][0] for cell in cells)
@@ -353,7 +353,7 @@ def _label(by: str, value: Any) -> str:
 
 
 def draw(document: Mapping[str, Any], path: Path) -> None:
-    """Draw, for each device, budget against load: how far the default is ahead of the best other and below the bound."""
+    """Draw budget against load for each device: how far the default is ahead of the best other, and below the bound."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -7,12 +7,11 @@ it, at admission and when a batch is decided on, and no batch takes time that th
 import logging
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
 from tome_server.errors import InfeasibleError
 from tome_server.scheduling.policy.view import Decision, Policy, View, largest, uniform
-from tome_server.scheduling.profile import Latency
+from tome_server.scheduling.profile import Latency, Profile
 from tome_server.scheduling.queue import DeadlineQueue, Waiting
 from tome_server.scheduling.traffic import HORIZON, TrafficMeter, together
 
@@ -46,10 +45,7 @@ class Scheduler(Generic[T]):
         self._queue: DeadlineQueue[T] = DeadlineQueue()
         # Admitted, and still being decoded.
         self._coming: DeadlineQueue[None] = DeadlineQueue()
-        # Of each limit to batches, the size within it that does the most images a second. Where batches are steep in
-        # their size, several small ones are done before a large one.
-        speeds = [size / row[-1] for size, row in enumerate(latency.profile.every_size(latency.profile.p50)[1:], 1)]
-        self._fastest = list(accumulate(range(1, len(speeds) + 1), lambda a, b: b if speeds[b - 1] >= speeds[a - 1] else a))
+        self._fastest = _fastest(latency.profile)
         # A rate is that of several requests, however long each takes.
         self._traffic = TrafficMeter(max(HORIZON, _IMAGES_IN_HORIZON * latency.profile.p50[0][0]))
 
@@ -206,7 +202,7 @@ class Scheduler(Generic[T]):
         """Return by when each of those who wait must be done so that it and the other models' requests are in time.
 
         By their own deadline less the others' work due before; and before the latest moment at which those of others
-        that are due later can begin, all merged the most in the largest batches. Whoever of the others can't be met
+        that are due later can begin, all merged the most in the fastest batches. Whoever of the others can't be met
         even if this model runs one image alone before, is left out.
         """
         least = now + self.latency.promised(1, waiting[0].high)
@@ -245,6 +241,19 @@ class Scheduler(Generic[T]):
             return decision
         batch, shed = ([places[id(one)] for one in part] for part in (decision.batch, decision.shed))
         return Decision(batch, decision.levels, shed)
+
+
+def _fastest(profile: Profile) -> list[int]:
+    """Return, for each limit to batches from 1 on, the size within it that does the most images a second.
+
+    Where batches are steep in their size, several small ones are done before a large one.
+    """
+    sizes, best = list[int](), 0.0
+    for size, row in enumerate(profile.every_size(profile.p50)[1:], 1):
+        faster = size / row[-1] >= best
+        best = max(best, size / row[-1])
+        sizes.append(size if faster else sizes[-1])
+    return sizes
 
 
 def _check(decision: Decision, queue: DeadlineQueue[T], largest: int) -> None:

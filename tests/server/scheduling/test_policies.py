@@ -117,6 +117,12 @@ def test_slackfit_takes_the_bucket_that_the_slack_allows() -> None:
     assert 0.9 * 0.0085 < latency.of_batch(tight.levels, promised=True) <= 0.0085
 
 
+def test_slackfit_has_one_bucket_where_all_batches_take_the_same() -> None:
+    profile = Profile((1,), (0,), ((0.01,),), ((0.01,),))
+    seen = View(0.0, [Waiting(0, 0.0, math.inf, 0, 0)], Latency(profile), Traffic())
+    assert list(SlackFit()(seen).levels) == [0]
+
+
 def test_fixed_runs_as_many_as_are_in_time_together() -> None:
     assert len(Fixed(0)(only(0.0085, waiting=20)).batch) == 5
     assert list(Fixed(4)(only(0.0085, waiting=20)).levels) == [4] * 8

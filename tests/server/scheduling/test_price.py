@@ -134,6 +134,71 @@ def test_a_level_that_is_worse_and_no_faster_is_not_used() -> None:
         assert 1 not in decision.levels
 
 
+def flat(largest: int = 8) -> Profile:
+    """A device that takes 6 ms for up to three images at r = 0, and six at the most merging."""
+    p50 = tuple(tuple(max(0.006, 0.002 * size * share) for share in (1.0, 0.5)) for size in range(1, largest + 1))
+    return Profile(tuple(range(1, largest + 1)), (0, 8), p50, p50)
+
+
+def test_a_budget_of_three_images_in_an_overload_is_served_in_batches_and_merged() -> None:
+    # Where one image costs the same at each r, a batch is what merging pays in.
+    requests = [Waiting(item, 0.0, 0.0125 + 0.0005 * item, 0, 1) for item in range(8)]
+    decision = Price(flat(), (0.9, 0.89))(View(0.0, requests, Latency(flat()), Traffic(1500.0, 1.0, ((0.018, 1.0),))))
+    assert len(decision.batch) > 3
+    assert set(decision.levels) == {1}
+
+
+def test_what_merging_does_not_save_is_not_merged() -> None:
+    requests = [Waiting(item, 0.0, 0.018, 0, 1) for item in range(2)]
+    decision = Price(flat(), (0.9, 0.89))(View(0.0, requests, Latency(flat()), Traffic(1500.0, 1.0, ((0.018, 1.0),))))
+    assert list(decision.levels) == [0, 0]
+
+
+def test_a_batch_is_no_longer_than_hasty_newcomers_can_wait() -> None:
+    # 20 could run together; one in two newcomers allows 7 ms, and is lost if it finds the device busy for four.
+    traffic = Traffic(700.0, 1.0, ((0.007, 0.5), (0.2, 1.0)))
+    decision = price()(view(traffic, waiting=20, slack=0.2))
+    assert Latency(device()).of_batch(decision.levels) < 0.0045
+
+
+# A little traffic, none, and a device that is overloaded.
+RATES = (0.0, 20.0, 3000.0)
+
+
+def bulk(waiting: int, low: int = 0) -> list[Waiting[int]]:
+    return [Waiting(100 + item, 0.0, math.inf, low, len(RS) - 1) for item in range(waiting)]
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_requests_without_a_deadline_run_unmerged_when_no_other_waits(rate: float) -> None:
+    traffic = Traffic(rate, 1.0, ((0.036, 1.0),)) if rate else Traffic()
+    decision = price()(View(0.0, bulk(40), Latency(device()), traffic))
+    assert decision.batch
+    assert set(decision.levels) == {0}
+    assert not decision.shed
+    if rate:
+        assert Latency(device()).of_batch(decision.levels) < 0.036
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("waiting", [1, 5, 40])
+def test_requests_without_a_deadline_change_nothing_for_those_that_have_one(rate: float, waiting: int) -> None:
+    traffic = Traffic(rate, 1.0, ((0.036, 1.0),)) if rate else Traffic()
+    alone = view(traffic, waiting=waiting)
+    beside = View(alone.now, [*alone.waiting, *bulk(40)], alone.latency, traffic)
+    without, with_them = price()(alone), price()(beside)
+    assert list(with_them.batch[: len(without.batch)]) == list(without.batch)
+    assert with_them.levels[: len(without.levels)] == list(without.levels)
+    longer = alone.latency.of_batch(with_them.levels) / alone.latency.of_batch(without.levels)
+    assert longer <= 1.01
+
+
+def test_a_request_without_a_deadline_joins_a_batch_that_it_makes_no_longer() -> None:
+    requests = [Waiting(0, 0.0, 0.018, 0, 1), *(Waiting(item, 0.0, math.inf, 0, 1) for item in range(1, 6))]
+    decision = Price(flat(), (0.9, 0.89))(View(0.0, requests, Latency(flat()), Traffic(10.0, 1.0, ((0.018, 1.0),))))
+    assert len(decision.batch) == 3
+
+
 @st.composite
 def feasible(draw: st.DrawFn) -> tuple[Profile, list[float]]:
     """A profile and deadlines that are all met, with a little left, by merging the most in the largest batches."""

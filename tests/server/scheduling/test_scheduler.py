@@ -45,6 +45,28 @@ def test_the_earliest_deadlines_run_first() -> None:
     assert one.next(0.0) is None
 
 
+def test_a_request_without_a_deadline_is_never_refused() -> None:
+    one = scheduler()
+    for number in range(1000):
+        one.submit(request(str(number), math.inf), 0.0, 5.0)
+    # Nor does it count against one that has one.
+    one.submit(request("hasty", 5.02), 0.0, 5.0)
+    decision = one.next(5.0)
+    assert decision
+    assert decision.batch[0].item == "hasty"
+
+
+def test_a_request_is_admitted_that_small_batches_make_in_time_and_large_ones_do_not() -> None:
+    # Each image alone takes 10 ms, eight at once 160.
+    p50 = tuple(tuple(0.010 * size**1.33 for _ in RS) for size in range(1, 9))
+    one: Scheduler[str] = Scheduler(Latency(Profile(tuple(range(1, 9)), RS, p50, p50)), max_batch)
+    for number in range(7):
+        one.submit(request(str(number), 0.1), 0.0, 0.0)
+    one.submit(request("last", 0.09), 0.0, 0.0)
+    with pytest.raises(InfeasibleError):
+        one.submit(request("too late", 0.0799), 0.0, 0.075)
+
+
 def test_a_cancelled_request_never_runs() -> None:
     one = scheduler()
     gone, stays = request("a", 1.0), request("b", 2.0)

@@ -1,4 +1,4 @@
-"""What a batch leaves to the next: the requests that can still be met when it ends, and what the best batch of them earns.
+"""What a batch leaves to the next: requests that can still be met when it ends, and what the best batch of them earns.
 
 The requests in the queue are known. Newcomers are expected as they have been coming in: at their rate, evenly over the
 time that the batch takes, each with the budget of its class. Everything after that next batch is valued by the price of

@@ -29,7 +29,7 @@ from tome_server.scheduling.policy.view import Decision, View, uniform
 from tome_server.scheduling.profile import Profile
 from tome_server.scheduling.queue import Waiting
 
-# Constants were chosen by `python -m benchmarks.tune_policy`; most could be half or twice as large for a tenth of a point.
+# `python -m benchmarks.tune_policy` chose the constants. Most could be half or twice as large for a tenth of a point.
 
 # Of a newcomer's budget, the share that is kept back for what can't be foreseen.
 _RESERVE = 0.1
@@ -71,7 +71,7 @@ class _Outlook:
 
 
 class Price:
-    """Merges each batch as far as the price of device time and the requests after it ask, within the members' bounds."""
+    """Merges each batch as far as the price of device time and later requests ask, within the members' bounds."""
 
     def __init__(self, profile: Profile, quality: Sequence[float]) -> None:
         """`quality` is by level, positive. Raises ValueError if it has not one for each level of the profile."""
