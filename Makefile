@@ -79,10 +79,10 @@ sbom: $(STAMP)  ## what a server's installation holds, as CycloneDX, in build/sb
 audit: $(STAMP)  ## known vulnerabilities of the pinned dependencies; needs a network that reaches the index's own reports
 	$(BIN)/python deploy/audit.py
 
-bench: $(STAMP)  ## every benchmark, each printing all sides from one run (about 25 minutes)
+bench: $(STAMP)  ## every benchmark, each printing all sides from one run (about 40 minutes)
 	$(BIN)/python -m benchmarks.merging
 	$(BIN)/python -m benchmarks.mixed
-	$(BIN)/python -m benchmarks.policies
+	$(BIN)/python -m benchmarks.policies --quick
 	$(BIN)/python -m benchmarks.sharing
 	$(BIN)/python -m benchmarks.autoscaling
 	$(BIN)/python -m benchmarks.serving

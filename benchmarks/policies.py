@@ -283,11 +283,12 @@ def decision_microseconds(waiting: int, decisions: int = 400) -> float:
 def summary(rows: Sequence[Row]) -> list[str]:
     """Return the verdict in sentences."""
     verdicts = [row.verdict for row in rows]
+    below, others = [row.below for row in rows], [row.below + row.ahead(row.first)[0] for row in rows]
     lines = [
         f"{DEFAULT}: first in {verdicts.count('first')} of {len(rows)} cells, near the first ({NEAR} points and two "
         f"standard errors) in {verdicts.count('near')} more; behind in {verdicts.count('BEHIND')}",
-        f"mean distance to the clairvoyant bound: {statistics.fmean(row.below for row in rows):.2f} points; of the best "
-        f"other in each cell: {statistics.fmean(row.below + row.ahead(row.first)[0] for row in rows):.2f}",
+        f"mean distance to the clairvoyant bound: {statistics.fmean(below):.2f} points; "
+        f"of the best other in each cell: {statistics.fmean(others):.2f}",
     ]
     for name in ("r_max", BLIND, "r=0"):
         margin, row = min(((row.ahead(name)[0], row) for row in rows), key=lambda pair: pair[0])

@@ -5,6 +5,9 @@ with the same Poisson arrivals and images. Loads are shares of the capacity at r
 server: full batches of ready tensors, one after the other) measures first. `effective accuracy` is the measured top-1
 of each answer's r, averaged over all requests, those unanswered or late counting 0.
 
+Budgets are --budget full batches, and --images times one image's time at r = 0 as the server measured it: a few images
+leave time for one short batch after the one that is running.
+
 At last each fixed r is driven to saturation, for what the server itself costs: its images a second over the bare
 loop's, in turn. And of the default policy's batches, how many took no longer than was promised of 95 in
 100. On a machine whose cores are busy otherwise none of this says much.
@@ -23,6 +26,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -41,8 +45,9 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 @dataclass(frozen=True)
 class Cell:
-    """One policy at one load."""
+    """One policy at one load and budget."""
 
+    budget_ms: float
     load: float
     """share of the capacity at r = 0"""
     policy: str
@@ -86,21 +91,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         for policy in ("fixed:0", f"fixed:{last}"):
             policies[policy] = stack.enter_context(_server(policy, folder, args))["grpc"]
         capacity = _bare(0, args)
-        budget = round(args.budget * args.max_batch / capacity, 3)
+        image = model.r_grid[0].latency
+        if image is None:
+            sys.exit("the server did not say how long one image takes")
+        budgets = [
+            *(round(times * image, 3) for times in args.images),
+            round(args.budget * args.max_batch / capacity, 3),
+        ]
         setting = {
             "model": model.summary.name, "policies": list(policies), "threads": args.threads, "dtype": args.dtype,
             "max_batch": args.max_batch,
-            "capacity_r0": round(capacity, 1), "budget_ms": budget * 1e3, "seconds": args.seconds, "seed": args.seed,
+            "capacity_r0": round(capacity, 1), "image_ms": round(image * 1e3, 1),
+            "seconds": args.seconds, "seed": args.seed,
         }  # fmt: skip
         if not args.json:
             print("  ".join(f"{name} {value}" for name, value in setting.items()))
             print(_HEAD)
         cells = []
-        for load in args.loads:
-            for policy, target in policies.items():
-                cells.append(_drive(load, policy, target, capacity, budget, model, args))
-                if not args.json:
-                    print(_line(cells[-1]), flush=True)
+        for budget, load, (policy, target) in product(budgets, args.loads, policies.items()):
+            cells.append(_drive(load, policy, target, capacity, budget, model, args))
+            if not args.json:
+                print(_line(cells[-1]), flush=True)
         promises = _promises(first["metrics"])
         saturation = [_saturation(policies[f"fixed:{r}"], r, args) for r in (0, last)]
     if args.json:
@@ -150,6 +161,7 @@ def _drive(
     summary = summarize(result)
     total = summary.total
     return Cell(
+        budget_ms=budget * 1e3,
         load=load,
         policy=policy,
         rate=round(summary.rate, 1),
@@ -258,8 +270,8 @@ def _bare_loop(r: int, args: argparse.Namespace) -> float:
 
 
 _HEAD = (
-    f"{'load':>6} {'policy':<10} {'rate':>7} {'sent':>6} {'attained':>9} {'eff. accuracy':>14} {'p50':>8} {'p99':>8}"
-    f" {'mean r':>7} {'batch':>6}"
+    f"{'budget':>7} {'load':>6} {'policy':<10} {'rate':>7} {'sent':>6} {'attained':>9} {'eff. accuracy':>14}"
+    f" {'p50':>8} {'p99':>8} {'mean r':>7} {'batch':>6}"
 )
 
 
@@ -268,8 +280,8 @@ def _line(cell: Cell) -> str:
         return f"{'-' if value is None else f'{value:.{digits}f}':>{width}}"
 
     return (
-        f"{cell.load:>6.0%} {cell.policy:<10} {cell.rate:>7.1f} {cell.requests:>6} {cell.attainment:>9.2%}"
-        f" {cell.effective_accuracy:>14.2%} {number(cell.p50_ms, 8, 1)} {number(cell.p99_ms, 8, 1)}"
+        f"{cell.budget_ms:>5.0f}ms {cell.load:>6.0%} {cell.policy:<10} {cell.rate:>7.1f} {cell.requests:>6}"
+        f" {cell.attainment:>9.2%} {cell.effective_accuracy:>14.2%} {number(cell.p50_ms, 8, 1)} {number(cell.p99_ms, 8, 1)}"
         f" {number(cell.mean_r, 7, 1)} {number(cell.mean_batch, 6, 1)}"
         f"{'' if cell.on_schedule else '  (the load generator was late)'}"
     )
@@ -279,10 +291,15 @@ def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--loads", type=_loads, default=[0.5, 0.9, 1.2, 1.5], metavar="X,X,…", help="of r = 0 capacity")
+    parser.add_argument(
+        "--loads", type=_numbers, default=[0.5, 0.9, 1.2, 1.5], metavar="X,X,…", help="of r = 0 capacity"
+    )
     parser.add_argument("--seconds", type=float, default=15.0, help="measured in each cell (default: %(default)g)")
     parser.add_argument("--warmup", type=float, default=3.0, help="seconds before that (default: %(default)g)")
     parser.add_argument("--budget", type=float, default=3.0, help="in full batches at r = 0 (default: %(default)g)")
+    parser.add_argument(
+        "--images", type=_numbers, default=[3, 6, 12], metavar="K,K,…", help="budgets, in images at r = 0"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of each server (default: %(default)d)")
     parser.add_argument("--max-batch", type=int, default=8, help="(default: %(default)d)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -292,7 +309,7 @@ def _arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def _loads(text: str) -> list[float]:
+def _numbers(text: str) -> list[float]:
     return [float(value) for value in text.split(",")]
 
 
