@@ -281,7 +281,8 @@ def _line(cell: Cell) -> str:
 
     return (
         f"{cell.budget_ms:>5.0f}ms {cell.load:>6.0%} {cell.policy:<10} {cell.rate:>7.1f} {cell.requests:>6}"
-        f" {cell.attainment:>9.2%} {cell.effective_accuracy:>14.2%} {number(cell.p50_ms, 8, 1)} {number(cell.p99_ms, 8, 1)}"
+        f" {cell.attainment:>9.2%} {cell.effective_accuracy:>14.2%}"
+        f" {number(cell.p50_ms, 8, 1)} {number(cell.p99_ms, 8, 1)}"
         f" {number(cell.mean_r, 7, 1)} {number(cell.mean_batch, 6, 1)}"
         f"{'' if cell.on_schedule else '  (the load generator was late)'}"
     )
