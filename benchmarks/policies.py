@@ -57,8 +57,9 @@ DEFAULT = "price"
 BLIND = "plain r=0"
 # Behind the first by no more than these points counts as being with it.
 NEAR = 0.3
-# Requests of a run; more where that is less than so many times the longest budget, up to a multiple.
-REQUESTS, BUDGETS_LONG, MOST = 1500, 3.0, 4
+# Requests of a run; more where that is less than so many times the longest budget, up to a multiple. A shorter run ends
+# before what a policy puts off is due.
+REQUESTS, BUDGETS_LONG, MOST = 1500, 12.0, 12
 # How many wait when decisions are timed, and the most they should take, in microseconds.
 DECISIONS = ((100, 100.0), (2000, 1000.0))
 
