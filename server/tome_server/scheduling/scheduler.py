@@ -6,6 +6,7 @@ it, at admission and when a batch is decided on, and no batch takes time that th
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -116,7 +117,8 @@ class Scheduler(Generic[T]):
             if (later := self._ends(start, deadline, high, ready)) <= deadline:
                 return deadline
             deadline = later
-        return max(deadline, self._ends(start, math.inf, high, ready))
+        # The latest deadline there is: requests without one give way.
+        return max(deadline, self._ends(start, sys.float_info.max, high, ready))
 
     def cancel(self, request: Waiting[T]) -> bool:
         """Take out a request; returns whether it still waited."""
