@@ -368,16 +368,24 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     ]
     figure = Figure(figsize=(2.1 * len(names) + 1, 5.2), layout="constrained")
     grid = figure.subplots(len(panels), len(names), squeeze=False, sharex=True, sharey=True)
+    for axes, name in zip(grid[0], names, strict=True):
+        axes.set_title(name, fontsize=9)
     for line, (title, colours, least, most, value) in zip(grid, panels, strict=True):
         for axes, name in zip(line, names, strict=True):
             table = [[_mean_of(cells, name, k, load, value) for load in loads] for k in ks]
             image = axes.imshow(table, cmap=colours, vmin=least, vmax=most, origin="lower", aspect="auto")
             for y, row in enumerate(table):
                 for x, figure_here in enumerate(row):
-                    axes.text(x, y, f"{figure_here:.0f}", ha="center", va="center", fontsize=6)
+                    axes.text(
+                        x,
+                        y,
+                        f"{round(figure_here) if math.isfinite(figure_here) else '-'}",
+                        ha="center",
+                        va="center",
+                        fontsize=6,
+                    )
             axes.set_xticks(range(len(loads)), [f"{100 * load:.0f}" for load in loads], fontsize=6)
             axes.set_yticks(range(len(ks)), [f"{k:g}" for k in ks], fontsize=7)
-            axes.set_title(name if line is grid[0] else "", fontsize=9)
         line[0].set_ylabel("budget, images", fontsize=8)
         figure.colorbar(image, ax=list(line), label=f"points {title}")
     figure.supxlabel("load, % of capacity at r = 0", fontsize=8)
