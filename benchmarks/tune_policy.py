@@ -1,4 +1,4 @@
-"""Chooses the default policy's constants: each in turn at other values, on cells and seeds that nothing is judged on.
+"""Tries the default policy's constants, each in turn at other values, on cells and seeds that nothing is judged on.
 
 The cells lie between those of `benchmarks.policies` (budgets of 2.5, 5 and 10 images, loads of 60 to 220 %, CV² 2, 6),
 on the same devices; the seeds are 1 and 2. A line says, for one value of one constant, how far below the bound the
