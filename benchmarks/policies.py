@@ -43,8 +43,8 @@ from tome_server.scheduling.workload import Arrival, Steady
 from tome_server.scheduling.workload import draw as draw_arrivals
 
 NOTE = (
-    "The default policy's constants were chosen on seed 1 of such cells, and are looked at by benchmarks/tune_policy.py "
-    "on budgets and loads between them; these figures are of seeds 200 and up, on which none was chosen."
+    "The default policy's constants were chosen on seed 1 of such cells; benchmarks/tune_policy.py tries others on budgets "
+    "and loads between them. These figures are of seeds 200 and up, on which none was chosen."
 )
 KS = (2, 3, 4, 6, 8, 12, 20, 40)
 LOADS = (0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
@@ -378,6 +378,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
                 for x, points in enumerate(row):
                     label = str(round(points)) if math.isfinite(points) else "-"
                     axes.text(x, y, label, ha="center", va="center", fontsize=6)
+            axes.set_xticks(range(len(loads)), [f"{100 * load:.0f}" for load in loads], fontsize=6)
             axes.set_yticks(range(len(ks)), [f"{k:g}" for k in ks], fontsize=7)
         line[0].set_ylabel("budget, images", fontsize=8)
         figure.colorbar(image, ax=list(line), label=f"points {title}")
