@@ -43,8 +43,8 @@ from tome_server.scheduling.workload import Arrival, Steady
 from tome_server.scheduling.workload import draw as draw_arrivals
 
 NOTE = (
-    "The default policy's constants were chosen on seed 1 of such cells; benchmarks/tune_policy.py tries others on budgets "
-    "and loads between them. These figures are of seeds 200 and up, on which none was chosen."
+    "The default policy's constants were chosen on seed 1 of such cells; benchmarks/tune_policy.py tries others on "
+    "budgets and loads between them. These figures are of seeds 200 and up, on which none was chosen."
 )
 KS = (2, 3, 4, 6, 8, 12, 20, 40)
 LOADS = (0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)

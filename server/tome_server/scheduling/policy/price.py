@@ -29,7 +29,7 @@ from tome_server.scheduling.policy.view import Decision, View, uniform
 from tome_server.scheduling.profile import Profile
 from tome_server.scheduling.queue import Waiting
 
-# `python -m benchmarks.tune_policy` tries other values of the constants: half or twice as much changes a tenth of a point.
+# `python -m benchmarks.tune_policy` tries other values of the constants: half or twice as much changes 0.1 points.
 
 # Of a newcomer's budget, the share that is kept back for what can't be foreseen.
 _RESERVE = 0.1
