@@ -150,11 +150,11 @@ class Batches:
         scheduler = job.served.scheduler
         if self._ended:
             raise _stopped()
-        self._unanswered.add(job)
+        self.check(job.served, waiting)
         if not len(scheduler):
             job.served.waiting_since = job.queued
-        self.check(job.served, waiting)
         scheduler.submit(waiting, job.queued, self._free_at)
+        self._unanswered.add(job)
         self._queue_changed(job.served)
         self._arrived.set()
         try:

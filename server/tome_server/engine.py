@@ -189,6 +189,7 @@ class Engine:
         self._released = asyncio.Event()
         self._last_left = -math.inf
         self.metrics.pending_limit.set(self.max_pending)
+        self.metrics.decode_queue_depth.set_function(lambda: len(self._decoders))
 
     def model(self, name: str) -> Served:
         """Return a model in service, the first if unnamed.
@@ -337,9 +338,7 @@ class Engine:
         served = served or self.model(request.model)
         bounds = served.bounds(request.r, request.min_r, request.max_r, request.min_quality)
         top_k = _top_k(served.model, request)
-        if request.deadline is None:
-            request = replace(request, deadline=request.arrival + served.default_budget)
-        deadline = request.deadline or math.inf
+        deadline = request.arrival + served.default_budget if request.deadline is None else request.deadline
         try:
             with self.holding(served), self._shares.hold():
                 reply = await self._answer(served, bounds, top_k, request, deadline)
@@ -441,7 +440,6 @@ class Engine:
             raise InfeasibleError(earliest - now + self._margin.at(now)) from None
         finally:
             served.scheduler.forget(waiting)
-            self.metrics.decode_queue_depth.set(len(self._decoders))
 
     def _prepare(self, served: Served, source: EncodedImage | Pixels | Normalised) -> Slot:
         return self.device.put(served.key, _prepared(served.model.preprocess, source))

@@ -505,6 +505,20 @@ async def test_a_request_without_a_deadline_is_never_refused_for_time_and_has_no
     assert bench.metric("tome_rejected_total", reason="infeasible") == 0
 
 
+async def test_a_request_that_is_refused_once_it_is_decoded_is_forgotten(
+    start: Callable[..., Bench], stopped: Clock
+) -> None:
+    bench = start(unit=SLOW)
+    bench.decoder.gate.clear()
+    task = bench.predict(1, within=10.0)
+    await until(lambda: bench.decoder.decoded)
+    stopped.skip(9.0)  # what is left is less than one image takes on the device
+    bench.decoder.gate.set()
+    await infeasible(task)
+    assert bench.engine._batches._unanswered == set()
+    assert bench.device.batches == []
+
+
 async def test_requests_with_a_deadline_go_before_those_without(start: Callable[..., Bench]) -> None:
     bench = start(max_batch=1)
     holding = await bench.hold_device()
@@ -613,6 +627,7 @@ async def test_images_that_wait_for_a_thread_are_reckoned_with_and_forgotten_onc
     await until(lambda: bench.decoder.decoded and len(bench.engine._decoders) == 4)
     # Five times ten seconds before its own, with a quarter to spare, and the device.
     assert (await infeasible(bench.predict(9, within=57.0))).smallest == pytest.approx(50 + 12.5 + 1.65, abs=0.1)
+    assert bench.gauge("tome_decode_queue_depth") == 4
     # One that is due before the four that wait goes before them.
     sooner = bench.predict(8, within=30.0)
     await until(lambda: len(bench.engine._decoders) == 5)
