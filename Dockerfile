@@ -44,8 +44,8 @@ COPY protos protos
 COPY client client
 COPY server server
 RUN pip --python /opt/tome/bin/python install --no-deps . \
-    && ls /opt/tome/lib/python*/site-packages/tome_server/merging/_native.abi3.so \
-          /opt/tome/lib/python*/site-packages/tome_server/merging/_attention.abi3.so
+    && ls /opt/tome/lib/python*/site-packages/tome_server/merging/cpu/_matching.abi3.so \
+          /opt/tome/lib/python*/site-packages/tome_server/merging/cpu/_attention.abi3.so
 
 # What the image holds of Python, in CycloneDX: /opt/tome/sbom.cdx.json. Its maker stays outside of the image.
 RUN python -m venv --without-pip /opt/sbom \

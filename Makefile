@@ -113,7 +113,7 @@ clean:  ## remove the virtual environment and caches
 
 # One virtual environment, installed into again when what is installed changes. An interpreter that isn't supported is
 # refused first: pip would find no build of torch for it that fits, and take gigabytes of another.
-$(SERVED): pyproject.toml constraints.txt $(wildcard server/tome_server/merging/*.[ch])
+$(SERVED): pyproject.toml constraints.txt $(wildcard server/tome_server/merging/cpu/*.[ch])
 	@python=$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)); \
 	command -v "$$python" >/dev/null || { echo "make: there is no $$python; make PYTHON=... names another" >&2; exit 1; }; \
 	version=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \

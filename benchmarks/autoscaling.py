@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from tome_server.plan import Plan, Question, load_replica
+from tome_server.simulation.capacity import Plan, Question, load_replica
 
 STORED = Path(__file__).parent / "profiles" / "fashion.json"
 VALUES = Path(__file__).parents[1] / "deploy/helm/tome-serving/values.yaml"

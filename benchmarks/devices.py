@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tome_server.calibration.profile_store import read_profile
 from tome_server.models.bundled import BUNDLED
-from tome_server.runtime.profile_store import read_profile
 from tome_server.scheduling.profile import Profile
 
 STORED = Path(__file__).parent / "profiles" / "fashion.json"

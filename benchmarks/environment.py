@@ -2,9 +2,9 @@
 
 import os
 
-from tome_server.cli import KERNELS_KEPT
+from tome_server.cli.main import KERNELS_KEPT
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS_KEPT)
 
-import tome_server.timm_import  # noqa: F401
+import tome_server.merging.timm_import  # noqa: F401

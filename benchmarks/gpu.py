@@ -6,7 +6,7 @@ For each batch size these sides, each timed once a round, all in turn:
 - `ours r`, launched kernel by kernel, and `graph r`, by a CUDA graph of it;
 - `graph folded r`, with sizes folded into the keys, for FlashAttention, in place of a mask;
 - `graph cudnn r`, with attention by cuDNN, where torch prefers that: timm's sides have what torch prefers, a server and
-  all other sides of ours do without (`runtime/choose_device.py` says why);
+  all other sides of ours do without (`execution/choose_device.py` says why);
 - `served r`: all that a server does for a batch, from bytes in host memory to classes, with graphs;
 - `served ahead r`: the same, where another thread brings the next batch's images to the device meanwhile.
 
@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import cycle
 
-import tome_server.timm_import  # noqa: F401  isort: skip
+import tome_server.merging.timm_import  # noqa: F401  isort: skip
 
 import timm
 import torch
@@ -36,16 +36,16 @@ from timm.data import resolve_data_config
 from tqdm import tqdm
 
 from benchmarks.merging import integers, repeats, seconds
+from tome_server.device.prefetch import Uploads
+from tome_server.device.shared_images import SharedImages
+from tome_server.execution.batch import Work
+from tome_server.execution.cuda_graphs import CudaRecorder, GraphedModel
+from tome_server.execution.executor import run_batch
 from tome_server.merging import merge
-from tome_server.merging.eva import fix_positions
+from tome_server.merging.families.eva import fix_positions
 from tome_server.models.loaded import LoadedModel, loaded_model
 from tome_server.models.preprocess import Limits, Preprocess
 from tome_server.models.transform import ImageSettings
-from tome_server.runtime.executor import run_batch
-from tome_server.runtime.graphs import CudaRecorder, GraphedModel
-from tome_server.runtime.shared_images import SharedImages
-from tome_server.runtime.uploads import Uploads
-from tome_server.runtime.work import Work
 
 Side = Callable[[], object]
 Spread = tuple[float, float, float]

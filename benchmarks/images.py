@@ -23,8 +23,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from tome_server.errors import InvalidRequestError
-from tome_server.models.bare_image import MOST_CHUNKS, MOST_SCANS
-from tome_server.models.image_header import ImageHeader, read_header
+from tome_server.models.images.bare_image import MOST_CHUNKS, MOST_SCANS
+from tome_server.models.images.image_header import ImageHeader, read_header
 from tome_server.models.preprocess import Limits, Preprocess
 from tome_server.models.transform import ImageSettings
 

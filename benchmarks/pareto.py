@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from tome_server.calibration.datasets import Dataset, load_labelled
+from tome_server.calibration.evaluation import class_ids_of
 from tome_server.merging import Schedule
-from tome_server.models.datasets import Dataset, load_labelled
 from tome_server.models.loaded import LoadedModel
 from tome_server.models.loading import load
 from tome_server.models.repository import Repository
 from tome_server.models.spec import bundled_spec, in_dtype
-from tome_server.runtime.evaluation import class_ids_of
 
 CPU = torch.device("cpu")
 BATCH = 16

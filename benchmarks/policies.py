@@ -32,15 +32,15 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.devices import STORED, VIT_B_TOP1, Device, devices, vit_b_profile
-from tome_server.scheduling.bound import clairvoyant_bound
 from tome_server.scheduling.policy import policy_named
 from tome_server.scheduling.policy.view import Policy
 from tome_server.scheduling.profile import Latency, Profile
 from tome_server.scheduling.queue import Waiting
 from tome_server.scheduling.scheduler import Scheduler
-from tome_server.scheduling.simulator import Cluster, simulate
-from tome_server.scheduling.workload import Arrival, Steady
-from tome_server.scheduling.workload import draw as draw_arrivals
+from tome_server.simulation.bound import clairvoyant_bound
+from tome_server.simulation.simulator import Cluster, simulate
+from tome_server.simulation.workload import Arrival, Steady
+from tome_server.simulation.workload import draw as draw_arrivals
 
 NOTE = (
     "The default policy's constants were chosen on seed 1 of such cells; benchmarks/tune_policy.py tries others on "
@@ -251,9 +251,9 @@ def _measure(threads: int) -> None:
     """Measure the bundled model and store its profile."""
     # Before torch is imported: spinning threads cost more than they gain on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from tome_server.config import ModelConfig, ServerConfig
-    from tome_server.offline import profile_model
-    from tome_server.runtime.profile_store import save_profile
+    from tome_server.calibration.profile_store import save_profile
+    from tome_server.cli.offline import profile_model
+    from tome_server.config.server import ModelConfig, ServerConfig
 
     config = ServerConfig(models=(ModelConfig(dtype="float32"),), threads=threads)
     _, key, profile, _ = profile_model(config, budget=40, progress=sys.stderr.isatty())

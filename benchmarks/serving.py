@@ -246,13 +246,13 @@ def _bare(r: int, args: argparse.Namespace) -> float:
 def _bare_loop(r: int, args: argparse.Namespace) -> float:
     # Here because the load generator's process must stay light: torch is for the loop's own.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    import tome_server.timm_import  # noqa: F401  isort: skip
+    import tome_server.merging.timm_import  # noqa: F401  isort: skip
     import torch
 
+    from tome_server.execution.batch import Work
+    from tome_server.execution.executor import run_batch
     from tome_server.models.loading import load
     from tome_server.models.spec import bundled_spec
-    from tome_server.runtime.executor import run_batch
-    from tome_server.runtime.work import Work
 
     torch.set_num_threads(args.threads)
     device = torch.device("cpu")

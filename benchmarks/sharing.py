@@ -21,7 +21,7 @@ from tome_server.scheduling.policy import policy_named
 from tome_server.scheduling.profile import Latency, Profile
 from tome_server.scheduling.queue import Waiting
 from tome_server.scheduling.scheduler import Scheduler
-from tome_server.scheduling.workload import Arrival, Steady, draw
+from tome_server.simulation.workload import Arrival, Steady, draw
 
 LOADS = (0.55, 0.97, 1.2, 1.4)
 CV2 = 4

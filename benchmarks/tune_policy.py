@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from benchmarks.devices import devices
 from benchmarks.policies import BLIND, DEFAULT, Cell, policies, requests, serve
-from tome_server.scheduling.bound import clairvoyant_bound
 from tome_server.scheduling.policy import policy_named, price
+from tome_server.simulation.bound import clairvoyant_bound
 
 KS = (2.5, 5, 10)
 LOADS = (0.6, 0.9, 1.3, 2.2)

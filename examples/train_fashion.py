@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import tome_server.timm_import  # noqa: F401  isort: skip
+import tome_server.merging.timm_import  # noqa: F401  isort: skip
 import timm
 from timm.layers import (
     PatchDropout,
@@ -49,7 +49,7 @@ from timm.layers import (
     set_fused_attn,
 )
 
-from tome_server.models.datasets import DatasetError, read_idx
+from tome_server.calibration.datasets import DatasetError, read_idx
 
 MEAN, STD = 0.2860, 0.3530  # of the training images' pixels in [0, 1]
 HELD_OUT = 2_000

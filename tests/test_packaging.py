@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tome_server.merging import attention, native
+from tome_server.merging import attention
+from tome_server.merging.cpu import matching_c
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -91,7 +92,7 @@ def test_the_wheel_holds_every_file_of_the_packages_and_no_other(wheel: set[str]
 def test_the_wheel_holds_what_is_compiled_for_any_python(wheel: set[str]) -> None:
     if shutil.which("cc") is None:
         pytest.skip("needs a C compiler")
-    compiled = {f"tome_server/merging/{name}.abi3.so" for name in ("_native", "_attention")}
+    compiled = {f"tome_server/merging/cpu/{name}.abi3.so" for name in ("_matching", "_attention")}
     assert {name for name in wheel if name.endswith(".so")} == compiled
 
 
@@ -99,7 +100,7 @@ def test_what_is_compiled_is_there_where_it_can_be() -> None:
     """Else all others would be green with torch's operators alone."""
     if shutil.which("cc") is None:
         pytest.skip("needs a C compiler")
-    assert native.BUILT
+    assert matching_c.BUILT
     assert attention.BUILT
 
 

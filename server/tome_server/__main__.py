@@ -1,6 +1,6 @@
 """`python -m tome_server` is `tome-server`."""
 
-from tome_server.cli import main
+from tome_server.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -10,21 +10,21 @@ from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
-from tome_server.config import ServerConfig
-from tome_server.control import ModelControl
-from tome_server.engine import Engine
+from tome_server.api.oip.service import OpenInference
+from tome_server.api.rest.server import HttpServer
+from tome_server.api.rpc.server import RpcServer, RpcSettings
+from tome_server.api.rpc.tls import TlsFiles
+from tome_server.api.tokens import Tokens
+from tome_server.config.server import ServerConfig
+from tome_server.device.client import Device
 from tome_server.errors import ConfigError
-from tome_server.hosting import Hosting, find_models
+from tome_server.execution.cpus import available_cpus
 from tome_server.observability.logs import Summary, log_request
 from tome_server.observability.metrics import Metrics
-from tome_server.oip.service import OpenInference
-from tome_server.remeasuring import remeasure
-from tome_server.rest.server import HttpServer
-from tome_server.rpc.server import RpcServer, RpcSettings
-from tome_server.rpc.tls import TlsFiles
-from tome_server.rpc.tokens import Tokens
-from tome_server.runtime.cpus import available_cpus
-from tome_server.runtime.device import Device
+from tome_server.serving.control import ModelControl
+from tome_server.serving.engine import Engine
+from tome_server.serving.model_manager import Hosting, find_models
+from tome_server.serving.remeasuring import remeasure
 from tome_server.signals import stop_line, stop_status
 
 if TYPE_CHECKING:

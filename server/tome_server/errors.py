@@ -1,4 +1,4 @@
-"""Why a request or a model is refused. `rpc.errors` says which gRPC status each becomes."""
+"""Why a request or a model is refused. `api.status` says which gRPC status each becomes."""
 
 import math
 from collections.abc import Sequence

@@ -7,8 +7,8 @@ import pytest
 import torch
 from benchmarks import pareto
 
+from tome_server.calibration.datasets import Dataset, load_labelled
 from tome_server.merging import Schedule
-from tome_server.models.datasets import Dataset, load_labelled
 from tome_server.models.loaded import LoadedModel, with_schedules
 from tome_server.models.loading import load
 from tome_server.models.spec import bundled_spec

@@ -8,7 +8,7 @@ from benchmarks.sharing import pair, serve
 
 from tome_server.scheduling.policy import policy_named
 from tome_server.scheduling.profile import Profile
-from tome_server.scheduling.simulator import Cluster, simulate
+from tome_server.simulation.simulator import Cluster, simulate
 
 P50 = ((0.012, 0.007), (0.042, 0.022))
 DEVICE = Device("gpu", Profile((1, 4), (0, 8), P50, P50), (90.0, 80.0), slo=0.2)

@@ -13,11 +13,11 @@ import pytest
 import yaml
 from starlette.routing import Route
 
-from tome_server.config import ServerConfig, read_config
+from tome_server.api.rest.routes import application
+from tome_server.api.rpc import health, oip_servicer
+from tome_server.api.rpc.server import SERVICE
+from tome_server.config.server import ServerConfig, read_config
 from tome_server.observability.metrics import MISSED, Metrics
-from tome_server.rest.routes import application
-from tome_server.rpc import health, oip_servicer
-from tome_server.rpc.server import SERVICE
 
 from .chart import CHART, EVERYTHING, FULL, ROOT, Values, container, helm, render, settings_text, the
 from .promql import SERVED, selected

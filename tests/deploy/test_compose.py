@@ -9,7 +9,7 @@ import yaml
 from compose_spec import PyCompose
 
 from tome_api.durations import parse_duration
-from tome_server.config import ServerConfig
+from tome_server.config.server import ServerConfig
 
 from .chart import ROOT
 

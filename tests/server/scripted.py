@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from tome_server import served as served_module
-from tome_server.engine import EncodedImage, Engine, Reply, Request
 from tome_server.errors import DeviceDiedError, InfeasibleError, InvalidRequestError, OutOfMemoryError, RequestError
+from tome_server.execution.batch import BatchResult, Result, Work
 from tome_server.models.preprocess import InputSize
 from tome_server.models.transform import ImageSettings
-from tome_server.runtime.work import BatchResult, Result, Work
 from tome_server.scheduling.policy.view import Policy
 from tome_server.scheduling.profile import Latency, Profile
+from tome_server.serving import served as served_module
+from tome_server.serving.engine import EncodedImage, Engine, Reply, Request
 
 # Passes while the test waits for it to pass, on any machine.
 SOON = 0.05

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from scripted import LATE, QUICK, RS, Bench, Clock, ScriptedDecoder, ScriptedDevice, profile_of, until
 
-from tome_server.engine import Engine
 from tome_server.models.hosted import HostedModel
 from tome_server.models.spec import Own
 from tome_server.observability.metrics import Metrics
-from tome_server.served import ServedModel
+from tome_server.serving.engine import Engine
+from tome_server.serving.served import ServedModel
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ async def stopped(clock: Clock) -> Clock:
 @pytest.fixture(scope="module")
 def bundled() -> HostedModel:
     # Here, for most tests need neither.
-    import tome_server.timm_import  # noqa: F401  isort: skip
+    import tome_server.merging.timm_import  # noqa: F401  isort: skip
     import torch
 
     from tome_server.models.loading import load

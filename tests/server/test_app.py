@@ -16,14 +16,14 @@ import grpc
 import pytest
 import trustme
 import yaml
+from api.rest.wire import INFER, JSON_LENGTH, ask
+from api.rpc.wire import connected, device_held, refusal, refusal_in, refusal_of, scrape, until
 from cryptography import x509
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from rest.wire import INFER, JSON_LENGTH, ask
-from rpc.wire import connected, device_held, refusal, refusal_in, refusal_of, scrape, until
 from safetensors.torch import save_file
 
-import tome_server.timm_import  # noqa: F401  isort: skip
+import tome_server.merging.timm_import  # noqa: F401  isort: skip
 import timm
 
 from tome_api.v1 import inference_pb2 as pb
@@ -72,7 +72,7 @@ def test_a_port_in_use_is_said_in_a_sentence(taken: str) -> None:
 # Importing torch takes most of a start that fails; this does it once for all of them.
 ONE_PROCESS = """
 import json, os, sys
-from tome_server.cli import main
+from tome_server.cli.main import main
 for argv in json.load(sys.stdin):
     try:
         main(["serve", *argv])

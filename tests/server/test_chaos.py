@@ -21,9 +21,9 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from api.rpc.wire import scrape, until
 from google.protobuf.duration_pb2 import Duration
 from PIL import Image
-from rpc.wire import scrape, until
 from server_process import ServerProcess
 
 from tome_api.v1 import inference_pb2 as pb

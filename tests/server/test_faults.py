@@ -14,8 +14,8 @@ from typing import Any
 
 import grpc
 import pytest
+from api.rpc.wire import PATIENCE, connected, refusal_of, scrape, until
 from google.protobuf.duration_pb2 import Duration
-from rpc.wire import PATIENCE, connected, refusal_of, scrape, until
 
 from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc

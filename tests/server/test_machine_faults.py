@@ -15,9 +15,9 @@ from typing import Any
 
 import grpc
 import pytest
+from api.rpc.wire import connected, refusal, refusal_in, refusal_of, scrape, until
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from rpc.wire import connected, refusal, refusal_in, refusal_of, scrape, until
 
 from tome_api.v1 import inference_pb2 as pb
 

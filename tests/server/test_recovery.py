@@ -14,9 +14,9 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from api.rpc.wire import connected, refusal_of, scrape, until
 from google.protobuf.duration_pb2 import Duration
 from PIL import Image
-from rpc.wire import connected, refusal_of, scrape, until
 
 from tome_api.v1 import inference_pb2 as pb
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from rpc.wire import until
+from api.rpc.wire import until
 
 BUNDLED = Path(__file__).parents[2] / "server/tome_server/models/bundled/fashion"
 BEFORE = "before any model was served: stopping at once"

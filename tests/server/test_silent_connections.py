@@ -9,8 +9,8 @@ import grpc
 import pytest
 import trustme
 import yaml
+from api.rpc.wire import connected, device_held, scrape, until
 from google.protobuf.duration_pb2 import Duration
-from rpc.wire import connected, device_held, scrape, until
 from silent import silent_connections
 
 from tome_api.v1 import inference_pb2 as pb

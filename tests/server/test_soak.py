@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 import pytest
-from rpc.wire import scrape, until
+from api.rpc.wire import scrape, until
 
 from tome_client.load import BudgetClass, LoadPlan, Outcome, Renewal, event_loop, read_samples, run_load
 

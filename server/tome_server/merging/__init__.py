@@ -4,12 +4,12 @@ merged = merge(timm.create_model("vit_base_patch16_224", pretrained=True).eval()
 merged(images, r=8).logits
 """
 
-import tome_server.timm_import  # noqa: F401  isort: skip
+import tome_server.merging.timm_import  # noqa: F401  isort: skip
 
 from tome_server.mac_count import MacCount
+from tome_server.merging.cpu.packing import pack, packable
 from tome_server.merging.macs import macs
 from tome_server.merging.model import MergedModel, MergedOutput, merge, unmerge
-from tome_server.merging.packing import pack, packable
 from tome_server.merging.schedule import Schedule, tokens_per_block
 from tome_server.merging.support import UnsupportedModelError
 

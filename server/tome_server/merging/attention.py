@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tome_server.merging.native import are_recorded
+from tome_server.merging.cpu.matching_c import are_recorded
 
 try:
-    from tome_server.merging import _attention
+    from tome_server.merging.cpu import _attention
 except ImportError:
     BUILT = False
     _SUPPORTED = (False, False)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tome_server.merging import matching as by_torch
-from tome_server.merging import native
 from tome_server.merging.attention import BiasOf
+from tome_server.merging.cpu import matching_c
 from tome_server.merging.matching import moves
 from tome_server.merging.schedule import mergeable
 
@@ -236,7 +236,7 @@ def _merge(
     if not any(rs):
         return x
     parts = list(_split(x, [group.shape for group in groups]))
-    merging = native if native.serves(x, *keys) else by_torch
+    merging = matching_c if matching_c.serves(x, *keys) else by_torch
     for i, (group, wanted) in enumerate(zip(groups, rs, strict=True)):
         r = min(wanted, mergeable(group.shape[1], prefix))
         if r == 0:

@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tome_server.mac_count import MacCount
+from tome_server.merging.cpu.kernels import PackedLinear
 from tome_server.merging.encoder import Layers
 from tome_server.merging.geometry import default_size, patch_grid
-from tome_server.merging.kernels import PackedLinear
 from tome_server.merging.pooling import pooled_from, reads_prefix_only
 from tome_server.merging.schedule import Schedule, as_schedule, mergeable
 from tome_server.merging.support import VisionModel, check_supported, embedding_of, layers_of

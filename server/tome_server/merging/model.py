@@ -9,8 +9,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tome_server.merging.attention import size_bias, size_column
 from tome_server.merging.encoder import Alike, Layers, alike, encode, select
+from tome_server.merging.families.naflex import patch_counts
 from tome_server.merging.geometry import check_image_size, patch_grid
-from tome_server.merging.naflex import patch_counts
 from tome_server.merging.pooling import classify, reads_prefix_only
 from tome_server.merging.schedule import Schedule, as_schedule, tokens_per_block
 from tome_server.merging.support import EMBED, VisionModel, check_supported, layers_of

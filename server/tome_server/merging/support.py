@@ -29,8 +29,8 @@ from timm.models.vision_transformer import (
 )
 from torch import nn
 
-from tome_server.merging import eva, naflex, parallel, vit
 from tome_server.merging.encoder import Embedded, Layers
+from tome_server.merging.families import eva, naflex, parallel, vit
 
 VisionModel: TypeAlias = VisionTransformer | Eva | NaFlexVit
 EMBED: Mapping[type[nn.Module], Callable[[Any, Any], Embedded]] = {

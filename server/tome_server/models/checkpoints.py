@@ -3,7 +3,7 @@
 import warnings
 from pathlib import Path
 
-import tome_server.timm_import  # noqa: F401  isort: skip
+import tome_server.merging.timm_import  # noqa: F401  isort: skip
 
 import torch
 from timm.models import clean_state_dict, load_state_dict

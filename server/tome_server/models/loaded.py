@@ -32,7 +32,7 @@ class LoadedModel(HostedModel):
     division_gain: float | None = None
     """How many times as fast a single image is on all CPU threads as on one, where `division` was chosen by that."""
     graphs: Forward | None = None
-    """What was recorded of it, to be run in its place: see runtime/graphs.py."""
+    """What was recorded of it, to be run in its place: see execution/cuda_graphs.py."""
 
     def input(self, images: Tensor, device: torch.device) -> Tensor:
         """Return `images` [B, C, H, W] on the device and in the dtype of the network, normalised if they are uint8.

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import tome_server.timm_import  # noqa: F401  isort: skip
+import tome_server.merging.timm_import  # noqa: F401  isort: skip
 
 import timm
 import torch
@@ -18,11 +18,12 @@ from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from tome_server.config.text_file import read_text
 from tome_server.errors import ModelLoadError
 from tome_server.merging import MergedModel, UnsupportedModelError, merge, pack, packable
-from tome_server.merging.eva import fix_positions
+from tome_server.merging.cpu.packing import LEAST_GAIN, division_gain, few_threads
+from tome_server.merging.families.eva import fix_positions
 from tome_server.merging.geometry import default_size, patch_grid
-from tome_server.merging.packing import LEAST_GAIN, division_gain, few_threads
 from tome_server.merging.support import check_supported
 from tome_server.models.hosted import Quality
 from tome_server.models.importing import Imported, fitted, inferred, outline_weights, read_weights
@@ -31,7 +32,6 @@ from tome_server.models.preprocess import Limits, Preprocess
 from tome_server.models.spec import ModelSpec, Outline, in_dtype, weights_digest
 from tome_server.models.timm_names import check_architecture
 from tome_server.models.transform import CROP_MODES, INTERPOLATIONS, ImageSettings
-from tome_server.text_file import read_text
 
 log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tome_api.durations import duration_text
+from tome_server.config.text_file import read_text
 from tome_server.errors import ModelLoadError
 from tome_server.models.bundled import BUNDLED
 from tome_server.models.checkpoints import read_checkpoint
@@ -31,7 +32,6 @@ from tome_server.models.spec import (
     bundled_spec,
     quality_file,
 )
-from tome_server.text_file import read_text
 
 CPU = torch.device("cpu")
 _DTYPES: tuple[Dtype, ...] = get_args(Dtype)

@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from tome_server.errors import InvalidRequestError
-from tome_server.models.bare_image import bare
-from tome_server.models.decoding import decode
-from tome_server.models.image_header import ImageHeader, read_header
+from tome_server.models.images.bare_image import bare
+from tome_server.models.images.decoding import decode
+from tome_server.models.images.image_header import ImageHeader, read_header
+from tome_server.models.images.upright import Upright
 from tome_server.models.transform import ImageSettings, transform
-from tome_server.models.upright import Upright
 
 MOST_RLE_PIXELS = 4_000_000
 """Pillow unpacks run-length encoded BMPs in Python, at about a tenth of a microsecond a pixel."""

@@ -17,9 +17,10 @@ from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, Field
 
+from tome_server.config.model_overrides import OwnConfig
+from tome_server.config.settings import Count, Strict, read_settings
 from tome_server.errors import ConfigError, ModelLoadError
 from tome_server.models.checkpoint_header import check_header
-from tome_server.models.own import OwnConfig
 from tome_server.models.spec import (
     CONFIG,
     LABELS,
@@ -32,7 +33,6 @@ from tome_server.models.spec import (
     qualities,
     quality_file,
 )
-from tome_server.settings import Count, Strict, read_settings
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import yaml
 
+from tome_server.config.nearest import meant
+from tome_server.config.text_file import read_text
 from tome_server.errors import ConfigError, ModelLoadError
 from tome_server.models.bundled import BUNDLED
-from tome_server.nearest import meant
-from tome_server.text_file import read_text
 
 BUNDLED_PREFIX = "bundled:"
 CONFIG = "config.yaml"
@@ -81,7 +81,7 @@ class ModelSpec:
     proportional_attention: bool | None = None
     """None: on, but for MAE weights."""
     dtype: DtypeSetting = "auto"
-    """Of weights and activations; auto is what `runtime.choose_dtype` makes of it, elsewhere float32."""
+    """Of weights and activations; auto is what `calibration.choose_dtype` makes of it, elsewhere float32."""
     description: str = ""
     version: int | None = None
     """Of a model that has versions."""

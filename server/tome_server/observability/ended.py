@@ -37,7 +37,8 @@ class Ended:
     """Seconds that it might take, infinite without a deadline; None where that isn't known, as of an unknown model."""
 
 
-# Called in the task that the request was answered in, so that what `caller` says of it holds. Must not raise or block.
+# Called in the task that the request was answered in, so that what `request_context` says of it holds. Must not raise
+# or block.
 Observer: TypeAlias = Callable[[Ended], None]
 
 

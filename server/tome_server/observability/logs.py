@@ -11,8 +11,8 @@ from typing import Any, Literal, TextIO, TypeAlias
 
 import structlog
 
-from tome_server import caller
 from tome_server.errors import InfeasibleError
+from tome_server.observability import request_context
 from tome_server.observability.ended import Answered, Ended
 
 Format: TypeAlias = Literal["auto", "json", "text"]
@@ -77,8 +77,8 @@ def log_request(ended: Ended) -> None:
     """Write a line about a request, at debug."""
     if not logging.getLogger(__name__).isEnabledFor(logging.DEBUG):
         return
-    facts: dict[str, object] = {"model": ended.model[:NAME_SHOWN], "client": caller.client.get()}
-    if traceparent := caller.traceparent.get():
+    facts: dict[str, object] = {"model": ended.model[:NAME_SHOWN], "client": request_context.client.get()}
+    if traceparent := request_context.traceparent.get():
         facts["traceparent"] = traceparent
     if ended.budget is not None:
         facts["budget_ms"] = _ms(ended.budget) if math.isfinite(ended.budget) else None

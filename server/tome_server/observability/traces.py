@@ -18,7 +18,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, form
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from tome_api.targets import is_this_machine
-from tome_server import caller
+from tome_server.observability import request_context
 from tome_server.observability.ended import Answered, Ended
 from tome_server.observability.logs import outcome
 
@@ -53,7 +53,7 @@ class Traces:
         Its caller decides whether the trace is recorded, and else the sampler.
         """
         start = time.time_ns() - round(since * _NS)
-        traceparent = caller.traceparent.get()
+        traceparent = request_context.traceparent.get()
         parent = self._incoming.extract({"traceparent": traceparent} if traceparent else {})
         span = self._tracer.start_span("predict", parent, SpanKind.SERVER, start_time=start)
         return RequestTrace(self._tracer, span, start)

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import tome_server.timm_import  # noqa: F401  (before any test module imports timm)
+import tome_server.merging.timm_import  # noqa: F401  (before any test module imports timm)
 
 
 @pytest.fixture(autouse=True, scope="package")

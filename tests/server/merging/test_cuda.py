@@ -12,9 +12,17 @@ import timm
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tome_server.calibration.choose_dtype import load_chosen
+from tome_server.device.client import Device
+from tome_server.device.prefetch import Uploads
+from tome_server.device.shared_images import SharedImages
+from tome_server.execution.batch import Work
+from tome_server.execution.choose_device import choose_device
+from tome_server.execution.cuda_graphs import CudaRecorder, GraphedModel, recorded_sizes, with_graphs
+from tome_server.execution.executor import run_batch
 from tome_server.merging import merge
 from tome_server.merging.attention import attention, size_bias, size_column
-from tome_server.merging.eva import fix_positions
+from tome_server.merging.families.eva import fix_positions
 from tome_server.merging.model import MergedOutput
 from tome_server.models.bundled import BUNDLED
 from tome_server.models.loaded import loaded_model
@@ -22,14 +30,6 @@ from tome_server.models.loading import load
 from tome_server.models.preprocess import Limits, Preprocess
 from tome_server.models.spec import Dtype, DtypeSetting, bundled_spec
 from tome_server.models.transform import ImageSettings
-from tome_server.runtime.choose_device import choose_device
-from tome_server.runtime.choose_dtype import load_chosen
-from tome_server.runtime.device import Device
-from tome_server.runtime.executor import run_batch
-from tome_server.runtime.graphs import CudaRecorder, GraphedModel, recorded_sizes, with_graphs
-from tome_server.runtime.shared_images import SharedImages
-from tome_server.runtime.uploads import Uploads
-from tome_server.runtime.work import Work
 
 from .outputs import assert_close, equal
 from .small_models import OTHER_KINDS

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tome_server.merging import merge
-from tome_server.merging.eva import fix_positions
+from tome_server.merging.families.eva import fix_positions
 from tome_server.models.loaded import normalise
 from tome_server.models.transform import ImageSettings
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tome_server.merging import matching, native
+from tome_server.merging import matching
+from tome_server.merging.cpu import matching_c
 from tome_server.merging.matching import Matching, add_by_product, combine
 
 from . import reference
@@ -287,9 +288,9 @@ def test_bf16_metrics_find_edges_nearly_as_strong_as_the_best(tokens: int, prefi
     assert strength(contents(metric, r, prefix)[0]) == pytest.approx(best, abs=0.004)
 
 
-@pytest.mark.parametrize("matched_by", [matching.match, native.match])
+@pytest.mark.parametrize("matched_by", [matching.match, matching_c.match])
 def test_autocast_rounds_no_similarity(matched_by: Callable[[Tensor, int, int], Matching]) -> None:
-    if matched_by is native.match and not native.BUILT:
+    if matched_by is matching_c.match and not matching_c.BUILT:
         pytest.skip("was installed without a C compiler")
     keys = metric_of("random", 2, 65, 3).float().unsqueeze(1)
     expected = matching.match(keys, 16, 1)

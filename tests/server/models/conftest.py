@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import tome_server.timm_import  # noqa: F401  isort: skip
+import tome_server.merging.timm_import  # noqa: F401  isort: skip
 
 import pytest
 import timm

@@ -1,6 +1,6 @@
 import pytest
 
-import tome_server.timm_import  # noqa: F401  isort: skip
+import tome_server.merging.timm_import  # noqa: F401  isort: skip
 import timm
 from timm.models import is_model
 

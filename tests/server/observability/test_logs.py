@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import structlog
 
-from tome_server import caller
 from tome_server.errors import ClientLimitError, InfeasibleError
-from tome_server.observability import logs
+from tome_server.observability import logs, request_context
 from tome_server.observability.ended import Answered, Ended
 
 
@@ -100,7 +99,7 @@ def test_an_errors_traceback_shows_no_values(form: Any) -> None:
     try:
         fail(hidden)
     except ValueError:
-        logging.getLogger("tome_server.engine").exception("failed")
+        logging.getLogger("tome_server.serving.engine").exception("failed")
     text = stream.getvalue()
     assert "ValueError: of 12" in text
     assert "in fail" in text
@@ -124,8 +123,8 @@ def test_libraries_say_only_what_is_wrong() -> None:
 def test_a_request_is_a_line_at_debug() -> None:
     stream = io.StringIO()
     logs.configure("debug", "json", stream)
-    caller.client.set("ipv4:10.0.0.1")
-    caller.traceparent.set("00-" + "a" * 32 + "-" + "b" * 16 + "-01")
+    request_context.client.set("ipv4:10.0.0.1")
+    request_context.traceparent.set("00-" + "a" * 32 + "-" + "b" * 16 + "-01")
     logs.log_request(answered())
     logs.log_request(Ended("vit", 0.001, None, InfeasibleError(0.0492), budget=0.02))
     logs.log_request(Ended("x" * 1000, 0.001, None, asyncio.CancelledError()))
@@ -143,8 +142,8 @@ def test_a_request_is_a_line_at_debug() -> None:
     assert third["outcome"] == "cancelled"
     assert "budget_ms" not in third
     assert len(third["model"]) == 100
-    caller.client.set("")
-    caller.traceparent.set(None)
+    request_context.client.set("")
+    request_context.traceparent.set(None)
 
 
 def test_a_request_is_no_line_at_info() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import grpc
 import pytest
+from api.rpc.wire import Metrics, connected, device_held, exemplars, exposition, openmetrics, refusal, scrape, until
 from google.protobuf.duration_pb2 import Duration
-from rpc.wire import Metrics, connected, device_held, exemplars, exposition, openmetrics, refusal, scrape, until
 
 from tome_api.v1 import inference_pb2 as pb
 from tome_server.observability import buckets

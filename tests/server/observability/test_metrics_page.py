@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rpc.wire import exposition
+from api.rpc.wire import exposition
 
 from tome_server.observability.metrics import Metrics
 from tome_server.observability.metrics_page import page

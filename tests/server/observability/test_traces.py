@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from api.rpc.collector import collecting
 from http_proxy import EXCEPTIONS, running_proxy
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
-from rpc.collector import collecting
 
-from tome_server import caller
 from tome_server.errors import InfeasibleError
+from tome_server.observability import request_context
 from tome_server.observability.ended import Answered, Ended
 from tome_server.observability.traces import Traces, otlp_processor
 
@@ -51,9 +51,9 @@ def traces(exporter: InMemorySpanExporter) -> Iterator[Traces]:
 @pytest.fixture
 def called_with() -> Iterator[Any]:
     """Returns what sets the present call's traceparent."""
-    token = caller.traceparent.set(None)
-    yield caller.traceparent.set
-    caller.traceparent.reset(token)
+    token = request_context.traceparent.set(None)
+    yield request_context.traceparent.set
+    request_context.traceparent.reset(token)
 
 
 def record(traces: Traces, ended: Ended = ENDED) -> str | None:

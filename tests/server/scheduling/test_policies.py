@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tome_server.policy_names import NAMES as ALL_NAMES
+from tome_server.config.policy_names import NAMES as ALL_NAMES
 from tome_server.scheduling.policy import policy_named
 from tome_server.scheduling.policy.price import Price
 from tome_server.scheduling.policy.published import Fixed, SlackFit, max_accuracy, max_batch

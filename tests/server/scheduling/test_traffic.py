@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tome_server.scheduling.policy.view import Traffic
 from tome_server.scheduling.traffic import TrafficMeter
-from tome_server.scheduling.workload import Steady, draw
+from tome_server.simulation.workload import Steady, draw
 
 
 def test_nothing_is_known_before_the_first_arrival() -> None:

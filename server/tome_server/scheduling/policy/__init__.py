@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tome_server.policy_names import NAMES
+from tome_server.config.policy_names import NAMES
 from tome_server.scheduling.policy.price import Price
 from tome_server.scheduling.policy.published import Fixed, SlackFit, max_accuracy, max_batch
 from tome_server.scheduling.policy.view import Policy

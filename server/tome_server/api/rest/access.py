@@ -1,0 +1,50 @@
+"""Who may ask over HTTP: the same tokens as over gRPC, and the same name for each client."""
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from tome_server.api.tokens import Tokens
+from tome_server.observability import request_context
+from tome_server.observability.metrics import Metrics
+
+PROTOCOL = "/v2"
+# Probes of orchestrators and load balancers have no tokens.
+OPEN = "/v2/health/"
+
+
+class Access:
+    """Lets in who has a token, if any are asked for, and makes known who it is: see `request_context`.
+
+    Metrics are for whoever reaches them.
+    """
+
+    def __init__(self, app: ASGIApp, tokens: Tokens | None, metrics: Metrics) -> None:
+        self._app = app
+        self._tokens = tokens
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Called for each request."""
+        path, holder = scope.get("path", ""), None
+        if self._tokens is not None and path.startswith(PROTOCOL) and not path.startswith(OPEN):
+            given = [value for name, value in scope["headers"] if name == b"authorization"]
+            holder = self._tokens.holder(given[0]) if len(given) == 1 else None
+            if holder is None:
+                self._metrics.requests.labels("unknown", "UNAUTHENTICATED").inc()
+                refused = JSONResponse(
+                    {"error": "send the header Authorization: Bearer TOKEN with a known token"},
+                    401,
+                    {"WWW-Authenticate": "Bearer"},
+                )
+                await refused(scope, receive, send)
+                return
+        request_context.client.set(holder or _address(scope))
+        traces = [value for name, value in scope.get("headers", ()) if name == b"traceparent"]
+        request_context.traceparent.set(traces[0].decode("latin-1") if len(traces) == 1 else None)
+        await self._app(scope, receive, send)
+
+
+def _address(scope: Scope) -> str:
+    """Return the peer's address as the gRPC face writes it."""
+    host = (scope.get("client") or ("",))[0]
+    return f"ipv6:[{host}]" if ":" in host else f"ipv4:{host}"

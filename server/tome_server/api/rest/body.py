@@ -1,0 +1,90 @@
+"""The body of a request: read, and inflated where it comes compressed, within one limit."""
+
+import asyncio
+import zlib
+
+from starlette.requests import ClientDisconnect, Request
+
+from tome_server.api.oip.messages import shown
+from tome_server.errors import EncodingError, InvalidRequestError, TooLargeError
+
+# Seconds that a body may take to come.
+PATIENCE = 60.0
+IDENTITY = "identity"
+# zlib's window bits: 15 for its own format, which HTTP calls deflate, and 16 more for gzip's.
+CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+# Compressed bytes that are inflated in the event loop; more take a thread.
+_FEW = 4096
+
+
+class ClientGoneError(asyncio.CancelledError):
+    """The client has closed its connection, and no answer would be received."""
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """Return a request's body, as it was before it was compressed.
+
+    Raises TooLargeError if it has more than `most` bytes, compressed or not, EncodingError for a coding that isn't
+    taken, InvalidRequestError if it is damaged or doesn't come, and ClientGoneError.
+    """
+    coding = _coding(request)
+    body = await _received(request, most)
+    if not body and "upgrade" in request.headers:
+        # httptools reads no body where the client asks for another protocol, as Java's client does by default.
+        text = f"{shown(request.headers['upgrade'])} is not supported, and no body is read with it; send HTTP/1.1 alone"
+        raise InvalidRequestError("Upgrade", text)
+    if coding is None or not body:
+        return body
+    if len(body) <= _FEW:
+        return inflated(body, coding, most)
+    return await asyncio.to_thread(inflated, body, coding, most)
+
+
+def inflated(body: bytes, coding: str, most: int) -> bytes:
+    """Return what a body holds. Raises TooLargeError once that is more than `most` bytes, InvalidRequestError."""
+    inflating = zlib.decompressobj(CODINGS[coding])
+    try:
+        # One byte more than is taken, to tell what just fits from what doesn't.
+        content = inflating.decompress(body, most + 1)
+    except zlib.error as error:
+        raise InvalidRequestError("body", f"is not {coding}: {error}") from None
+    if len(content) > most:
+        raise _too_large(most)
+    if not inflating.eof:
+        raise InvalidRequestError("body", f"is not {coding}: it ends too early")
+    if inflating.unused_data:
+        raise InvalidRequestError("body", f"is not {coding} alone: {len(inflating.unused_data):,} bytes follow it")
+    return content
+
+
+def _coding(request: Request) -> str | None:
+    """Return what a body is compressed by, None for nothing."""
+    lines = request.headers.getlist("content-encoding")
+    names = [name.strip().lower() for line in lines for name in line.split(",")]
+    codings = [name for name in names if name not in ("", IDENTITY)]
+    if not codings:
+        return None
+    if len(codings) > 1 or codings[0] not in CODINGS:
+        known = f"{', '.join(CODINGS)} or {IDENTITY}"
+        raise EncodingError("Content-Encoding", f"is {shown(', '.join(lines))}, and must be one of {known}")
+    return codings[0]
+
+
+async def _received(request: Request, most: int) -> bytes:
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(PATIENCE):
+            async for part in request.stream():
+                size += len(part)
+                if size > most:
+                    raise _too_large(most)
+                parts.append(part)
+    except TimeoutError:
+        raise InvalidRequestError("body", f"did not come within {PATIENCE:.0f} s") from None
+    except ClientDisconnect:
+        raise ClientGoneError from None
+    return b"".join(parts)
+
+
+def _too_large(most: int) -> TooLargeError:
+    return TooLargeError(f"the body has more than {most:,} bytes, which is the most that is taken")

@@ -1,0 +1,234 @@
+"""Between HTTP bodies, JSON with binary tensors behind it, and what they mean."""
+
+import base64
+import binascii
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tome_server.api.oip.images import INPUT
+from tome_server.api.oip.messages import (
+    BYTES,
+    DTYPES,
+    MUCH,
+    AsBytes,
+    InferRequest,
+    InferResponse,
+    Parameter,
+    RequestedOutput,
+    Tensor,
+    check_datatype,
+    shown,
+    split,
+)
+from tome_server.errors import InvalidRequestError, TooLargeError
+
+M = TypeVar("M", bound=BaseModel)
+
+# Bytes of JSON in one request: it is parsed in one go, while nobody else is served.
+MOST_JSON = 8 * 2**20
+CONTENT_TYPE = "content_type"
+BASE64 = "base64"
+_SIZE = "binary_data_size"
+_BINARY = "binary_data"
+_ALL_BINARY = "binary_data_output"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+_Parameters = Annotated[dict[str, bool | int | float | str], Field(default_factory=dict)]
+
+
+class _Input(_Strict):
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: _Parameters
+    data: Any = None
+
+
+class _Output(_Strict):
+    name: str
+    parameters: _Parameters
+
+
+class _Request(_Strict):
+    id: str = ""
+    model_name: str = ""
+    """No part of the protocol, but KServe's client repeats the path's here."""
+    parameters: _Parameters
+    inputs: list[_Input]
+    outputs: list[_Output] = []
+
+
+class _Index(_Strict):
+    ready: bool = False
+
+
+def request_from(body: bytes, json_length: int | None, model: str, version: str) -> InferRequest:
+    """Return what a body asks for.
+
+    `json_length` is how much of it is JSON, the rest being the elements of the input; None for all, and 0 for an
+    encoded image alone. Raises a RequestError if the body contradicts itself.
+    """
+    if json_length == 0:
+        image = Tensor(INPUT, BYTES, (1,), [body])
+        return InferRequest(model, image, version)
+    if json_length is not None and not 0 < json_length <= len(body):
+        raise InvalidRequestError("Inference-Header-Content-Length", f"must lie in 0..{len(body)}, the body's length")
+    text, behind = (body, b"") if json_length is None else (body[:json_length], body[json_length:])
+    request = _parse(text, _Request)
+    if request.model_name not in ("", model):
+        raise InvalidRequestError("model_name", f"is {shown(request.model_name)}, and the path says {shown(model)}")
+    if len(request.inputs) != 1:
+        raise InvalidRequestError("inputs", f"must be one tensor, image; {len(request.inputs):,} are given")
+    every = request.parameters.pop(_ALL_BINARY, False)
+    as_bytes = AsBytes(
+        _flag("parameters", _ALL_BINARY, every),
+        {
+            output.name: _flag(f"outputs.{shown(output.name)}", _BINARY, output.parameters.pop(_BINARY))
+            for output in request.outputs
+            if _BINARY in output.parameters
+        },
+    )
+    return InferRequest(
+        model=model,
+        version=version,
+        id=request.id,
+        parameters=request.parameters,
+        input=_tensor(request.inputs[0], behind),
+        outputs=[RequestedOutput(output.name, output.parameters) for output in request.outputs],
+        as_bytes=as_bytes,
+    )
+
+
+def response_to(response: InferResponse, as_bytes: AsBytes) -> tuple[bytes, int | None]:
+    """Return the body, and how much of it is JSON if that isn't all.
+
+    Raises InvalidRequestError if an output that isn't to be binary holds what JSON has no numbers for.
+    """
+    described, behind = [], []
+    for tensor in response.outputs:
+        output: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
+        if as_bytes.wanted(tensor.name):
+            behind.append(tensor.raw)
+            described.append(_json({**output, "parameters": {_SIZE: len(behind[-1])}}))
+        else:
+            _check_finite(tensor)
+            described.append(f'{_json(output)[:-1]},"data":[{",".join(_parts(tensor))}]}}')
+    answer: dict[str, Any] = {"model_name": response.model, "model_version": response.version}
+    if response.id:
+        answer["id"] = response.id
+    text = f'{_json({**answer, "parameters": response.parameters})[:-1]},"outputs":[{",".join(described)}]}}'.encode()
+    return b"".join([text, *behind]), len(text) if behind else None
+
+
+def takes_long(response: InferResponse) -> bool:
+    """Return whether `response_to` has so much to write that the event loop should leave it to a thread."""
+    return sum(len(tensor.data) for tensor in response.outputs) > MUCH
+
+
+def _check_finite(tensor: Tensor) -> None:
+    if isinstance(tensor.data, bytes) and DTYPES[tensor.datatype].kind == "f":
+        finite = np.isfinite(np.frombuffer(tensor.data, DTYPES[tensor.datatype])).reshape(tensor.shape[0], -1).all(1)
+        if not finite.all():
+            text = "holds infinities or NaN, which JSON can't; ask for it by binary_data, or for other outputs"
+            raise InvalidRequestError(f"outputs.{tensor.name}", f"of image {finite.argmin()} {text}")
+
+
+def _parts(tensor: Tensor) -> Iterator[str]:
+    for part in tensor.parts():
+        yield _json([element.decode() for element in part] if tensor.datatype == BYTES else part)[1:-1]
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
+def ready_only(body: bytes) -> bool:
+    """Return whether a body, which may be empty, asks for the models that are ready alone."""
+    return _parse(body, _Index).ready if body else False
+
+
+def _parse(body: bytes, kind: type[M]) -> M:
+    if len(body) > MOST_JSON:
+        raise TooLargeError(f"{len(body):,} bytes of JSON; at most {MOST_JSON:,} are taken, more as binary data behind")
+    try:
+        return kind.model_validate(json.loads(body))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InvalidRequestError(shown(where)[1:-1] or "request", first["msg"]) from error
+    except UnicodeDecodeError as error:
+        text = "is not JSON; an encoded image alone goes with the header Content-Type: image/… of its kind"
+        raise InvalidRequestError("request", text) from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError("request", f"is not JSON: {error}"[:200]) from error
+
+
+def _flag(where: str, name: str, value: Parameter) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidRequestError(where, f"{name} must be true or false")
+    return value
+
+
+def _tensor(given: _Input, behind: bytes) -> Tensor:
+    check_datatype(given.datatype)
+    for name in given.parameters:
+        if name not in (_SIZE, CONTENT_TYPE):
+            text = f"{shown(name)} is not supported; an input takes {_SIZE} and {CONTENT_TYPE}"
+            raise InvalidRequestError("inputs.parameters", text)
+    size, shape = given.parameters.get(_SIZE), tuple(given.shape)
+    if (size or 0) != len(behind):
+        text = f"{_SIZE} is {shown(str(size or 0))[1:-1]}, and {len(behind):,} bytes follow the JSON"
+        raise InvalidRequestError("inputs.parameters", text)
+    if given.data is None and size is None:
+        raise InvalidRequestError("inputs.data", f"is missing; send it, or {_SIZE} and binary data")
+    if given.data is not None and size is not None:
+        raise InvalidRequestError("inputs.data", "is given, and so is binary data; send one")
+    encoding = given.parameters.get(CONTENT_TYPE)
+    if encoding is not None and (encoding != BASE64 or given.datatype != BYTES or given.data is None):
+        text = f"{CONTENT_TYPE} can be {BASE64}, of {BYTES} in JSON, and nothing else"
+        raise InvalidRequestError("inputs.parameters", text)
+    data: bytes | Sequence[bytes]
+    if given.datatype == BYTES:
+        count = shape[0] if shape else 0
+        data = split(behind, count) if given.data is None else _strings(given.data, encoding is not None)
+    else:
+        data = behind if given.data is None else _numbers(given.data, given.datatype, shape)
+    return Tensor(given.name, given.datatype, shape, data)
+
+
+def _strings(data: object, encoded: bool) -> list[bytes]:
+    """Return the elements of BYTES in JSON, [N] or [N, 1] strings."""
+    rows = data if isinstance(data, list) else None
+    flat = [row[0] if isinstance(row, list) and len(row) == 1 else row for row in rows or [None]]
+    if not all(isinstance(text, str) for text in flat):
+        raise InvalidRequestError("inputs.data", "of BYTES must be a list of strings")
+    try:
+        return [base64.b64decode(text, validate=True) if encoded else text.encode() for text in flat]
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequestError("inputs.data", f"is not {BASE64 if encoded else 'text'}: {error}"[:200]) from error
+
+
+def _numbers(data: object, datatype: str, shape: tuple[int, ...]) -> bytes:
+    """Return numbers in JSON, in one list or nested as the shape says, as bytes."""
+    try:
+        array = np.array(data)
+    except ValueError as error:  # lists of unequal length
+        raise InvalidRequestError("inputs.data", "is neither one list nor nested like the shape") from error
+    if array.shape != shape and (array.ndim != 1 or array.size != math.prod(shape)):
+        text = f"is of shape {list(array.shape)[:8]}; the shape says {list(shape)[:8]}"
+        raise InvalidRequestError("inputs.data", text)
+    if array.dtype.kind not in ("iu" if datatype == "UINT8" else "iuf"):
+        raise InvalidRequestError("inputs.data", f"of {datatype} must be numbers of that type")
+    if datatype == "UINT8" and array.size and not 0 <= array.min() <= array.max() <= 255:
+        raise InvalidRequestError("inputs.data", "of UINT8 must lie in 0..255")
+    with np.errstate(over="ignore"):  # too large for FP32 is infinite, and refused as that
+        return array.astype(DTYPES[datatype]).tobytes()

@@ -1,0 +1,109 @@
+"""The HTTP server, in the event loop of the gRPC server."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from tome_server.api.oip.service import OpenInference
+from tome_server.api.rest.routes import Protocol, application
+from tome_server.api.rpc.server import MESSAGE_SLACK
+from tome_server.api.tokens import Tokens
+from tome_server.errors import PortInUseError
+
+# Seconds that an idle connection stays open: longer than load balancers keep theirs, which must not lose a race.
+KEEP_ALIVE = 75
+# What is still being sent when the server ends has so many seconds.
+LAST_BYTES = 1
+
+
+class HttpServer:
+    """Serves metrics and health, and the Open Inference Protocol if `protocol`: from `start` on, to `stop`.
+
+    `tokens` as for gRPC. Raises PortInUseError if it can't listen on `address`.
+    """
+
+    def __init__(
+        self,
+        service: OpenInference,
+        address: str,
+        *,
+        max_image_bytes: int,
+        protocol: bool = True,
+        tokens: Tokens | None = None,
+    ) -> None:
+        host, _, port = address.rpartition(":")
+        self._socket = _listen(host.strip("[]"), int(port), address)
+        self.address = f"{host}:{self._socket.getsockname()[1]}"
+        # As gRPC bounds its messages.
+        self._protocol = Protocol(service, MESSAGE_SLACK * max_image_bytes) if protocol else None
+        config = uvicorn.Config(
+            application(self._protocol, service, tokens),
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            # Its warnings are of requests that can't be read, which are anybody's to send.
+            log_level="error",
+            access_log=False,
+            # Who asks is who connects, whatever its headers claim.
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE,
+            timeout_graceful_shutdown=LAST_BYTES,
+        )
+        self._server = _Uvicorn(config)
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start to answer."""
+        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        up = asyncio.create_task(self._server.up.wait())
+        await asyncio.wait({up, self._serving}, return_when=asyncio.FIRST_COMPLETED)
+        up.cancel()
+        if self._serving.done():
+            self._serving.result()
+
+    async def drain(self, grace: float) -> None:
+        """Wait until the requests that are here are answered, or for `grace` seconds."""
+        if self._protocol is not None:
+            await self._protocol.drain(grace)
+
+    async def stop(self) -> None:
+        """Close every connection."""
+        self._server.should_exit = True
+        if self._serving is None:
+            self._socket.close()
+        else:
+            await self._serving
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals to the process, and says when it is up."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.up = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.up.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _listen(host: str, port: int, address: str) -> socket.socket:
+    try:
+        family, *_ = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        dual = family == socket.AF_INET6 and host in ("", "::") and socket.has_dualstack_ipv6()
+        listening = socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=dual)
+    except OSError as error:
+        raise PortInUseError(f"can't serve metrics on {address}: {error.strerror}") from error
+    # Else the body of an answer waits for the acknowledgement of its head, 40 ms: asyncio asks for this only where a
+    # socket was made with TCP named as its protocol. Connections inherit it.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening

@@ -1,0 +1,95 @@
+"""Who may call: one interceptor before every service, streams included."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any, TypeAlias
+from urllib.parse import unquote
+
+import grpc
+
+from tome_server.api.rpc import health
+from tome_server.api.tokens import Tokens
+from tome_server.observability import request_context
+from tome_server.observability.metrics import Metrics
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+# Probes of orchestrators and load balancers have no tokens.
+OPEN = f"/{health.SERVICE}/"
+
+
+class AccessInterceptor(grpc.aio.ServerInterceptor):
+    """Lets in who has a token, if any are asked for, and makes known who it is: see `request_context`."""
+
+    def __init__(self, tokens: Tokens | None, metrics: Metrics) -> None:
+        self._tokens = tokens
+        self._metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], "Awaitable[Handler | None]"],
+        details: grpc.HandlerCallDetails,
+    ) -> "Handler | None":
+        """Called before a message of the call is read."""
+        holder = None
+        if self._tokens is not None and not str(details.method).startswith(OPEN):
+            given = [value for key, value in details.invocation_metadata or () if key == "authorization"]
+            holder = self._tokens.holder(given[0]) if len(given) == 1 else None
+            if holder is None:
+                self._metrics.requests.labels("unknown", "UNAUTHENTICATED").inc()
+                # As a stream, whatever the method is: it reads nothing before it answers.
+                return grpc.stream_stream_rpc_method_handler(_refuse)
+        given = [value for key, value in details.invocation_metadata or () if key == "traceparent"]
+        request_context.traceparent.set(given[0] if len(given) == 1 and isinstance(given[0], str) else None)
+        handler = await continuation(details)
+        return _known(handler, holder) if handler else None
+
+
+async def _refuse(_requests: object, context: Context) -> None:
+    with _ended():
+        await context.abort(
+            grpc.StatusCode.UNAUTHENTICATED, "send metadata `authorization: Bearer TOKEN` with a known token"
+        )
+
+
+@contextmanager
+def _ended() -> Iterator[None]:
+    """End a call that was aborted, so that it is freed at once.
+
+    gRPC keeps the exception of an abort in the call, and the exception's frames hold the call. Only the collector of
+    cycles would free it, seconds or hours later, and until then it fills a place of its connection's.
+    """
+    try:
+        yield
+    except grpc.aio.AbortError as error:
+        error.__traceback__ = error.__context__ = None
+
+
+def _known(handler: Any, holder: str | None) -> Handler:
+    """Return the handler as one that first notes who calls: the token's holder, else the address."""
+    kind = next(
+        kind for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream") if getattr(handler, kind)
+    )
+    inner = getattr(handler, kind)
+
+    # gRPC runs each call in a task of its own, so what is set here holds for the call and its tasks alone.
+    async def one(request: object, context: Context) -> object:
+        request_context.client.set(holder or address(context.peer()))
+        with _ended():
+            return await inner(request, context)
+
+    async def many(request: object, context: Context) -> AsyncIterator[object]:
+        request_context.client.set(holder or address(context.peer()))
+        with _ended():
+            async with aclosing(inner(request, context)) as responses:
+                async for response in responses:
+                    yield response
+
+    known: Handler = handler._replace(**{kind: many if handler.response_streaming else one})
+    return known
+
+
+def address(peer: str) -> str:
+    """Return what all connections of a peer have in common: "ipv4:10.0.0.1:5000" less the port."""
+    return unquote(peer).rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer

@@ -1,0 +1,87 @@
+"""Reads the messages of calls, so that bytes that are no message are refused as any other bad request is.
+
+Left to gRPC, they would be answered with UNKNOWN and logged with a traceback; and a call without any message, of a
+method that takes one, would stay open until its client gives it up.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from tome_server.api.status import abort, code_name, status_of
+from tome_server.errors import InvalidRequestError
+from tome_server.observability.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Parse: TypeAlias = Callable[[bytes], object]
+
+
+class MessageInterceptor(grpc.aio.ServerInterceptor):
+    """Gives the methods of every service their messages; a call whose message can't be read ends INVALID_ARGUMENT."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], "Awaitable[Handler | None]"],
+        details: grpc.HandlerCallDetails,
+    ) -> "Handler | None":
+        """Called before a message of the call is read."""
+        handler: Any = await continuation(details)
+        return self._reading(handler) if handler else None
+
+    def _reading(self, handler: Any) -> Handler:
+        """Return the handler as one that takes a stream of bytes, for gRPC leaves streams to those who read them."""
+        takes = "stream" if handler.request_streaming else "unary"
+        gives = "stream" if handler.response_streaming else "unary"
+        inner, parse = getattr(handler, f"{takes}_{gives}"), handler.request_deserializer or bytes
+
+        async def given(requests: AsyncIterator[bytes], context: Context) -> object:
+            if handler.request_streaming:
+                return self._messages(requests, parse)
+            request: Any = await context.read()
+            if request is grpc.aio.EOF:
+                raise self._unreadable("is missing: the call sent no message, or not all of it")
+            return self._parsed(request, parse)
+
+        async def one(requests: AsyncIterator[bytes], context: Context) -> object:
+            try:
+                return await inner(await given(requests, context), context)
+            except InvalidRequestError as error:
+                await abort(context, status_of(error))
+
+        async def many(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[object]:
+            try:
+                async with aclosing(inner(await given(requests, context), context)) as responses:
+                    async for response in responses:
+                        yield response
+            except InvalidRequestError as error:
+                await abort(context, status_of(error))
+
+        changes = {f"{takes}_{gives}": None, f"stream_{gives}": many if handler.response_streaming else one}
+        reading: Handler = handler._replace(**changes, request_streaming=True, request_deserializer=None)
+        return reading
+
+    async def _messages(self, requests: AsyncIterator[bytes], parse: Parse) -> AsyncIterator[object]:
+        async for request in requests:
+            yield self._parsed(request, parse)
+
+    def _parsed(self, request: bytes, parse: Parse) -> object:
+        try:
+            return parse(request)
+        except DecodeError as error:
+            raise self._unreadable(f"can't be read: {error}") from None
+
+    def _unreadable(self, why: str) -> InvalidRequestError:
+        error = InvalidRequestError("request", why)
+        self._metrics.requests.labels("unknown", code_name(status_of(error))).inc()
+        log.debug("%s", error)
+        return error

@@ -1,0 +1,79 @@
+"""The Inference service: convert, call the engine, convert back."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from tome_api.v1 import inference_pb2 as pb
+from tome_api.v1 import inference_pb2_grpc
+from tome_server.api.rpc import convert
+from tome_server.api.rpc.streams import Context, answered, count, counted, trace_id
+from tome_server.api.status import abort, code_name, status_of
+from tome_server.errors import InvalidRequestError, RequestError
+from tome_server.serving.engine import Engine
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """Answers `tome_api.v1.Inference`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:  # noqa: N802
+        """Classify one image."""
+        try:
+            return await self._predict(request, context)
+        except Exception as error:
+            await abort(context, status_of(error))
+
+    async def PredictStream(  # noqa: N802
+        self, requests: AsyncIterator[pb.PredictStreamRequest], context: Context
+    ) -> AsyncIterator[pb.PredictStreamResponse]:
+        """Classify a stream of images, answering in the order of completion."""
+        unanswered: set[str] = set()
+
+        async def answer(message: pb.PredictStreamRequest) -> pb.PredictStreamResponse:
+            response = pb.PredictStreamResponse(id=message.id)
+            if message.id in unanswered:
+                response.error.CopyFrom(status_of(InvalidRequestError("id", "is that of an unanswered request")))
+                count(self._engine, message.request.model, code_name(response.error))
+                return response
+            unanswered.add(message.id)
+            try:
+                response.response.CopyFrom(await self._predict(message.request, context))
+            except Exception as error:
+                response.error.CopyFrom(status_of(error))
+            unanswered.discard(message.id)
+            return response
+
+        try:
+            async with aclosing(answered(requests, answer, self._engine.draining)) as answers:
+                async for response in answers:
+                    yield response
+        except RequestError as error:
+            await abort(context, status_of(error))
+
+    async def ListModels(  # noqa: N802
+        self, _request: pb.ListModelsRequest, _context: Context
+    ) -> pb.ListModelsResponse:
+        """List the hosted models, those still loading included."""
+        engine = self._engine
+        summaries = [
+            convert.summary_of(name, engine.models[name].model if name in engine.models else None)
+            for name in engine.names
+        ]
+        return pb.ListModelsResponse(models=summaries)
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
+        """Describe one model."""
+        try:
+            return pb.GetModelResponse(model=convert.model_to(self._engine.model(request.model)))
+        except RequestError as error:
+            await abort(context, status_of(error))
+
+    async def _predict(self, message: pb.PredictRequest, context: Context) -> pb.PredictResponse:
+        """Answer one message and count how that went."""
+        arrival = asyncio.get_running_loop().time()
+        with counted(self._engine, message.model):
+            request = convert.request_from(message, arrival, context.time_remaining(), trace_id(context))
+            return convert.response_to(await self._engine.predict(request), message)

@@ -1,0 +1,114 @@
+"""What the calls of all services share: how they are counted and traced, and how a stream is answered."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeAlias, TypeVar
+
+import grpc
+
+from tome_server.api.status import code_name, status_of
+from tome_server.errors import InvalidRequestError, RequestError, UnavailableError
+from tome_server.observability.trace_context import sampled_trace_id
+from tome_server.serving.engine import Engine
+
+log = logging.getLogger(__name__)
+
+Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
+M = TypeVar("M")
+A = TypeVar("A")
+
+# Messages of one stream that may be in the server at once; more are left in the transport, which slows the sender down.
+STREAM_WINDOW = 64
+
+
+@contextmanager
+def counted(engine: Engine, model: str) -> Iterator[None]:
+    """Count how answering a request for `model` ended. An error that isn't the request's is logged."""
+    code = "CANCELLED"
+    try:
+        yield
+        code = "OK"
+    except Exception as error:
+        code = code_name(status_of(error))
+        if not isinstance(error, RequestError):
+            log.exception("unexpected error")
+        raise
+    finally:
+        count(engine, model, code)
+
+
+def count(engine: Engine, model: str, code: str) -> None:
+    """Count an answer. A model's name is the caller's text until it is known, and no label for metrics."""
+    name = model or engine.default_name
+    engine.metrics.requests.labels(name if name in engine.names else "unknown", code).inc()
+
+
+def trace_id(context: Context) -> str | None:
+    """Return the id of the trace that the call's metadata names, if it is recorded."""
+    given = next((value for key, value in context.invocation_metadata() or () if key == "traceparent"), None)
+    return sampled_trace_id(given) if isinstance(given, str) else None
+
+
+async def answered(
+    requests: AsyncIterator[M], answer: Callable[[M], Awaitable[A]], draining: asyncio.Event
+) -> AsyncGenerator[A, None]:
+    """Yield the answer to each message of a stream in the order of completion, until the client half-closes.
+
+    `answer` must not raise. Raises UnavailableError once the server drains, and InvalidRequestError for bytes that are
+    no message, both after what was received has been answered. Close it, so that what is unanswered ends with it.
+    """
+    answers: asyncio.Queue[A | None] = asyncio.Queue()
+    window = asyncio.Semaphore(STREAM_WINDOW)
+    reader = asyncio.create_task(_read(requests, answer, draining, answers, window))
+    try:
+        while (ready := await answers.get()) is not None:
+            yield ready
+            window.release()
+        await reader
+    finally:
+        reader.cancel()
+
+
+async def _read(
+    requests: AsyncIterator[M],
+    answer: Callable[[M], Awaitable[A]],
+    draining: asyncio.Event,
+    answers: "asyncio.Queue[A | None]",
+    window: asyncio.Semaphore,
+) -> None:
+    """Start a task for each message of a stream; the queue of answers ends with None."""
+    refusal: RequestError | None = None
+
+    async def put_answer(message: M) -> None:
+        answers.put_nowait(await answer(message))
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            try:
+                while (message := await _next(requests, draining)) is not None:
+                    await window.acquire()
+                    tasks.create_task(put_answer(message))
+            except RequestError as error:
+                refusal = error
+    finally:
+        answers.put_nowait(None)
+    if refusal is not None:
+        raise refusal
+
+
+async def _next(requests: AsyncIterator[M], draining: asyncio.Event) -> M | None:
+    """Return the stream's next message, None at its end."""
+    read = asyncio.ensure_future(anext(requests, None))
+    drain = asyncio.ensure_future(draining.wait())
+    try:
+        await asyncio.wait({read, drain}, return_when=asyncio.FIRST_COMPLETED)
+        if not read.done():
+            raise UnavailableError("the server is shutting down; what was received has been answered")
+        return read.result()
+    except InvalidRequestError as error:
+        raise InvalidRequestError(error.field, f"{error.description}; what came before has been answered") from error
+    finally:
+        drain.cancel()
+        read.cancel()

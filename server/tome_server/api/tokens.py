@@ -1,0 +1,95 @@
+"""Bearer tokens (RFC 6750) from a file that may be exchanged while the server runs."""
+
+import hashlib
+import hmac
+import logging
+import re
+from pathlib import Path
+
+from tome_server.api.watched_file import state
+from tome_server.config.text_file import read_text
+from tome_server.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# Shorter ones can be guessed.
+LEAST_LENGTH = 16
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
+_SCHEME = "bearer "
+# Digits of a token's digest that name its holder: enough to tell a few thousand apart, too few to find the token by.
+_NAMED = 8
+
+
+class Tokens:
+    """The tokens of a file: one a line; empty lines and those that start with # don't count.
+
+    The file is looked at with each question, and read when it has changed. What can't be used then is logged, and the
+    tokens before stay valid; a file without tokens leaves none valid. Raises ConfigError if there are none at first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._said = ""
+        try:
+            self._seen = state(path)
+            self._digests = _read(path)
+        except OSError as error:
+            raise ConfigError(f"auth.tokens: {path}: {error.strerror}") from error
+        if not self._digests:
+            raise ConfigError(f"auth.tokens: {path} holds no tokens, so that nobody could ask anything")
+
+    def holder(self, authorization: str | bytes | None) -> str | None:
+        """Return a short name of whose token an authorization header holds, None if it is nobody's."""
+        self._follow()
+        header = authorization.decode("latin-1") if isinstance(authorization, bytes) else authorization or ""
+        if header[: len(_SCHEME)].lower() != _SCHEME:
+            return None
+        given = _digest(header[len(_SCHEME) :].strip())
+        # All of them, each in constant time: how long it takes tells nothing.
+        found = [digest for digest in self._digests if hmac.compare_digest(digest, given)]
+        return f"token-{found[0].hex()[:_NAMED]}" if found else None
+
+    def _follow(self) -> None:
+        """Read the file again if it has changed."""
+        try:
+            now = state(self._path)
+            if now == self._seen:
+                return
+            found = _read(self._path)
+        except (ConfigError, OSError) as error:
+            self._say(f"the tokens were not exchanged, those before stay valid: {error}")
+            return
+        self._said = ""
+        self._seen, self._digests = now, found
+        log.info("%d tokens read anew from %s", len(found), self._path)
+
+    def _say(self, what: str) -> None:
+        if what != self._said:
+            self._said = what
+            log.error(what)
+
+
+def _read(path: Path) -> list[bytes]:
+    """Return the digests of a file's tokens; the tokens themselves are kept nowhere, and can't be logged.
+
+    Raises ConfigError, which doesn't repeat them either.
+    """
+    digests = []
+    try:
+        text = read_text(path)
+    except ValueError as error:
+        raise ConfigError(f"auth.tokens: {path}: {error}") from error
+    for number, line in enumerate(text.splitlines(), 1):
+        token = line.strip()
+        if not token or token.startswith("#"):
+            continue
+        if not _TOKEN.fullmatch(token):
+            raise ConfigError(f"auth.tokens: {path}:{number}: a token is letters, digits and -._~+/, with = at its end")
+        if len(token) < LEAST_LENGTH:
+            raise ConfigError(f"auth.tokens: {path}:{number}: a token has at least {LEAST_LENGTH} characters")
+        digests.append(_digest(token))
+    return digests
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()

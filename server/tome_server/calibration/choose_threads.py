@@ -1,0 +1,89 @@
+"""How many threads are worth using."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from tome_server.calibration.gains import Gains, model_gains, speed_key
+from tome_server.execution.batch import Work
+from tome_server.execution.cpus import available_cpus
+from tome_server.execution.executor import run_batch
+from tome_server.models.loaded import LoadedModel
+from tome_server.models.loading import load
+from tome_server.models.spec import ModelSpec
+
+log = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
+
+
+def choose_threads(models: Sequence[tuple[ModelSpec, int]], folder: Path | None = None, *, anew: bool = False) -> int:
+    """Set torch's threads to one or to all CPUs, as runs `models` faster, and return how many that is.
+
+    Of each model, given with its largest batch, one image and such a batch are timed, in float32 where its dtype is
+    auto: that is chosen later, for these threads. A model that can't be loaded is passed over, for it won't be served.
+    What was measured is kept in `folder` (None: the default one) for the next time; `anew` measures in any case. Raises
+    what `load` raises if no model can be loaded.
+    """
+    most = available_cpus()
+    torch.set_num_threads(most)
+    if most == 1:
+        log.info("using 1 CPU thread: this is the only CPU")
+        return 1
+    parts = [speed_key(spec, CPU, most, max_batch) | {"dtype": spec.dtype} for spec, max_batch in models]
+    shipped = models[0][0].profiles if len(models) == 1 else None
+    gains = Gains("server", {"models": parts}, folder, shipped, anew=anew)
+
+    def measure() -> float:
+        seconds: list[dict[int, float]] = []
+        for spec, max_batch in models:
+            try:
+                seconds.append(_seconds(spec, max_batch, most, folder, anew))
+            except Exception:  # which loading it tells again, in words
+                if spec is models[-1][0] and not seconds:
+                    raise
+                log.debug("%s can't be timed", spec.name, exc_info=True)
+        return sum(each[1] for each in seconds) / sum(each[most] for each in seconds)
+
+    gain = gains.recall(f"{most} threads", measure)
+    threads = most if gain > 1 else 1
+    torch.set_num_threads(threads)
+    log.info("using %d CPU thread%s (%d ran %.2f times as fast as one)", threads, "s" * (threads > 1), most, gain)
+    return threads
+
+
+def _seconds(spec: ModelSpec, max_batch: int, most: int, folder: Path | None, anew: bool) -> dict[int, float]:
+    """Return how long a model takes on one thread and on `most`. It is gone when the next is loaded."""
+    dtype = "float32" if spec.dtype == "auto" else spec.dtype
+    model = load(spec, CPU, recall=model_gains(spec, CPU, max_batch, folder, anew=anew).divided(dtype))
+    return seconds_on((1, most), partial(_run, model, max_batch))
+
+
+def _run(model: LoadedModel, max_batch: int) -> None:
+    work = Work(torch.zeros(model.preprocess.settings.input_size, dtype=torch.uint8), top_k=1)
+    for size in (1, max_batch):
+        run_batch(model, [work] * size, model.grid[len(model.grid) // 2].r, CPU)
+
+
+def seconds_on(counts: Sequence[int], run: Callable[[], None], rounds: int = 3) -> dict[int, float]:
+    """Return the least seconds that `run` takes, by how many threads torch is set to; measured in turn.
+
+    Threads that sleep between operations, as ours do so as not to starve others, are slow to wake: for a small model
+    that costs more than a second thread gains.
+    """
+    best = dict.fromkeys(counts, float("inf"))
+    before = torch.get_num_threads()
+    try:
+        for _ in range(rounds):
+            for threads in best:
+                torch.set_num_threads(threads)
+                start = time.perf_counter()
+                run()
+                best[threads] = min(best[threads], time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
+    return best

@@ -1,0 +1,148 @@
+"""Keeps beside the profiles what was measured to choose by, so that each choice is made once on a machine.
+
+A gain says how many times as fast one way of running a model is as another. Where that is about what a choice asks for,
+measuring again could turn it; and what was profiled before wouldn't hold any more. One that was measured while the
+machine was busy is measured again next time all the same, for it may have chosen the worse way.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tome_server.calibration.cpu_load import LoadMeter
+from tome_server.calibration.profile_store import (
+    ProfileError,
+    code,
+    default_folder,
+    device_name,
+    file_name,
+    write_whole,
+)
+from tome_server.merging import attention
+from tome_server.merging.cpu.packing import packed_dtypes
+from tome_server.models.loading import Recall
+from tome_server.models.spec import ModelSpec
+from tome_server.scheduling.measured import MOST_LOAD
+
+log = logging.getLogger(__name__)
+
+
+def speed_key(spec: ModelSpec, device: torch.device, threads: int, max_batch: int) -> dict[str, Any]:
+    """Return all that the speed of a model depends on, its dtype and what threads divide apart, as JSON has it."""
+    on_cpu = device.type == "cpu"
+    key = {
+        "model": spec.architecture,
+        "kwargs": dict(spec.kwargs),
+        "data": dict(spec.data),
+        "proportional_attention": spec.proportional_attention,
+        "device": device_name(device),
+        "threads": threads if on_cpu else 0,
+        "max_batch": max_batch,
+        "packed": _names(packed_dtypes()) if on_cpu else [],
+        "attention": _names(attention.IN_C) if on_cpu else [],
+        **code(device),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(key, default=str))
+    return plain
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> list[str]:
+    return sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def model_gains(
+    spec: ModelSpec, device: torch.device, max_batch: int, folder: Path | None = None, *, anew: bool = False
+) -> "Gains":
+    """Return what was measured of a model on as many threads as torch is set to; see Gains."""
+    key = speed_key(spec, device, torch.get_num_threads(), max_batch)
+    return Gains(spec.name, key, folder, spec.profiles, anew=anew)
+
+
+class Gains:
+    """What was measured under one key: all of it in one file, so that no gain outlives those that it depends on."""
+
+    def __init__(
+        self,
+        name: str,
+        key: Mapping[str, Any],
+        folder: Path | None = None,
+        shipped: Path | None = None,
+        *,
+        anew: bool = False,
+    ) -> None:
+        """Those kept for `name` and `key` in `folder` (None: `default_folder`), or in `shipped`, which is only read.
+
+        `anew` forgets them. A folder that can't be used is warned of, and stops nothing.
+        """
+        self._name, self._key, self._folder, self._warned = name, dict(key), folder, False
+        digest = hashlib.sha256(json.dumps(self._key, sort_keys=True).encode()).hexdigest()[:8]
+        self._file = f"{file_name(name)}-{digest}.gains"
+        found = None if anew else self._read(folder) or (shipped and self._read(shipped))
+        self._found, self._loads = found or ({}, {})
+        # Those that this process has measured, and doesn't measure again however busy the machine is.
+        self._measured: set[str] = set()
+
+    def recall(self, what: str, measure: Callable[[], float]) -> float:
+        """Return the gain called `what` as it is kept, or else measure and keep it. Raises what `measure` raises.
+
+        One that was measured while the machine was busy is measured once more, and the one of less load is kept.
+        """
+        if what not in self._found or (what in self._loads and what not in self._measured):
+            log.info("measuring what is gained by %s (%s), to be kept in %s", what, self._name, self._file)
+            self._measure(what, measure)
+        return self._found[what]
+
+    def _measure(self, what: str, measure: Callable[[], float]) -> None:
+        meter = LoadMeter()
+        # As it will be read, or the choice could be another then.
+        gain, load = round(measure(), 3), round(meter.share() or 0.0, 3)
+        self._measured.add(what)
+        if load > MOST_LOAD:
+            log.info(
+                "what is gained by %s (%s) was measured while the machine was busy (%.0f%% of the time waiting for a "
+                "CPU); it will be measured again next time",
+                what, self._name, 100 * load,
+            )  # fmt: skip
+            if load > self._loads.get(what, 1.0):
+                return
+        self._found[what] = gain
+        self._loads.pop(what, None)
+        if load > MOST_LOAD:
+            self._loads[what] = load
+        self._write()
+
+    def divided(self, dtype: str) -> Recall:
+        """Return what `load` is to recall: what one image gains by being divided among the threads in a dtype."""
+        return partial(self.recall, f"one image divided in {dtype}")
+
+    def _read(self, folder: Path | None) -> tuple[dict[str, float], dict[str, float]] | None:
+        """Return the gains that are kept, and of those measured on a busy machine the share of the time it waited."""
+        try:
+            document = json.loads(((folder or default_folder()) / self._file).read_text(encoding="utf-8"))
+            found = {str(what): float(gain) for what, gain in document["gains"].items()}
+            loads = {str(what): float(load) for what, load in document.get("busy", {}).items()}
+            good = document["key"] == self._key and all(gain > 0 for gain in found.values())
+        except (ProfileError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+        return (found, loads) if good else None
+
+    def _write(self) -> None:
+        parts: dict[str, Mapping[str, Any]] = {"key": self._key, "gains": self._found}
+        if self._loads:
+            parts["busy"] = self._loads
+        text = "{\n" + ",\n".join(f'  "{name}": {json.dumps(part)}' for name, part in parts.items()) + "\n}\n"
+        try:
+            write_whole((self._folder or default_folder()) / self._file, text)
+        except ProfileError as error:
+            if not self._warned:
+                what = (
+                    "what was measured to choose by (%s) isn't kept, and will be measured again at the next start: %s"
+                )
+                log.warning(what, self._name, error)
+            self._warned = True

@@ -1,0 +1,257 @@
+"""Finds schedules that keep a model's answers nearer to what they are at r = 0 than r in every block does.
+
+A schedule is judged by the probability that it shifts from one class to another (the total variation distance of the
+class probabilities from those at r = 0): smooth where agreement counts a few images that change sides, and bounded, so
+that single images don't decide. What is reported, and by which a schedule is better or not, is of images that weren't
+searched on: the best of many schedules is best partly by chance on those that it was chosen by.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tome_server.calibration.datasets import Dataset
+from tome_server.calibration.evaluation import class_ids_of
+from tome_server.calibration.schedule_search import PerBlock, Room, search
+from tome_server.errors import ConfigError, DatasetError
+from tome_server.mac_count import MacCount
+from tome_server.merging import Schedule
+from tome_server.models.loaded import LoadedModel
+
+# Images that a candidate runs before it is compared with the best one, and given up if it is clearly worse.
+CHUNK = 64
+BATCH = 32
+# By how many of its standard errors a gain must differ from none. One schedule in forty that is no better has that by
+# chance.
+_ERRORS = 2
+# Of fewer, a standard error says too little of what is chance.
+LEAST_HELD_OUT = 30
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How much of what a model says at r = 0 is left, on images that weren't searched on."""
+
+    shifted: float
+    """Mean probability that goes from one class to another."""
+    agreement: float
+    """Share of images given the same class as at r = 0."""
+    top1: float | None
+    """Share of images given their label; None where they have none."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The best schedule found for one r, and how it compares with r in every block."""
+
+    r: int
+    schedule: PerBlock
+    macs: int
+    constant_macs: int
+    tuned: Kept
+    constant: Kept
+    difference: float
+    """`shifted` of the schedule minus that of r in every block."""
+    standard_error: float
+    """Of the difference, from image to image."""
+
+    @property
+    def better(self) -> bool:
+        """Whether the schedule shifts less than r in every block, by more than chance makes likely."""
+        return self.difference < 0 and self.difference <= -_ERRORS * self.standard_error
+
+    def fields(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return asdict(self) | {"kept": self.better}
+
+
+def divide(images: Dataset, limit: int | None, held_out: int | None, seed: int) -> tuple[Dataset, Dataset]:
+    """Return images to search on and, apart from them, images to measure on, `limit` in all, chosen at random.
+
+    `held_out` are measured on, by default half of them. Raises DatasetError if either part has too few.
+    """
+    count = len(images) if limit is None else min(limit, len(images))
+    measured = (count + 1) // 2 if held_out is None else held_out
+    if measured < LEAST_HELD_OUT:
+        raise DatasetError(
+            f"{measured} images to measure on are too few to tell a gain from chance: it takes {LEAST_HELD_OUT}, "
+            "beside those that are searched on"
+        )
+    if measured >= count:
+        raise DatasetError(f"{measured} to measure on, of {count}, leave none to search on")
+    chosen = np.random.default_rng(seed).permutation(len(images))[:count].tolist()
+    return images.subset(sorted(chosen[: count - measured])), images.subset(sorted(chosen[count - measured :]))
+
+
+@torch.inference_mode()
+def tune(
+    model: LoadedModel,
+    searched: Dataset,
+    held_out: Dataset,
+    rs: Sequence[int],
+    device: torch.device,
+    *,
+    blocks: int | None = None,
+    trials: int = 48,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[Tuned]:
+    """Search a schedule for each of `rs` on `searched`, and compare it with r in every block on `held_out`.
+
+    Up to `trials` schedules are run for the largest r, half as many for each other, which starts from the one before.
+    They merge in no more than `blocks` blocks, by default a third of all. The same arguments give the same schedules
+    on the same machine. `rs` are returned in descending order; one for which no schedule can be made is left out.
+    Raises ConfigError if the model gives no classes or `blocks` or an r is out of range, DatasetError if the labels
+    don't fit the model or an image can't be decoded.
+    """
+    if not model.num_classes:
+        raise ConfigError(f"{model.name} has no classifier to tune by; tome-server models fit-head gives it one")
+    depth = model.merged.depth
+    most = max(1, round(depth / 3)) if blocks is None else blocks
+    if not 1 <= most <= depth:
+        raise ConfigError(f"{model.name} has {depth} blocks, of which {most} can't merge")
+    for r in rs:
+        if not 0 < r <= model.largest_r:
+            raise ConfigError(f"r must lie in 1..{model.largest_r} for {model.name}, and is {r}")
+    class_ids_of(model, held_out)  # before anything is searched
+    prepared = _prepared(model, searched)
+    plain = torch.cat([_probabilities(model, part, 0, device) for part in torch.split(prepared, BATCH)])
+    best: dict[int, PerBlock] = {}
+    before: PerBlock | None = None
+    wanted = sorted(set(rs), reverse=True)
+    steps = [trials if i == 0 else max(1, trials // 2) for i in range(len(wanted))]
+    with tqdm(total=sum(steps), unit="schedule", disable=not progress) as bar:
+        for r, step in zip(wanted, steps, strict=True):
+            bar.set_description(f"r = {r}")
+            least = model.count(r + 1).total if r < model.largest_r else 0
+            race = _Race(model, prepared, plain, device, least, bar.update)
+            search(_room(model, r), race, blocks=most, trials=step, seed=seed + r, start=before)
+            if race.best is not None:
+                best[r] = before = race.best
+    return _compared(model, held_out, best, device, progress)
+
+
+def _room(model: LoadedModel, r: int) -> Room:
+    """Return which schedules take no more work than r in every block, as it is counted and as it is really done.
+
+    They differ where the head reads the class token alone: the last block then computes no more than that, however many
+    tokens it would merge. There is nothing to search in it, and it goes on merging r.
+    """
+    rows, columns = model.patch_grid
+    most = model.count(r)
+    depth = model.merged.depth
+    searched = depth - 1 if most.unread else depth
+
+    def fits(per_block: PerBlock) -> bool:
+        cost = model.count(Schedule.explicit(per_block))
+        return cost.total <= most.total and _done(cost) <= _done(most)
+
+    return Room(
+        patches=rows * columns, prefix=model.merged.prefix, free=searched, rest=(r,) * (depth - searched), fits=fits
+    )
+
+
+def _done(cost: MacCount) -> int:
+    """Return what is computed of what is counted."""
+    return cost.total - cost.unread
+
+
+class _Race:
+    """Runs schedules on images in chunks, and gives up those that fall behind the best one."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        images: Tensor,
+        plain: Tensor,
+        device: torch.device,
+        least: int,
+        told: Callable[[], object],
+    ) -> None:
+        """A schedule of fewer multiply-accumulates than `least` is of no use: it would be a greater r's."""
+        self.best: PerBlock | None = None
+        self._shifted: Tensor | None = None
+        self._model, self._images, self._plain, self._device, self._told = model, images, plain, device, told
+        self._least = least
+
+    def __call__(self, per_block: PerBlock) -> bool:
+        """Return whether a schedule shifts less than all before it."""
+        self._told()
+        schedule = Schedule.explicit(per_block)
+        if self._model.count(schedule).total < self._least:
+            return False
+        shifted = torch.empty(0)
+        for images in torch.split(self._images, CHUNK):
+            given = torch.cat(
+                [_probabilities(self._model, part, schedule, self._device) for part in torch.split(images, BATCH)]
+            )
+            so_far = len(shifted)
+            shifted = torch.cat([shifted, _shift(given, self._plain[so_far : so_far + len(given)])])
+            if self._shifted is not None and len(shifted) > 1:
+                worse = shifted - self._shifted[: len(shifted)]
+                if worse.mean() > worse.std() / len(worse) ** 0.5:
+                    return False
+        if self._shifted is not None and shifted.mean() >= self._shifted.mean():
+            return False
+        self.best, self._shifted = per_block, shifted
+        return True
+
+
+def _compared(
+    model: LoadedModel, images: Dataset, schedules: dict[int, PerBlock], device: torch.device, progress: bool
+) -> list[Tuned]:
+    """Measure schedules and, beside them, r in every block."""
+    ways = {(r, tuned): Schedule.explicit(own) if tuned else r for r, own in schedules.items() for tuned in (0, 1)}
+    shifted: dict[tuple[int, int], list[Tensor]] = {way: [] for way in ways}
+    agreeing, right = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0)
+    class_ids = class_ids_of(model, images)
+    with tqdm(total=len(images), desc="held out", unit="image", disable=not progress) as bar:
+        for start in range(0, len(images), BATCH):
+            part = images.subset(range(start, min(start + BATCH, len(images))))
+            inputs = _prepared(model, part)
+            labels = torch.tensor([class_ids[label] for label in part.labels or ()])
+            plain = _probabilities(model, inputs, 0, device)
+            for way, schedule in ways.items():
+                given = _probabilities(model, inputs, schedule, device)
+                shifted[way].append(_shift(given, plain))
+                classes = given.argmax(dim=1)
+                agreeing[way] += int((classes == plain.argmax(dim=1)).sum())
+                right[way] += int((classes == labels).sum()) if len(labels) else 0
+            bar.update(len(part))
+    found = []
+    for r, own in schedules.items():
+        constant, tuned = (torch.cat(shifted[r, way]) for way in (0, 1))
+        kept = [
+            Kept(
+                shifted=float(values.mean()),
+                agreement=agreeing[r, way] / len(images),
+                top1=right[r, way] / len(images) if images.labels is not None else None,
+            )
+            for way, values in enumerate((constant, tuned))
+        ]
+        difference = tuned - constant
+        error = float(difference.std()) / len(images) ** 0.5 if len(images) > 1 else 0.0
+        macs, constant_macs = (model.count(way).total for way in (Schedule.explicit(own), r))
+        found.append(Tuned(r, own, macs, constant_macs, kept[1], kept[0], float(difference.mean()), error))
+    return found
+
+
+def _prepared(model: LoadedModel, images: Dataset) -> Tensor:
+    with ThreadPoolExecutor() as decoders:
+        return torch.from_numpy(np.stack(list(decoders.map(model.preprocess.image, (image for image, _ in images)))))
+
+
+def _probabilities(model: LoadedModel, images: Tensor, schedule: int | Schedule, device: torch.device) -> Tensor:
+    logits = model.merged(model.input(images, device), schedule).logits
+    return torch.softmax(logits.float(), dim=1).cpu()
+
+
+def _shift(given: Tensor, plain: Tensor) -> Tensor:
+    """Return, for each image, the probability that goes to other classes: [B]."""
+    return (given - plain).abs().sum(dim=1) / 2

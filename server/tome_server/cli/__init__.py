@@ -1,0 +1,1 @@
+"""The command `tome-server`: its flags, tables and pictures."""

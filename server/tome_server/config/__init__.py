@@ -1,0 +1,1 @@
+"""What may be set, and how settings are read."""

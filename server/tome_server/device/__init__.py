@@ -1,0 +1,1 @@
+"""The boundary to the process that owns the device."""

@@ -1,0 +1,95 @@
+"""Runs a batch on a device."""
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tome_server.execution.batch import BatchResult, Result, Work
+from tome_server.merging import unmerge
+from tome_server.models.loaded import LoadedModel
+
+# How the rows of a result are written down.
+_WIRE = {"features": "<f4", "logits": "<f4", "patches": "<f4", "token_map": "<i4"}
+
+
+@torch.inference_mode()
+def run_batch(
+    model: LoadedModel,
+    batch: Sequence[Work[Tensor]],
+    rs: int | Sequence[int],
+    device: torch.device,
+    *,
+    packed: bool = True,
+) -> BatchResult:
+    """Run `batch` on `device` in the calling thread, at one r or at each image's own; results are in its order.
+
+    Images that differ in r share one call of the model, or if not `packed` only with those of the same r. Raises
+    ValueError if `rs` isn't as long as the batch, and whatever the model raises.
+    """
+    start = time.perf_counter()
+    if packed or isinstance(rs, int):
+        return BatchResult(tuple(_run(model, batch, rs, device)), time.perf_counter() - start)
+    if len(rs) != len(batch):
+        raise ValueError(f"rs must be one for each of the {len(batch)} images, not {len(rs)}")
+    results: dict[int, Result] = {}
+    for r in sorted(set(rs)):
+        members = [i for i, own in enumerate(rs) if own == r]
+        results.update(zip(members, _run(model, [batch[i] for i in members], r, device), strict=True))
+    return BatchResult(tuple(results[i] for i in range(len(batch))), time.perf_counter() - start)
+
+
+def _run(
+    model: LoadedModel, batch: Sequence[Work[Tensor]], r: int | Sequence[int], device: torch.device
+) -> list[Result]:
+    images = _input(model, [work.image for work in batch], device)
+    patches = any(work.patches for work in batch)
+    mapped = patches or any(work.token_map for work in batch)
+    output = model.run(images, r, return_tokens=patches, return_token_map=mapped)
+    logits = output.logits.float()
+    scores, class_ids = logits.softmax(dim=-1).topk(max(work.top_k for work in batch))
+    wanted = {"scores": scores, "class_ids": class_ids}
+    if any(work.features for work in batch):
+        wanted["features"] = output.features.float()
+    if any(work.logits for work in batch):
+        wanted["logits"] = logits
+    if output.token_map is not None:
+        wanted["token_map"] = output.token_map
+    if output.tokens is not None and output.token_map is not None:
+        wanted["patches"] = unmerge(output.tokens, output.token_map).float()
+    given = _fetched(wanted, device)
+    all_ids, all_scores = given.pop("class_ids").tolist(), given.pop("scores").tolist()
+    # As bytes, which cost the way to the server nothing, where each number of a list would be an object.
+    rows = {name: values.numpy().astype(_WIRE[name], copy=False) for name, values in given.items()}
+    return [
+        Result(
+            class_ids=tuple(all_ids[i][: work.top_k]),
+            scores=tuple(all_scores[i][: work.top_k]),
+            features=rows["features"][i].tobytes() if work.features else None,
+            token_map=rows["token_map"][i].tobytes() if work.token_map else None,
+            logits=rows["logits"][i].tobytes() if work.logits else None,
+            patches=rows["patches"][i].tobytes() if work.patches else None,
+        )
+        for i, work in enumerate(batch)
+    ]
+
+
+def _input(model: LoadedModel, images: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return images [C, H, W] as the batch [B, C, H, W] that the network takes."""
+    if len({image.dtype for image in images}) > 1:
+        # Tensors that came normalised beside images that didn't.
+        return torch.cat([_input(model, [image], device) for image in images])
+    if device.type != "cuda" or any(image.is_cuda for image in images):
+        return model.input(torch.stack([image.to(device) for image in images]), device)
+    # From pinned memory the copy needn't be waited for; torch keeps that memory until it is done, and for later.
+    staged = torch.empty(len(images), *images[0].shape, dtype=images[0].dtype, pin_memory=True)
+    return model.input(torch.stack(list(images), out=staged), device)
+
+
+def _fetched(wanted: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return `wanted` on the CPU, having waited for the device once."""
+    fetched = {name: values.to("cpu", non_blocking=True) for name, values in wanted.items()}
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return fetched

@@ -1,0 +1,265 @@
+"""Blocks with packed weights: which of their layers are packed, and how they are then called.
+
+A linear layer is packed if it belongs to one of timm's attentions or MLPs, whose forward pass is known. What follows a
+layer and is linear itself moves into it: biases kept apart, LayerScale. So does GELU, into the kernel. Layers that read
+the same tokens become one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import DropPath, GELUTanh, GluMlp, LayerNorm, Mlp, SwiGLU
+from timm.models.eva import Eva
+from timm.models.vitamin import GeGluMlp
+from torch import Tensor, nn
+
+from tome_server.merging.cpu.kernels import Function, PackedLinear, gamma_of, layer_norm, scaled
+from tome_server.merging.encoder import Layers
+from tome_server.merging.families.eva import EvaLayers, fix_positions
+from tome_server.merging.families.parallel import ParallelScalingLayers, ParallelThingsLayers
+from tome_server.merging.families.vit import BlockLayers
+from tome_server.merging.geometry import default_size, patch_grid
+from tome_server.merging.support import VisionModel, layers_of
+
+# Modules that give in eval mode what they are given.
+_IDLE = (nn.Identity, nn.Dropout, DropPath)
+# Activations that write what they give to memory of its own.
+_ACTIVATIONS = (nn.SiLU, nn.GELU, nn.Sigmoid)
+
+
+class PackedLayers:
+    """A packed block in which attention comes before the MLP. Calls its kernels without the modules around them.
+
+    Those are a dozen a block, most of them an Identity, and cost a single image 3 % of its time at DeiT-S's r = 16.
+    """
+
+    def __init__(self, layers: BlockLayers | EvaLayers) -> None:
+        block, attn = layers.block, layers.attn
+        self.heads, self.key_heads, self.head_dim = layers.heads, layers.key_heads, layers.head_dim
+        self.before, self.after = (attn,), (block.mlp,)
+        self.attend = layers.attend
+        first, last = [nn.Identity(), nn.Identity()], [nn.Identity(), nn.Identity()]
+        norms = first if layers.norms_first else last
+        norms[:] = block.norm1, block.norm2
+        scales = [getattr(block, name, nn.Identity()) for name in ("ls1", "ls2")]
+        self._enter = in_turn(first[0])
+        self._qkv: Function = in_turn(attn.qkv) if type(attn.qkv) is PackedLinear else layers.qkv
+        self._gate = None if attn.gate is None else in_turn(attn.gate, nn.Sigmoid())
+        self._attended = in_turn(attn.norm)
+        self._proj = in_turn(attn.proj, scales[0], last[0])
+        self._mlp = in_turn(first[1], block.mlp, scales[1], last[1])
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As BlockLayers does."""
+        x = self._enter(x)
+        return self._qkv(x), None if self._gate is None else self._gate(x)
+
+    def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:
+        """As BlockLayers does."""
+        attended = self._attended(attended)
+        if beside is not None:
+            attended = attended * beside
+        return x + self._proj(attended)
+
+    def add_mlp(self, x: Tensor) -> Tensor:
+        """As BlockLayers does."""
+        return x + self._mlp(x)
+
+
+class Gate(nn.Module):
+    """What a gated MLP does between its layers: half of the channels, activated, times the other half."""
+
+    def __init__(self, act: nn.Module, last: bool = False) -> None:
+        super().__init__()
+        self.act = act
+        self._last = last
+        self._fresh = type(act) in _ACTIVATIONS and not getattr(act, "inplace", False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., 2 * channels] to [..., channels]."""
+        gate, value = x.chunk(2, dim=-1)
+        if self._last:
+            gate, value = value, gate
+        activated: Tensor = self.act(gate)
+        return activated.mul_(value) if self._fresh else activated * value
+
+
+def pack_blocks(model: VisionModel) -> list[Layers]:
+    """Put packed weights into a model's blocks, and return these taken apart."""
+    blocks = layers_of(model)
+    if type(model) is not Eva or model.rope is None:
+        return [pack_block(layers) for layers in blocks]
+    rows = [_side_by_side(layers) for layers in blocks if isinstance(layers, EvaLayers)]
+    beside = all(order is not None for order in rows)
+    packed = [pack_block(layers, order if beside else None) for layers, order in zip(blocks, rows, strict=True)]
+    fix_positions(model, patch_grid(model, *default_size(model)), side_by_side=beside)
+    return packed
+
+
+def pack_block(layers: Layers, rows: Tensor | None = None) -> Layers:
+    """Put packed weights into a block, and return it taken apart as before, or better.
+
+    `rows` is a new order of the queries', keys' and values' channels, for which pairs of them lie side by side.
+    """
+    if isinstance(layers, ParallelScalingLayers):
+        _pack_side_by_side(layers.block)
+        return layers
+    if isinstance(layers, ParallelThingsLayers):
+        for branch in layers.block.attns:
+            _pack_attention(branch.attn, branch, "ls")
+        for branch in layers.block.ffns:
+            branch.mlp = _packed_mlp(branch.mlp, branch, "ls")
+        return layers
+    assert isinstance(layers, BlockLayers | EvaLayers)
+    block: Any = layers.block
+    first, second = ("gamma_1", "gamma_2") if isinstance(layers, EvaLayers) else ("ls1", "ls2")
+    _pack_attention(layers.attn, block, first, rows)
+    if isinstance(layers, EvaLayers) and rows is not None:
+        layers.rotate_half = block.attn.rotate_half = False
+    block.mlp = _packed_mlp(block.mlp, block, second)
+    # Such a scale is no module that can be called; it is left only behind a layer that is none of torch's own.
+    scaled_apart = any(getattr(block, name, None) is not None for name in ("gamma_1", "gamma_2"))
+    return layers if scaled_apart else PackedLayers(layers)
+
+
+def in_turn(*modules: nn.Module) -> Function:
+    """Return what modules do one after the other in eval mode, without the modules where that is possible."""
+    functions = [_bare(module) for module in _flat(modules)]
+    if not functions:
+        return lambda x: x
+    if len(functions) == 1:
+        return functions[0]
+
+    def run(x: Tensor) -> Tensor:
+        for function in functions:
+            x = function(x)
+        return x
+
+    return run
+
+
+def _flat(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    parts = [part for module in modules for part in (module if type(module) is nn.Sequential else [module])]
+    return [part for part in parts if type(part) not in _IDLE]
+
+
+def _bare(module: Any) -> Function:
+    if type(module) in (nn.LayerNorm, LayerNorm):
+        return layer_norm(module)
+    function: Function = module.forward if type(module) in (PackedLinear, Gate) else module
+    return function
+
+
+def _side_by_side(layers: EvaLayers) -> Tensor | None:
+    """Return the order of channels in which pairs, now half of a head apart, lie side by side; None if that can't be.
+
+    Queries and keys find each other by it as before. Turning pairs then takes no copy of them.
+    """
+    attn, dim = layers.attn, layers.head_dim
+    normed = any(type(norm) is not nn.Identity for norm in (attn.q_norm, attn.k_norm))
+    if not layers.rotate_half or normed or _joined_projections(attn) is None:
+        return None
+    turned = (layers.heads + layers.key_heads) * dim
+    order = torch.arange(turned + layers.key_heads * dim, device="cpu")
+    return torch.cat([order[:turned].view(-1, 2, dim // 2).mT.flatten(), order[turned:]])
+
+
+def _pack_attention(attn: Any, owner: Any, scale: str, rows: Tensor | None = None) -> None:
+    if (whole := _joined_projections(attn)) is not None:
+        weight, bias = whole
+        if rows is not None:
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        attn.qkv = PackedLinear(weight, bias)
+        for name in ("q_proj", "k_proj", "v_proj", "q_bias", "k_bias", "v_bias"):
+            if getattr(attn, name, None) is not None:
+                setattr(attn, name, None)
+    if getattr(attn, "gate", None) is not None:
+        attn.gate = _packed(attn.gate)
+    attn.proj = _packed_and_scaled(attn.proj, owner, scale)
+
+
+def _joined_projections(attn: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Return weight and bias that give queries, keys and values at once, None if they aren't linear layers' alone."""
+    if attn.qkv is None:
+        return _joined(attn.q_proj, attn.k_proj, attn.v_proj)
+    if type(attn.qkv) is not nn.Linear:
+        return None
+    if getattr(attn, "q_bias", None) is None:
+        return attn.qkv.weight, attn.qkv.bias
+    if _bias(attn.qkv) is not None:
+        return None
+    return attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+
+
+def _joined(*layers: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Return weight and bias of the layer that gives what all of them do, end to end."""
+    if not all(type(layer) is nn.Linear for layer in layers):
+        return None
+    weight = torch.cat([layer.weight for layer in layers])
+    if all(layer.bias is None for layer in layers):
+        return weight, None
+    return weight, torch.cat([layer.weight[:, 0] * 0 if layer.bias is None else layer.bias for layer in layers])
+
+
+def _packed_mlp(mlp: Any, owner: Any, scale: str) -> nn.Module:
+    """Return what an MLP does as a sequence of packed layers, or the MLP itself where it is none that is known."""
+    if type(mlp) is Mlp and type(mlp.fc1) is nn.Linear:
+        activation = _activation(mlp.act)
+        fc1 = PackedLinear(mlp.fc1.weight, mlp.fc1.bias, activation)
+        act = mlp.act if activation == "none" else nn.Identity()
+        return nn.Sequential(fc1, act, mlp.norm, _packed_and_scaled(mlp.fc2, owner, scale))
+    if type(mlp) is GluMlp and mlp.chunk_dim == -1:
+        gate = Gate(mlp.act, last=mlp.gate_last)
+        return nn.Sequential(_packed(mlp.fc1), gate, mlp.norm, _packed_and_scaled(mlp.fc2, owner, scale))
+    if type(mlp) is SwiGLU and (whole := _joined(mlp.fc1_g, mlp.fc1_x)) is not None:
+        fc2 = _packed_and_scaled(mlp.fc2, owner, scale)
+        return nn.Sequential(PackedLinear(*whole), Gate(mlp.act), mlp.norm, fc2)
+    if type(mlp) is GeGluMlp and (whole := _joined(mlp.w0, mlp.w1)) is not None:
+        fc2 = _packed_and_scaled(mlp.w2, owner, scale)
+        return nn.Sequential(mlp.norm, PackedLinear(*whole), Gate(mlp.act), fc2)
+    unknown: nn.Module = mlp
+    return unknown
+
+
+def _pack_side_by_side(block: Any) -> None:
+    if type(block.in_proj) is nn.Linear:
+        weight, bias = block.in_proj.weight, _bias(block.in_proj)
+        if bias is None and block.mlp_bias is not None:
+            bias = torch.cat([block.mlp_bias, block.mlp_bias.new_zeros(len(weight) - len(block.mlp_bias))])
+            block.mlp_bias = None
+        block.in_proj = PackedLinear(weight, bias)
+    names = ["attn_out_proj", "mlp_out_proj"] if block.out_proj is None else ["out_proj"]
+    gamma = gamma_of(block.ls)
+    if gamma is not None and all(type(getattr(block, name)) is nn.Linear for name in names):
+        for name in names:
+            setattr(block, name, PackedLinear(*scaled(getattr(block, name), gamma)))
+        block.ls = nn.Identity()
+    for name in names:
+        setattr(block, name, _packed(getattr(block, name)))
+
+
+def _packed(layer: Any) -> nn.Module:
+    packed: nn.Module = PackedLinear(layer.weight, layer.bias) if type(layer) is nn.Linear else layer
+    return packed
+
+
+def _packed_and_scaled(layer: Any, owner: Any, name: str) -> nn.Module:
+    """Return `layer` packed. The scale after it, its owner's attribute `name`, moves into it if it is a known one."""
+    scale = getattr(owner, name, None)
+    gamma = scale if isinstance(scale, Tensor) else gamma_of(scale)
+    if gamma is None or type(layer) is not nn.Linear:
+        return _packed(layer)
+    setattr(owner, name, None if isinstance(scale, Tensor) else nn.Identity())
+    return PackedLinear(*scaled(layer, gamma))
+
+
+def _bias(layer: nn.Linear) -> Tensor | None:
+    return layer.bias  # which torch says to be a tensor always
+
+
+def _activation(act: Any) -> str:
+    """Return the name of an activation that the products' kernels know, or none."""
+    if type(act) is GELUTanh:
+        return "gelu_tanh"
+    return {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate, "none") if type(act) is nn.GELU else "none"

@@ -1,0 +1,1 @@
+"""What is different in each family of timm's Vision Transformers."""

@@ -1,0 +1,1 @@
+"""A request between wire and device, and the models in service."""

@@ -1,0 +1,381 @@
+"""Which models are in service: those configured at the start, and single ones after that.
+
+A model's fault is that model's. Whatever is wrong with one of the repository is logged with where it lies, and the
+others are served. What the settings themselves name must be served, or the server doesn't start.
+"""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tome_server.config.server import ModelConfig, ServerConfig
+from tome_server.device.client import Device
+from tome_server.errors import ConfigError, DeviceDiedError, ModelLoadError, OutOfMemoryError, UnknownModelError
+from tome_server.models.checkpoint_header import check_header
+from tome_server.models.hosted import HostedModel
+from tome_server.models.preprocess import Limits
+from tome_server.models.repository import Repository
+from tome_server.models.spec import BUNDLED_PREFIX, ModelSpec, Own, bundled_spec, qualities
+from tome_server.models.timm_names import check_architecture
+from tome_server.serving.batcher import Served
+from tome_server.serving.engine import Engine
+from tome_server.serving.remeasuring import observed
+from tome_server.serving.served import FIXED, ServedModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The models that the settings and the repository ask for."""
+
+    specs: list[ModelSpec]
+    """In the order in which they are told: the first answers requests that name no model."""
+    configured: frozenset[str]
+    """Names of those that the settings name; the others are the repository's."""
+    faults: dict[str, ConfigError]
+    """What keeps others of the repository from being loaded, by name."""
+
+
+class Hosting:
+    """Brings models from where they are stored through the device into the engine, and back."""
+
+    def __init__(self, device: Device, engine: Engine, config: ServerConfig) -> None:
+        self._device = device
+        self._engine = engine
+        self._config = config
+        self._versions = itertools.count(1)
+        # Bytes of weights of each model on the device, by its key there.
+        self._loaded: dict[str, int] = {}
+        # Of each model in service, what it was loaded from.
+        self._sources: dict[str, _Source] = {}
+        self._changing = asyncio.Lock()
+
+    async def start(self, wanted: Wanted) -> None:
+        """Load and measure models, whose names the engine expects, and serve them.
+
+        A faulty one of the repository is logged and left out. Raises ModelLoadError or ConfigError for a faulty one
+        that the settings name, and if none can be served.
+        """
+        async with self._changing:
+            await self._start(wanted)
+
+    async def load(self, name: str) -> None:
+        """Take a model into service as it is stored now; if it is in service, in the place of what is.
+
+        No request is dropped: until the new one is ready the old one answers, or if there is none UnavailableError is
+        given. Raises UnknownModelError if neither the configuration nor the repository has it, ConfigError or
+        ModelLoadError if it can't be loaded; what was in service stays so.
+        """
+        async with self._changing:
+            spec = await asyncio.to_thread(self._stored, name)
+            await self._replace(_Source(spec))
+
+    async def unload(self, name: str) -> None:
+        """Take a model out of service: new requests are refused at once, those already here are answered first.
+
+        Raises UnknownModelError if it isn't there, UnavailableError if it is loading.
+        """
+        async with self._changing:
+            await self._take_out(name)
+
+    async def refresh(self) -> None:
+        """Serve what the configuration and the repository hold now: what is new, changed or gone since.
+
+        What can't be loaded is logged, and what was in service in its place stays so.
+        """
+        async with self._changing:
+            try:
+                wanted = await asyncio.to_thread(find_models, self._config, strict=False)
+            except ConfigError as error:
+                log.error("models stay as they are: %s", error)  # noqa: TRY400  (in words for the operator)
+                return
+            for name, fault in wanted.faults.items():
+                _tell(name, fault, kept=name in self._sources)
+            for spec in wanted.specs:
+                try:
+                    source = _Source(spec)
+                    if self._sources.get(spec.name) != source:
+                        await self._replace(source)
+                except (ConfigError, ModelLoadError) as error:
+                    _tell(spec.name, error, kept=spec.name in self._sources)
+                except DeviceDiedError:  # and the server ends
+                    return
+            there = {spec.name for spec in wanted.specs} | wanted.faults.keys()
+            for name in self._sources.keys() - there:
+                await self._take_out(name)
+
+    async def _start(self, wanted: Wanted) -> None:
+        log.info("starting the process that runs the models")
+        await self._device.open(self._config.device)
+        for name, fault in wanted.faults.items():
+            _tell(name, fault)
+        # What is wrong with a model is said before anything is measured, as far as that can be told by then.
+        outlined: list[tuple[_Source, ModelSpec]] = []
+        for spec in wanted.specs:
+            with self._left_out(spec, wanted):
+                outlined.append((_Source(spec), await self._outlined(spec)))
+        # First, since models are made, and what else is chosen is measured, for so many.
+        if self._config.threads:
+            await self._device.set_threads(self._config.threads)
+        elif self._device.name == "cpu" and outlined:
+            models = [(spec, self._max_batch(spec)) for _, spec in outlined]
+            with _fits("one of the models, each in batches of its largest size"):
+                await self._device.choose_threads(models, self._config.profiles)
+        loaded: list[tuple[_Source, tuple[str, ModelSpec, HostedModel]]] = []
+        for source, spec in outlined:
+            with self._left_out(spec, wanted):
+                loaded.append((source, await self._load(spec)))
+        measured: list[tuple[_Source, Served]] = []
+        for source, each in loaded:
+            with self._left_out(source.spec, wanted):
+                measured.append((source, await self._measured(*each)))
+        if not measured:
+            raise ConfigError(f"repository {self._config.repository} holds no model that can be served: see the log")
+        # All at once: requests for the first would disturb what is measured of the second.
+        for source, served in measured:
+            await self._serve(source, served)
+
+    @contextmanager
+    def _left_out(self, spec: ModelSpec, wanted: Wanted) -> Iterator[None]:
+        """Log what is wrong with a model of the repository, and go on without it; raise it for a configured one."""
+        try:
+            yield
+        except (ConfigError, ModelLoadError) as error:
+            if spec.name in wanted.configured:
+                raise
+            self._engine.forget(spec.name)
+            _tell(spec.name, error)
+
+    async def _outlined(self, spec: ModelSpec) -> ModelSpec:
+        """Return what to load for `spec`, checked as far as that goes without loading it.
+
+        Raises ModelLoadError or ConfigError.
+        """
+        with _its_fault(spec):
+            outline = await self._device.outline(spec)
+        policy = spec.own.policy or self._config.policy
+        if outline.rs and policy.startswith(FIXED) and int(policy.removeprefix(FIXED)) not in outline.rs:
+            what = f"{policy}: the model is served at r = {', '.join(map(str, outline.rs))}"
+            if spec.own.policy:
+                raise spec.own.fault(spec.name, "policy", what)
+            raise ConfigError(f"policy, for model {spec.name}: {what}")
+        return outline.spec
+
+    def _stored(self, name: str) -> ModelSpec:
+        """Return what a model is loaded from. Raises UnknownModelError, or ConfigError for a faulty one."""
+        for model in self._config.models:
+            if (spec := _spec(model)).name == name:
+                return _checked(spec, self._config)
+        repository = Repository(self._config.repository) if self._config.repository else None
+        if repository is None or name not in repository.names():
+            known = dict.fromkeys([*self._engine.names, *(repository.names() if repository else ())])
+            raise UnknownModelError(name[:100], list(known))
+        return _checked(repository.spec(name), self._config)
+
+    async def _replace(self, source: "_Source") -> None:
+        name, spec = source.spec.name, await self._outlined(source.spec)
+        new = name not in self._engine.names
+        if new:
+            self._engine.expect(name)
+        try:
+            await self._serve(source, await self._measured(*await self._load(spec)))
+        except BaseException:
+            if new:
+                self._engine.forget(name)
+            raise
+
+    async def _load(self, spec: ModelSpec) -> tuple[str, ModelSpec, HostedModel]:
+        log.info("loading %s", spec.name)
+        key, limits, own = f"{spec.name}#{next(self._versions)}", self._config.limits, spec.own
+        bounds = Limits(own.max_image_bytes or limits.max_image_bytes, own.max_image_pixels or limits.max_image_pixels)
+        # Room for images that wait, and for those whose callers have gone while they are decoded or run.
+        pending = min(own.max_pending or self._engine.max_pending, self._engine.max_pending)
+        slots = pending + self._engine.decode_threads + self._max_batch(spec)
+        with _its_fault(spec), _fits(spec.name):
+            model = await self._device.load(
+                key, spec, bounds, slots, max_batch=self._max_batch(spec), folder=self._config.profiles
+            )
+        self._loaded[key] = model.weights_bytes
+        budget, used = self._config.memory_budget, sum(self._loaded.values())
+        if budget is not None and used > budget:
+            await self._forget(key)
+            raise ModelLoadError(
+                f"{spec.name} takes {_mib(model.weights_bytes)} of weights; of the memory_budget of {_mib(budget)}, "
+                f"{_mib(max(0, budget - used + model.weights_bytes))} are left"
+            )
+        return key, spec, model
+
+    async def _measured(self, key: str, spec: ModelSpec, model: HostedModel) -> Served:
+        max_batch, seconds = self._max_batch(spec), self._config.profile_time
+        try:
+            with _its_fault(spec), _fits(f"{spec.name}, in batches of up to {max_batch} images"):
+                await self._device.record(key, max_batch=max_batch, memory=self._config.cuda_graph_memory)
+                profile = await self._device.profile(
+                    key, spec, max_batch=max_batch, budget=seconds, folder=self._config.profiles
+                )
+                log.info("warming up %s, for at most %.0f s", spec.name, seconds)
+                await self._device.warm(key, max_batch=max_batch, seconds=seconds)
+            served: Served = ServedModel(model, profile, self._config.policy, key, spec.own)
+            await observed(self._device, key, served.scheduler.latency)
+        except Exception:
+            await self._forget(key)
+            raise
+        return served
+
+    def _max_batch(self, spec: ModelSpec) -> int:
+        return spec.own.max_batch or self._config.batching.max_batch
+
+    async def _serve(self, source: "_Source", served: Served) -> None:
+        model = served.model
+        before = self._engine.serve(served)
+        self._engine.metrics.serving(
+            model.name, model.architecture, self._device.name, model.dtype, served.policy, served.rs, model.largest_r
+        )
+        self._sources[model.name] = source
+        log.info("%s is in service%s", model.name, ", in the place of the one before" if before else "")
+        if before:
+            await self._engine.left(before)
+            await self._forget(before.key)
+
+    async def _forget(self, key: str) -> None:
+        del self._loaded[key]
+        await self._device.unload(key)
+
+    async def _take_out(self, name: str) -> None:
+        served = self._engine.retire(name)
+        del self._sources[served.model.name]
+        await self._engine.left(served)
+        self._engine.metrics.retired(served.model.name)
+        await self._forget(served.key)
+        log.info("unloaded %s", served.model.name)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
+@contextmanager
+def _fits(what: str) -> Iterator[None]:
+    """Raises ModelLoadError where the device runs out of memory."""
+    try:
+        yield
+    except OutOfMemoryError as error:
+        raise ModelLoadError(f"the device has not the memory for {what}: {error}") from error
+
+
+@contextmanager
+def _its_fault(spec: ModelSpec) -> Iterator[None]:
+    """Raises ModelLoadError, which says where the model lies, for whatever else goes wrong with a model."""
+    try:
+        yield
+    except (ConfigError, ModelLoadError, DeviceDiedError, OutOfMemoryError):
+        raise
+    except Exception as error:
+        log.debug("loading %s", spec.name, exc_info=True)
+        where = spec.checkpoint.parent if spec.checkpoint else spec.architecture
+        raise ModelLoadError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _tell(name: str, error: Exception, *, kept: bool = False) -> None:
+    log.error("%s isn't loaded%s: %s", name, ", and stays as it was" if kept else "", error)
+
+
+class _Source:
+    """What a model is loaded from, and when the files of that were written."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        """Raises ModelLoadError if a file has gone meanwhile."""
+        self.spec = spec
+        with _its_fault(spec):
+            self._written = [(path, path.stat().st_mtime_ns) for path in _files(spec)]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Source) and (self.spec, self._written) == (other.spec, other._written)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _files(spec: ModelSpec) -> Iterator[Path]:
+    paths = (spec.checkpoint, spec.labels, spec.quality, spec.quality_bfloat16)
+    return (path for path in paths if path and path.is_file())
+
+
+def find_models(config: ServerConfig, *, strict: bool = True) -> Wanted:
+    """Return what to load: the configured models, then those of the repository in order of name.
+
+    Faults are found as far as that goes without torch, whose import takes seconds. Raises ConfigError or ModelLoadError
+    for a fault of a configured model if `strict`, if two have one name, if the repository can't be read, and if there
+    is nothing to load.
+    """
+    names = [_name(model) for model in config.models]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two models are named {name!r}; give one another `name`")
+    specs: list[ModelSpec] = []
+    faults: dict[str, ConfigError] = {}
+    for name, model in zip(names, config.models, strict=True):
+        try:
+            specs.append(_checked(_spec(model), config))
+        except (ConfigError, ModelLoadError) as error:
+            if strict:
+                raise
+            faults[name] = ConfigError(str(error))
+    if config.repository:
+        contents = Repository(config.repository).scan()
+        if not contents.specs and not contents.faults:
+            raise ConfigError(f"repository {config.repository} holds no models; tome-server models add makes one")
+        faults |= contents.faults
+        for spec in contents.specs:
+            try:
+                if spec.name in names:
+                    raise ConfigError(f"two models are named {spec.name!r}; give the configured one another `name`")  # noqa: TRY301
+                specs.append(_checked(spec, config))
+            except (ConfigError, ModelLoadError) as error:
+                faults[spec.name] = ConfigError(str(error))
+    if not specs:
+        raise ConfigError("\n".join(map(str, faults.values())))
+    return Wanted(specs, frozenset(names), faults)
+
+
+def model_specs(config: ServerConfig) -> list[ModelSpec]:
+    """Return what can be loaded of what `find_models` finds. Raises what that raises."""
+    return find_models(config).specs
+
+
+def _checked(spec: ModelSpec, config: ServerConfig) -> ModelSpec:
+    """Return `spec`. Raises ConfigError or ModelLoadError for what can be told to be wrong with it without torch."""
+    check_architecture(spec.architecture)
+    if spec.checkpoint is not None:
+        check_header(spec.checkpoint)
+    own, most = spec.own.max_image_bytes, config.limits.max_image_bytes
+    if own is not None and own > most:
+        what = f"{own:,} bytes is more than the server's {most:,}, by which messages are bounded"
+        raise spec.own.fault(spec.name, "limits.max_image_bytes", what)
+    return spec
+
+
+# Settings of a model that `Own` holds.
+_OWN = {"policy", "batching", "limits", "default_min_r", "default_max_r", "default_min_quality"}
+
+
+def _name(model: ModelConfig) -> str:
+    return model.name or model.source.removeprefix(BUNDLED_PREFIX).split(".")[0]
+
+
+def _spec(model: ModelConfig) -> ModelSpec:
+    settings = model.model_dump(exclude_unset=True, exclude={"source"})
+    given = {name: value for name, value in settings.items() if name not in _OWN} | {"own": Own.of(settings)}
+    if model.source.startswith(BUNDLED_PREFIX):
+        allowed = {"name", "default_budget", "description", "dtype"}
+        if extra := sorted(given.keys() - allowed - {"own"}):
+            raise ConfigError(f"model {model.source} is complete as it is; {', '.join(extra)} can't be set")
+        spec = bundled_spec(model.source.removeprefix(BUNDLED_PREFIX), model.dtype)
+        return ModelSpec(**{**spec.__dict__, **given})
+    if model.quality and model.dtype == "auto":
+        given = qualities(model.quality, "auto") | given
+    return ModelSpec(architecture=model.source, **{"name": _name(model), **given})

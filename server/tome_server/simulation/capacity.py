@@ -1,0 +1,256 @@
+"""How many replicas a load takes, and at what quality: the work of `tome-server plan`, by simulation.
+
+One replica is simulated, with its share of the requests. That they reach it at random, neither more nor less bursty
+than all of them together, errs on the safe side: a balancer that sends each request to whoever is least busy does
+better, and bursts that are spread over many replicas are weaker in each of them.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from tome_server.calibration.profile_store import ProfileError, ProfileKey, default_folder, read_profile
+from tome_server.config.text_file import read_text
+from tome_server.errors import ConfigError
+from tome_server.models.bundled import BUNDLED
+from tome_server.models.spec import QUALITY, quality_beside
+from tome_server.scheduling.policy import policy_named
+from tome_server.scheduling.profile import Profile
+from tome_server.simulation.simulator import Cluster, Result, simulate
+from tome_server.simulation.workload import Steady, draw
+
+BUNDLED_NAME = "fashion"
+# Where a replica has next to nothing to do, more replicas won't help.
+IDLE = 0.01
+# Numbers of replicas to show, over the number that is enough; and rates to plot, over the rate asked for.
+AROUND = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
+RATES = (0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6, 2.0)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be served, and how well."""
+
+    rate: float
+    """Requests a second, of all replicas together."""
+    budgets: tuple[float, ...]
+    """Seconds."""
+    attainment: float
+    """Share of all requests to be answered within their budgets."""
+    cv2: float = 1.0
+    """Squared coefficient of variation of the gaps between requests, as one replica sees them."""
+    overhead: float = 0.001
+    """Seconds from the end of a batch to the client's having the answer."""
+    requests: int = 20_000
+    """How many to simulate for each figure."""
+    policy: str = "price"
+    weights: tuple[float, ...] = ()
+    """How often each budget comes, relative to the others; equally often if there are none."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """What so many replicas do with a load."""
+
+    policy: str
+    replicas: int
+    rate: float
+    """Requests a second, of all replicas together."""
+    result: Result
+
+    def fields(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        values = {name: value for name, value in asdict(self.result).items() if name != "requests"}
+        return {
+            "policy": self.policy,
+            "replicas": self.replicas,
+            "rate": self.rate,
+            "attainment": self.result.attainment,
+            **{name: None if value != value else value for name, value in values.items()},  # NaN is no JSON
+        }
+
+
+class Plan:
+    """Answers one question for one kind of replica; simulates as it is asked, and each thing once."""
+
+    def __init__(
+        self, question: Question, profile: Profile, quality: Sequence[float], told: Callable[[], object] = lambda: None
+    ) -> None:
+        """`quality` is by level of the profile; `told` is called after each simulation. Raises ConfigError."""
+        self.question = question
+        self.profile = profile
+        self.quality = quality
+        self._told = told
+        self._points: dict[tuple[str, int, float], Point] = {}
+        try:
+            policy_named(question.policy, profile, quality)
+        except ValueError as error:
+            raise ConfigError(f"--policy: {error}") from error
+
+    @cached_property
+    def policies(self) -> tuple[str, ...]:
+        """The policy asked for and those to compare it with: no merging, and the most."""
+        return tuple(dict.fromkeys((self.question.policy, "fixed:0", f"fixed:{self.profile.rs[-1]}")))
+
+    def point(self, policy: str, replicas: int, rate: float | None = None, requests: int | None = None) -> Point:
+        """Return what so many replicas do with the load asked about, or with another rate."""
+        question = self.question
+        rate = question.rate if rate is None else rate
+        key = (policy, replicas, rate)
+        if key not in self._points:
+            share = rate / replicas
+            seconds = (requests or question.requests) / share
+            arrivals = draw(Steady(share, seconds), question.budgets, weights=question.weights, cv2=question.cv2)
+            made = partial(policy_named, policy)
+            result = simulate(arrivals, Cluster(self.profile, self.quality, made, reply=question.overhead))
+            self._points[key] = Point(policy, replicas, rate, result)
+            self._told()
+        return self._points[key]
+
+    def fewest(self, policy: str) -> int | None:
+        """Return how many replicas answer enough of the requests in time; None if no number does."""
+        question, fastest = self.question, self.profile.p50[-1][-1] / self.profile.max_batch
+        enough = max(1, math.ceil(question.rate * fastest))
+        short = 0
+        while self.point(policy, enough).result.attainment < question.attainment:
+            if question.rate / enough * self.profile.p50[0][0] < IDLE:
+                return None
+            short, enough = enough, math.ceil(1.5 * enough)
+        while enough - short > 1:
+            middle = (short + enough) // 2
+            if self.point(policy, middle).result.attainment < question.attainment:
+                short = middle
+            else:
+                enough = middle
+        return enough
+
+    @property
+    def most(self) -> float:
+        """The largest attainment of the policy asked for, of what was simulated."""
+        points = self._points.values()
+        return max(point.result.attainment for point in points if point.policy == self.question.policy)
+
+    def around(self, replicas: int) -> list[Point]:
+        """Return what the policy does with fewer and with more replicas, those simulated anyway included."""
+        numbers = {max(1, round(share * replicas)) for share in AROUND} | {replicas}
+        return [self.point(self.question.policy, number) for number in sorted(numbers)]
+
+    def against_rate(self, replicas: int) -> dict[str, list[Point]]:
+        """Return what each of the policies does with so many replicas as the rate grows: what is to be plotted."""
+        fewer = min(self.question.requests, 8_000)
+        return {
+            policy: [self.point(policy, replicas, share * self.question.rate, fewer) for share in RATES]
+            for policy in self.policies
+        }
+
+
+def load_replica(profile: Path | None, quality: Path | None) -> tuple[ProfileKey, Profile, tuple[float, ...]]:
+    """Read what a replica is like: a profile, and what answers at each of its r are worth, as shares of images.
+
+    Without files it is the bundled model, as last measured on this machine. Raises ConfigError, saying what to run.
+    """
+    path = profile or _latest()
+    try:
+        key, measured = read_profile(path)
+    except ProfileError as error:
+        raise ConfigError(f"{error}; tome-server profile --output FILE writes one") from error
+    shipped = quality_beside(BUNDLED / BUNDLED_NAME / QUALITY, key.dtype)
+    return key, measured, _quality(quality or shipped, key, given=quality is not None)
+
+
+def _latest() -> Path:
+    """Return the file of the bundled model's latest profile."""
+    try:
+        found = list(default_folder().glob(f"{BUNDLED_NAME}-????????.json"))
+    except ProfileError as error:
+        raise ConfigError(f"--profile is needed: {error}") from error
+    if not found:
+        raise ConfigError(
+            "the bundled model hasn't been profiled on this machine: run tome-server profile, or name with --profile "
+            "what tome-server profile --output FILE wrote for your model"
+        )
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def _quality(path: Path, key: ProfileKey, *, given: bool) -> tuple[float, ...]:
+    """Return top-1, or agreement where it wasn't measured, by r of the profile."""
+    try:
+        report = json.loads(read_text(path))
+        levels = {int(level["r"]): level for level in report["levels"]}
+        same = _same_weights(report, key)
+        labelled = all(level.get("top1") is not None for level in levels.values())
+        worth = {r: float(level["top1" if labelled else "agreement"]) for r, level in levels.items()}
+    except OSError as error:
+        raise ConfigError(f"--quality: {path} can't be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"--quality: {path} isn't what tome-server evaluate writes: {error!r}") from error
+    if not same:
+        needed = "was measured on other weights than the profile" if given else "is for the bundled model alone"
+        raise ConfigError(f"--quality: {path} {needed}; tome-server evaluate --output FILE measures it for {key.model}")
+    if missing := [r for r in key.rs if not worth.get(r, 0) > 0]:
+        raise ConfigError(f"--quality: {path} lacks r = {', '.join(map(str, missing))}, which the profile has")
+    return tuple(worth[r] for r in key.rs)
+
+
+def _same_weights(report: Mapping[str, Any], key: ProfileKey) -> bool:
+    weights = report.get("weights_sha256")
+    return bool(weights == key.weights if weights else key.weights == f"hub:{report.get('model')}")
+
+
+def answer_lines(plan: Plan) -> list[str]:
+    """Return the plan in words and as a table."""
+    question, enough = plan.question, plan.fewest(plan.question.policy)
+    budgets = ", ".join(f"{1e3 * budget:g} ms" for budget in sorted(set(question.budgets)))
+    goal = f"{question.attainment:.4g} of {question.rate:g} requests/s within {budgets}, CV² {question.cv2:g}"
+    lines = []
+    if enough is None:
+        lines.append(f"{goal}: no number of replicas does that; an all but idle one answers {plan.most:.3%}")
+    else:
+        best = plan.point(question.policy, enough).result
+        lines.append(
+            f"{goal}: {_replicas(enough)}, at effective accuracy {100 * best.effective_accuracy:.2f} "
+            f"(mean r {best.mean_r:.1f}; {100 * max(plan.quality):.2f} is the most)"
+        )
+        lines += ["", "replicas  requests/s each  attainment  effective accuracy  mean r    p50 ms    p99 ms    busy"]
+        for point in plan.around(enough):
+            result = point.result
+            mark = " <" if point.replicas == enough else ""
+            lines.append(
+                f"{point.replicas:8}{point.rate / point.replicas:17.1f}{result.attainment:12.3%}"
+                f"{100 * result.effective_accuracy:20.2f}{result.mean_r:8.1f}{1e3 * result.p50:10.1f}"
+                f"{1e3 * result.p99:10.1f}{result.busy:8.0%}{mark}"
+            )
+    lines.append("")
+    for policy in plan.policies[1:]:
+        needed = plan.fewest(policy)
+        if needed is None:
+            lines.append(f"{policy}: no number of replicas does that")
+        else:
+            result = plan.point(policy, needed).result
+            lines.append(f"{policy}: {_replicas(needed)}, at effective accuracy {100 * result.effective_accuracy:.2f}")
+    return lines
+
+
+def answer_fields(plan: Plan) -> dict[str, Any]:
+    """Return the plan as JSON has it."""
+    enough = {policy: plan.fewest(policy) for policy in plan.policies}
+    chosen = enough[plan.question.policy]
+    return {
+        "question": asdict(plan.question),
+        "replicas": chosen,
+        "answer": None if chosen is None else plan.point(plan.question.policy, chosen).fields(),
+        "table": [] if chosen is None else [point.fields() for point in plan.around(chosen)],
+        "others": [
+            {"policy": policy, "replicas": number, **({} if number is None else plan.point(policy, number).fields())}
+            for policy, number in enough.items()
+            if policy != plan.question.policy
+        ],
+    }
+
+
+def _replicas(number: int) -> str:
+    return "1 replica" if number == 1 else f"{number} replicas"

@@ -1,0 +1,348 @@
+"""What would happen: replicas that run the real scheduler on a virtual clock, with the latencies of a profile.
+
+A discrete-event simulation. Each replica has a `Scheduler` of its own, just as a server has: admission, queue, policy
+and a `Latency` that learns from the batches it sees. Only the device is made up: a batch takes the profile's median,
+times a random factor, times a slowdown if there is one. Nothing here is torch, so a second of a busy server takes
+milliseconds.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import cycle
+from typing import Literal
+
+from tome_server.errors import InfeasibleError
+from tome_server.scheduling.policy.view import Policy
+from tome_server.scheduling.profile import Latency, Profile
+from tome_server.scheduling.queue import Waiting
+from tome_server.scheduling.scheduler import Scheduler
+from tome_server.simulation.workload import Arrival
+
+Dispatch = Literal["round_robin", "least_loaded"]
+
+# No batch takes less than this share of its median, however the dice fall.
+_LEAST_JITTER = 0.2
+
+# How requests end. Every one of them ends in just one of these ways.
+_PENDING, _IN_TIME, _LATE, _REFUSED, _SHED, _LOST = range(6)
+
+
+@dataclass(frozen=True)
+class Slowdown:
+    """A stretch of time in which batches take longer, as beside a noisy neighbour."""
+
+    start: float
+    """Seconds; batches begun from then on are slow."""
+    end: float
+    """Seconds; batches begun from then on aren't."""
+    factor: float
+    """How many times as long they take."""
+
+
+@dataclass(frozen=True)
+class Death:
+    """A replica that dies. What it holds is lost with it, and the balancer sends it nothing more."""
+
+    at: float
+    """Seconds."""
+    replica: int
+    """Counted from 0."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What serves the requests: like replicas behind a load balancer. All times are in seconds."""
+
+    profile: Profile
+    quality: Sequence[float]
+    """What an answer is worth, by level of the profile."""
+    policy: Callable[[Profile, Sequence[float]], Policy]
+    """Makes each replica's policy, from the profile and the quality."""
+    replicas: int = 1
+    dispatch: Dispatch = "round_robin"
+    """Whom the balancer sends a request: the next in turn, or the one with the fewest that wait or run."""
+    jitter: float = 0.02
+    """Standard deviation of what a batch takes, as a share of its median."""
+    reply: float = 0.0
+    """From the end of a batch to the client's having the answer. Schedulers know it and aim that much earlier."""
+    between_batches: float = 0.0
+    """What a device idles between two batches while the next is decided on and its images are sent there."""
+    slowdowns: Sequence[Slowdown] = ()
+    deaths: Sequence[Death] = ()
+    blind: bool = False
+    """Whether schedulers aren't told of deadlines, so that whoever comes first is served first and nobody is refused or
+    shed: what servers do that know of none. Answers are judged all the same."""
+    retry: bool = False
+    """Whether what a dying replica holds is sent to another at once, as a client that retries would."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what can't be."""
+        if len(self.quality) != len(self.profile.rs):
+            raise ValueError(f"{len(self.profile.rs)} levels need as many qualities, not {len(self.quality)}")
+        if self.replicas < 1:
+            raise ValueError(f"there must be at least one replica, not {self.replicas}")
+        if not all(0 <= death.replica < self.replicas for death in self.deaths):
+            raise ValueError(f"replicas that die are counted from 0 to {self.replicas - 1}")
+        if min(self.jitter, self.reply, self.between_batches) < 0:
+            raise ValueError("jitter, reply and between_batches can't be negative")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of the requests. Each is one of in_time, late, refused, shed and lost."""
+
+    requests: int
+    in_time: int
+    """Answered within their budgets."""
+    late: int
+    """Answered, but too late."""
+    refused: int
+    """Turned away on arrival, because their deadlines could not be met."""
+    shed: int
+    """Given up while they waited."""
+    lost: int
+    """Held by a replica that died, or came when none was left."""
+    effective_accuracy: float
+    """Quality averaged over all requests; one that wasn't answered in time counts 0."""
+    mean_r: float
+    """Of those answered; 0 if nobody was."""
+    mean_batch: float
+    """Images in a batch; 0 without any."""
+    p50: float
+    """Median seconds to an answer, late ones included; NaN if there was none."""
+    p99: float
+    """99th percentile, likewise."""
+    busy: float
+    """Share of the replicas' time, until the last answer, that was spent on batches."""
+    wasted: float
+    """Share of that which went into requests that were late or lost."""
+    batches: int
+    policy_failures: int
+    """Decisions that were made without the policy, because it failed."""
+
+    @property
+    def attainment(self) -> float:
+        """Share of all requests that were answered in time."""
+        return self.in_time / self.requests if self.requests else 1.0
+
+
+def simulate(arrivals: Sequence[Arrival], cluster: Cluster, *, seed: int = 0) -> Result:
+    """Return what becomes of `arrivals`, which are in order of time. `seed` is of the times that batches take."""
+    return _Simulation(arrivals, cluster, seed).run()
+
+
+class _Replica:
+    """One server: a scheduler and a device."""
+
+    __slots__ = ("alive", "began", "ends", "free_at", "levels", "running", "scheduler")
+
+    def __init__(self, cluster: Cluster) -> None:
+        policy = cluster.policy(cluster.profile, cluster.quality)
+        self.scheduler: Scheduler[int] = Scheduler(Latency(cluster.profile), policy)
+        self.alive = True
+        self.running: Sequence[Waiting[int]] = ()
+        self.levels: Sequence[int] = ()
+        self.began = self.ends = 0.0
+        self.free_at = -math.inf
+        """When it expects to be free or, being free, last was; minus infinity until its first batch."""
+
+
+class _Simulation:
+    """The state of one run."""
+
+    def __init__(self, arrivals: Sequence[Arrival], cluster: Cluster, seed: int) -> None:
+        self.arrivals = arrivals
+        self.cluster = cluster
+        self.top = len(cluster.profile.rs) - 1
+        self.true = Latency(cluster.profile)  # never told of a batch, so that it stays as the profile has it
+        self.replicas = [_Replica(cluster) for _ in range(cluster.replicas)]
+        self.turns = cycle(self.replicas)
+        self.rng = random.Random(seed)
+        self.outcomes = bytearray(len(arrivals))
+        self.homes = [-1] * len(arrivals)
+        """Which replica each request was sent to; kept only where some die."""
+        # (time, serial number so that replicas are never compared, whose batch ends, whether it dies instead)
+        self.events: list[tuple[float, int, _Replica, bool]] = []
+        self.serial = 0
+        self.latencies: list[float] = []
+        self.by_level = [0] * (self.top + 1)
+        """Answers, late ones included."""
+        self.worth = 0.0
+        self.busy = self.wasted = self.last = 0.0
+        self.batches = 0
+
+    def run(self) -> Result:
+        arrivals, events = self.arrivals, self.events
+        for death in self.cluster.deaths:
+            self._schedule(death.at, self.replicas[death.replica], dies=True)
+        number, total = 0, len(arrivals)
+        coming = arrivals[0].at if arrivals else math.inf
+        woken: list[_Replica] = []
+        while number < total or events:
+            # Whoever comes at the moment that a device is free is seen by its decision.
+            if number < total and (not events or coming <= events[0][0]):
+                now = coming
+                if (replica := self._submit(number, now)) and not replica.running:
+                    woken.append(replica)
+                number += 1
+                coming = arrivals[number].at if number < total else math.inf
+            else:
+                now, _, replica, dies = heappop(events)
+                if dies:
+                    woken += self._die(replica, now)
+                elif replica.alive:
+                    self._finish(replica, now)
+                    woken.append(replica)
+            if woken and coming > now:
+                for replica in woken:
+                    if not replica.running:
+                        self._start(replica, now)
+                woken.clear()
+        return self._result()
+
+    def _schedule(self, at: float, replica: _Replica, *, dies: bool = False) -> None:
+        self.serial += 1
+        heappush(self.events, (at, self.serial, replica, dies))
+
+    def _submit(self, number: int, now: float) -> _Replica | None:
+        """Send a request to a replica; returns which, or None if it isn't waiting there."""
+        replica = self._choose()
+        if replica is None:
+            self.outcomes[number] = _LOST
+            return None
+        arrived, budget = self.arrivals[number]
+        due = math.inf if self.cluster.blind else arrived + budget - self.cluster.reply
+        request = Waiting(number, arrived, due, 0, self.top)
+        scheduler = replica.scheduler
+        scheduler.arrived(now, request.deadline - now)
+        if not replica.running and not len(scheduler) and replica.free_at > -math.inf:
+            try:
+                scheduler.check(request, now, replica.free_at)
+            except InfeasibleError:
+                # As the server does: while all is refused, no batch would show that the machine has recovered.
+                scheduler.latency.forget_slowness(now - replica.free_at)
+                replica.free_at = now
+        try:
+            scheduler.submit(request, now, replica.free_at)
+        except InfeasibleError:
+            self.outcomes[number] = _REFUSED
+            return None
+        if self.cluster.deaths:
+            self.homes[number] = self.replicas.index(replica)
+        return replica
+
+    def _choose(self) -> _Replica | None:
+        if len(self.replicas) == 1:
+            return self.replicas[0] if self.replicas[0].alive else None
+        if self.cluster.dispatch == "round_robin":
+            return next((one for one, _ in zip(self.turns, self.replicas, strict=False) if one.alive), None)
+        alive = [replica for replica in self.replicas if replica.alive]
+        return min(alive, key=lambda one: len(one.scheduler) + len(one.running), default=None)
+
+    def _start(self, replica: _Replica, now: float) -> None:
+        """Let a free device begin its next batch, if it has one."""
+        scheduler = replica.scheduler
+        while decision := scheduler.next(now):
+            for request in decision.shed:
+                self.outcomes[request.item] = _SHED
+            if not decision.batch:
+                continue
+            replica.running, replica.levels, replica.began = decision.batch, decision.levels, now
+            seconds = self.true.of_batch(decision.levels) * self._luck(now)
+            between = self.cluster.between_batches
+            replica.ends = now + seconds
+            replica.free_at = now + scheduler.latency.of_batch(decision.levels, promised=True) + between
+            self._schedule(replica.ends + between, replica)
+            return
+
+    def _luck(self, now: float) -> float:
+        """Return how many times its median a batch takes that begins now."""
+        factor = max(_LEAST_JITTER, self.rng.gauss(1.0, self.cluster.jitter)) if self.cluster.jitter else 1.0
+        for slowdown in self.cluster.slowdowns:
+            if slowdown.start <= now < slowdown.end:
+                factor *= slowdown.factor
+        return factor
+
+    def _finish(self, replica: _Replica, now: float) -> None:
+        """Answer the requests of a batch that has ended."""
+        batch, ends, late = replica.running, replica.ends, 0
+        seconds = ends - replica.began
+        replica.scheduler.latency.observe(replica.levels, seconds)
+        answered = ends + self.cluster.reply
+        outcomes, quality, by_level, arrivals = self.outcomes, self.cluster.quality, self.by_level, self.arrivals
+        for request, level in zip(batch, replica.levels, strict=True):
+            latency = answered - request.arrival
+            self.latencies.append(latency)
+            by_level[level] += 1
+            if ends <= request.deadline and latency <= arrivals[request.item].budget:
+                outcomes[request.item] = _IN_TIME
+                self.worth += quality[level]
+            else:
+                outcomes[request.item] = _LATE
+                late += 1
+        self.batches += 1
+        self.busy += seconds
+        self.wasted += seconds * late / len(batch)
+        self.last = now
+        replica.running = ()
+        replica.free_at = now
+
+    def _die(self, replica: _Replica, now: float) -> list[_Replica]:
+        """Lose what a replica holds, or send it to others; returns those."""
+        if not replica.alive:
+            return []
+        replica.alive = False
+        if replica.running and replica.ends <= now:
+            self._finish(replica, now)
+        elif replica.running:
+            spent = now - replica.began
+            self.busy += spent
+            self.wasted += spent
+            self.last = now
+            replica.running = ()
+        index = self.replicas.index(replica)
+        held = [
+            number
+            for number, (home, outcome) in enumerate(zip(self.homes, self.outcomes, strict=True))
+            if home == index and outcome == _PENDING
+        ]
+        if self.cluster.retry:
+            return [other for number in held if (other := self._submit(number, now))]
+        for number in held:
+            self.outcomes[number] = _LOST
+        return []
+
+    def _result(self) -> Result:
+        total, answered = len(self.arrivals), len(self.latencies)
+        ranked = sorted(self.latencies)
+        time = self.last * len(self.replicas)
+        return Result(
+            requests=total,
+            in_time=self.outcomes.count(_IN_TIME),
+            late=self.outcomes.count(_LATE),
+            refused=self.outcomes.count(_REFUSED),
+            shed=self.outcomes.count(_SHED),
+            lost=self.outcomes.count(_LOST),
+            effective_accuracy=self.worth / total if total else 0.0,
+            mean_r=_mean(self.by_level, self.cluster.profile.rs),
+            mean_batch=answered / self.batches if self.batches else 0.0,
+            p50=_quantile(ranked, 0.5),
+            p99=_quantile(ranked, 0.99),
+            busy=self.busy / time if time else 0.0,
+            wasted=self.wasted / self.busy if self.busy else 0.0,
+            batches=self.batches,
+            policy_failures=sum(replica.scheduler.policy_failures for replica in self.replicas),
+        )
+
+
+def _mean(counts: Sequence[int], values: Sequence[int]) -> float:
+    total = sum(counts)
+    return sum(count * value for count, value in zip(counts, values, strict=True)) / total if total else 0.0
+
+
+def _quantile(ranked: Sequence[float], share: float) -> float:
+    """Return the smallest value that `share` of them don't exceed."""
+    return ranked[max(0, math.ceil(share * len(ranked)) - 1)] if ranked else math.nan

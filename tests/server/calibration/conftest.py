@@ -1,0 +1,3 @@
+"""A model small enough to run in every test."""
+
+from tiny_model import _seed, model, quiet  # noqa: F401
