@@ -95,6 +95,16 @@ class Profile:
         return max(0, bisect_left(self.rs, r + 1) - 1)
 
 
+@dataclass(frozen=True, slots=True)
+class BySize:
+    """Seconds of uniform batches at one level, by size from 0 to the largest."""
+
+    expected: list[float]
+    """Median."""
+    promised: list[float]
+    """What 95 of 100 stay within."""
+
+
 class Latency:
     """Predicts how long batches take, from a profile and from how the latest batches went.
 
@@ -144,6 +154,22 @@ class Latency:
         """Return the seconds within which 95 of 100 uniform batches end."""
         spread = max(1.0, self._spread[size][level] * self._margin)
         return self._median[size][level] * max(self._drift * spread, self._worst)
+
+    def by_size(self, level: int) -> BySize:
+        """Return `expected` and `promised` of every size at `level`: faster than to ask for each."""
+        drift, margin, end = self._drift, self._margin, self.max_batch + 1
+        slowest = max(drift, self._worst)
+        medians = [row[level] for row in self._median[:end]]
+        spreads = [row[level] for row in self._spread[:end]]
+        promised = [
+            median * (factor if (factor := drift * (spread * margin)) > slowest else slowest)
+            for median, spread in zip(medians, spreads, strict=True)
+        ]
+        return BySize([median * drift for median in medians], promised)
+
+    def medians(self, size: int) -> Sequence[float]:
+        """Return `expected` of a size by level but for `drift`, by which each is to be multiplied."""
+        return self._median[size]
 
     def of_batch(self, levels: Sequence[int], *, promised: bool = False) -> float:
         """Return the seconds of a batch whose members have these levels.

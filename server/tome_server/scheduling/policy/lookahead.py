@@ -5,11 +5,14 @@ time that the batch takes, each with the budget of its class. Everything after t
 device time alone.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from tome_server.scheduling.policy.view import View
+from tome_server.scheduling.profile import BySize
 from tome_server.scheduling.queue import Waiting
 
 # Sizes of the next batch.
@@ -22,40 +25,59 @@ class Lookahead:
     """The state of the device from now on, at one price of its time."""
 
     def __init__(
-        self, view: View, waiting: Sequence[Waiting[Any]], quality: Sequence[float], price: float, typical: int
+        self,
+        view: View,
+        waiting: Sequence[Waiting[Any]],
+        quality: Sequence[float],
+        price: float,
+        typical: int,
+        merged: BySize,
     ) -> None:
-        """`waiting` has deadlines. `quality` is by level; `typical` is the size of the batches when time is short."""
-        latency, top = view.latency, len(quality) - 1
-        expected, largest = latency.expected, latency.max_batch
+        """`waiting` has deadlines. `quality` is by level; `typical` is the size of the batches when time is short.
+
+        `merged` is what batches take that are merged the most.
+        """
+        latency, largest, top = view.latency, view.latency.max_batch, len(quality) - 1
         self.slacks = [request.deadline - view.now for request in waiting[: _BATCHES * largest]]
         """Seconds that each of the first requests has left."""
         self._total = len(self.slacks)
-        net = [quality[level] - price * expected(typical, level) / typical for level in range(top + 1)]
+        image = price * latency.drift / typical
+        net = [worth - image * median for worth, median in zip(quality, latency.medians(typical), strict=True)]
         usual = max(range(top + 1), key=net.__getitem__)
         # What a request is worth on average, at this price of the time that it takes.
         self._worth = max(0.0, net[usual])
+        # Of each class of newcomers: the budget, and how many come a second. And how many of all.
         self._classes, before = list[tuple[float, float]](), 0.0
         for budget, part in view.traffic.budgets:
             self._classes.append((budget, (part - before) * view.traffic.rate))
             before = part
+        self._tightest = self._classes[0][0] if self._classes else math.inf
         self._rate = sum(rate for _, rate in self._classes)
-        self._alone = latency.promised(1, top)
         # Of each next batch: its size, the slack it needs, the slack that a request needs which runs after it, and what
         # it earns.
-        self._batches = [
-            (
-                size,
-                latency.promised(size, top),
-                expected(size, top) + self._alone,
-                size
-                * max(
-                    quality[usual] - price * expected(size, usual) / size,
-                    quality[top] - price * expected(size, top) / size,
-                ),
-            )
-            for size in _SIZES
-            if size <= largest
-        ]
+        self._batches = list[tuple[int, float, float, float]]()
+        # The least slack that one needs, and the most that one earns beyond the average worth of its members.
+        self._least, self._gain = math.inf, 0.0
+        alone = merged.promised[1]
+        for size in takewhile(largest.__ge__, _SIZES):
+            needs, seconds = merged.promised[size], merged.expected[size]
+            earns = size * quality[top] - price * seconds
+            if usual != top:
+                earns = max(earns, size * quality[usual] - price * latency.expected(size, usual))
+            self._batches.append((size, needs, seconds + alone, earns))
+            if needs < self._least:
+                self._least = needs
+            if earns - self._worth * size > self._gain:
+                self._gain = earns - self._worth * size
+
+    def at_most(self, seconds: float, first: int, size: int) -> float:
+        """Return a bound on what `after` returns for as many `seconds` or more, in a small part of its time.
+
+        Whoever can be met by a next batch counts with the average worth, and one batch earns as much beyond that as any
+        can. Of the newcomers of further seconds, no more can be met than are subtracted.
+        """
+        ready = self._met(self._least, seconds, first, size)
+        return self._gain + self._worth * (ready - self._rate * seconds)
 
     def after(self, seconds: float, first: int, size: int) -> float:
         """Return what a batch of `size` requests from `first` on leaves that takes `seconds`.
@@ -83,6 +105,8 @@ class Lookahead:
         many: float = self._total - (end if end > late else late)
         if late < first:
             many += first - late
+        if seconds + needs <= self._tightest:
+            return many + self._rate * seconds
         for budget, rate in self._classes:
             room = budget - needs
             if room > 0:

@@ -21,12 +21,13 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any
 
 from tome_server.scheduling.policy.curve import between, price_curve, price_steps, rounded
 from tome_server.scheduling.policy.lookahead import Lookahead
 from tome_server.scheduling.policy.view import Decision, View, uniform
-from tome_server.scheduling.profile import Profile
+from tome_server.scheduling.profile import BySize, Profile
 from tome_server.scheduling.queue import Waiting
 
 # `python -m benchmarks.tune_policy` tries other values of the constants: half or twice as much changes 0.1 points.
@@ -84,6 +85,7 @@ class Price:
         self._steps = [
             price_steps(self._quality, tuple(value / size for value in row)) for size, row in enumerate(seconds[1:], 1)
         ]
+        self._earned = [[size * value for value in self._quality] for size in range(profile.max_batch + 1)]
         images_a_second = [size / row[-1] for size, row in enumerate(seconds[1:], 1)]
         enough = _EFFICIENT * max(images_a_second)
         self._candidates = _sizes(profile.max_batch)
@@ -95,8 +97,9 @@ class Price:
         if not due:
             return self._in_a_gap(view)
         waiting = view.waiting[:due]
-        outlook = self._outlook(view, waiting)
-        decision = self._best(view, waiting, outlook)
+        merged = view.latency.by_size(self._top)
+        outlook = self._outlook(view, waiting, merged)
+        decision = self._best(view, waiting, outlook, merged)
         if outlook.share <= _CHEAP and len(decision.batch) < due:
             # So cheap a price heeds no newcomers, and must not cost those that wait their deadlines.
             unit, ends = min(outlook.typical, self._unit), view.now + view.latency.of_batch(decision.levels)
@@ -104,25 +107,27 @@ class Price:
                 decision = _in_time(view, waiting[: self._chunk(view, waiting, view.now, unit)], self._top)
         return self._joined(view, decision, view.waiting[due:])
 
-    def _outlook(self, view: View, waiting: Sequence[Waiting[Any]]) -> _Outlook:
-        typical = self._typical(view)
-        image = view.latency.expected(typical, self._top) / typical
-        share, lost = self._share(view, waiting, typical, image)
+    def _outlook(self, view: View, waiting: Sequence[Waiting[Any]], merged: BySize) -> _Outlook:
+        typical = self._typical(view, merged)
+        image = merged.expected[typical] / typical
+        share, lost = self._share(view, waiting, typical, merged)
         return _Outlook(typical, share * self._quality[self._top] / image, share, lost)
 
-    def _typical(self, view: View) -> int:
+    def _typical(self, view: View, merged: BySize) -> int:
         """Return the size of batches at which the device answers the most of the traffic; of several, the fastest.
 
         In a batch's time the device finishes no more than its size, and takes in no more than the newcomers whose
         budgets last for what is left of it and for the next.
         """
-        latency, top, traffic = view.latency, self._top, view.traffic
-        best, typical = (-math.inf, -math.inf), latency.max_batch
+        largest, traffic = view.latency.max_batch, view.traffic
+        best, typical = (-math.inf, -math.inf), largest
         for size in self._candidates:
-            if size > latency.max_batch:
+            if size > largest:
                 continue
-            seconds = latency.expected(size, top)
+            seconds = merged.expected[size]
             speed, met, before = size / seconds, 0.0, 0.0
+            if speed < best[0]:
+                continue  # it can't answer more than it finishes
             for budget, part in traffic.budgets:
                 if budget > seconds:
                     met += (part - before) * min(1.0, (budget - seconds) / seconds)
@@ -132,26 +137,26 @@ class Price:
                 best, typical = (answered, speed), size
         return typical
 
-    def _share(self, view: View, waiting: Sequence[Waiting[Any]], typical: int, image: float) -> tuple[float, int]:
+    def _share(
+        self, view: View, waiting: Sequence[Waiting[Any]], typical: int, merged: BySize
+    ) -> tuple[float, int]:
         """Return the price, as a share of the dearest, and how many of those that wait can't be met.
 
         Each class of budgets has a queue of its own, as earliest deadline first serves it: the work due before the
         deadline of a newcomer of that class, and the arrivals that allow no more than it does. The dearest counts.
         """
-        latency, top, traffic = view.latency, self._top, view.traffic
+        expected, traffic = merged.expected, view.traffic
+        image, alone = expected[typical] / typical, expected[1]
         unit = min(typical, self._unit)
-        chunk, alone = latency.expected(unit, top), latency.expected(1, top)
-        burden = _burden(view, waiting, unit, top)
+        burden = _burden(view, waiting, unit, self._top)
         share, backlog, room, start, lost = _LEAST_SHARE * min(1.0, traffic.rate * image), 0.0, math.inf, 0, 0
         for budget, part in (*traffic.budgets, (math.inf, 0.0)):
             due = bisect_right(waiting, view.now + budget, lo=start, key=_deadline)
             while start < due:
                 size = min(unit, due - start)
                 slack = waiting[start].deadline - view.now - backlog
-                seconds = burden * (chunk if size == unit else latency.expected(size, top))
-                while seconds > slack and size > 1:
+                while (seconds := burden * expected[size]) > slack and size > 1:
                     size -= 1
-                    seconds = burden * latency.expected(size, top)
                 start += size
                 if seconds > slack:
                     lost += size
@@ -189,42 +194,43 @@ class Price:
             place += size
         return False
 
-    def _best(self, view: View, waiting: Sequence[Waiting[Any]], outlook: _Outlook) -> Decision:
+    def _best(self, view: View, waiting: Sequence[Waiting[Any]], outlook: _Outlook, merged: BySize) -> Decision:
         """Return the batch that earns the most, with what it leaves to the next.
 
         A batch is of the earliest deadlines. Where some requests can't be met whatever is done, as many of the first
         may be passed over for a larger batch, which they would be too late for.
         """
         latency, quality, top, price = view.latency, self._quality, self._top, outlook.price
-        expected, promised = latency.expected, latency.promised
-        ahead = Lookahead(view, waiting, quality, price, outlook.typical)
+        promised, drift = merged.promised, latency.drift
+        dear = price * drift
+        ahead = Lookahead(view, waiting, quality, price, outlook.typical, merged)
         slacks = ahead.slacks
         best, chosen, close = -math.inf, (0, 1, top), _CLOSE * quality[top]
         # The largest that the earliest deadline allows, and of those smaller some; larger ones only without the first.
         most = min(len(slacks), latency.max_batch)
         fits = 1
-        while fits < most and promised(fits + 1, top) <= slacks[0]:
+        while fits < most and promised[fits + 1] <= slacks[0]:
             fits += 1
         sizes = _sizes(fits)
         if outlook.lost:
             sizes += [size for size in _sizes(most) if size > fits]
         for size in sizes:
-            first = bisect_left(slacks, promised(size, top)) if size > 1 else 0
+            first = bisect_left(slacks, promised[size]) if size > 1 else 0
             if first > outlook.lost or first + size > len(slacks):
                 continue
+            medians = latency.medians(size)
+            earns = [earned - dear * median for earned, median in zip(self._earned[size], medians, strict=True)]
+            if max(earns) + ahead.at_most(drift * min(medians), first, size) <= best + close:
+                continue
+            leaves = ahead.after(drift * medians[top], first, size)
+            worth, level = earns[top] + leaves, top
             slack = slacks[first]
-            seconds = expected(size, top)
-            leaves = ahead.after(seconds, first, size)  # no other level leaves more to the next batch
-            earns = {
-                level: size * quality[level] - price * expected(size, level)
-                for level in range(top)
-                if promised(size, level) <= slack
-            }
-            worth, level = size * quality[top] - price * seconds + leaves, top
-            for other in sorted(earns, key=earns.__getitem__, reverse=True):
+            for other in sorted(range(top), key=earns.__getitem__, reverse=True):
                 if earns[other] + leaves <= worth:
                     break
-                total = earns[other] + ahead.after(expected(size, other), first, size)
+                if latency.promised(size, other) > slack:
+                    continue
+                total = earns[other] + ahead.after(drift * medians[other], first, size)
                 if total > worth:
                     worth, level = total, other
             if worth > best + close:
@@ -244,6 +250,8 @@ class Price:
 
     def _joined(self, view: View, decision: Decision, others: Sequence[Waiting[Any]]) -> Decision:
         """Return the decision with as many of `others`, which have no deadline, as make the batch no longer."""
+        if not others:
+            return decision
         latency, levels = view.latency, list(decision.levels)
         longest = (1 + _FREE) * latency.of_batch(levels)
         mates = list[Waiting[Any]]()
@@ -265,8 +273,7 @@ def _sizes(most: int) -> list[int]:
     return sizes
 
 
-def _deadline(request: Waiting[Any]) -> float:
-    return request.deadline
+_deadline = attrgetter("deadline")
 
 
 def _in_time(view: View, batch: Sequence[Waiting[Any]], level: int) -> Decision:
