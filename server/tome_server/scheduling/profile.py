@@ -97,12 +97,12 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class BySize:
-    """Seconds of uniform batches at one level, by size from 0 to the largest."""
+    """Seconds of uniform batches at one level, by size: from 0, which takes none, to the largest."""
 
-    expected: list[float]
-    """Median."""
-    promised: list[float]
-    """What 95 of 100 stay within."""
+    expected: Sequence[float]
+    """Medians."""
+    promised: Sequence[float]
+    """Within which 95 of 100 end."""
 
 
 class Latency:
@@ -156,8 +156,9 @@ class Latency:
         return self._median[size][level] * max(self._drift * spread, self._worst)
 
     def by_size(self, level: int) -> BySize:
-        """Return `expected` and `promised` of every size at `level`: faster than to ask for each."""
+        """Return `expected` and `promised` of every size at `level`, faster than they are predicted one by one."""
         drift, margin, end = self._drift, self._margin, self.max_batch + 1
+        # The least factor on a median: that of a cell without spread.
         slowest = max(drift, self._worst)
         medians = [row[level] for row in self._median[:end]]
         spreads = [row[level] for row in self._spread[:end]]
@@ -168,7 +169,7 @@ class Latency:
         return BySize([median * drift for median in medians], promised)
 
     def medians(self, size: int) -> Sequence[float]:
-        """Return `expected` of a size by level but for `drift`, by which each is to be multiplied."""
+        """Return the medians of a size by level, before drift: `drift` times these is `expected`."""
         return self._median[size]
 
     def of_batch(self, levels: Sequence[int], *, promised: bool = False) -> float:

@@ -15,10 +15,19 @@ LATENCY = Latency(device(largest=8))
 TOP = len(RS) - 1
 
 
-def ahead(slacks: list[float], rate: float = 0.0, budget: float = 0.02, price: float = 0.0) -> Lookahead:
+def ahead(
+    slacks: list[float],
+    rate: float = 0.0,
+    budget: float = 0.02,
+    price: float = 0.0,
+    typical: int = 8,
+    later: float = math.inf,
+) -> Lookahead:
+    """Newcomers, if any, allow `budget`; where `later` is given, half of them that."""
     waiting = [Waiting(item, 0.0, slack, 0, TOP) for item, slack in enumerate(slacks)]
-    traffic = Traffic(rate, 1.0, ((budget, 1.0),) if rate else ())
-    return Lookahead(View(0.0, waiting, LATENCY, traffic), waiting, QUALITY, price, 8)
+    budgets = ((budget, 0.5), (later, 1.0)) if later < math.inf else ((budget, 1.0),)
+    traffic = Traffic(rate, 1.0, budgets if rate else ())
+    return Lookahead(View(0.0, waiting, LATENCY, traffic), waiting, QUALITY, price, typical, LATENCY.by_size(TOP))
 
 
 def test_a_batch_that_leaves_nothing_is_worth_nothing_more() -> None:
@@ -69,3 +78,34 @@ def test_a_longer_batch_never_leaves_more(
     look = ahead(sorted(slacks), rate, budget)
     assert look.after(max(one, other), 0, 1) <= look.after(min(one, other), 0, 1) + 1e-6
     assert math.isfinite(ahead(sorted(slacks), rate, budget, price).after(one, 0, 1))
+
+
+@given(
+    st.lists(st.floats(0.004, 0.2), min_size=1, max_size=40),
+    st.floats(0, 3000),
+    st.floats(0.004, 0.05),
+    st.floats(0, 1e5),
+    st.integers(1, 8),
+    st.floats(0.05, 0.2),
+    st.floats(0, 0.1),
+    st.data(),
+)
+def test_no_batch_leaves_more_than_the_bound(
+    slacks: list[float],
+    rate: float,
+    budget: float,
+    price: float,
+    typical: int,
+    later: float,
+    seconds: float,
+    data: st.DataObject,
+) -> None:
+    look = ahead(sorted(slacks), rate, budget, price, typical, later)
+    size = data.draw(st.integers(1, len(look.slacks)))
+    first = data.draw(st.integers(0, len(look.slacks) - size))
+    assert look.after(seconds, first, size) <= look.at_most(size) + 1e-6
+
+
+def test_the_bound_is_reached_where_all_can_be_met() -> None:
+    look = ahead([1.0] * 20, price=1000.0)
+    assert look.after(0.003, 0, 4) == pytest.approx(look.at_most(4))

@@ -12,7 +12,7 @@ from tome_server.scheduling.profile import Latency, Profile
 from tome_server.scheduling.queue import Waiting
 from tome_server.scheduling.scheduler import Scheduler
 
-from .cases import QUALITY, RS, device, profiles
+from .cases import QUALITY, RS, device, profiles, steps
 
 # (price from which it is used, speed as a share of the last level's)
 STEPS = ((0.0, 0.5), (0.1, 0.7), (0.4, 0.9), (0.8, 1.0))
@@ -228,3 +228,12 @@ def test_nobody_who_waits_is_lost_for_the_quality_of_another(case: tuple[Profile
         now += seconds
         assert all(now <= request.deadline for request in decision.batch)
     assert len(scheduler) == 0
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("slack", [4.0, 0.03], ids=["all can be met", "few can be met"])
+@pytest.mark.parametrize(("waiting", "most"), [(100, 2500), (2000, 7000)])
+def test_a_decision_takes_few_steps_however_many_wait(waiting: int, most: int, slack: float, rate: float) -> None:
+    policy, seen = price(), view(Traffic(rate, 4.0, ((slack / 4, 0.5), (slack, 1.0))), waiting, slack)
+    policy(seen)  # the curve of this load is solved once
+    assert steps(lambda: policy(seen)) < most

@@ -1,10 +1,8 @@
 import math
 import random
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -12,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tome_server.scheduling.profile import Latency, Profile
+
+from .cases import steps
 
 SIZES, RS = (1, 2, 4, 8), (0, 4, 8, 16)
 
@@ -155,6 +155,29 @@ def test_whatever_is_observed_predictions_stay_positive_and_promises_above_them(
     for size in range(1, latency.max_batch + 1):
         for level in range(latency.levels):
             assert 0 < latency.expected(size, level) <= latency.promised(size, level) < math.inf
+
+
+@given(
+    profiles(),
+    st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99), st.floats(1e-3, 1e2)), max_size=40),
+    st.integers(1, 40),
+)
+def test_predictions_for_many_batches_at_once_are_those_of_each(
+    profile: Profile, observed: list[tuple[int, int, float]], largest: int
+) -> None:
+    latency = Latency(profile)
+    for size, level, ratio in observed:
+        levels = [level % latency.levels] * (1 + size % latency.max_batch)
+        latency.observe(levels, ratio * latency.of_batch(levels))
+    latency.allow(largest)
+    sizes = range(1, latency.max_batch + 1)
+    for level in range(latency.levels):
+        merged = latency.by_size(level)
+        assert merged.expected == [0.0, *(latency.expected(size, level) for size in sizes)]
+        assert merged.promised == [0.0, *(latency.promised(size, level) for size in sizes)]
+    for size in sizes:
+        rows = [latency.drift * median for median in latency.medians(size)]
+        assert rows == [latency.expected(size, level) for level in range(latency.levels)]
 
 
 # A virtual machine: its batches take what the profile says, times its slowness, times noise.
@@ -349,24 +372,6 @@ def test_predictions_are_settled_once_enough_batches_took_what_the_profile_says_
     for _ in range(9):
         latency.observe([top], usual / 8)
     assert latency.settled
-
-
-def steps(call: Callable[[], object]) -> int:
-    """How many lines of Python a call runs: unlike its time, the same on every machine."""
-    lines = 0
-
-    def trace(_frame: FrameType, event: str, _given: object) -> Any:
-        nonlocal lines
-        lines += event == "line"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(before)
-    return lines
 
 
 def test_learning_and_predicting_take_few_steps_however_much_was_learnt() -> None:

@@ -56,28 +56,25 @@ class Lookahead:
         # Of each next batch: its size, the slack it needs, the slack that a request needs which runs after it, and what
         # it earns.
         self._batches = list[tuple[int, float, float, float]]()
-        # The least slack that one needs, and the most that one earns beyond the average worth of its members.
-        self._least, self._gain = math.inf, 0.0
+        # The most that one earns beyond the average worth of its members.
+        self._gain = 0.0
         alone = merged.promised[1]
         for size in takewhile(largest.__ge__, _SIZES):
-            needs, seconds = merged.promised[size], merged.expected[size]
+            seconds = merged.expected[size]
             earns = size * quality[top] - price * seconds
             if usual != top:
                 earns = max(earns, size * quality[usual] - price * latency.expected(size, usual))
-            self._batches.append((size, needs, seconds + alone, earns))
-            if needs < self._least:
-                self._least = needs
-            if earns - self._worth * size > self._gain:
-                self._gain = earns - self._worth * size
+            self._batches.append((size, merged.promised[size], seconds + alone, earns))
+            if (gain := earns - self._worth * size) > self._gain:
+                self._gain = gain
 
-    def at_most(self, seconds: float, first: int, size: int) -> float:
-        """Return a bound on what `after` returns for as many `seconds` or more, in a small part of its time.
+    def at_most(self, size: int) -> float:
+        """Return a bound that `after` never exceeds for a batch of `size`, however long that takes.
 
-        Whoever can be met by a next batch counts with the average worth, and one batch earns as much beyond that as any
-        can. Of the newcomers of further seconds, no more can be met than are subtracted.
+        The bound supposes that all the others can be met, each with the average worth, and that the next batch earns as
+        much beyond that as any does. Newcomers add nothing to it: `after` subtracts all of them, and no more are met.
         """
-        ready = self._met(self._least, seconds, first, size)
-        return self._gain + self._worth * (ready - self._rate * seconds)
+        return self._gain + self._worth * (self._total - size)
 
     def after(self, seconds: float, first: int, size: int) -> float:
         """Return what a batch of `size` requests from `first` on leaves that takes `seconds`.

@@ -18,8 +18,9 @@ and the best candidate runs. Requests without a deadline run when no other waits
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from operator import attrgetter
 from typing import Any
@@ -85,6 +86,7 @@ class Price:
         self._steps = [
             price_steps(self._quality, tuple(value / size for value in row)) for size, row in enumerate(seconds[1:], 1)
         ]
+        # Of each batch size: the quality of all its members, by level.
         self._earned = [[size * value for value in self._quality] for size in range(profile.max_batch + 1)]
         images_a_second = [size / row[-1] for size, row in enumerate(seconds[1:], 1)]
         enough = _EFFICIENT * max(images_a_second)
@@ -127,7 +129,7 @@ class Price:
             seconds = merged.expected[size]
             speed, met, before = size / seconds, 0.0, 0.0
             if speed < best[0]:
-                continue  # it can't answer more than it finishes
+                continue  # no more is answered than is finished
             for budget, part in traffic.budgets:
                 if budget > seconds:
                     met += (part - before) * min(1.0, (budget - seconds) / seconds)
@@ -137,9 +139,7 @@ class Price:
                 best, typical = (answered, speed), size
         return typical
 
-    def _share(
-        self, view: View, waiting: Sequence[Waiting[Any]], typical: int, merged: BySize
-    ) -> tuple[float, int]:
+    def _share(self, view: View, waiting: Sequence[Waiting[Any]], typical: int, merged: BySize) -> tuple[float, int]:
         """Return the price, as a share of the dearest, and how many of those that wait can't be met.
 
         Each class of budgets has a queue of its own, as earliest deadline first serves it: the work due before the
@@ -149,12 +149,19 @@ class Price:
         image, alone = expected[typical] / typical, expected[1]
         unit = min(typical, self._unit)
         burden = _burden(view, waiting, unit, self._top)
+        shortest = burden * min(expected[1 : unit + 1])
         share, backlog, room, start, lost = _LEAST_SHARE * min(1.0, traffic.rate * image), 0.0, math.inf, 0, 0
         for budget, part in (*traffic.budgets, (math.inf, 0.0)):
             due = bisect_right(waiting, view.now + budget, lo=start, key=_deadline)
             while start < due:
-                size = min(unit, due - start)
                 slack = waiting[start].deadline - view.now - backlog
+                if slack < shortest:
+                    # In a deep overload these are many, and counted at once.
+                    met = bisect_left(waiting, view.now + backlog + shortest, lo=start + 1, hi=due, key=_deadline)
+                    lost += met - start
+                    start = met
+                    continue
+                size = min(unit, due - start)
                 while (seconds := burden * expected[size]) > slack and size > 1:
                     size -= 1
                 start += size
@@ -195,40 +202,24 @@ class Price:
         return False
 
     def _best(self, view: View, waiting: Sequence[Waiting[Any]], outlook: _Outlook, merged: BySize) -> Decision:
-        """Return the batch that earns the most, with what it leaves to the next.
-
-        A batch is of the earliest deadlines. Where some requests can't be met whatever is done, as many of the first
-        may be passed over for a larger batch, which they would be too late for.
-        """
+        """Return the batch that earns the most, with what it leaves to the next."""
         latency, quality, top, price = view.latency, self._quality, self._top, outlook.price
-        promised, drift = merged.promised, latency.drift
-        dear = price * drift
+        drift = latency.drift
+        dear = price * drift  # the price of a second of the medians
         ahead = Lookahead(view, waiting, quality, price, outlook.typical, merged)
         slacks = ahead.slacks
         best, chosen, close = -math.inf, (0, 1, top), _CLOSE * quality[top]
-        # The largest that the earliest deadline allows, and of those smaller some; larger ones only without the first.
-        most = min(len(slacks), latency.max_batch)
-        fits = 1
-        while fits < most and promised[fits + 1] <= slacks[0]:
-            fits += 1
-        sizes = _sizes(fits)
-        if outlook.lost:
-            sizes += [size for size in _sizes(most) if size > fits]
-        for size in sizes:
-            first = bisect_left(slacks, promised[size]) if size > 1 else 0
-            if first > outlook.lost or first + size > len(slacks):
-                continue
+        for first, size in _batches(slacks, merged.promised, outlook.lost):
             medians = latency.medians(size)
             earns = [earned - dear * median for earned, median in zip(self._earned[size], medians, strict=True)]
-            if max(earns) + ahead.at_most(drift * min(medians), first, size) <= best + close:
-                continue
+            if max(earns) + ahead.at_most(size) <= best + close:
+                continue  # whatever its level, it can't be the best
             leaves = ahead.after(drift * medians[top], first, size)
             worth, level = earns[top] + leaves, top
-            slack = slacks[first]
             for other in sorted(range(top), key=earns.__getitem__, reverse=True):
                 if earns[other] + leaves <= worth:
                     break
-                if latency.promised(size, other) > slack:
+                if latency.promised(size, other) > slacks[first]:
                     continue
                 total = earns[other] + ahead.after(drift * medians[other], first, size)
                 if total > worth:
@@ -264,13 +255,35 @@ class Price:
         return Decision([*decision.batch, *mates], levels, decision.shed) if mates else decision
 
 
-def _sizes(most: int) -> list[int]:
+def _batches(slacks: Sequence[float], promised: Sequence[float], lost: int) -> Iterator[tuple[int, int]]:
+    """Yield the batches to consider, of the earliest deadlines: the place of the first member, and the size.
+
+    `slacks` are those of the requests in order, and `promised` what batches take that are merged the most. Where some
+    requests can't be met whatever is done, as many of the first, `lost`, may be passed over for a larger batch, which
+    they would be too late for.
+    """
+    # The largest that the earliest deadline allows, and of those smaller some; larger ones only without the first.
+    most = min(len(slacks), len(promised) - 1)
+    fits = 1
+    while fits < most and promised[fits + 1] <= slacks[0]:
+        fits += 1
+    sizes = _sizes(fits)
+    if lost:
+        sizes += tuple(size for size in _sizes(most) if size > fits)
+    for size in sizes:
+        first = bisect_left(slacks, promised[size]) if size > 1 else 0
+        if first <= lost and first + size <= len(slacks):
+            yield first, size
+
+
+@cache
+def _sizes(most: int) -> tuple[int, ...]:
     """Return the sizes of batches to consider, from the largest: each of a few, and some of many."""
     sizes = [most]
     while sizes[-1] > 1:
         last = sizes[-1]
         sizes.append(last - 1 if last <= _EACH else int(_COARSER * last))
-    return sizes
+    return tuple(sizes)
 
 
 _deadline = attrgetter("deadline")
