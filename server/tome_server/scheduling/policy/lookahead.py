@@ -102,7 +102,7 @@ class Lookahead:
         many: float = self._total - (end if end > late else late)
         if late < first:
             many += first - late
-        if seconds + needs <= self._tightest:
+        if seconds + needs <= self._tightest:  # no newcomer waits too long
             return many + self._rate * seconds
         for budget, rate in self._classes:
             room = budget - needs
