@@ -12,6 +12,7 @@ import torch
 
 from tome_server.calibration.gains import model_gains
 from tome_server.calibration.profiling import Run, batch_sizes
+from tome_server.config.dtypes import Dtype
 from tome_server.errors import ModelLoadError
 from tome_server.execution.batch import Work
 from tome_server.execution.cuda_graphs import with_one_graph
@@ -21,7 +22,7 @@ from tome_server.merging.cpu.packing import LEAST_GAIN as LEAST_DIVISION_GAIN
 from tome_server.models.loaded import LoadedModel
 from tome_server.models.loading import LEAST_AGREEMENT, load, recorded_agreement
 from tome_server.models.preprocess import Limits
-from tome_server.models.spec import QUALITY, Dtype, ModelSpec, in_dtype, quality_beside
+from tome_server.models.spec import QUALITY, ModelSpec, in_dtype, quality_beside
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from tome_server.config.dtypes import DtypeSetting
 from tome_server.config.settings import BatchSize, Budget, Count, Duration, Policy, Size, Strict
-from tome_server.models.spec import DtypeSetting
 
 
 class OwnBatching(Strict):

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tome_api.durations import duration_text
+from tome_server.config.dtypes import Dtype
 from tome_server.config.text_file import read_text
 from tome_server.errors import ModelLoadError
 from tome_server.models.bundled import BUNDLED
@@ -27,7 +28,6 @@ from tome_server.models.spec import (
     LABELS,
     PROFILES,
     WEIGHTS,
-    Dtype,
     ModelSpec,
     bundled_spec,
     quality_file,

@@ -17,22 +17,12 @@ from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, Field
 
+from tome_server.config.dtypes import Dtype
 from tome_server.config.model_overrides import OwnConfig
 from tome_server.config.settings import Count, Strict, read_settings
 from tome_server.errors import ConfigError, ModelLoadError
 from tome_server.models.checkpoint_header import check_header
-from tome_server.models.spec import (
-    CONFIG,
-    LABELS,
-    PROFILES,
-    QUALITY,
-    WEIGHTS,
-    Dtype,
-    ModelSpec,
-    Own,
-    qualities,
-    quality_file,
-)
+from tome_server.models.spec import CONFIG, LABELS, PROFILES, QUALITY, WEIGHTS, ModelSpec, Own, qualities, quality_file
 
 log = logging.getLogger(__name__)
 

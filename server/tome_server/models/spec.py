@@ -4,10 +4,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
+from tome_server.config.dtypes import Dtype, DtypeSetting
 from tome_server.config.nearest import meant
 from tome_server.config.text_file import read_text
 from tome_server.errors import ConfigError, ModelLoadError
@@ -19,10 +20,6 @@ LABELS = "labels.txt"
 PROFILES = "profiles"
 QUALITY = "quality.json"
 WEIGHTS = "weights.safetensors"
-
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-DtypeSetting = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)

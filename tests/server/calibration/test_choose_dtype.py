@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tome_server.calibration import choose_dtype, gains
 from tome_server.calibration.choose_dtype import LEAST_GAIN, LEAST_IMAGES, choose, load_chosen, measure_gain
 from tome_server.calibration.profile_store import profile_key
+from tome_server.config.dtypes import Dtype
 from tome_server.errors import ModelLoadError
 from tome_server.execution.batch import BatchResult, Work
 from tome_server.merging import MergedModel
@@ -26,7 +27,7 @@ from tome_server.merging.cpu.packing import packed_dtypes
 from tome_server.models import loading
 from tome_server.models.loaded import LoadedModel
 from tome_server.models.loading import LEAST_AGREEMENT, load
-from tome_server.models.spec import Dtype, ModelSpec, in_dtype, qualities, quality_file, weights_digest
+from tome_server.models.spec import ModelSpec, in_dtype, qualities, quality_file, weights_digest
 
 # What was measured is kept for good.
 pytestmark = pytest.mark.usefixtures("quiet")

@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tome_server.calibration.choose_dtype import load_chosen
+from tome_server.config.dtypes import Dtype, DtypeSetting
 from tome_server.device.client import Device
 from tome_server.device.prefetch import Uploads
 from tome_server.device.shared_images import SharedImages
@@ -28,7 +29,7 @@ from tome_server.models.bundled import BUNDLED
 from tome_server.models.loaded import loaded_model
 from tome_server.models.loading import load
 from tome_server.models.preprocess import Limits, Preprocess
-from tome_server.models.spec import Dtype, DtypeSetting, bundled_spec
+from tome_server.models.spec import bundled_spec
 from tome_server.models.transform import ImageSettings
 
 from .outputs import assert_close, equal

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive
 
+from tome_server.api.counting import counted
 from tome_server.api.oip.describe import server_metadata
 from tome_server.api.oip.messages import shown
 from tome_server.api.oip.parameters import seconds_of
@@ -21,7 +22,6 @@ from tome_server.api.rest import convert
 from tome_server.api.rest.access import Access
 from tome_server.api.rest.body import ClientGoneError, read_body
 from tome_server.api.rest.errors import refusal
-from tome_server.api.rpc.streams import counted
 from tome_server.api.tokens import Tokens
 from tome_server.errors import InvalidRequestError, OverloadedError, RequestError, UnavailableError, UnsupportedError
 from tome_server.observability.trace_context import sampled_trace_id

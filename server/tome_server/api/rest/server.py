@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import uvicorn
 
+from tome_server.api.message_limit import message_limit
 from tome_server.api.oip.service import OpenInference
 from tome_server.api.rest.routes import Protocol, application
-from tome_server.api.rpc.server import MESSAGE_SLACK
 from tome_server.api.tokens import Tokens
 from tome_server.errors import PortInUseError
 
@@ -38,7 +38,7 @@ class HttpServer:
         self._socket = _listen(host.strip("[]"), int(port), address)
         self.address = f"{host}:{self._socket.getsockname()[1]}"
         # As gRPC bounds its messages.
-        self._protocol = Protocol(service, MESSAGE_SLACK * max_image_bytes) if protocol else None
+        self._protocol = Protocol(service, message_limit(max_image_bytes)) if protocol else None
         config = uvicorn.Config(
             application(self._protocol, service, tokens),
             http="httptools",

@@ -10,10 +10,11 @@ from google.protobuf.json_format import ParseDict
 
 from tome_api.oip import open_inference_pb2 as pb
 from tome_api.oip import open_inference_pb2_grpc
+from tome_server.api.counting import counted
 from tome_server.api.oip.describe import server_metadata
 from tome_server.api.oip.service import OpenInference
 from tome_server.api.rpc import oip_convert
-from tome_server.api.rpc.streams import Context, answered, counted, trace_id
+from tome_server.api.rpc.streams import Context, answered, trace_id
 from tome_server.api.status import abort, code_name, status_of
 from tome_server.errors import RequestError, UnsupportedError
 

@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 
 from tome_api.oip import open_inference_pb2_grpc
 from tome_api.v1 import inference_pb2, inference_pb2_grpc
+from tome_server.api.message_limit import message_limit
 from tome_server.api.oip.service import OpenInference
 from tome_server.api.rpc import health, oip_servicer
 from tome_server.api.rpc.access import AccessInterceptor
@@ -22,8 +23,6 @@ from tome_server.errors import PortInUseError
 from tome_server.serving.engine import Engine
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-# Room for what goes with an image of the largest size, so that one somewhat above it gets our own, clearer refusal.
-MESSAGE_SLACK = 2
 # Bytes of a call's metadata: names, values and 32 for each entry, as HTTP/2 counts them. One limit for both of gRPC's:
 # between them, by default 8 and 16 KiB, it refuses calls at random.
 MOST_METADATA = 16 * 2**10
@@ -139,7 +138,7 @@ def _why_not(address: str) -> str:
 def server_options(settings: RpcSettings) -> list[tuple[str, int]]:
     """Return what gRPC is to keep to."""
     options = [
-        ("grpc.max_receive_message_length", MESSAGE_SLACK * settings.max_image_bytes),
+        ("grpc.max_receive_message_length", message_limit(settings.max_image_bytes)),
         ("grpc.max_send_message_length", -1),
         ("grpc.max_metadata_size", MOST_METADATA),
         ("grpc.absolute_max_metadata_size", MOST_METADATA),

@@ -6,8 +6,9 @@ from contextlib import aclosing
 
 from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
+from tome_server.api.counting import count, counted
 from tome_server.api.rpc import convert
-from tome_server.api.rpc.streams import Context, answered, count, counted, trace_id
+from tome_server.api.rpc.streams import Context, answered, trace_id
 from tome_server.api.status import abort, code_name, status_of
 from tome_server.errors import InvalidRequestError, RequestError
 from tome_server.serving.engine import Engine

@@ -1,17 +1,14 @@
-"""What the calls of all services share: how they are counted and traced, and how a stream is answered."""
+"""What the calls of all services share: how they are traced, and how a stream is answered."""
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import TypeAlias, TypeVar
 
 import grpc
 
-from tome_server.api.status import code_name, status_of
 from tome_server.errors import InvalidRequestError, RequestError, UnavailableError
 from tome_server.observability.trace_context import sampled_trace_id
-from tome_server.serving.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -21,28 +18,6 @@ A = TypeVar("A")
 
 # Messages of one stream that may be in the server at once; more are left in the transport, which slows the sender down.
 STREAM_WINDOW = 64
-
-
-@contextmanager
-def counted(engine: Engine, model: str) -> Iterator[None]:
-    """Count how answering a request for `model` ended. An error that isn't the request's is logged."""
-    code = "CANCELLED"
-    try:
-        yield
-        code = "OK"
-    except Exception as error:
-        code = code_name(status_of(error))
-        if not isinstance(error, RequestError):
-            log.exception("unexpected error")
-        raise
-    finally:
-        count(engine, model, code)
-
-
-def count(engine: Engine, model: str, code: str) -> None:
-    """Count an answer. A model's name is the caller's text until it is known, and no label for metrics."""
-    name = model or engine.default_name
-    engine.metrics.requests.labels(name if name in engine.names else "unknown", code).inc()
 
 
 def trace_id(context: Context) -> str | None:
