@@ -3,42 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from tome_api import durations
 from tome_client.requests import PredictOptions
 
 _Value = TypeVar("_Value")
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors suggest the nearest flag or command that exists."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parses as ArgumentParser does, but reports unknown arguments here, where the command's own flags are known.
-
-        ArgumentParser would report them with the usage of the program, and not of the command.
-        """
-        known, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            hints = [_nearest(word.partition("=")[0], flags) for word in unknown if word.startswith("-")]
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{next(filter(None, hints), '')}")
-        return known, unknown
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        try:
-            super()._check_value(action, value)
-        except argparse.ArgumentError as error:
-            raise argparse.ArgumentError(action, f"{error.message}{_nearest(value, action.choices or ())}") from None
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def add_merging_arguments(command: argparse.ArgumentParser) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 
 import grpc
 
+from tome_api.parser import Parser
 from tome_api.terminal import never_refuse
-from tome_client.arguments import Parser, add_merging_arguments, budget, error_text, merging_options, warn
+from tome_client.arguments import add_merging_arguments, budget, error_text, merging_options, warn
 from tome_client.client import Client
 from tome_client.connection import connection, connection_options
 from tome_client.errors import TomeError

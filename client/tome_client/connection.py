@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TypedDict
 
-from tome_client.arguments import Parser
+from tome_api.parser import Parser
 
 TOKEN = "TOME_TOKEN"
 

@@ -387,31 +387,36 @@ def test_a_wrong_command_line_exits_with_2(argv: list[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["predct", "a.png"], "did you mean predict?"),
-        (["lod"], "did you mean load?"),
-        (["predict", "a.png", "--budjet", "50ms"], "unrecognized arguments: --budjet 50ms; did you mean --budget?"),
-        (["predict", "a.png", "--min_r=3"], "unrecognized arguments: --min_r=3; did you mean --min-r?"),
-        (["load", "--images", "x", "--warm-up", "2s"], "did you mean --warmup?"),
-        (["models", "--tsl"], "did you mean --tls?"),
+        (["predct", "a.png"], "did you mean 'predict'?"),
+        (["lod"], "did you mean 'load'?"),
+        (["predict", "a.png", "--budjet", "50ms"], "there is no flag --budjet; did you mean '--budget'?"),
+        (["predict", "a.png", "--min_r=3"], "there is no flag --min_r; did you mean '--min-r'?"),
+        (["load", "--images", "x", "--warm-up", "2s"], "did you mean '--warmup'?"),
+        (["models", "--tsl"], "did you mean '--tls'?"),
     ],
 )
 def test_a_name_that_does_not_exist_is_answered_with_the_nearest(
     argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage_error(*argv)
-    assert capsys.readouterr().err.endswith(f"{said}\n")
+    error, _ = capsys.readouterr().err.splitlines()
+    assert error.endswith(said)
 
 
-def test_an_unknown_flag_is_answered_with_the_usage_of_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_flag_is_answered_by_its_command_with_the_way_to_its_help(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     usage_error("predict", "a.png", "--qqq")
-    usage, error = capsys.readouterr().err.splitlines()
-    assert usage == "usage: tome-client predict [options] IMAGE [IMAGE ...]"
-    assert error == "tome-client predict: error: unrecognized arguments: --qqq"
+    assert capsys.readouterr().err.splitlines() == [
+        "tome-client predict: there is no flag --qqq",
+        "tome-client predict --help lists what it takes",
+    ]
 
 
 def test_a_budget_without_a_unit_is_answered_with_both_ways_to_write_it(capsys: pytest.CaptureFixture[str]) -> None:
     usage_error("predict", "a.png", "--budget", "500")
-    assert capsys.readouterr().err.endswith("argument --budget: 500 needs a unit: 500ms or 500s\n")
+    error, _ = capsys.readouterr().err.splitlines()
+    assert error.endswith("argument --budget: 500 needs a unit: 500ms or 500s")
 
 
 def test_a_wrong_budget_names_the_forms_accepted(capsys: pytest.CaptureFixture[str]) -> None:

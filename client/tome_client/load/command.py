@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from tome_api.parser import Parser
 from tome_client.arguments import (
-    Parser,
     add_merging_arguments,
     budgets,
     duration,

@@ -10,8 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from tome_api.parser import Parser
 from tome_api.terminal import never_refuse
-from tome_server.cli.arguments import Parser, budgets, positive, positive_number, r_values, seconds, share, time
+from tome_server.cli.arguments import budgets, positive, positive_number, r_values, seconds, share, time
 from tome_server.cli.model_arguments import add_models_commands, add_tuning
 from tome_server.errors import ConfigError, DatasetError, DeviceDiedError, ModelLoadError, PortInUseError
 from tome_server.signals import interruptible, stopping_at_once

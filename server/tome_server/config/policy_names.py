@@ -2,7 +2,7 @@
 
 import re
 
-from tome_server.config.nearest import meant
+from tome_api.nearest import meant
 
 NAMES = ("price", "fixed:R", "max_accuracy", "max_batch", "slackfit")
 PATTERN = "|".join(NAMES).replace(":R", ":[0-9]+")

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
+from tome_api.nearest import meant
 from tome_server.config.model_overrides import OwnConfig
-from tome_server.config.nearest import meant
 from tome_server.config.settings import BatchSize, Count, Duration, Policy, Size, SizeOrNone, Strict, read_settings
 
 

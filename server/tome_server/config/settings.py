@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
 from tome_api import durations
-from tome_server.config.nearest import meant
+from tome_api.nearest import meant
 from tome_server.config.policy_names import PATTERN as POLICY_PATTERN
 from tome_server.config.policy_names import parse_policy
 from tome_server.config.text_file import read_text

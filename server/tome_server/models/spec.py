@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
+from tome_api.nearest import meant
 from tome_server.config.dtypes import Dtype, DtypeSetting
-from tome_server.config.nearest import meant
 from tome_server.config.text_file import read_text
 from tome_server.errors import ConfigError, ModelLoadError
 from tome_server.models.bundled import BUNDLED

@@ -39,7 +39,7 @@ def usage_error(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as exited:
         main(argv)
     assert exited.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
+    return capsys.readouterr().err
 
 
 def test_a_run_is_shown_in_figures(short: list[str], capsys: pytest.CaptureFixture[str]) -> None:
