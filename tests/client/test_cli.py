@@ -406,9 +406,9 @@ def test_a_name_that_does_not_exist_is_answered_with_the_nearest(
 def test_an_unknown_flag_is_answered_by_its_command_with_the_way_to_its_help(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    usage_error("predict", "a.png", "--qqq")
+    usage_error("predict", "a.png", "--0123456789")
     assert capsys.readouterr().err.splitlines() == [
-        "tome-client predict: there is no flag --qqq",
+        "tome-client predict: there is no flag --0123456789",
         "tome-client predict --help lists what it takes",
     ]
 
@@ -445,7 +445,7 @@ def test_a_commands_help_begins_with_its_own_options(command: str, capsys: pytes
 def test_the_package_runs_as_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "tome_client", "predict"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "tome-client predict: error: the following arguments are required: IMAGE" in done.stderr
+    assert "tome-client predict: the following arguments are required: IMAGE" in done.stderr
 
 
 def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
