@@ -29,6 +29,8 @@ from tome_client.results import (
 _Response = TypeVar("_Response")
 
 _END: Final = None
+# A cancelled call ends at once; no caller waits longer for it to be seen.
+_JOIN_SECONDS = 1.0
 
 
 class Client:
@@ -179,7 +181,8 @@ class Client:
 
         call = self._stub.PredictStream(requests(), timeout=timeout, metadata=self._metadata())
         # Waiting for the server in a thread of its own lets errors from before sending overtake.
-        threading.Thread(target=receive, name="tome-client-stream", daemon=True).start()
+        receiving = threading.Thread(target=receive, name="tome-client-stream", daemon=True)
+        receiving.start()
         try:
             while (result := arrived.get()) is not _END:
                 if isinstance(result, Exception):
@@ -190,6 +193,9 @@ class Client:
             closed.set()
             room.release()
             call.cancel()
+            # A thread that still reads the call when Python exits holds a lock that the call's own end then waits for.
+            if receiving is not threading.current_thread():  # where garbage is collected is anywhere
+                receiving.join(_JOIN_SECONDS)
 
     def models(self, *, timeout: float | None = None) -> tuple[ModelSummary, ...]:
         """Lists the hosted models.
