@@ -1,4 +1,4 @@
-"""What the device's process does: answers the calls of `device.client`, until nobody is there to make any."""
+"""What the device's process does: answers the calls of `device.client` until that side closes."""
 
 import logging
 import os

@@ -147,7 +147,7 @@ async def test_a_policy_that_fits_no_r_of_the_model_is_refused_before_anything_i
 
 
 class OddDevice(CpuDevice):
-    """One on which loading some models goes wrong in ways that nobody foresaw."""
+    """One on which loading some models goes wrong with an error that is not expected."""
 
     async def load(self, _key: str, spec: ModelSpec, *_: object, **__: object) -> None:
         raise {"cats": TypeError("unexpected"), "dogs": FileNotFoundError(2, "No such file")}[spec.name]
