@@ -23,7 +23,7 @@ from tome_server.observability.logs import Summary, log_request
 from tome_server.observability.metrics import Metrics
 from tome_server.serving.control import ModelControl
 from tome_server.serving.engine import Engine
-from tome_server.serving.model_manager import Hosting, find_models
+from tome_server.serving.model_manager import ModelManager, find_models
 from tome_server.serving.remeasuring import remeasure
 from tome_server.signals import stop_line, stop_status
 
@@ -70,8 +70,8 @@ async def serve(config: ServerConfig) -> int:
             engine.tracer = traces.begin
             stack.push_async_callback(asyncio.to_thread, traces.close)
         stack.callback(engine.close)
-        hosting, settings = Hosting(device, engine, config), _rpc_settings(config)
-        service = OpenInference(engine, ModelControl(hosting) if config.model_control else None)
+        models, settings = ModelManager(device, engine, config), _rpc_settings(config)
+        service = OpenInference(engine, ModelControl(models) if config.model_control else None)
         rpc = RpcServer(engine, service, settings)
         http = _http_server(config, service, settings.tokens)
         metrics_url = f"http://{http.address}/metrics" if http else None
@@ -80,8 +80,8 @@ async def serve(config: ServerConfig) -> int:
             await http.start()
         await rpc.start()
         log.info("listening on %s, loading %s", rpc.address, ", ".join(engine.names))
-        loading = asyncio.create_task(hosting.start(wanted))
-        _on_hangup(hosting.refresh)
+        loading = asyncio.create_task(models.start(wanted))
+        _on_hangup(models.refresh)
         dispatching = asyncio.create_task(engine.run())
         remeasuring = asyncio.create_task(remeasure(device, engine, config.profile_time))
         ends = [asyncio.create_task(stopping.ordered.wait()), asyncio.create_task(device.ended())]

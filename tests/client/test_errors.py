@@ -93,7 +93,7 @@ def test_a_name_that_does_not_resolve_is_named() -> None:
     assert caught.value.message.startswith("nowhere.invalid:1 is unavailable: ")
 
 
-class Ended(grpc.RpcError):
+class RequestOutcome(grpc.RpcError):
     """A call that gRPC ended by itself."""
 
     def __init__(self, code: grpc.StatusCode, details: str | None) -> None:
@@ -122,7 +122,7 @@ class Ended(grpc.RpcError):
     ],
 )
 def test_what_happened_is_said_by_the_code_whatever_the_words(code: str, said: str | None, message: str) -> None:
-    error = error_from_rpc(Ended(grpc.StatusCode[code], said), "a:1")
+    error = error_from_rpc(RequestOutcome(grpc.StatusCode[code], said), "a:1")
     assert (error.code.name, error.message) == (code, message)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tome_server.errors import DeviceDiedError, InfeasibleError, InvalidRequestError, OutOfMemoryError, RequestError
-from tome_server.execution.batch import BatchResult, Result, Work
+from tome_server.execution.batch import BatchItem, BatchResult, ItemResult
 from tome_server.models.preprocess import InputSize
 from tome_server.models.transform import ImageSettings
 from tome_server.scheduling.policy.view import Policy
@@ -78,7 +78,7 @@ class ScriptedDevice:
         self.slots.add(slot)
         return slot
 
-    def bring(self, _: str, slot: "ScriptedSlot") -> None:
+    def prefetch(self, _: str, slot: "ScriptedSlot") -> None:
         assert slot in self.slots
         self.brought.add(slot)
 
@@ -93,7 +93,7 @@ class ScriptedDevice:
         return self.better
 
     async def run(
-        self, model: str, batch: Sequence[Work["ScriptedSlot"]], rs: Sequence[int], packed: bool
+        self, model: str, batch: Sequence[BatchItem["ScriptedSlot"]], rs: Sequence[int], packed: bool
     ) -> BatchResult:
         assert {work.image for work in batch} <= self.slots & self.brought
         images = tuple(work.image.image for work in batch)
@@ -117,7 +117,7 @@ class ScriptedDevice:
         if bad := self.poison & set(images):
             raise ValueError(f"no kernel for {bad}")
         seconds = self.slowness * Latency(self.profile).of_batch([self.profile.level_of(r) for r in rs])
-        return BatchResult(tuple(Result((image,), (1.0,), None, None) for image in images), seconds)
+        return BatchResult(tuple(ItemResult((image,), (1.0,), None, None) for image in images), seconds)
 
     def step(self) -> None:
         """Let the batch on the device end; the next one is held again."""

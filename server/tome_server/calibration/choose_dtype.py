@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from tome_server.calibration.gains import model_gains
 from tome_server.calibration.profiling import Run, batch_sizes
+from tome_server.calibration.speedups import model_speedups
 from tome_server.config.dtypes import Dtype
 from tome_server.errors import ModelLoadError
-from tome_server.execution.batch import Work
+from tome_server.execution.batch import BatchItem
 from tome_server.execution.cuda_graphs import with_one_graph
 from tome_server.execution.executor import run_batch
 from tome_server.execution.out_of_memory import lacks_memory
@@ -86,12 +86,12 @@ def load_chosen(
     serves. It is kept in `folder` (None: the default one) for the next time; `anew` measures in any case. `alone` is
     entered while nothing else may run on the device. Raises what `load` raises.
     """
-    gains = model_gains(spec, device, max_batch, folder, anew=anew)
+    speedups = model_speedups(spec, device, max_batch, folder, anew=anew)
     loaded: dict[Dtype, LoadedModel] = {}
 
     def load_in(dtype: Dtype) -> LoadedModel:
         chosen = in_dtype(spec, dtype) if spec.dtype == "auto" else spec
-        return load(chosen, device, limits, recall=gains.divided(dtype))
+        return load(chosen, device, limits, recall=speedups.divided(dtype))
 
     def measure() -> float:
         for dtype in ("float32", "bfloat16"):
@@ -103,7 +103,7 @@ def load_chosen(
 
     def gain() -> float | None:
         try:
-            return gains.recall("bfloat16", measure)
+            return speedups.get_or_measure("bfloat16", measure)
         except Exception as error:
             if not lacks_memory(error):
                 raise
@@ -146,7 +146,7 @@ def measure_gain(
     grid = models["float32"].grid
     r = grid[len(grid) // 2].r
     image = torch.randint(256, models["float32"].preprocess.settings.input_size, dtype=torch.uint8)
-    work = Work(image, top_k=1)
+    work = BatchItem(image, top_k=1)
 
     def once(size: int) -> dict[Dtype, float]:
         return {dtype: run(model, [work] * size, r, device, packed=True).seconds for dtype, model in models.items()}

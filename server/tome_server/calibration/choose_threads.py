@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from tome_server.calibration.gains import Gains, model_gains, speed_key
-from tome_server.execution.batch import Work
+from tome_server.calibration.speedups import Speedups, model_speedups, speed_key
+from tome_server.execution.batch import BatchItem
 from tome_server.execution.cpus import available_cpus
 from tome_server.execution.executor import run_batch
 from tome_server.models.loaded import LoadedModel
@@ -36,7 +36,7 @@ def choose_threads(models: Sequence[tuple[ModelSpec, int]], folder: Path | None 
         return 1
     parts = [speed_key(spec, CPU, most, max_batch) | {"dtype": spec.dtype} for spec, max_batch in models]
     shipped = models[0][0].profiles if len(models) == 1 else None
-    gains = Gains("server", {"models": parts}, folder, shipped, anew=anew)
+    speedups = Speedups("server", {"models": parts}, folder, shipped, anew=anew)
 
     def measure() -> float:
         seconds: list[dict[int, float]] = []
@@ -49,7 +49,7 @@ def choose_threads(models: Sequence[tuple[ModelSpec, int]], folder: Path | None 
                 log.debug("%s can't be timed", spec.name, exc_info=True)
         return sum(each[1] for each in seconds) / sum(each[most] for each in seconds)
 
-    gain = gains.recall(f"{most} threads", measure)
+    gain = speedups.get_or_measure(f"{most} threads", measure)
     threads = most if gain > 1 else 1
     torch.set_num_threads(threads)
     log.info("using %d CPU thread%s (%d ran %.2f times as fast as one)", threads, "s" * (threads > 1), most, gain)
@@ -59,12 +59,12 @@ def choose_threads(models: Sequence[tuple[ModelSpec, int]], folder: Path | None 
 def _seconds(spec: ModelSpec, max_batch: int, most: int, folder: Path | None, anew: bool) -> dict[int, float]:
     """Return how long a model takes on one thread and on `most`. It is gone when the next is loaded."""
     dtype = "float32" if spec.dtype == "auto" else spec.dtype
-    model = load(spec, CPU, recall=model_gains(spec, CPU, max_batch, folder, anew=anew).divided(dtype))
+    model = load(spec, CPU, recall=model_speedups(spec, CPU, max_batch, folder, anew=anew).divided(dtype))
     return seconds_on((1, most), partial(_run, model, max_batch))
 
 
 def _run(model: LoadedModel, max_batch: int) -> None:
-    work = Work(torch.zeros(model.preprocess.settings.input_size, dtype=torch.uint8), top_k=1)
+    work = BatchItem(torch.zeros(model.preprocess.settings.input_size, dtype=torch.uint8), top_k=1)
     for size in (1, max_batch):
         run_batch(model, [work] * size, model.grid[len(model.grid) // 2].r, CPU)
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from tome_server.device.shared_images import SharedImages, Slot
 from tome_server.errors import DeviceDiedError
-from tome_server.execution.batch import BatchResult, Work
+from tome_server.execution.batch import BatchItem, BatchResult
 from tome_server.models.hosted import HostedModel
 from tome_server.models.preprocess import Limits
 from tome_server.models.spec import ModelSpec, Outline
@@ -147,12 +147,12 @@ class Device:
         """Take an image for a loaded model, [C, H, W] as its Preprocess made it, that `run` will be called for."""
         return self._images[key].put(image)
 
-    def bring(self, key: str, slot: Slot) -> None:
+    def prefetch(self, key: str, slot: Slot) -> None:
         """Have an image copied to a GPU ahead of its batch, while others run; where there is no GPU, do nothing."""
         if self.name.startswith("cuda") and not self._connection.closed:
-            self._send(None, "bring", key, slot.place)
+            self._send(None, "prefetch", key, slot.place)
 
-    async def run(self, key: str, batch: Sequence[Work[Slot]], rs: Sequence[int], packed: bool) -> BatchResult:
+    async def run(self, key: str, batch: Sequence[BatchItem[Slot]], rs: Sequence[int], packed: bool) -> BatchResult:
         """Do what `run_batch` does. Raises what the model raises."""
         placed = [work.on(work.image.place) for work in batch]
         result: BatchResult = await self._call("run", key, placed, rs, packed)

@@ -9,7 +9,7 @@ from collections import deque
 from types import TracebackType
 
 
-class Turns:
+class FairLock:
     """Entered by one thread at a time, the one that has waited longest; not by one that has it already."""
 
     def __init__(self) -> None:

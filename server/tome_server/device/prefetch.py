@@ -11,7 +11,7 @@ from torch import Tensor
 from tome_server.device.shared_images import Mapped, Place
 
 
-class Uploads:
+class Prefetcher:
     """A model's images on the device; takes memory there only for as many as were ever in use at once.
 
     One thread brings images, one other may take them: not the same one at once, since who puts an image into a place
@@ -25,7 +25,7 @@ class Uploads:
         self._there: dict[Place, Tensor] = {}
         self._arrivals: dict[Place, torch.Event | None] = {}
 
-    def bring(self, place: Place) -> None:
+    def prefetch(self, place: Place) -> None:
         """Begin to copy the image at `place` to the device, and don't wait for it. Raises where memory runs out."""
         self._arrivals.pop(place, None)
         image = torch.from_numpy(self._images.at(place))

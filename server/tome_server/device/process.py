@@ -23,11 +23,11 @@ import torch
 from tome_server.calibration.choose_dtype import load_chosen
 from tome_server.calibration.choose_threads import choose_threads
 from tome_server.calibration.profile_store import measure_again, obtain_profile
-from tome_server.device.fair_lock import Turns
-from tome_server.device.prefetch import Uploads
+from tome_server.device.fair_lock import FairLock
+from tome_server.device.prefetch import Prefetcher
 from tome_server.device.shared_images import Place, receive
 from tome_server.errors import OutOfMemoryError
-from tome_server.execution.batch import BatchResult, Work
+from tome_server.execution.batch import BatchItem, BatchResult
 from tome_server.execution.choose_device import choose_device
 from tome_server.execution.cpus import available_cpus
 from tome_server.execution.cuda_graphs import with_graphs
@@ -58,7 +58,7 @@ class DeviceProcess:
         self._connection = connection
         self._sending = threading.Lock()
         self._models: dict[str, LoadedModel] = {}
-        self._images: dict[str, Uploads] = {}
+        self._images: dict[str, Prefetcher] = {}
         # The profile of each model, and what finds a better one.
         self._profiles: dict[str, Profile] = {}
         self._measure_again: dict[str, Callable[..., Profile | None]] = {}
@@ -67,7 +67,7 @@ class DeviceProcess:
         self._device = torch.device("cpu")
         self._threads = available_cpus()
         # Held by a batch, and while a CUDA graph is recorded, so that neither comes into the other.
-        self._running = Turns()
+        self._running = FairLock()
         self._batches = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
         logging.getLogger("tome_server").setLevel(connection.recv())
@@ -83,10 +83,10 @@ class DeviceProcess:
             except (EOFError, OSError):
                 self._batches.shutdown(cancel_futures=True)
                 return
-            if call not in ("bring", "probe"):
+            if call not in ("prefetch", "probe"):
                 self._called.set()
-            if call == "bring":
-                self.bring(*args)
+            if call == "prefetch":
+                self.prefetch(*args)
             elif call == "measure_again":
                 self._called = threading.Event()
                 self._beside.submit(self._answer, ticket, self.measure_again, (*args, self._called))
@@ -98,7 +98,7 @@ class DeviceProcess:
             else:
                 self._beside.submit(self._answer, ticket, getattr(self, call), args)
 
-    def run(self, key: str, batch: Sequence[Work[Place]], rs: Sequence[int], packed: bool) -> BatchResult:
+    def run(self, key: str, batch: Sequence[BatchItem[Place]], rs: Sequence[int], packed: bool) -> BatchResult:
         """Run a batch whose images lie in the model's slots."""
         self._use_threads()
         images = self._images[key]
@@ -113,16 +113,16 @@ class DeviceProcess:
         model = self._models[key]
         image = torch.zeros(model.preprocess.settings.input_size, dtype=torch.uint8)
         with self._running:
-            return run_batch(model, [Work(image, top_k=1)], r, self._device).seconds
+            return run_batch(model, [BatchItem(image, top_k=1)], r, self._device).seconds
 
     def share(self, key: str, shape: Sequence[int], slots: int) -> None:
         """Take the memory that a model's images will lie in."""
-        self._images[key] = Uploads(receive(self._connection, shape, slots), self._device)
+        self._images[key] = Prefetcher(receive(self._connection, shape, slots), self._device)
 
-    def bring(self, key: str, place: Place) -> None:
+    def prefetch(self, key: str, place: Place) -> None:
         """Begin to copy an image to the device. Whatever stands against it, it then goes with its batch."""
         try:
-            self._images[key].bring(place)
+            self._images[key].prefetch(place)
         except Exception:
             log.debug("an image is not brought to the device ahead of its batch", exc_info=True)
 
@@ -196,7 +196,7 @@ class DeviceProcess:
     def _run_alone(
         self,
         model: LoadedModel,
-        batch: Sequence[Work[torch.Tensor]],
+        batch: Sequence[BatchItem[torch.Tensor]],
         rs: int | Sequence[int],
         device: torch.device,
         *,
@@ -221,7 +221,7 @@ class DeviceProcess:
 
     def _run_empty(self, model: LoadedModel, size: int, r: int) -> None:
         image = torch.zeros(model.preprocess.settings.input_size, dtype=torch.uint8)
-        run = partial(run_batch, model, [Work(image, top_k=1)] * size, r, self._device)
+        run = partial(run_batch, model, [BatchItem(image, top_k=1)] * size, r, self._device)
         if self._device.type == "cuda":
             # CUDA's libraries set themselves up in each thread anew.
             self._batches.submit(run).result()

@@ -8,7 +8,7 @@ J = TypeVar("J")
 
 
 @dataclass(frozen=True)
-class Work(Generic[I]):
+class BatchItem(Generic[I]):
     """One image of a batch and what is wanted of it."""
 
     image: I
@@ -20,13 +20,13 @@ class Work(Generic[I]):
     patches: bool = False
     """Whether the features of each patch are wanted."""
 
-    def on(self, image: J) -> "Work[J]":
+    def on(self, image: J) -> "BatchItem[J]":
         """The same, wanted of `image`."""
-        return Work(image, self.top_k, self.features, self.token_map, self.logits, self.patches)
+        return BatchItem(image, self.top_k, self.features, self.token_map, self.logits, self.patches)
 
 
 @dataclass(frozen=True)
-class Result:
+class ItemResult:
     """What the model made of one image."""
 
     class_ids: tuple[int, ...]
@@ -47,6 +47,6 @@ class Result:
 class BatchResult:
     """What a batch gave and how long it took."""
 
-    results: tuple[Result, ...]
+    results: tuple[ItemResult, ...]
     seconds: float
     """On the device, transfers included."""

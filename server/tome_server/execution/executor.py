@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tome_server.execution.batch import BatchResult, Result, Work
+from tome_server.execution.batch import BatchItem, BatchResult, ItemResult
 from tome_server.merging import unmerge
 from tome_server.models.loaded import LoadedModel
 
@@ -17,7 +17,7 @@ _WIRE = {"features": "<f4", "logits": "<f4", "patches": "<f4", "token_map": "<i4
 @torch.inference_mode()
 def run_batch(
     model: LoadedModel,
-    batch: Sequence[Work[Tensor]],
+    batch: Sequence[BatchItem[Tensor]],
     rs: int | Sequence[int],
     device: torch.device,
     *,
@@ -33,7 +33,7 @@ def run_batch(
         return BatchResult(tuple(_run(model, batch, rs, device)), time.perf_counter() - start)
     if len(rs) != len(batch):
         raise ValueError(f"rs must be one for each of the {len(batch)} images, not {len(rs)}")
-    results: dict[int, Result] = {}
+    results: dict[int, ItemResult] = {}
     for r in sorted(set(rs)):
         members = [i for i, own in enumerate(rs) if own == r]
         results.update(zip(members, _run(model, [batch[i] for i in members], r, device), strict=True))
@@ -41,8 +41,8 @@ def run_batch(
 
 
 def _run(
-    model: LoadedModel, batch: Sequence[Work[Tensor]], r: int | Sequence[int], device: torch.device
-) -> list[Result]:
+    model: LoadedModel, batch: Sequence[BatchItem[Tensor]], r: int | Sequence[int], device: torch.device
+) -> list[ItemResult]:
     images = _input(model, [work.image for work in batch], device)
     patches = any(work.patches for work in batch)
     mapped = patches or any(work.token_map for work in batch)
@@ -63,7 +63,7 @@ def _run(
     # As bytes, which cost the way to the server nothing, where each number of a list would be an object.
     rows = {name: values.numpy().astype(_WIRE[name], copy=False) for name, values in given.items()}
     return [
-        Result(
+        ItemResult(
             class_ids=tuple(all_ids[i][: work.top_k]),
             scores=tuple(all_scores[i][: work.top_k]),
             features=rows["features"][i].tobytes() if work.features else None,

@@ -87,7 +87,7 @@ class Embedded:
 
 
 @dataclass(frozen=True)
-class Alike:
+class MergeGroup:
     """Images of a batch that have as many tokens and merge alike."""
 
     per_block: tuple[int, ...]
@@ -98,16 +98,16 @@ class Alike:
     """of each, before the first block"""
 
 
-def alike(embedded: Embedded, schedules: Mapping[tuple[int, ...], Sequence[int]]) -> list[Alike]:
+def alike(embedded: Embedded, schedules: Mapping[tuple[int, ...], Sequence[int]]) -> list[MergeGroup]:
     """Return the groups to encode; `schedules` gives the tokens to merge in each block, and the images for which."""
     tokens = embedded.tokens.shape[1]
     if embedded.lengths is None:
-        return [Alike(per_block, images, tokens) for per_block, images in schedules.items()]
+        return [MergeGroup(per_block, images, tokens) for per_block, images in schedules.items()]
     groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
     for per_block, images in schedules.items():
         for image in images:
             groups.setdefault((per_block, embedded.lengths[image]), []).append(image)
-    return [Alike(per_block, images, length) for (per_block, length), images in groups.items()]
+    return [MergeGroup(per_block, images, length) for (per_block, length), images in groups.items()]
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def encode(
     embedded: Embedded,
     blocks: Sequence[Layers],
     norm: Callable[[Tensor], Tensor],
-    batches: Sequence[Alike],
+    batches: Sequence[MergeGroup],
     *,
     prefix: int,
     bias_of: BiasOf | None,
@@ -189,7 +189,7 @@ class _Group:
         return table[0].index_select(0, self.origin.flatten()).view(*self.origin.shape, *table.shape[2:])
 
 
-def _start(batch: Alike, x: Tensor, prefix: int, has_positions: bool, track: bool) -> _Group:
+def _start(batch: MergeGroup, x: Tensor, prefix: int, has_positions: bool, track: bool) -> _Group:
     count, tokens = len(batch.images), batch.tokens
     # float32 whatever the tokens' type: bfloat16 cannot count past 256.
     sizes = x.new_ones(count, tokens, dtype=torch.promote_types(x.dtype, torch.float32))

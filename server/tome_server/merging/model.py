@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from tome_server.merging.attention import size_bias, size_column
-from tome_server.merging.encoder import Alike, Layers, alike, encode, select
+from tome_server.merging.encoder import Layers, MergeGroup, alike, encode, select
 from tome_server.merging.families.naflex import patch_counts
 from tome_server.merging.geometry import check_image_size, patch_grid
 from tome_server.merging.pooling import classify, reads_prefix_only
@@ -145,7 +145,7 @@ class MergedModel(nn.Module):
             schedules[per_block] = [*schedules.get(per_block, ()), image]
         return schedules
 
-    def _tokens_per_block(self, batches: Sequence[Alike], back: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    def _tokens_per_block(self, batches: Sequence[MergeGroup], back: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         counts: list[tuple[int, ...]] = []
         for batch in batches:
             left = tokens_per_block(batch.tokens - self.prefix, self.prefix, batch.per_block)

@@ -25,7 +25,7 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class RequestOutcome:
     """A request with its answer, or with why it has none."""
 
     model: str
@@ -39,7 +39,7 @@ class Ended:
 
 # Called in the task that the request was answered in, so that what `request_context` says of it holds. Must not raise
 # or block.
-Observer: TypeAlias = Callable[[Ended], None]
+Observer: TypeAlias = Callable[[RequestOutcome], None]
 
 
 class Trace(Protocol):
@@ -49,7 +49,7 @@ class Trace(Protocol):
     def id(self) -> str | None:
         """32 hexadecimal digits, if the trace is recorded."""
 
-    def end(self, ended: Ended) -> None:
+    def end(self, ended: RequestOutcome) -> None:
         """Called once, in the task that the request was answered in. Must not raise or block."""
 
 

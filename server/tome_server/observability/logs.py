@@ -13,7 +13,7 @@ import structlog
 
 from tome_server.errors import InfeasibleError
 from tome_server.observability import request_context
-from tome_server.observability.ended import Answered, Ended
+from tome_server.observability.ended import Answered, RequestOutcome
 
 Format: TypeAlias = Literal["auto", "json", "text"]
 
@@ -73,7 +73,7 @@ def _first_keys(_logger: object, _method: str, event: MutableMapping[str, Any]) 
     return {key: event[key] for key in first if key in event} | {k: v for k, v in event.items() if k not in first}
 
 
-def log_request(ended: Ended) -> None:
+def log_request(ended: RequestOutcome) -> None:
     """Write a line about a request, at debug."""
     if not logging.getLogger(__name__).isEnabledFor(logging.DEBUG):
         return
@@ -103,7 +103,7 @@ def log_request(ended: Ended) -> None:
     log.debug("request", **facts)
 
 
-def outcome(ended: Ended) -> str:
+def outcome(ended: RequestOutcome) -> str:
     """Return how a request ended in a word: answered, cancelled, or its error's, such as infeasible."""
     if ended.answer:
         return "answered"
@@ -123,7 +123,7 @@ class Summary:
         self._others: Counter[str] = Counter()
         self._timer: asyncio.TimerHandle | None = None
 
-    def __call__(self, ended: Ended) -> None:
+    def __call__(self, ended: RequestOutcome) -> None:
         """Count a request."""
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._seconds, self.write)

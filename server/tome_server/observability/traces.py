@@ -19,7 +19,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from tome_api.targets import is_this_machine
 from tome_server.observability import request_context
-from tome_server.observability.ended import Answered, Ended
+from tome_server.observability.ended import Answered, RequestOutcome
 from tome_server.observability.logs import outcome
 
 # How long a collector may take. Its absence must not keep a server from stopping.
@@ -78,7 +78,7 @@ class RequestTrace:
         context = self.span.get_span_context()
         return format_trace_id(context.trace_id) if context.trace_flags.sampled else None
 
-    def end(self, ended: Ended) -> None:
+    def end(self, ended: RequestOutcome) -> None:
         """End the span, and make those of the stages if there was an answer."""
         if not self.span.is_recording():
             return

@@ -22,7 +22,7 @@ from tome_server.errors import (
     OutOfMemoryError,
     UnavailableError,
 )
-from tome_server.execution.batch import Result, Work
+from tome_server.execution.batch import BatchItem, ItemResult
 from tome_server.observability.metrics import Metrics
 from tome_server.scheduling.policy.view import Decision
 from tome_server.scheduling.queue import Waiting
@@ -50,7 +50,7 @@ class Job:
     served: "Served"
     exact: int | None
     """The r to run at, where the request names it."""
-    work: Work[Slot]
+    work: BatchItem[Slot]
     answer: "asyncio.Future[Answer]"
     queued: float
     """when it entered the queue"""
@@ -67,7 +67,7 @@ Served: TypeAlias = ServedModel[Job]
 class Answer:
     """A job's share of its batch."""
 
-    result: Result
+    result: ItemResult
     r: int
     started: float
     """when the batch started"""
@@ -77,7 +77,7 @@ class Answer:
     batch_size: int
 
 
-class Batches:
+class Batcher:
     """What waits for one device, and what runs on it. `run` must be running while `answer` is called.
 
     `max_delay` is how many seconds requests may wait for batch-mates while the device is idle, unless their model says

@@ -5,7 +5,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 
 from tome_server.errors import ConfigError, InvalidRequestError, ModelFailedError, ModelLoadError
-from tome_server.serving.model_manager import Hosting
+from tome_server.serving.model_manager import ModelManager
 
 # Characters of what went wrong that a status carries; gRPC drops those of more than a few kilobytes.
 _SHOWN = 1000
@@ -15,7 +15,7 @@ _SHOWN = 1000
 class ModelControl:
     """Loads and unloads what the settings and the repository name."""
 
-    hosting: Hosting
+    models: ModelManager
 
     async def load(self, name: str) -> None:
         """Take a model into service as it is stored now, in the place of what is served under its name.
@@ -23,7 +23,7 @@ class ModelControl:
         Raises UnknownModelError, or ModelFailedError if it can't be loaded. Goes on when the caller is cancelled.
         """
         try:
-            await _to_its_end(self.hosting.load(_given(name)))
+            await _to_its_end(self.models.load(_given(name)))
         except (ConfigError, ModelLoadError) as error:
             raise ModelFailedError(f"{name} can't be loaded: {error}"[:_SHOWN]) from error
 
@@ -32,7 +32,7 @@ class ModelControl:
 
         Raises UnknownModelError if it isn't there, UnavailableError while it loads.
         """
-        await _to_its_end(self.hosting.unload(_given(name)))
+        await _to_its_end(self.models.unload(_given(name)))
 
 
 def _given(name: str) -> str:

@@ -29,15 +29,15 @@ from tome_server.errors import (
     UnavailableError,
     UnknownModelError,
 )
-from tome_server.execution.batch import Result, Work
+from tome_server.execution.batch import BatchItem, ItemResult
 from tome_server.mac_count import MacCount
 from tome_server.models.hosted import HostedModel
 from tome_server.models.preprocess import InputSize, Preprocess
-from tome_server.observability.ended import Answered, Ended, Observer, Trace, Tracer
+from tome_server.observability.ended import Answered, Observer, RequestOutcome, Trace, Tracer
 from tome_server.observability.metrics import Metrics, exemplar
 from tome_server.observability.request_context import Shares
 from tome_server.scheduling.queue import Waiting
-from tome_server.serving.batcher import Answer, Batches, Job, Served
+from tome_server.serving.batcher import Answer, Batcher, Job, Served
 from tome_server.serving.decode_queue import Decode, Decoders, HopelessError
 from tome_server.serving.overhead import DecodeTimes, Margin
 from tome_server.serving.served import Bounds
@@ -129,7 +129,7 @@ class Reply:
     """A prediction and what was done for it."""
 
     model: HostedModel
-    result: Result
+    result: ItemResult
     r: int
     cost: MacCount
     timing: Timing
@@ -177,9 +177,9 @@ class Engine:
     def __post_init__(self) -> None:
         self._margin = Margin(self.reply_margin)
         self._decoders = Decoders(self.decode_threads, self.decode_memory, DecodeTimes())
-        self._batches = Batches(self.device, self.metrics, self.max_delay, self._margin)
+        self._batcher = Batcher(self.device, self.metrics, self.max_delay, self._margin)
         for served in self.models.values():
-            self._batches.add(served)
+            self._batcher.add(served)
         self._shares = Shares(self.max_client_requests, RETRY_AFTER)
         self.leaving: list[Served] = []
         """Models that have been replaced or retired, and still have requests to answer."""
@@ -228,7 +228,7 @@ class Engine:
         """Answer new requests for a model that was expected, or is served; returns what was, to wait for by `left`."""
         before = self.models.get(served.model.name)
         self.models[served.model.name] = served
-        self._batches.add(served)
+        self._batcher.add(served)
         if before:
             self.leaving.append(before)
         return before
@@ -246,14 +246,14 @@ class Engine:
 
     def longest_delay(self, served: Served) -> float:
         """Return how many seconds a model's requests may wait for batch-mates while the device is idle."""
-        return self._batches.longest_delay(served)
+        return self._batcher.longest_delay(served)
 
     async def left(self, served: Served) -> None:
         """Wait until a model that was replaced or retired has answered the requests that it still had."""
         while self._held[served.key]:
             self._released.clear()
             await self._released.wait()
-        await self._batches.remove(served)
+        await self._batcher.remove(served)
         self.leaving.remove(served)
 
     @contextmanager
@@ -287,7 +287,7 @@ class Engine:
 
         However it ends, who still waits for an answer is told that there will be none.
         """
-        await self._batches.run()
+        await self._batcher.run()
 
     def drain(self) -> None:
         """Refuse new requests from now on; those already here are answered."""
@@ -320,7 +320,7 @@ class Engine:
                 batch_size=reply.timing.batch_size,
             )
         model = request.model or self.default_name
-        ended = Ended(model, _now() - request.arrival, answer, error, self._budget(request))
+        ended = RequestOutcome(model, _now() - request.arrival, answer, error, self._budget(request))
         for observer in self.observers:
             observer(ended)
         if trace:
@@ -380,14 +380,14 @@ class Engine:
             served.scheduler.arrived(request.arrival, deadline - request.arrival)
             ready = partial(self._decoded_at, size)
             # Before decoding: what can't be met is refused before it costs anything.
-            self._batches.check(served, Waiting(None, *limits), ready)
+            self._batcher.check(served, Waiting(None, *limits), ready)
             async with asyncio.timeout_at(None if math.isinf(deadline) else deadline - self.reply_margin):
                 slot = await self._decode(served, request.input, size, Waiting(None, *limits), ready)
-                self.device.bring(served.key, slot)
-                work = Work(slot, top_k, request.features, request.token_map, request.logits, request.patches)
+                self.device.prefetch(served.key, slot)
+                work = BatchItem(slot, top_k, request.features, request.token_map, request.logits, request.patches)
                 answered = asyncio.get_running_loop().create_future()
                 job = Job(served, bounds.exact, work, answered, _now(), ready)
-                answer = await self._batches.answer(Waiting(job, *limits))
+                answer = await self._batcher.answer(Waiting(job, *limits))
         except TimeoutError:
             stage = "decode" if job is None else "compute" if job.taken else "queue"
             raise ExpiredError(stage, deadline - request.arrival) from None
@@ -436,7 +436,7 @@ class Engine:
             return await self._decoders.run(decode)
         except HopelessError:
             now = _now()
-            earliest = self._batches.earliest(served, waiting.high, ready)
+            earliest = self._batcher.earliest(served, waiting.high, ready)
             raise InfeasibleError(earliest - now + self._margin.at(now)) from None
         finally:
             served.scheduler.forget(waiting)

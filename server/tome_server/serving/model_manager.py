@@ -41,7 +41,7 @@ class Wanted:
     """What keeps others of the repository from being loaded, by name."""
 
 
-class Hosting:
+class ModelManager:
     """Brings models from where they are stored through the device into the engine, and back."""
 
     def __init__(self, device: Device, engine: Engine, config: ServerConfig) -> None:

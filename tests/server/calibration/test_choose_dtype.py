@@ -20,7 +20,7 @@ from tome_server.calibration.choose_dtype import LEAST_GAIN, LEAST_IMAGES, choos
 from tome_server.calibration.profile_store import profile_key
 from tome_server.config.dtypes import Dtype
 from tome_server.errors import ModelLoadError
-from tome_server.execution.batch import BatchResult, Work
+from tome_server.execution.batch import BatchItem, BatchResult
 from tome_server.merging import MergedModel
 from tome_server.merging.cpu import matching_c, packing
 from tome_server.merging.cpu.packing import packed_dtypes
@@ -97,7 +97,7 @@ class Device:
         self.seconds = {"float32": float32, "bfloat16": bfloat16}
         self.sizes: list[int] = []
 
-    def __call__(self, model: LoadedModel, batch: Sequence[Work[Any]], *_: object, **__: object) -> BatchResult:
+    def __call__(self, model: LoadedModel, batch: Sequence[BatchItem[Any]], *_: object, **__: object) -> BatchResult:
         self.sizes.append(len(batch))
         return BatchResult((), len(batch) * self.seconds[model.dtype])
 
@@ -135,7 +135,7 @@ def test_a_gpu_is_asked_for_a_graph_of_the_batch_that_is_measured_and_judged_by_
         asked.append((model.dtype, size, r))
         return replace(model, graphs=model.merged)
 
-    def run(model: LoadedModel, batch: Sequence[Work[Any]], *_: object, **__: object) -> BatchResult:
+    def run(model: LoadedModel, batch: Sequence[BatchItem[Any]], *_: object, **__: object) -> BatchResult:
         result = device(model, batch)
         by_graph = {"float32": 1 / 2, "bfloat16": 1 / 8}
         return replace(result, seconds=result.seconds * by_graph[model.dtype]) if model.graphs else result

@@ -24,7 +24,7 @@ from tome_server.device.client import Device
 from tome_server.device.process import _sendable, is_usable
 from tome_server.device.shared_images import Slot
 from tome_server.errors import DeviceDiedError, ModelLoadError, OutOfMemoryError
-from tome_server.execution.batch import Work
+from tome_server.execution.batch import BatchItem
 from tome_server.execution.cpus import available_cpus
 from tome_server.execution.executor import run_batch
 from tome_server.merging.cpu.packing import MOST_WORKERS
@@ -50,8 +50,8 @@ async def device() -> AsyncIterator[Device]:
     await device.close()
 
 
-def put(device: Device, images: torch.Tensor) -> list[Work[Slot]]:
-    return [Work(device.put("fashion", image.numpy()), top_k=3, features=True, token_map=True) for image in images]
+def put(device: Device, images: torch.Tensor) -> list[BatchItem[Slot]]:
+    return [BatchItem(device.put("fashion", image.numpy()), top_k=3, features=True, token_map=True) for image in images]
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ async def test_an_image_that_was_brought_ahead_is_run_as_it_was_then(
     expected = (await device.run("fashion", [work], [4], True)).results
     # What a GPU's name is to the caller; the process copies to the device that it has.
     monkeypatch.setattr(device, "name", "cuda")
-    device.bring("fashion", work.image)
+    device.prefetch("fashion", work.image)
     await device.warm("fashion", max_batch=1, seconds=0)  # answered after what was sent before it was read
     device._images["fashion"].mapped.at(work.image.place)[:] = 0
     assert (await device.run("fashion", [work], [4], True)).results == expected
@@ -99,7 +99,7 @@ async def test_an_image_that_can_not_be_brought_ahead_goes_with_its_batch(
     expected = (await device.run("fashion", [work], [4], True)).results
     monkeypatch.setattr(device, "name", "cuda")
     monkeypatch.setitem(device._images, "another", device._images["fashion"])
-    device.bring("another", work.image)  # a model that isn't loaded
+    device.prefetch("another", work.image)  # a model that isn't loaded
     assert (await device.run("fashion", [work], [4], True)).results == expected
     work.image.drop()
 

@@ -4,10 +4,10 @@ import threading
 
 import pytest
 
-from tome_server.device.fair_lock import Turns
+from tome_server.device.fair_lock import FairLock
 
 
-def started(turns: Turns, order: list[str], name: str) -> threading.Thread:
+def started(turns: FairLock, order: list[str], name: str) -> threading.Thread:
     """Return a thread that waits for its turn."""
 
     def run() -> None:
@@ -23,7 +23,7 @@ def started(turns: Turns, order: list[str], name: str) -> threading.Thread:
 
 
 def test_who_has_it_again_and_again_lets_those_in_who_wait() -> None:
-    turns, order = Turns(), list[str]()
+    turns, order = FairLock(), list[str]()
     threads = []
     with turns:
         order.append("recording")
@@ -38,7 +38,7 @@ def test_who_has_it_again_and_again_lets_those_in_who_wait() -> None:
 
 
 def test_it_is_free_after_an_error() -> None:
-    turns = Turns()
+    turns = FairLock()
     with pytest.raises(RuntimeError, match="failed"), turns:
         raise RuntimeError("failed")
     with turns:
@@ -46,7 +46,7 @@ def test_it_is_free_after_an_error() -> None:
 
 
 def test_one_thread_at_a_time_has_it() -> None:
-    turns, inside, most = Turns(), 0, list[int]()
+    turns, inside, most = FairLock(), 0, list[int]()
 
     def run() -> None:
         nonlocal inside

@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tome_server.calibration.choose_dtype import load_chosen
 from tome_server.config.dtypes import Dtype, DtypeSetting
 from tome_server.device.client import Device
-from tome_server.device.prefetch import Uploads
+from tome_server.device.prefetch import Prefetcher
 from tome_server.device.shared_images import SharedImages
-from tome_server.execution.batch import Work
+from tome_server.execution.batch import BatchItem
 from tome_server.execution.choose_device import choose_device
 from tome_server.execution.cuda_graphs import CudaRecorder, GraphedModel, recorded_sizes, with_graphs
 from tome_server.execution.executor import run_batch
@@ -266,41 +266,41 @@ def test_images_can_be_brought_while_a_graph_is_recorded() -> None:
     plain = load(bundled_spec("fashion"), CUDA)
     shape = plain.preprocess.settings.input_size
     shared = SharedImages(shape, 16)
-    uploads, stop, brought = Uploads(shared.mapped, CUDA), threading.Event(), []
+    prefetcher, stop, brought = Prefetcher(shared.mapped, CUDA), threading.Event(), []
     slots = [shared.put(torch.full(shape, i, dtype=torch.uint8).numpy()) for i in range(16)]
 
-    def bring() -> None:
+    def prefetch() -> None:
         while not stop.is_set():
             for slot in slots:
-                uploads.bring(slot.place)
+                prefetcher.prefetch(slot.place)
             brought.append(len(slots))
 
     with ThreadPoolExecutor(1) as thread:
-        bringing = thread.submit(bring)
+        prefetching = thread.submit(prefetch)
         try:
             graphed = with_graphs(plain, CUDA, max_batch=8, memory=2**30)
         finally:
             stop.set()
-        bringing.result()
+        prefetching.result()
     assert isinstance(graphed.graphs, GraphedModel)
     assert graphed.graphs.kinds == tuple((size, r) for size in recorded_sizes(8) for r in plain.rs)
     assert brought
     for i, slot in enumerate(slots):
-        assert torch.equal(uploads.take(slot.place).cpu(), torch.full(shape, i, dtype=torch.uint8))
+        assert torch.equal(prefetcher.take(slot.place).cpu(), torch.full(shape, i, dtype=torch.uint8))
 
 
 def test_an_image_is_brought_to_memory_that_nothing_reads_any_more() -> None:
     shape = (3, 224, 224)
     shared = SharedImages(shape, 1)
     slot = shared.put(torch.full(shape, 255, dtype=torch.uint8).numpy())
-    uploads = Uploads(shared.mapped, CUDA)
+    prefetcher = Prefetcher(shared.mapped, CUDA)
     freed = torch.zeros(shape, dtype=torch.uint8, device=CUDA)
     torch.cuda._sleep(200_000_000)  # cycles: what follows waits for some 0.1 s
     read = freed.clone()
     del freed
-    uploads.bring(slot.place)
+    prefetcher.prefetch(slot.place)
     assert int(read.max()) == 0
-    assert int(uploads.take(slot.place).min()) == 255
+    assert int(prefetcher.take(slot.place).min()) == 255
 
 
 def test_the_mask_of_sizes_is_not_copied_to_be_aligned() -> None:
@@ -316,7 +316,7 @@ def test_the_bundled_model_classifies_its_samples_as_on_the_cpu() -> None:
     spec = bundled_spec("fashion")
     on_cpu, on_cuda = load(spec, torch.device("cpu")), load(spec, CUDA)
     samples = sorted((BUNDLED / "fashion" / "samples").glob("*.png"))
-    works = [Work(torch.from_numpy(on_cpu.preprocess.encoded(path.read_bytes())), top_k=1) for path in samples]
+    works = [BatchItem(torch.from_numpy(on_cpu.preprocess.encoded(path.read_bytes())), top_k=1) for path in samples]
     for r in (0, on_cpu.grid[-1].r):
         expected = run_batch(on_cpu, works, r, torch.device("cpu"))
         given = run_batch(on_cuda, works, r, CUDA)
@@ -339,9 +339,9 @@ def test_the_process_of_a_gpu_loads_records_measures_and_runs(dtype: DtypeSettin
             profile = await device.profile("fashion", spec, max_batch=most, budget=1.0, folder=tmp_path)
             assert profile.max_batch == most
             await device.warm("fashion", max_batch=most, seconds=1.0)
-            works = [Work(device.put("fashion", image), top_k=1) for image in images]
+            works = [BatchItem(device.put("fashion", image), top_k=1) for image in images]
             for work in works:
-                device.bring("fashion", work.image)
+                device.prefetch("fashion", work.image)
             alike = await device.run("fashion", works, [rs[0]] * most, True)
             mixed = [await device.run("fashion", works, rs, packed) for packed in (True, False)]
             with pytest.raises(ValueError, match="must be one for each"):
@@ -352,7 +352,7 @@ def test_the_process_of_a_gpu_loads_records_measures_and_runs(dtype: DtypeSettin
         finally:
             await device.close()
 
-    works = [Work(torch.from_numpy(image), top_k=1) for image in images]
+    works = [BatchItem(torch.from_numpy(image), top_k=1) for image in images]
     alike, mixed = (run_batch(on_cpu, works, each, torch.device("cpu")).results for each in (rs[0], rs))
     given, expected = asyncio.run(run()), [result.class_ids for result in (*alike, *mixed, *mixed)]
     # One may be classified otherwise: it takes but the last bit to have another token merged.
@@ -371,17 +371,17 @@ def test_images_brought_ahead_give_what_those_give_that_go_with_their_batch() ->
     model = load(bundled_spec("fashion"), CUDA)
     shape = model.preprocess.settings.input_size
     shared = SharedImages(shape, 3)
-    uploads = Uploads(shared.mapped, CUDA)
+    prefetcher = Prefetcher(shared.mapped, CUDA)
     for seed in range(20):
         pixels = torch.randint(256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
         slots = [shared.put(image.numpy()) for image in pixels]
         for slot in slots:
-            uploads.bring(slot.place)
-        given = run_batch(model, [Work(uploads.take(slot.place), top_k=3) for slot in slots], 4, CUDA)
+            prefetcher.prefetch(slot.place)
+        given = run_batch(model, [BatchItem(prefetcher.take(slot.place), top_k=3) for slot in slots], 4, CUDA)
         # Once more: none of them lies on the device any more, as far as `take` knows, and then one of three does.
-        uploads.bring(slots[1].place)
-        mixed = run_batch(model, [Work(uploads.take(slot.place), top_k=3) for slot in slots], 4, CUDA)
-        expected = run_batch(model, [Work(image, top_k=3) for image in pixels], 4, CUDA)
+        prefetcher.prefetch(slots[1].place)
+        mixed = run_batch(model, [BatchItem(prefetcher.take(slot.place), top_k=3) for slot in slots], 4, CUDA)
+        expected = run_batch(model, [BatchItem(image, top_k=3) for image in pixels], 4, CUDA)
         assert given.results == expected.results
         assert mixed.results == expected.results
         for slot in slots:

@@ -15,7 +15,7 @@ import structlog
 
 from tome_server.errors import ClientLimitError, InfeasibleError
 from tome_server.observability import logs, request_context
-from tome_server.observability.ended import Answered, Ended
+from tome_server.observability.ended import Answered, RequestOutcome
 
 
 class Terminal(io.StringIO):
@@ -39,7 +39,7 @@ def lines(stream: io.StringIO) -> list[dict[str, Any]]:
     return [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
-def answered(r: int = 4, total: float = 0.02, batch_size: int = 1, slack: float = 0.03) -> Ended:
+def answered(r: int = 4, total: float = 0.02, batch_size: int = 1, slack: float = 0.03) -> RequestOutcome:
     answer = Answered(
         r=r,
         tokens_in=197,
@@ -53,7 +53,7 @@ def answered(r: int = 4, total: float = 0.02, batch_size: int = 1, slack: float 
         slack=slack,
         batch_size=batch_size,
     )
-    return Ended("vit", total, answer, None)
+    return RequestOutcome("vit", total, answer, None)
 
 
 def test_a_line_is_an_object_of_json_where_nobody_watches() -> None:
@@ -126,8 +126,8 @@ def test_a_request_is_a_line_at_debug() -> None:
     request_context.client.set("ipv4:10.0.0.1")
     request_context.traceparent.set("00-" + "a" * 32 + "-" + "b" * 16 + "-01")
     logs.log_request(answered())
-    logs.log_request(Ended("vit", 0.001, None, InfeasibleError(0.0492), budget=0.02))
-    logs.log_request(Ended("x" * 1000, 0.001, None, asyncio.CancelledError()))
+    logs.log_request(RequestOutcome("vit", 0.001, None, InfeasibleError(0.0492), budget=0.02))
+    logs.log_request(RequestOutcome("x" * 1000, 0.001, None, asyncio.CancelledError()))
     first, second, third = lines(stream)
     assert first["event"] == "request"
     assert first["client"] == "ipv4:10.0.0.1"
@@ -163,7 +163,7 @@ async def test_a_summary_adds_up_what_was_answered_and_what_was_not() -> None:
         summary(answered(r=r, total=total, batch_size=3, slack=slack))
     summary(answered(r=0, total=0.005))
     for error in (InfeasibleError(0.05), InfeasibleError(0.05), ClientLimitError(3, 0.1)):
-        summary(Ended("vit", 0.001, None, error))
+        summary(RequestOutcome("vit", 0.001, None, error))
     summary.write()
     summary.write()
     (line,) = lines(stream)

@@ -16,7 +16,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from tome_server.errors import InfeasibleError
 from tome_server.observability import request_context
-from tome_server.observability.ended import Answered, Ended
+from tome_server.observability.ended import Answered, RequestOutcome
 from tome_server.observability.traces import Traces, otlp_processor
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -33,7 +33,7 @@ ANSWER = Answered(
     slack=0.03,
     batch_size=3,
 )
-ENDED = Ended("vit", 0.02, ANSWER, None)
+ENDED = RequestOutcome("vit", 0.02, ANSWER, None)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def called_with() -> Iterator[Any]:
     request_context.traceparent.reset(token)
 
 
-def record(traces: Traces, ended: Ended = ENDED) -> str | None:
+def record(traces: Traces, ended: RequestOutcome = ENDED) -> str | None:
     """Trace a request from its arrival to its end, and return the trace's id if it is recorded."""
     trace = traces.begin(0.0)
     trace.end(ended)
@@ -100,7 +100,7 @@ def test_a_request_is_a_span_with_its_stages_one_after_the_other(
 
 
 def test_a_request_without_an_answer_is_a_span_that_says_why(traces: Traces, exporter: InMemorySpanExporter) -> None:
-    record(traces, Ended("vit", 0.001, None, InfeasibleError(0.05)))
+    record(traces, RequestOutcome("vit", 0.001, None, InfeasibleError(0.05)))
     (span,) = exporter.get_finished_spans()
     assert span.status.status_code is StatusCode.ERROR
     assert span.status.description == "the deadline can't be met; the smallest latency possible now is 50 ms"

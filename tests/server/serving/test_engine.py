@@ -515,7 +515,7 @@ async def test_a_request_that_is_refused_once_it_is_decoded_is_forgotten(
     stopped.skip(9.0)  # what is left is less than one image takes on the device
     bench.decoder.gate.set()
     await infeasible(task)
-    assert bench.engine._batches._unanswered == set()
+    assert bench.engine._batcher._unanswered == set()
     assert bench.device.batches == []
 
 

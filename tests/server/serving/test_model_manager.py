@@ -13,7 +13,7 @@ from tome_server.models.preprocess import Limits
 from tome_server.models.spec import ModelSpec, Outline
 from tome_server.observability.metrics import Metrics
 from tome_server.serving.engine import Engine
-from tome_server.serving.model_manager import Hosting, find_models, model_specs
+from tome_server.serving.model_manager import ModelManager, find_models, model_specs
 
 
 class FullDevice:
@@ -44,7 +44,7 @@ async def test_a_model_that_the_device_has_no_memory_for_is_refused_in_words() -
     with pytest.raises(
         ModelLoadError, match=r"^the device has not the memory for fashion: CUDA out of memory\. Tried to allocate"
     ):
-        await Hosting(device, engine, config).start(find_models(config))
+        await ModelManager(device, engine, config).start(find_models(config))
     engine.close()
 
 
@@ -54,9 +54,9 @@ async def test_a_model_that_is_nowhere_is_refused_with_each_that_there_is_once(t
     engine = Engine(
         FullDevice(), Metrics(), max_delay=0.0, max_pending=1, reply_margin=0.0, decode_threads=1, names=["dogs", "own"]
     )
-    hosting = Hosting(FullDevice(), engine, ServerConfig(repository=tmp_path, models=[]))
+    manager = ModelManager(FullDevice(), engine, ServerConfig(repository=tmp_path, models=[]))
     with pytest.raises(UnknownModelError, match=r"no model is named 'birds'; this server hosts dogs, own, cats$"):
-        await hosting.load("birds")
+        await manager.load("birds")
     engine.close()
 
 
@@ -82,7 +82,7 @@ async def test_a_model_is_given_room_and_limits_of_its_own_where_it_asks_for_the
         device, Metrics(), max_delay=0.0, max_pending=50, reply_margin=0.0, decode_threads=3, names=["fashion"]
     )
     with pytest.raises(ModelLoadError):
-        await Hosting(device, engine, config).start(find_models(config))
+        await ModelManager(device, engine, config).start(find_models(config))
     engine.close()
     assert device.asked == [(limits, slots)]
 
@@ -118,7 +118,7 @@ async def test_threads_are_chosen_or_set_before_any_model_is_loaded(
     names = [spec.name for spec in model_specs(config)]
     engine = Engine(device, Metrics(), max_delay=0.0, max_pending=1, reply_margin=0.0, decode_threads=1, names=names)
     with pytest.raises(ModelLoadError):
-        await Hosting(device, engine, config).start(find_models(config))
+        await ModelManager(device, engine, config).start(find_models(config))
     engine.close()
     assert device.threads == [threads]
     assert len(device.asked) == 1
@@ -141,7 +141,7 @@ async def test_a_policy_that_fits_no_r_of_the_model_is_refused_before_anything_i
         device, Metrics(), max_delay=0.0, max_pending=1, reply_margin=0.0, decode_threads=1, names=["fashion"]
     )
     with pytest.raises(ConfigError, match=r"^policy, for model fashion: fixed:99: the model is served at r = 0, 2, 4$"):
-        await Hosting(device, engine, config).start(find_models(config))
+        await ModelManager(device, engine, config).start(find_models(config))
     engine.close()
     assert device.threads == device.asked == []
 
@@ -162,14 +162,14 @@ async def test_whatever_goes_wrong_with_a_model_is_its_own_fault(
     engine = Engine(
         OddDevice(), Metrics(), max_delay=0.0, max_pending=1, reply_margin=0.0, decode_threads=1, names=["cats", "dogs"]
     )
-    hosting = Hosting(OddDevice(), engine, config)
+    manager = ModelManager(OddDevice(), engine, config)
     with pytest.raises(ConfigError, match=r"holds no model that can be served: see the log$"):
-        await hosting.start(find_models(config))
-    await hosting.refresh()
+        await manager.start(find_models(config))
+    await manager.refresh()
     for name, what in (("cats", "TypeError: unexpected"), ("dogs", "FileNotFoundError: ")):
         assert caplog.text.count(f"{name} isn't loaded: {tmp_path}/{name}: {what}") == 2
         with pytest.raises(ModelLoadError, match=f"^{tmp_path}/{name}: {what}"):
-            await hosting.load(name)
+            await manager.load(name)
     assert engine.names == []
     engine.close()
 
@@ -200,7 +200,7 @@ async def test_a_configured_model_that_is_faulty_by_now_keeps_no_other_from_bein
     assert [spec.name for spec in wanted.specs] == ["cats"]
     assert {name: str(fault) for name, fault in wanted.faults.items()} == {"named": f"checkpoint {weights} is no file"}
     engine = Engine(OddDevice(), Metrics(), max_delay=0.0, max_pending=1, reply_margin=0.0, decode_threads=1, names=[])
-    await Hosting(OddDevice(), engine, config).refresh()
+    await ModelManager(OddDevice(), engine, config).refresh()
     engine.close()
     assert f"named isn't loaded: checkpoint {weights} is no file" in caplog.messages
     assert any(message.startswith("cats isn't loaded: ") for message in caplog.messages)

@@ -20,7 +20,7 @@ from tome_server.merging.support import VisionModel
 Forward: TypeAlias = Callable[..., MergedOutput]
 
 
-class SharedModel(MergedModel):
+class DataParallelModel(MergedModel):
     """A model whose images are shared out among `workers`; where they don't go round evenly, `together` has them all.
 
     `together` is MergedModel's forward pass in another way, said by `division`. Where there is none, some workers have

@@ -17,7 +17,7 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
 
-from tome_server.merging.cpu.data_parallel import SharedModel
+from tome_server.merging.cpu.data_parallel import DataParallelModel
 from tome_server.merging.cpu.kernels import PackedLinear
 from tome_server.merging.cpu.packed_blocks import pack_block, pack_blocks
 from tome_server.merging.cpu.tensor_parallel import DividedLayers, DividedModel, divide
@@ -103,13 +103,13 @@ def pack(merged: MergedModel, *, divided: bool | None = None) -> MergedModel:
     # A worker is torch's only thread, and weights that are packed in one are packed for that.
     if not divided:
         [layers] = several.each([partial(_pack, model)])
-        return SharedModel(model, proportional, layers, several)
+        return DataParallelModel(model, proportional, layers, several)
     if _divisible(model, threads):
         [packed] = several.each([partial(_divide, model, proportional, several)])
         return packed
     layers = _pack(model)
     together = MergedModel(model, proportional, layers).forward
-    return SharedModel(model, proportional, layers, several, division="images and operations", together=together)
+    return DataParallelModel(model, proportional, layers, several, division="images and operations", together=together)
 
 
 def few_threads() -> bool:

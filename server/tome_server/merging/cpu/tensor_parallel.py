@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from tome_server.merging.attention import attention
-from tome_server.merging.cpu.data_parallel import SharedModel
+from tome_server.merging.cpu.data_parallel import DataParallelModel
 from tome_server.merging.cpu.kernels import PackedLinear, gamma_of, layer_norm, scaled
 from tome_server.merging.cpu.workers import Workers
 from tome_server.merging.families.vit import BlockLayers
@@ -23,7 +23,7 @@ from tome_server.merging.support import VisionModel
 T = TypeVar("T")
 
 
-class DividedModel(SharedModel):
+class DividedModel(DataParallelModel):
     """A model whose blocks are divided (`divide`) into as many parts as there are workers.
 
     Images that don't go round evenly, a single one above all, take all workers for each block.

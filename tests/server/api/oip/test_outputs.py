@@ -10,7 +10,7 @@ from tome_server.api.oip.outputs import check_size, tensors_of, wanted_of
 from tome_server.api.oip.parameters import Terms
 from tome_server.api.rpc.convert import response_to
 from tome_server.errors import InvalidRequestError, TooLargeError
-from tome_server.execution.batch import Result
+from tome_server.execution.batch import ItemResult
 from tome_server.mac_count import MacCount
 from tome_server.models.hosted import HostedModel
 from tome_server.models.preprocess import Limits, Preprocess
@@ -34,7 +34,7 @@ BYTES = AsBytes(every=True)
 
 
 def reply(features: np.ndarray, patches: np.ndarray, token_map: np.ndarray) -> Reply:
-    result = Result((), (), features.tobytes(), token_map.tobytes(), None, patches.tobytes())
+    result = ItemResult((), (), features.tobytes(), token_map.tobytes(), None, patches.tobytes())
     return Reply(MODEL, result, 0, MODEL.cost(0), Timing(0, 0, 0, 0, 0, 0, 1))
 
 

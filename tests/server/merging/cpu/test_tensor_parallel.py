@@ -10,7 +10,7 @@ import torch
 
 from tome_server.merging import MergedModel, Schedule, macs, merge
 from tome_server.merging.cpu import packing
-from tome_server.merging.cpu.data_parallel import SharedModel
+from tome_server.merging.cpu.data_parallel import DataParallelModel
 from tome_server.merging.cpu.tensor_parallel import DividedModel
 from tome_server.merging.cpu.workers import workers
 
@@ -49,7 +49,7 @@ def same(found: torch.Tensor | None, expected: torch.Tensor | None) -> None:
 def test_results_are_those_of_the_whole_model(threads: int, pack: Pack, rs: list[int]) -> None:
     merged = small(init_values=0.3)
     packed, images = pack(merged), torch.randn(len(rs), 3, 96, 96)
-    assert isinstance(packed, SharedModel)
+    assert isinstance(packed, DataParallelModel)
     each: list[int | Sequence[int | Schedule]] = [rs, rs[0]]
     with torch.inference_mode():
         for r in each:

@@ -56,15 +56,15 @@ def _names(dtypes: Iterable[torch.dtype]) -> list[str]:
     return sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def model_gains(
+def model_speedups(
     spec: ModelSpec, device: torch.device, max_batch: int, folder: Path | None = None, *, anew: bool = False
-) -> "Gains":
-    """Return what was measured of a model on as many threads as torch is set to; see Gains."""
+) -> "Speedups":
+    """Return what was measured of a model on as many threads as torch is set to; see Speedups."""
     key = speed_key(spec, device, torch.get_num_threads(), max_batch)
-    return Gains(spec.name, key, folder, spec.profiles, anew=anew)
+    return Speedups(spec.name, key, folder, spec.profiles, anew=anew)
 
 
-class Gains:
+class Speedups:
     """What was measured under one key: all of it in one file, so that no gain outlives those that it depends on."""
 
     def __init__(
@@ -88,7 +88,7 @@ class Gains:
         # Those that this process has measured, and doesn't measure again however busy the machine is.
         self._measured: set[str] = set()
 
-    def recall(self, what: str, measure: Callable[[], float]) -> float:
+    def get_or_measure(self, what: str, measure: Callable[[], float]) -> float:
         """Return the gain called `what` as it is kept, or else measure and keep it. Raises what `measure` raises.
 
         One that was measured while the machine was busy is measured once more, and the one of less load is kept.
@@ -119,7 +119,7 @@ class Gains:
 
     def divided(self, dtype: str) -> Recall:
         """Return what `load` is to recall: what one image gains by being divided among the threads in a dtype."""
-        return partial(self.recall, f"one image divided in {dtype}")
+        return partial(self.get_or_measure, f"one image divided in {dtype}")
 
     def _read(self, folder: Path | None) -> tuple[dict[str, float], dict[str, float]] | None:
         """Return the gains that are kept, and of those measured on a busy machine the share of the time it waited."""
