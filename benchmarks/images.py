@@ -239,7 +239,7 @@ def _arguments() -> argparse.ArgumentParser:
 
 
 def _print_table(rows: Sequence[Row]) -> None:
-    print("| file | size | MiB | CPU seconds | peak memory, MiB | foretold, MiB |\n|---|---|---|---|---|---|")
+    print("| file | size | MiB | CPU seconds | peak memory, MiB | estimate, MiB |\n|---|---|---|---|---|---|")
     for row in rows:
         print(
             f"| {row.name} | {row.width}×{row.height} | {row.encoded:.1f} | {row.cpu_seconds:.2f} | {row.peak:.0f} "

@@ -205,7 +205,7 @@ def export(model: nn.Module, path: Path) -> None:
 
 
 def replace(path: Path, write: Any) -> None:
-    """Let write fill a file beside path, then move it there: nobody ever reads half a file."""
+    """Let write fill a file beside path, then rename it, so that a reader never sees half a file."""
     unfinished = path.with_name(path.name + ".part")
     write(unfinished)
     unfinished.chmod(0o644)  # safetensors makes files that only their owner may read
