@@ -20,8 +20,7 @@ import torch
 from tome_server.calibration.profiling import Run, load_of_single_images, measure
 from tome_server.config.text_file import read_text
 from tome_server.execution.executor import run_batch
-from tome_server.merging import attention
-from tome_server.merging.cpu import matching_c
+from tome_server.merging.cpu import attention_c, matching_c
 from tome_server.models.loaded import LoadedModel
 from tome_server.models.spec import weights_digest
 from tome_server.scheduling.measured import MOST_LOAD, Measured
@@ -96,7 +95,7 @@ def profile_key(model: LoadedModel, checkpoint: Path | None, device: torch.devic
         rs=grid,
         schedules="; ".join(f"{r}: {' '.join(map(str, model.schedules[r]))}" for r in grid if r in model.schedules),
         division=model.merged.division,
-        attention="C" if dtype in attention.IN_C and device.type == "cpu" else "torch",
+        attention="C" if dtype in attention_c.DTYPES and device.type == "cpu" else "torch",
         **code(device),
     )
 

@@ -24,7 +24,7 @@ from tome_server.calibration.profile_store import (
     file_name,
     write_whole,
 )
-from tome_server.merging import attention
+from tome_server.merging.cpu import attention_c
 from tome_server.merging.cpu.packing import packed_dtypes
 from tome_server.models.loading import Recall
 from tome_server.models.spec import ModelSpec
@@ -45,7 +45,7 @@ def speed_key(spec: ModelSpec, device: torch.device, threads: int, max_batch: in
         "threads": threads if on_cpu else 0,
         "max_batch": max_batch,
         "packed": _names(packed_dtypes()) if on_cpu else [],
-        "attention": _names(attention.IN_C) if on_cpu else [],
+        "attention": _names(attention_c.DTYPES) if on_cpu else [],
         **code(device),
     }
     plain: dict[str, Any] = json.loads(json.dumps(key, default=str))

@@ -14,9 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from tome_server.merging import matching as by_torch
 from tome_server.merging.attention import BiasOf
-from tome_server.merging.cpu import matching_c
+from tome_server.merging.dispatch import matcher_for
 from tome_server.merging.matching import moves
 from tome_server.merging.schedule import mergeable
 
@@ -236,16 +235,16 @@ def _merge(
     if not any(rs):
         return x
     parts = list(_split(x, [group.shape for group in groups]))
-    merging = matching_c if matching_c.serves(x, *keys) else by_torch
+    matcher = matcher_for(x, *keys)
     for i, (group, wanted) in enumerate(zip(groups, rs, strict=True)):
         r = min(wanted, mergeable(group.shape[1], prefix))
         if r == 0:
             continue
-        matching = merging.match(keys[i], r, prefix)
+        matching = matcher.match(keys[i], r, prefix)
         if group.origin is not None:
             # A source that is merged leaves no trace: its destination stays where it is.
             group.origin = group.origin.flatten()[matching.order]
-        parts[i], group.sizes = merging.combine(parts[i], group.sizes, matching)
+        parts[i], group.sizes = matcher.combine(parts[i], group.sizes, matching)
         group.bias = None if bias_of is None else bias_of(group.sizes, x.dtype)
         if group.token_map is not None:
             group.token_map = moves(matching).gather(1, group.token_map)

@@ -10,7 +10,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tome_server.mac_count import MacCount
-from tome_server.merging.cpu.kernels import PackedLinear
 from tome_server.merging.encoder import Layers
 from tome_server.merging.geometry import default_size, patch_grid
 from tome_server.merging.pooling import pooled_from, reads_prefix_only
@@ -104,5 +103,13 @@ def _head(model: VisionModel, tokens: int) -> int:
 
 
 def _linear(module: nn.Module) -> int:
-    layers = (m for m in module.modules() if isinstance(m, nn.Linear | PackedLinear))
-    return sum(layer.in_features * layer.out_features for layer in layers)
+    """Count the linear layers in `module` for one token."""
+    return sum(_per_token(layer) for layer in module.modules())
+
+
+def _per_token(layer: nn.Module) -> int:
+    # A layer that takes the place of an nn.Linear says by `macs_per_token` what it costs: there are several classes,
+    # and this module knows none.
+    if isinstance(layer, nn.Linear):
+        return layer.in_features * layer.out_features
+    return int(getattr(layer, "macs_per_token", 0))

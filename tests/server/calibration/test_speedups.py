@@ -12,8 +12,7 @@ import torch
 from tome_server.calibration import speedups
 from tome_server.calibration.cpu_load import LoadMeter
 from tome_server.calibration.speedups import Speedups, model_speedups, speed_key
-from tome_server.merging import attention
-from tome_server.merging.cpu import matching_c
+from tome_server.merging.cpu import attention_c, matching_c
 from tome_server.models.spec import ModelSpec
 
 CPU = torch.device("cpu")
@@ -155,7 +154,7 @@ def test_the_key_holds_all_that_speed_depends_on(monkeypatch: pytest.MonkeyPatch
     keys.append(key())
     monkeypatch.setattr(speedups, "packed_dtypes", lambda: (torch.float64,))
     keys.append(key())
-    monkeypatch.setattr(attention, "IN_C", {torch.float64})
+    monkeypatch.setattr(attention_c, "DTYPES", {torch.float64})
     keys.append(key())
     monkeypatch.setattr(speedups, "device_name", lambda _: "another processor")
     keys.append(key())

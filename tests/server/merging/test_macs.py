@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tome_server.merging import Schedule, UnsupportedModelError, attention, macs, merge, tokens_per_block
+from tome_server.merging import Schedule, UnsupportedModelError, dispatch, macs, merge, tokens_per_block
 
 from .small_models import KINDS, Kind
 
@@ -153,8 +153,8 @@ def counted(model: nn.Module, *arguments: Any, **options: Any) -> int:
     """MACs that torch's own counter sees, with attention in separate matrix products of torch's."""
     model.requires_grad_(False)  # the counter's module hooks trip over views of parameters
     counter = FlopCounterMode(display=False)
-    in_c = patch.object(attention, "IN_C", new=frozenset())
-    with in_c, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    by_torch = patch.object(dispatch, "ATTENTION_KERNELS", new=[])
+    with by_torch, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(*arguments, **options)
     return counter.get_total_flops() // 2
 

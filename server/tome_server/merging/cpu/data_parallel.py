@@ -10,8 +10,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from tome_server.merging.cpu.matching_c import are_recorded
 from tome_server.merging.cpu.workers import Workers
+from tome_server.merging.dispatch import is_recording
 from tome_server.merging.encoder import Layers
 from tome_server.merging.model import MergedModel, MergedOutput, in_order
 from tome_server.merging.schedule import Schedule, as_schedule
@@ -54,7 +54,7 @@ class DataParallelModel(MergedModel):
         """As MergedModel does."""
         run = partial(super().forward, return_tokens=return_tokens, return_token_map=return_token_map)
         # Recorded is what the calling thread does.
-        if are_recorded() or torch.get_num_threads() == 1 or not isinstance(images, Tensor) or len(images) == 0:
+        if is_recording() or torch.get_num_threads() == 1 or not isinstance(images, Tensor) or len(images) == 0:
             return run(images, r)
         order, count = self._order(r, self._checked(images)), self._workers.count
         if self._together is not None and len(order) % count:

@@ -30,6 +30,7 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.macs_per_token = weight.numel()
         self._kind = weight.detach().new_empty(0)
         bias = None if bias is None else bias.detach()
         alone = torch.get_num_threads() == 1 and weight.dtype == torch.float32

@@ -22,22 +22,13 @@ else:
 
 def serves(*tensors: Tensor) -> bool:
     """Return whether such tokens and keys can be matched and merged here: on the CPU and without gradients."""
-    return (
-        BUILT
-        and all(
-            type(x) is Tensor
-            and x.device.type == "cpu"
-            and x.dtype in (torch.float32, torch.bfloat16)
-            and not (x.requires_grad and torch.is_grad_enabled())
-            for x in tensors
-        )
-        and not are_recorded()
+    return BUILT and all(
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and not (x.requires_grad and torch.is_grad_enabled())
+        for x in tensors
     )
-
-
-def are_recorded() -> bool:
-    """Return whether torch's operators are recorded, to be run again without the C code that is called between them."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def match(keys: Tensor, r: int, prefix: int) -> Matching:

@@ -1,0 +1,65 @@
+"""Attention on one thread of the CPU, written in C: what `attention` computes, to rounding.
+
+It takes 0.3 to 0.7 of the time of torch's, because what is read more than once stays in the core's own cache. The C
+code is built when the package is installed; without it, or on a processor that it isn't written for, torch attends.
+"""
+
+import torch
+from torch import Tensor
+
+try:
+    from tome_server.merging.cpu import _attention
+except ImportError:
+    BUILT = False
+    _SUPPORTED = (False, False)
+else:
+    BUILT = True
+    _SUPPORTED = _attention.supported()
+
+DTYPES = frozenset(dtype for dtype, can in zip((torch.float32, torch.bfloat16), _SUPPORTED, strict=True) if can)
+"""The dtypes in which this processor can run it."""
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> bool:
+    """Return whether it takes these arguments: on the CPU, in one of `DTYPES`, for inference, on one thread."""
+    tensors = (q, k, v) if bias is None else (q, k, v, bias)
+    return (
+        q.dtype in DTYPES
+        and dropout == 0.0
+        and all(type(t) is Tensor and t.dtype == q.dtype and t.device.type == "cpu" for t in tensors)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and k.numel() > 0
+        and torch.get_num_threads() == 1
+    )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Return the attention [B, heads, Q, dim] of queries `q` [B, heads, Q, dim] to `k` and `v` [B, heads, N, dim].
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        bias: [B or 1, 1, 1, N], added to the scaled logits of each key.
+        scale: factor of the products of queries and keys.
+    """
+    batch, heads, queries, dim = q.shape
+    tokens = k.shape[2]
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    if bias is not None:
+        bias = bias.float().expand(batch, 1, 1, tokens).contiguous()
+    out = q.new_empty(batch, queries, heads, dim)
+    _attention.attend(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        (batch, heads, queries, tokens, dim),
+        q.stride()[:3],
+        k.stride()[:3],
+        v.stride()[:3],
+        scale,
+        q.dtype == torch.bfloat16,
+    )
+    return out.transpose(1, 2)
