@@ -64,7 +64,7 @@ class Layers(Protocol):
         """
         ...
 
-    def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:
+    def add_attended(self, x: Tensor, attended: Tensor, side: Tensor | None) -> Tensor:
         """Return `x` [..., channels] with what attention found, [..., heads * dim], added to it."""
         ...
 
@@ -97,7 +97,7 @@ class MergeGroup:
     """of each, before the first block"""
 
 
-def alike(embedded: Embedded, schedules: Mapping[tuple[int, ...], Sequence[int]]) -> list[MergeGroup]:
+def group_images(embedded: Embedded, schedules: Mapping[tuple[int, ...], Sequence[int]]) -> list[MergeGroup]:
     """Return the groups to encode; `schedules` gives the tokens to merge in each block, and the images for which."""
     tokens = embedded.tokens.shape[1]
     if embedded.lengths is None:
@@ -111,7 +111,7 @@ def alike(embedded: Embedded, schedules: Mapping[tuple[int, ...], Sequence[int]]
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of images that merge alike, after the last block and final norm."""
+    """Tokens of images that merge group_images, after the last block and final norm."""
 
     tokens: Tensor
     """[B, T, D]; where only the prefix was asked for, [B, prefix, D]."""
@@ -160,7 +160,7 @@ def encode(
 
 @dataclass
 class _Group:
-    """What is known of images that merge alike, on their way through the blocks."""
+    """What is known of images that merge group_images, on their way through the blocks."""
 
     images: Sequence[int]
     per_block: tuple[int, ...]
@@ -217,15 +217,15 @@ def _attend(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the tokens `x` of all groups after attention, the first `queries` of each image, and each group's keys."""
     shapes = [group.shape for group in groups]
-    qkv, beside = block.project(x)
+    qkv, side = block.project(x)
     parts = [
         block.attend(part, group.rope(rope), group.bias, queries)
         for part, group in zip(_split(qkv, shapes), groups, strict=True)
     ]
     if queries is not None:
         x = _first(x, shapes, queries)
-        beside = None if beside is None else _first(beside, shapes, queries)
-    return block.add_attended(x, _join([attended for attended, _ in parts]), beside), [keys for _, keys in parts]
+        side = None if side is None else _first(side, shapes, queries)
+    return block.add_attended(x, _join([attended for attended, _ in parts]), side), [keys for _, keys in parts]
 
 
 def _merge(

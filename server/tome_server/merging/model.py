@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from tome_server.merging.attention import size_bias, size_column
-from tome_server.merging.encoder import Layers, MergeGroup, alike, encode, select
+from tome_server.merging.encoder import Layers, MergeGroup, encode, group_images, select
 from tome_server.merging.families.naflex import patch_counts
 from tome_server.merging.geometry import check_image_size, patch_grid
 from tome_server.merging.pooling import classify, reads_prefix_only
@@ -91,7 +91,7 @@ class MergedModel(nn.Module):
         """
         schedules = self._schedules(r, self._checked(images))
         embedded = self._embed(self.model, images)
-        batches = alike(embedded, schedules)
+        batches = group_images(embedded, schedules)
         if len(batches) > 1 and self.model.training:
             raise ValueError(
                 "images of a batch can differ in r or size in eval mode only: stochastic depth drops whole images"

@@ -43,23 +43,23 @@ class PackedLayers:
         norms = first if layers.norms_first else last
         norms[:] = block.norm1, block.norm2
         scales = [getattr(block, name, nn.Identity()) for name in ("ls1", "ls2")]
-        self._enter = in_turn(first[0])
-        self._qkv: Function = in_turn(attn.qkv) if type(attn.qkv) is PackedLinear else layers.qkv
-        self._gate = None if attn.gate is None else in_turn(attn.gate, nn.Sigmoid())
-        self._attended = in_turn(attn.norm)
-        self._proj = in_turn(attn.proj, scales[0], last[0])
-        self._mlp = in_turn(first[1], block.mlp, scales[1], last[1])
+        self._enter = compose(first[0])
+        self._qkv: Function = compose(attn.qkv) if type(attn.qkv) is PackedLinear else layers.qkv
+        self._gate = None if attn.gate is None else compose(attn.gate, nn.Sigmoid())
+        self._attended = compose(attn.norm)
+        self._proj = compose(attn.proj, scales[0], last[0])
+        self._mlp = compose(first[1], block.mlp, scales[1], last[1])
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """As BlockLayers does."""
         x = self._enter(x)
         return self._qkv(x), None if self._gate is None else self._gate(x)
 
-    def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:
+    def add_attended(self, x: Tensor, attended: Tensor, side: Tensor | None) -> Tensor:
         """As BlockLayers does."""
         attended = self._attended(attended)
-        if beside is not None:
-            attended = attended * beside
+        if side is not None:
+            attended = attended * side
         return x + self._proj(attended)
 
     def add_mlp(self, x: Tensor) -> Tensor:
@@ -90,10 +90,10 @@ def pack_blocks(model: VisionModel) -> list[Layers]:
     blocks = layers_of(model)
     if type(model) is not Eva or model.rope is None:
         return [pack_block(layers) for layers in blocks]
-    rows = [_side_by_side(layers) for layers in blocks if isinstance(layers, EvaLayers)]
-    beside = all(order is not None for order in rows)
-    packed = [pack_block(layers, order if beside else None) for layers, order in zip(blocks, rows, strict=True)]
-    fix_positions(model, patch_grid(model, *default_size(model)), side_by_side=beside)
+    rows = [_interleaved_order(layers) for layers in blocks if isinstance(layers, EvaLayers)]
+    interleaved = all(order is not None for order in rows)
+    packed = [pack_block(layers, order if interleaved else None) for layers, order in zip(blocks, rows, strict=True)]
+    fix_positions(model, patch_grid(model, *default_size(model)), interleaved=interleaved)
     return packed
 
 
@@ -103,7 +103,7 @@ def pack_block(layers: Layers, rows: Tensor | None = None) -> Layers:
     `rows` is a new order of the queries', keys' and values' channels, for which pairs of them lie side by side.
     """
     if isinstance(layers, ParallelScalingLayers):
-        _pack_side_by_side(layers.block)
+        _pack_parallel_scaling(layers.block)
         return layers
     if isinstance(layers, ParallelThingsLayers):
         for branch in layers.block.attns:
@@ -123,7 +123,7 @@ def pack_block(layers: Layers, rows: Tensor | None = None) -> Layers:
     return layers if scaled_apart else PackedLayers(layers)
 
 
-def in_turn(*modules: nn.Module) -> Function:
+def compose(*modules: nn.Module) -> Function:
     """Return what modules do one after the other in eval mode, without the modules where that is possible."""
     functions = [_bare(module) for module in _flat(modules)]
     if not functions:
@@ -151,7 +151,7 @@ def _bare(module: Any) -> Function:
     return function
 
 
-def _side_by_side(layers: EvaLayers) -> Tensor | None:
+def _interleaved_order(layers: EvaLayers) -> Tensor | None:
     """Return the order of channels in which pairs, now half of a head apart, lie side by side; None if that can't be.
 
     Queries and keys find each other by it as before. Turning pairs then takes no copy of them.
@@ -222,7 +222,7 @@ def _packed_mlp(mlp: Any, owner: Any, scale: str) -> nn.Module:
     return unknown
 
 
-def _pack_side_by_side(block: Any) -> None:
+def _pack_parallel_scaling(block: Any) -> None:
     if type(block.in_proj) is nn.Linear:
         weight, bias = block.in_proj.weight, _bias(block.in_proj)
         if bias is None and block.mlp_bias is not None:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from tome_server.merging.cpu.data_parallel import DataParallelModel
 from tome_server.merging.cpu.kernels import PackedLinear
 from tome_server.merging.cpu.packed_blocks import pack_block, pack_blocks
-from tome_server.merging.cpu.tensor_parallel import DividedLayers, DividedModel, divide
-from tome_server.merging.cpu.workers import Workers, workers
-from tome_server.merging.encoder import Embedded, Layers, alike, encode
+from tome_server.merging.cpu.tensor_parallel import TensorParallelLayers, TensorParallelModel, divide
+from tome_server.merging.cpu.workers import Workers, shared_workers
+from tome_server.merging.encoder import Embedded, Layers, encode, group_images
 from tome_server.merging.geometry import default_size
 from tome_server.merging.model import MergedModel
 from tome_server.merging.support import EMBED, LAYERS, VisionModel
@@ -99,17 +99,17 @@ def pack(merged: MergedModel, *, divided: bool | None = None) -> MergedModel:
     threads = torch.get_num_threads()
     if not few_threads():
         return MergedModel(model, proportional, _pack(model))
-    several = workers(threads)
+    workers = shared_workers(threads)
     # A worker is torch's only thread, and weights that are packed in one are packed for that.
     if not divided:
-        [layers] = several.each([partial(_pack, model)])
-        return DataParallelModel(model, proportional, layers, several)
+        [layers] = workers.each([partial(_pack, model)])
+        return DataParallelModel(model, proportional, layers, workers)
     if _divisible(model, threads):
-        [packed] = several.each([partial(_divide, model, proportional, several)])
+        [packed] = workers.each([partial(_divide, model, proportional, workers)])
         return packed
     layers = _pack(model)
     together = MergedModel(model, proportional, layers).forward
-    return DataParallelModel(model, proportional, layers, several, division="images and operations", together=together)
+    return DataParallelModel(model, proportional, layers, workers, division="images and operations", together=together)
 
 
 def few_threads() -> bool:
@@ -123,10 +123,10 @@ def division_gain(merged: MergedModel) -> float:
 
     Merged about as much as in the middle of an r grid.
     """
-    model, several = merged.model, workers(torch.get_num_threads())
+    model, workers = merged.model, shared_workers(torch.get_num_threads())
 
     def in_worker(call: Callable[[], T]) -> T:
-        return several.each([call])[0]
+        return workers.each([call])[0]
 
     def here(call: Callable[[], T]) -> T:
         return call()
@@ -136,10 +136,10 @@ def division_gain(merged: MergedModel) -> float:
     embedded = EMBED[type(model)](model, image)
     whole = in_worker(lambda: pack_block(LAYERS[type(block)](_copy(block))))
     ways: list[tuple[Callable[[Callable[[], float]], float], Layers]] = [(in_worker, whole)]
-    if _divisible(model, several.count):
+    if _divisible(model, workers.count):
         parts = _copy(block)
-        in_worker(lambda: divide(parts, several.count))
-        ways.append((in_worker, DividedLayers(parts, several)))
+        in_worker(lambda: divide(parts, workers.count))
+        ways.append((in_worker, TensorParallelLayers(parts, workers)))
     else:
         ways.append((here, pack_block(LAYERS[type(block)](_copy(block)))))
     best = [float("inf")] * len(ways)
@@ -166,16 +166,16 @@ def _has_bfloat16() -> bool:
     return supported
 
 
-def _divide(model: VisionModel, proportional_attention: bool, several: Workers) -> MergedModel:
+def _divide(model: VisionModel, proportional_attention: bool, workers: Workers) -> MergedModel:
     _pack_patches(model)
     for block in model.blocks:
-        divide(block, several.count)
-    return DividedModel(model, proportional_attention, several)
+        divide(block, workers.count)
+    return TensorParallelModel(model, proportional_attention, workers)
 
 
 def _seconds(block: Layers, embedded: Embedded, prefix: int) -> float:
     """Return how long the tokens of one image take to pass a block."""
-    batches = alike(embedded, {(embedded.tokens.shape[1] // 24,): [0]})
+    batches = group_images(embedded, {(embedded.tokens.shape[1] // 24,): [0]})
     start = time.perf_counter()
     encode(embedded, [block], nn.Identity(), batches, prefix=prefix, bias_of=None, prefix_only=False, track=False)
     return time.perf_counter() - start

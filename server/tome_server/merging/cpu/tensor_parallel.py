@@ -7,7 +7,7 @@ they find is added up.
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -21,16 +21,17 @@ from tome_server.merging.model import MergedModel, MergedOutput
 from tome_server.merging.support import VisionModel
 
 T = TypeVar("T")
+Run: TypeAlias = Callable[[Sequence[Callable[[], Any]]], list[Any]]
 
 
-class DividedModel(DataParallelModel):
+class TensorParallelModel(DataParallelModel):
     """A model whose blocks are divided (`divide`) into as many parts as there are workers.
 
     Images that don't go round evenly, a single one above all, take all workers for each block.
     """
 
     def __init__(self, model: VisionModel, proportional_attention: bool, workers: Workers) -> None:
-        layers = [DividedLayers(block, workers) for block in model.blocks]
+        layers = [TensorParallelLayers(block, workers) for block in model.blocks]
         all_workers = MergedModel(model, proportional_attention, layers).forward
 
         def together(*args: Any, **kwargs: Any) -> MergedOutput:
@@ -39,14 +40,14 @@ class DividedModel(DataParallelModel):
         super().__init__(
             model,
             proportional_attention,
-            [DividedLayers(block) for block in model.blocks],
+            [TensorParallelLayers(block) for block in model.blocks],
             workers,
             division="images and blocks",
             together=together,
         )
 
 
-class DividedLayers(BlockLayers):
+class TensorParallelLayers(BlockLayers):
     """A divided block, on `workers`, or where there are none one part after the other."""
 
     def __init__(self, block: Block, workers: Workers | None = None) -> None:
@@ -54,8 +55,8 @@ class DividedLayers(BlockLayers):
         self._norm1, self._norm2 = layer_norm(block.norm1), layer_norm(block.norm2)
         attn, mlp = block.attn, block.mlp
         self._attentions = [partial(self._attend, qkv, proj) for qkv, proj in zip(attn.qkv, attn.proj, strict=True)]
-        self._mlps = [partial(self._think, fc1, fc2) for fc1, fc2 in zip(mlp.fc1, mlp.fc2, strict=True)]
-        self._each: Callable[[Sequence[Callable[[], T]]], list[T]] = _in_turn if workers is None else workers.beside
+        self._mlps = [partial(self._run_mlp, fc1, fc2) for fc1, fc2 in zip(mlp.fc1, mlp.fc2, strict=True)]
+        self._each: Run = _one_by_one if workers is None else workers.each_with_caller
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return `x` after its norm: each part projects for itself."""
@@ -83,7 +84,7 @@ class DividedLayers(BlockLayers):
         out = attention(q[:, :, :queries], k, v, bias, dropout=0.0, scale=self.attn.scale)
         return proj(out.transpose(1, 2).flatten(2)), k.sum(dim=1, keepdim=True)
 
-    def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:  # noqa: ARG002  there is none
+    def add_attended(self, x: Tensor, attended: Tensor, side: Tensor | None) -> Tensor:  # noqa: ARG002  there is none
         """As BlockLayers does."""
         return x + attended
 
@@ -97,7 +98,7 @@ class DividedLayers(BlockLayers):
         return x
 
     @staticmethod
-    def _think(fc1: PackedLinear, fc2: PackedLinear, x: Tensor) -> Tensor:
+    def _run_mlp(fc1: PackedLinear, fc2: PackedLinear, x: Tensor) -> Tensor:
         found: Tensor = fc2(fc1(x))
         return found
 
@@ -129,5 +130,5 @@ def _shares(whole: int, count: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
-def _in_turn(calls: Sequence[Callable[[], T]]) -> list[T]:
+def _one_by_one(calls: Sequence[Callable[[], T]]) -> list[T]:
     return [call() for call in calls]

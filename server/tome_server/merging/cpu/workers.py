@@ -24,7 +24,7 @@ class _Task(NamedTuple):
 
 
 class Workers:
-    """So many threads. Safe to use from several; not from a worker, but for `beside` from the first."""
+    """So many threads. Safe to use from several; not from a worker, but for `each_with_caller` from the first."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -40,7 +40,7 @@ class Workers:
         """Run the first call on the first worker, and so on. Returns what they return; raises what the first raises."""
         return self._run(calls, None)
 
-    def beside(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+    def each_with_caller(self, calls: Sequence[Callable[[], T]]) -> list[T]:
         """As `each`, but run the first call in the calling thread, which may be the first worker."""
         return self._run(calls[1:], calls[0])
 
@@ -67,7 +67,7 @@ class Workers:
 
 
 @cache
-def workers(count: int) -> Workers:
+def shared_workers(count: int) -> Workers:
     """Return the process's workers, so many."""
     return Workers(count)
 

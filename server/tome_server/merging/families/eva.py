@@ -67,13 +67,13 @@ class FixedPositions(nn.Module):
     """One of timm's rotary embeddings with its table for one grid of patches at hand.
 
     timm makes most of them in every call, that of DINOv3 on the host, from where it is copied to the device.
-    `side_by_side` puts a channel's pair next to it, from half of the channels away.
+    `interleaved` puts a channel's pair next to it, from half of the channels away.
     """
 
-    def __init__(self, rope: nn.Module, grid: tuple[int, int], side_by_side: bool = False) -> None:
+    def __init__(self, rope: nn.Module, grid: tuple[int, int], interleaved: bool = False) -> None:
         super().__init__()
         self.rope: Any = rope
-        self._grid, self._side_by_side = grid, side_by_side
+        self._grid, self._interleaved = grid, interleaved
         self.table = self._made(grid)
         self.tables: list[Tensor] = []
         """what `rope_tables` makes of it"""
@@ -91,19 +91,19 @@ class FixedPositions(nn.Module):
 
     def _made(self, shape: Sequence[int]) -> Tensor:
         table: Tensor = self.rope.get_embed(shape=shape)
-        if not self._side_by_side:
+        if not self._interleaved:
             return table
         sin, cos = (part[..., : part.shape[-1] // 2].repeat_interleave(2, dim=-1) for part in table.chunk(2, dim=-1))
         return torch.cat([sin, cos], dim=-1)
 
 
-def fix_positions(model: Any, grid: tuple[int, int], side_by_side: bool = False) -> None:
+def fix_positions(model: Any, grid: tuple[int, int], interleaved: bool = False) -> None:
     """Have an Eva's table of rotary positions for images of `grid` patches made once.
 
-    For inference only: it changes `model`, though not what that computes, unless `side_by_side`, see FixedPositions.
+    For inference only: it changes `model`, though not what that computes, unless `interleaved`, see FixedPositions.
     """
     if type(model) is Eva and model.rope is not None and type(model.rope) is not FixedPositions:
-        model.rope = FixedPositions(model.rope, grid, side_by_side)
+        model.rope = FixedPositions(model.rope, grid, interleaved)
         model.rope.tables = rope_tables(model, model.rope.table, model.rope_mixed)
 
 
@@ -182,9 +182,9 @@ class EvaLayers:
         output: Tensor = self.attn.proj_drop(self.attn.proj(attended))
         return output
 
-    def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:
-        """As encoder.Layers says; `beside` is the gate."""
-        found = self.attention_output(attended, beside)
+    def add_attended(self, x: Tensor, attended: Tensor, side: Tensor | None) -> Tensor:
+        """As encoder.Layers says; `side` is the gate."""
+        found = self.attention_output(attended, side)
         if self.block.gamma_1 is not None:
             found = self.block.gamma_1 * found
         added: Tensor = x + self.block.drop_path1(found)
@@ -209,9 +209,9 @@ class EvaPostNormLayers(EvaLayers):
         """As EvaLayers does, without a norm."""
         return self.project_normed(x)
 
-    def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:
-        """As encoder.Layers says; `beside` is the gate."""
-        found: Tensor = self.block.drop_path1(self.block.norm1(self.attention_output(attended, beside)))
+    def add_attended(self, x: Tensor, attended: Tensor, side: Tensor | None) -> Tensor:
+        """As encoder.Layers says; `side` is the gate."""
+        found: Tensor = self.block.drop_path1(self.block.norm1(self.attention_output(attended, side)))
         return x + found
 
     def add_mlp(self, x: Tensor) -> Tensor:

@@ -48,14 +48,14 @@ class ParallelScalingLayers:
         """As encoder.Layers says."""
         return self_attention(self.block, qkv, bias, queries)
 
-    def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:
-        """Return `x` with all that the block found added to it; `beside` is the MLP's hidden channels."""
+    def add_attended(self, x: Tensor, attended: Tensor, side: Tensor | None) -> Tensor:
+        """Return `x` with all that the block found added to it; `side` is the MLP's hidden channels."""
         block = self.block
-        assert beside is not None
+        assert side is not None
         if block.out_proj is not None:
-            found = block.out_proj(torch.cat([attended, beside], dim=-1))
+            found = block.out_proj(torch.cat([attended, side], dim=-1))
         else:
-            found = block.attn_out_proj(attended) + block.mlp_out_proj(beside)
+            found = block.attn_out_proj(attended) + block.mlp_out_proj(side)
         added: Tensor = block.drop_path(block.ls(found))
         return x + added
 
@@ -96,7 +96,7 @@ class ParallelThingsLayers:
         found: Tensor = branch.drop_path(branch.ls(attn.proj_drop(attn.proj(attn.norm(out)))))
         return found, k.sum(dim=1, keepdim=True)
 
-    def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:  # noqa: ARG002  there is none
+    def add_attended(self, x: Tensor, attended: Tensor, side: Tensor | None) -> Tensor:  # noqa: ARG002  there is none
         """Return `x` with the sum of what the attentions found added to it."""
         return x + attended
 

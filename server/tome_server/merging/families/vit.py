@@ -79,9 +79,9 @@ class BlockLayers:
         output: Tensor = self.attn.proj_drop(self.attn.proj(attended))
         return output
 
-    def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:
-        """As encoder.Layers says; `beside` is the gate."""
-        found: Tensor = self.block.drop_path1(self.block.ls1(self.attention_output(attended, beside)))
+    def add_attended(self, x: Tensor, attended: Tensor, side: Tensor | None) -> Tensor:
+        """As encoder.Layers says; `side` is the gate."""
+        found: Tensor = self.block.drop_path1(self.block.ls1(self.attention_output(attended, side)))
         return x + found
 
     def add_mlp(self, x: Tensor) -> Tensor:
@@ -100,9 +100,9 @@ class ResPostLayers(BlockLayers):
         """As BlockLayers does, without a norm."""
         return self.project_normed(x)
 
-    def add_attended(self, x: Tensor, attended: Tensor, beside: Tensor | None) -> Tensor:
-        """As encoder.Layers says; `beside` is the gate."""
-        found: Tensor = self.block.drop_path1(self.block.norm1(self.attention_output(attended, beside)))
+    def add_attended(self, x: Tensor, attended: Tensor, side: Tensor | None) -> Tensor:
+        """As encoder.Layers says; `side` is the gate."""
+        found: Tensor = self.block.drop_path1(self.block.norm1(self.attention_output(attended, side)))
         return x + found
 
     def add_mlp(self, x: Tensor) -> Tensor:

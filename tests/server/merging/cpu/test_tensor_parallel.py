@@ -11,8 +11,8 @@ import torch
 from tome_server.merging import MergedModel, Schedule, macs, merge
 from tome_server.merging.cpu import packing
 from tome_server.merging.cpu.data_parallel import DataParallelModel
-from tome_server.merging.cpu.tensor_parallel import DividedModel
-from tome_server.merging.cpu.workers import workers
+from tome_server.merging.cpu.tensor_parallel import TensorParallelModel
+from tome_server.merging.cpu.workers import shared_workers
 
 from ..small_models import OTHER_KINDS
 
@@ -161,7 +161,7 @@ def test_blocks_are_divided_where_a_single_image_gains_enough(
     gain: float, divided: bool, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "division_gain", lambda _: gain)
-    assert isinstance(packing.pack(small()), DividedModel) == divided
+    assert isinstance(packing.pack(small()), TensorParallelModel) == divided
 
 
 def test_what_a_single_image_gains_is_measured_and_changes_nothing(threads: int) -> None:
@@ -177,11 +177,11 @@ def test_workers_run_by_themselves_in_the_callers_mode() -> None:
         return torch.get_num_threads(), torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
     before = torch.get_num_threads()
-    assert workers(2).each([seen, seen]) == [(1, False, True)] * 2
+    assert shared_workers(2).each([seen, seen]) == [(1, False, True)] * 2
     with torch.no_grad():
-        assert workers(2).each([seen]) == [(1, False, False)]
+        assert shared_workers(2).each([seen]) == [(1, False, False)]
     with torch.inference_mode():
-        assert workers(2).beside([seen, seen]) == [(before, True, False), (1, True, False)]
+        assert shared_workers(2).each_with_caller([seen, seen]) == [(before, True, False), (1, True, False)]
     assert torch.get_num_threads() == before
 
 
@@ -191,9 +191,9 @@ def test_what_a_worker_raises_is_raised_once_all_are_done() -> None:
     def fails() -> None:
         raise RuntimeError("no")
 
-    for run in (workers(2).each, workers(2).beside):
+    for run in (shared_workers(2).each, shared_workers(2).each_with_caller):
         for calls in ([fails, lambda: done.append(1)], [lambda: done.append(1), fails]):
             with pytest.raises(RuntimeError, match="no"):
                 run(calls)
     assert len(done) == 4
-    assert workers(2).each([lambda: 1, lambda: 2]) == [1, 2]
+    assert shared_workers(2).each([lambda: 1, lambda: 2]) == [1, 2]
