@@ -1,8 +1,12 @@
 """timm's Eva (EVA, EVA-02, DINOv3, Perception Encoder, RoPE-ViT and others) with token merging.
 
-Compared with timm's own: the keys also serve as the similarity metric, before their rotation, so that tokens are
-compared by what they show and not by where; rotary positions follow the tokens, a merged token keeping that of its
-destination; tokens are merged between attention and MLP; and attention weighs each token by the patches it stands for.
+Four things differ from timm's forward pass:
+
+- The keys also serve as the similarity metric, taken before their rotation: tokens are compared by what they show, not
+  by where they are.
+- Rotary positions follow the tokens: a merged token keeps the position of its destination.
+- Tokens are merged between attention and MLP.
+- Attention weighs each token by the number of patches it stands for.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,19 +14,21 @@ from typing import Any
 
 import torch
 from timm.layers import AttentionRope
-from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tome_server.merging.attention import attention
 from tome_server.merging.encoder import Embedded
+from tome_server.merging.families.sequential import PostNorm, SequentialLayers
 
 
 def embed(model: Eva, images: Tensor) -> Embedded:
-    """Return `images` [B, C, H, W] as tokens with their rotary positions.
+    """Return the tokens of `images` [B, C, H, W] and their rotary positions.
 
-    Raises ValueError in training mode with patch dropout, after which positions would differ between images.
+    Raises:
+        ValueError: the model is in training mode with patch dropout, after which images would differ in positions.
     """
     if model.training and model.patch_drop is not None:
         raise ValueError("patches can't be dropped (patch_drop_rate) in training mode where tokens are merged")
@@ -31,10 +37,13 @@ def embed(model: Eva, images: Tensor) -> Embedded:
 
 
 def rope_tables(model: Eva | NaFlexVit, rope: Tensor | Sequence[Tensor] | None, mixed: bool) -> list[Tensor] | None:
-    """Return each block's rotary positions, as complex numbers [B or 1, N, heads or 1, dim / 2].
+    """Return the rotary positions for each block, as complex numbers [B or 1, N, heads or 1, dim / 2].
 
-    `rope` is what timm makes: sines and then cosines, [patches, 2 * dim], [heads, patches, 2 * dim] or [B, heads or 1,
-    patches, 2 * dim]; where they are `mixed`, one for each block.
+    Args:
+        model: the model whose blocks they are for.
+        rope: timm's table, sines followed by cosines: [patches, 2 * dim], [heads, patches, 2 * dim] or
+            [B, heads or 1, patches, 2 * dim]. None for a model without rotary positions.
+        mixed: whether `rope` holds a table for each block instead of one for all.
     """
     if rope is None:
         return None
@@ -43,53 +52,59 @@ def rope_tables(model: Eva | NaFlexVit, rope: Tensor | Sequence[Tensor] | None, 
         return fixed.tables
     prefix, halves = int(model.num_prefix_tokens), [_rotates_half(block.attn) for block in model.blocks]
     if mixed:
-        return [_turns(own, half, prefix) for own, half in zip(rope, halves, strict=True)]
+        return [_rotations(table, half, prefix) for table, half in zip(rope, halves, strict=True)]
     assert isinstance(rope, Tensor)
-    tables = {half: _turns(rope, half, prefix) for half in set(halves)}
+    tables = {half: _rotations(rope, half, prefix) for half in set(halves)}
     return [tables[half] for half in halves]
 
 
-def _turns(rope: Tensor, half: bool, prefix: int) -> Tensor:
-    """Return a table of timm's as complex numbers of length 1, with 1 for prefix tokens, which have no position."""
+def _rotations(rope: Tensor, half: bool, prefix: int) -> Tensor:
+    """Return one of timm's tables as complex numbers of length 1. Prefix tokens, which have no position, get 1."""
     rope = rope[(None,) * (4 - rope.ndim)].transpose(1, 2)
     sin, cos = rope.to(torch.promote_types(rope.dtype, torch.float32)).chunk(2, dim=-1)
-    # timm has every number twice, for either channel of a pair.
+    # timm repeats every number, for both channels of a pair.
     once = slice(cos.shape[-1] // 2) if half else slice(None, None, 2)
     return F.pad(torch.complex(cos[..., once], sin[..., once]), (0, 0, 0, 0, prefix, 0), value=1.0)
 
 
 def _rotates_half(attn: EvaAttention | AttentionRope) -> bool:
-    """Return whether a channel's pair is half of the channels away, and not beside it."""
+    """Return whether the two channels of a pair lie half a head apart, instead of next to each other."""
     return getattr(attn, "rotate_half", False)  # not in all versions of timm
 
 
 class FixedPositions(nn.Module):
-    """One of timm's rotary embeddings with its table for one grid of patches at hand.
+    """One of timm's rotary embeddings, with its table for one grid of patches computed in advance.
 
-    timm makes most of them in every call, that of DINOv3 on the host, from where it is copied to the device.
-    `interleaved` puts a channel's pair next to it, from half of the channels away.
+    timm computes most tables in every call; DINOv3's on the host, from where it is then copied to the device.
     """
 
     def __init__(self, rope: nn.Module, grid: tuple[int, int], interleaved: bool = False) -> None:
+        """Compute the table.
+
+        Args:
+            rope: timm's rotary embedding.
+            grid: rows and columns of patches.
+            interleaved: change the order of channels, from pairs that lie half a head apart to pairs of neighbours.
+        """
         super().__init__()
         self.rope: Any = rope
         self._grid, self._interleaved = grid, interleaved
-        self.table = self._made(grid)
+        self.table = self._compute(grid)
         self.tables: list[Tensor] = []
-        """what `rope_tables` makes of it"""
+        """`rope_tables` of `table`"""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FixedPositions":
-        # It goes where the model goes, but keeps its type: timm makes it float32 whatever the weights are.
+        # The tables move with the model but keep their dtype: timm's are float32 whatever the weights are.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = fn(self.table).device
         self.table, self.tables = self.table.to(device), [table.to(device) for table in self.tables]
         return self
 
     def get_embed(self, shape: Sequence[int]) -> Tensor:
-        """Return the table for a grid of `shape`: [patches, 2 * dim], or where positions are mixed timm's for those."""
-        return self.table if tuple(shape) == self._grid else self._made(shape)
+        """Return timm's table for `shape`, rows and columns of patches: [patches, 2 * dim], or timm's mixed form."""
+        return self.table if tuple(shape) == self._grid else self._compute(shape)
 
-    def _made(self, shape: Sequence[int]) -> Tensor:
+    def _compute(self, shape: Sequence[int]) -> Tensor:
         table: Tensor = self.rope.get_embed(shape=shape)
         if not self._interleaved:
             return table
@@ -98,40 +113,26 @@ class FixedPositions(nn.Module):
 
 
 def fix_positions(model: Any, grid: tuple[int, int], interleaved: bool = False) -> None:
-    """Have an Eva's table of rotary positions for images of `grid` patches made once.
+    """Compute an Eva's rotary positions once, for images of `grid` (rows, columns) patches. For inference only.
 
-    For inference only: it changes `model`, though not what that computes, unless `interleaved`, see FixedPositions.
+    It changes `model`, but not its results unless `interleaved` (see FixedPositions). Other models stay as they are.
     """
     if type(model) is Eva and model.rope is not None and type(model.rope) is not FixedPositions:
         model.rope = FixedPositions(model.rope, grid, interleaved)
         model.rope.tables = rope_tables(model, model.rope.table, model.rope_mixed)
 
 
-class EvaLayers:
-    """timm's EvaBlock: norms come first."""
-
-    norms_first = True
+class EvaLayers(SequentialLayers):
+    """timm's EvaBlock, with the norms first."""
 
     def __init__(self, block: EvaBlock) -> None:
-        self.block = block
-        self.attn: EvaAttention | AttentionRope = block.attn
-        self.heads: int = block.attn.num_heads
+        super().__init__(block)
         self.key_heads: int = getattr(block.attn, "num_kv_heads", self.heads)
         self.head_dim: int = block.attn.proj.in_features // self.heads
-        self.gate: nn.Linear | None = getattr(block.attn, "gate", None)  # not in all versions of timm
         self.rotate_half = _rotates_half(block.attn)
-        self.before, self.after = (block.attn,), (block.mlp,)
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return queries, keys and values [..., (heads + 2 * key_heads) * dim], and where it is gated the gate."""
-        return self.project_normed(self.block.norm1(x))
-
-    def project_normed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As project, of tokens that are normed already or never are."""
-        return self.qkv(x), None if self.gate is None else self.gate(x).sigmoid()
 
     def qkv(self, x: Tensor) -> Tensor:
-        """Return queries, keys and values alone."""
+        """Return queries, keys and values [..., (heads + 2 * key_heads) * dim] of tokens after their norm."""
         attn = self.attn
         if attn.qkv is None:
             return torch.cat([attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)], dim=-1)
@@ -146,7 +147,7 @@ class EvaLayers:
     def attend(
         self, qkv: Tensor, rope: Tensor | None, bias: Tensor | None, queries: int | None
     ) -> tuple[Tensor, Tensor]:
-        """As encoder.Layers says."""
+        """Return attention's output [B, queries or N, heads * dim] and the keys [B, key_heads, N, dim] unrotated."""
         attn = self.attn
         batch, tokens, _ = qkv.shape
         per_head = qkv.view(batch, tokens, -1, self.head_dim)
@@ -157,64 +158,39 @@ class EvaLayers:
         if rope is not None:
             q, k = self._rotated(q, rope[:, :queries]).type_as(v), self._rotated(k, rope).type_as(v)
         if self.key_heads < self.heads:
-            shared = self.heads // self.key_heads
-            k, v = k.repeat_interleave(shared, dim=2), v.repeat_interleave(shared, dim=2)
+            repeats = self.heads // self.key_heads
+            k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
         dropout = attn.attn_drop.p if attn.training else 0.0
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out = attention(q, k, v, bias, dropout=dropout, scale=attn.scale)
         return out.transpose(1, 2).flatten(2), content.transpose(1, 2)
 
     def _rotated(self, x: Tensor, rope: Tensor) -> Tensor:
-        """Return `x` [B, N, heads, dim] with each pair of its channels, as a complex number, times that of `rope`.
+        """Multiply each pair of channels of `x` [B, N, heads, dim], as a complex number, by its position in `rope`.
 
-        Pairs come side by side: what order channels have matters to no one, if it is that of queries and of keys.
+        The result has pairs as neighbours. Any order of channels will do, as long as queries and keys share it.
         """
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        own = x.shape[:-1]
-        pairs = x.view(*own, 2, -1).mT.contiguous() if self.rotate_half else x.view(*own, -1, 2)
+        leading = x.shape[:-1]
+        pairs = x.view(*leading, 2, -1).mT.contiguous() if self.rotate_half else x.view(*leading, -1, 2)
         return torch.view_as_real(torch.view_as_complex(pairs) * rope).flatten(-2)
 
-    def attention_output(self, attended: Tensor, gate: Tensor | None) -> Tensor:
-        """Return what attention itself gives, [..., channels]."""
-        attended = self.attn.norm(attended)
-        if gate is not None:
-            attended = attended * gate
-        output: Tensor = self.attn.proj_drop(self.attn.proj(attended))
-        return output
-
     def add_attended(self, x: Tensor, attended: Tensor, side: Tensor | None) -> Tensor:
-        """As encoder.Layers says; `side` is the gate."""
-        found = self.attention_output(attended, side)
+        """Return `x` plus attention's output; `side` is the gate."""
+        output = self.attention_output(attended, side)
         if self.block.gamma_1 is not None:
-            found = self.block.gamma_1 * found
-        added: Tensor = x + self.block.drop_path1(found)
-        return added
+            output = self.block.gamma_1 * output
+        output = self.block.drop_path1(output)
+        return x + output
 
     def add_mlp(self, x: Tensor) -> Tensor:
-        """Return `x` with what the MLP makes of it added to it."""
-        made: Tensor = self.block.mlp(self.block.norm2(x))
+        """Return `x` plus the MLP's output."""
+        output: Tensor = self.block.mlp(self.block.norm2(x))
         if self.block.gamma_2 is not None:
-            made = self.block.gamma_2 * made
-        made = self.block.drop_path2(made)
-        return x + made
+            output = self.block.gamma_2 * output
+        output = self.block.drop_path2(output)
+        return x + output
 
 
-class EvaPostNormLayers(EvaLayers):
-    """timm's EvaBlockPostNorm: norms come last, before the sum."""
-
-    norms_first = False
-    block: EvaBlockPostNorm
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As EvaLayers does, without a norm."""
-        return self.project_normed(x)
-
-    def add_attended(self, x: Tensor, attended: Tensor, side: Tensor | None) -> Tensor:
-        """As encoder.Layers says; `side` is the gate."""
-        found: Tensor = self.block.drop_path1(self.block.norm1(self.attention_output(attended, side)))
-        return x + found
-
-    def add_mlp(self, x: Tensor) -> Tensor:
-        """Return `x` with what the MLP makes of it added to it."""
-        made: Tensor = self.block.drop_path2(self.block.norm2(self.block.mlp(x)))
-        return x + made
+class EvaPostNormLayers(PostNorm, EvaLayers):
+    """timm's EvaBlockPostNorm, with the norms last."""

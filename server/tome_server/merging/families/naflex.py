@@ -1,7 +1,7 @@
 """timm's NaFlexVit with token merging. Its blocks are those of timm's VisionTransformer or Eva.
 
-Compared with timm's own, beside what is different there: padding is cut off where timm masks it, and images with
-different numbers of patches go through the blocks end to end. No padding can then be merged with a patch.
+One more thing differs from timm's forward pass than in those: padding is cut off instead of masked, and images with
+different numbers of patches go through the blocks end to end. So no padding can be merged with a patch.
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,16 @@ INPUTS = ("patches", "patch_coord", "patch_valid")
 
 
 def embed(model: NaFlexVit, images: Tensor | Mapping[str, Tensor]) -> Embedded:
-    """Return images as tokens with their rotary positions, if they have any.
+    """Return the tokens of images, and their rotary positions if the model has any.
 
-    `images` is [B, C, H, W] or, as timm's NaFlex loaders give them, a mapping of `patches` [B, patches, P * P * C],
-    `patch_coord` [B, patches, 2] (row and column of each) and `patch_valid` [B, patches], false where there is padding.
-    Raises ValueError unless padding comes last, and in training mode with patch dropout, after which positions would
-    differ between images.
+    Args:
+        model: the model.
+        images: [B, C, H, W], or a mapping as timm's NaFlex loaders make it: `patches` [B, patches, P * P * C],
+            `patch_coord` [B, patches, 2] (row and column) and `patch_valid` [B, patches], false for padding.
+
+    Raises:
+        ValueError: padding isn't last, or the model is in training mode with patch dropout, after which images would
+            differ in positions.
     """
     if model.training and model.patch_drop is not None:
         raise ValueError("patches can't be dropped (patch_drop_rate) in training mode where tokens are merged")
@@ -29,14 +33,18 @@ def embed(model: NaFlexVit, images: Tensor | Mapping[str, Tensor]) -> Embedded:
         embedded = model._forward_embeds(images, patch_coord=None, patch_valid=None, attn_mask=None)
         return Embedded(embedded["patches"], rope_tables(model, embedded["rope_embeds"], model.rope_is_mixed))
     lengths = [model.num_prefix_tokens + patches for patches in patch_counts(images)]
-    # Without patch_valid, which would only make a mask that isn't needed.
+    # patch_valid is left out: timm would only make a mask of it, and padding is cut off instead.
     embedded = model._forward_embeds(images["patches"], images["patch_coord"], patch_valid=None, attn_mask=None)
     ropes = rope_tables(model, embedded["rope_embeds"], model.rope_is_mixed)
     return Embedded(embedded["patches"], ropes, lengths)
 
 
 def patch_counts(images: Mapping[str, Tensor]) -> list[int]:
-    """Return how many patches each image has. Raises ValueError if it has none, or padding isn't last or misfits."""
+    """Return the number of patches of each image.
+
+    Raises:
+        ValueError: an input is missing, shapes don't fit each other, padding isn't last, or an image has no patches.
+    """
     if sorted(images) != sorted(INPUTS):
         raise ValueError(f"images as patches are a mapping of {', '.join(INPUTS)}, not of {', '.join(images)}")
     patches, coord, valid = (images[name] for name in INPUTS)

@@ -1,19 +1,20 @@
 """timm's VisionTransformer with token merging: blocks in which attention comes before the MLP.
 
-Compared with timm's own: the keys also serve as the similarity metric; tokens are merged between attention and MLP;
-and attention weighs each token by the patches it stands for.
+Three things differ from timm's forward pass: the keys also serve as the similarity metric, tokens are merged between
+attention and MLP, and attention weighs each token by the number of patches it stands for.
 """
 
 from timm.layers import Attention
-from timm.models.vision_transformer import Block, ParallelScalingBlock, ResPostBlock, VisionTransformer
-from torch import Tensor, nn
+from timm.models.vision_transformer import Block, ParallelScalingBlock, VisionTransformer
+from torch import Tensor
 
 from tome_server.merging.attention import attention
 from tome_server.merging.encoder import Embedded
+from tome_server.merging.families.sequential import PostNorm, SequentialLayers
 
 
 def embed(model: VisionTransformer, images: Tensor) -> Embedded:
-    """Return `images` [B, C, H, W] as tokens."""
+    """Return the tokens of `images` [B, C, H, W]."""
     x = model._pos_embed(model.patch_embed(images))
     return Embedded(model.norm_pre(model.patch_drop(x)))
 
@@ -21,10 +22,16 @@ def embed(model: VisionTransformer, images: Tensor) -> Embedded:
 def self_attention(
     part: Attention | ParallelScalingBlock, qkv: Tensor, bias: Tensor | None, queries: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Attend among tokens of `qkv` [B, N, 3 * heads * dim] with the heads, norms and dropout of a `part` of a block.
+    """Run the attention of `part`, a module with heads, query and key norms, and dropout.
 
-    `bias` and `queries` are as encoder.Layers says. Returns [B, queries or N, heads * dim], and the keys
-    [B, heads, N, dim].
+    Args:
+        part: timm's Attention, or a block that holds the same parts.
+        qkv: [B, N, 3 * heads * dim] queries, keys and values.
+        bias: what to add to the logits of each key, as `attention` takes it.
+        queries: compute the output of the first so many tokens only; None for all.
+
+    Returns:
+        The output [B, queries or N, heads * dim] before its projection, and the keys [B, heads, N, dim].
     """
     batch, tokens, _ = qkv.shape
     q, k, v = qkv.view(batch, tokens, 3, part.num_heads, part.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
@@ -34,78 +41,39 @@ def self_attention(
     return out.transpose(1, 2).flatten(2), k
 
 
-class BlockLayers:
-    """timm's Block, the plain one of ViT: norms come first."""
-
-    norms_first = True
+class BlockLayers(SequentialLayers):
+    """timm's Block, the plain one of ViT, with the norms first."""
 
     def __init__(self, block: Block) -> None:
-        self.block = block
-        self.attn: Attention = block.attn
-        self.heads: int = block.attn.num_heads
+        super().__init__(block)
         self.key_heads = self.heads
         self.head_dim: int = block.attn.head_dim
-        self.gate: nn.Linear | None = getattr(block.attn, "gate", None)  # not in all versions of timm
-        self.before, self.after = (block.attn,), (block.mlp,)
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return queries, keys and values [..., 3 * heads * dim], and where attention is gated its gate."""
-        return self.project_normed(self.block.norm1(x))
-
-    def project_normed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As project, of tokens that are normed already or never are."""
-        return self.qkv(x), None if self.gate is None else self.gate(x).sigmoid()
 
     def qkv(self, x: Tensor) -> Tensor:
-        """Return queries, keys and values alone."""
+        """Return queries, keys and values [..., 3 * heads * dim] of tokens after their norm."""
         projected: Tensor = self.attn.qkv(x)
         return projected
 
     def attend(
         self,
         qkv: Tensor,
-        rope: Tensor | None,  # noqa: ARG002  tokens have no positions of this kind
+        rope: Tensor | None,  # noqa: ARG002  positions are added to the tokens
         bias: Tensor | None,
         queries: int | None,
     ) -> tuple[Tensor, Tensor]:
-        """As encoder.Layers says."""
+        """Return attention's output [B, queries or N, heads * dim] and the keys [B, heads, N, dim]."""
         return self_attention(self.attn, qkv, bias, queries)
 
-    def attention_output(self, attended: Tensor, gate: Tensor | None) -> Tensor:
-        """Return what attention itself gives, [..., channels]."""
-        attended = self.attn.norm(attended)
-        if gate is not None:
-            attended = attended * gate
-        output: Tensor = self.attn.proj_drop(self.attn.proj(attended))
-        return output
-
     def add_attended(self, x: Tensor, attended: Tensor, side: Tensor | None) -> Tensor:
-        """As encoder.Layers says; `side` is the gate."""
-        found: Tensor = self.block.drop_path1(self.block.ls1(self.attention_output(attended, side)))
-        return x + found
+        """Return `x` plus attention's output; `side` is the gate."""
+        output: Tensor = self.block.drop_path1(self.block.ls1(self.attention_output(attended, side)))
+        return x + output
 
     def add_mlp(self, x: Tensor) -> Tensor:
-        """Return `x` with what the MLP makes of it added to it."""
-        made: Tensor = self.block.drop_path2(self.block.ls2(self.block.mlp(self.block.norm2(x))))
-        return x + made
+        """Return `x` plus the MLP's output."""
+        output: Tensor = self.block.drop_path2(self.block.ls2(self.block.mlp(self.block.norm2(x))))
+        return x + output
 
 
-class ResPostLayers(BlockLayers):
-    """timm's ResPostBlock: norms come last, before the sum."""
-
-    norms_first = False
-    block: ResPostBlock
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As BlockLayers does, without a norm."""
-        return self.project_normed(x)
-
-    def add_attended(self, x: Tensor, attended: Tensor, side: Tensor | None) -> Tensor:
-        """As encoder.Layers says; `side` is the gate."""
-        found: Tensor = self.block.drop_path1(self.block.norm1(self.attention_output(attended, side)))
-        return x + found
-
-    def add_mlp(self, x: Tensor) -> Tensor:
-        """Return `x` with what the MLP makes of it added to it."""
-        made: Tensor = self.block.drop_path2(self.block.norm2(self.block.mlp(x)))
-        return x + made
+class ResPostLayers(PostNorm, BlockLayers):
+    """timm's ResPostBlock, with the norms last."""
