@@ -1,10 +1,10 @@
-"""The way of tokens through the blocks, merging on the way: what all model families share.
+"""The forward pass through the blocks, with merging after attention; shared by all model families.
 
-In each block: attention, merging, and then what is left of the block. Images of one batch may merge differently. What
-sees each token by itself (norms, linear layers) runs on the tokens of all images together, end to end and without
-padding; attention and merging run on each group of images that merge alike.
+Images of one batch may merge differently. Layers that treat each token by itself (norms, linear layers) run on the
+tokens of all images at once, laid end to end without padding. Attention and merging run on each group of images that
+merge the same.
 
-Everything a call needs is in its arguments: modules are read, never written, so calls may run side by side.
+Modules are read, never written, and a call's state is in its local variables, so calls may run at the same time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,16 +21,16 @@ from tome_server.merging.schedule import mergeable
 
 
 class Layers(Protocol):
-    """One block, taken apart where attention and merging come between."""
+    """One block, taken apart into the steps between which attention and merging happen."""
 
     @property
     def heads(self) -> int:
-        """Heads that attend."""
+        """Number of heads of queries."""
         ...
 
     @property
     def key_heads(self) -> int:
-        """Heads of keys and values: fewer where several attending heads share one."""
+        """Number of heads of keys and values; fewer than `heads` in grouped-query attention."""
         ...
 
     @property
@@ -40,65 +40,77 @@ class Layers(Protocol):
 
     @property
     def before(self) -> Sequence[nn.Module]:
-        """Parts whose linear layers see the tokens that enter the block."""
+        """Modules whose linear layers run on the tokens that enter the block; for counting operations."""
         ...
 
     @property
     def after(self) -> Sequence[nn.Module]:
-        """Parts whose linear layers see the tokens that merging leaves."""
+        """Modules whose linear layers run on the tokens left after merging; for counting operations."""
         ...
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return queries, keys and values of tokens `x` [..., channels], and what else the block needs of them."""
+        """Return queries, keys and values of tokens `x` [..., channels], and an optional `side` for `add_attended`."""
         ...
 
     def attend(
         self, qkv: Tensor, rope: Tensor | None, bias: Tensor | None, queries: int | None
     ) -> tuple[Tensor, Tensor]:
-        """Attend among tokens of `qkv` [B, N, channels].
+        """Run attention among the tokens of each image.
 
-        `rope` [B or 1, N, heads or 1, dim / 2] has each token's position, as the complex numbers that pairs of channels
-        are turned by; `bias` is added to the logits of each key, as `attention` takes it. Only the first `queries`
-        tokens ask, if given. Returns what they found [B, queries or N, heads * dim], and the keys
-        [B, key_heads, N, dim] that tokens are compared by, without their positions.
+        Args:
+            qkv: [B, N, channels] from `project`.
+            rope: [B or 1, N, heads or 1, dim / 2] the complex numbers by which to multiply each token's pairs of
+                channels, for its rotary position. None in a model without them.
+            bias: what to add to the logits of each key, as `attention` takes it.
+            queries: compute the output of the first so many tokens only; None for all.
+
+        Returns:
+            The output [B, queries or N, heads * dim] before its projection, and the keys [B, key_heads, N, dim] to
+            compare tokens by, without their positions. A block may return the projected output instead, and the sum of
+            the keys over their heads, [B, 1, N, dim].
         """
         ...
 
     def add_attended(self, x: Tensor, attended: Tensor, side: Tensor | None) -> Tensor:
-        """Return `x` [..., channels] with what attention found, [..., heads * dim], added to it."""
+        """Return `x` [..., channels] plus the projection of `attended`; `side` is from `project`."""
         ...
 
     def add_mlp(self, x: Tensor) -> Tensor:
-        """Return `x` [..., channels] with what comes after merging added to it."""
+        """Return `x` [..., channels] plus the output of what follows merging."""
         ...
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """Images as tokens, before the first block."""
+    """The tokens of a batch of images before the first block."""
 
     tokens: Tensor
     """[B, N, D], prefix tokens first"""
     ropes: Sequence[Tensor] | None = None
-    """for each block the tokens' positions: [B or 1, N, heads or 1, dim / 2] complex numbers, 1 for prefix tokens"""
+    """rotary positions for each block: [B or 1, N, heads or 1, dim / 2] complex numbers, 1 for prefix tokens"""
     lengths: Sequence[int] | None = None
-    """tokens of each image, prefix included, where the rest is padding; None where there is none"""
+    """number of tokens of each image, prefix included, after which there is padding; None without padding"""
 
 
 @dataclass(frozen=True)
 class MergeGroup:
-    """Images of a batch that have as many tokens and merge alike."""
+    """Images of a batch that have the same number of tokens and merge the same."""
 
     per_block: tuple[int, ...]
     """tokens to merge in each block"""
     images: Sequence[int]
-    """their positions in the batch"""
+    """their indices in the batch"""
     tokens: int
-    """of each, before the first block"""
+    """number of tokens of each image before the first block, prefix included"""
 
 
 def group_images(embedded: Embedded, schedules: Mapping[tuple[int, ...], Sequence[int]]) -> list[MergeGroup]:
-    """Return the groups to encode; `schedules` gives the tokens to merge in each block, and the images for which."""
+    """Return the images of a batch in groups that merge the same.
+
+    Args:
+        embedded: the batch.
+        schedules: the indices of images, by the number of tokens that they merge in each block.
+    """
     tokens = embedded.tokens.shape[1]
     if embedded.lengths is None:
         return [MergeGroup(per_block, images, tokens) for per_block, images in schedules.items()]
@@ -111,116 +123,129 @@ def group_images(embedded: Embedded, schedules: Mapping[tuple[int, ...], Sequenc
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of images that merge group_images, after the last block and final norm."""
+    """The tokens of one group after the last block and the final norm."""
 
     tokens: Tensor
-    """[B, T, D]; where only the prefix was asked for, [B, prefix, D]."""
+    """[B, T, D], or [B, prefix, D] if only prefix tokens were computed"""
     sizes: Tensor
-    """[B, T] patches that each token stands for; 1 for prefix tokens."""
+    """[B, T] number of patches that each token stands for; 1 for prefix tokens"""
     token_map: Tensor | None
-    """[B, patches] index of the token that each patch went into, if asked for."""
+    """[B, patches] index of the token that each patch was merged into, if tracked"""
 
 
 def encode(
     embedded: Embedded,
     blocks: Sequence[Layers],
     norm: Callable[[Tensor], Tensor],
-    batches: Sequence[MergeGroup],
+    groups: Sequence[MergeGroup],
     *,
     prefix: int,
     bias_of: BiasOf | None,
     prefix_only: bool,
     track: bool,
 ) -> list[Encoded]:
-    """Run tokens through blocks and final `norm`, in groups that come back one by one.
+    """Run a batch through the blocks and the final norm.
 
-    The first `prefix` tokens are never merged. `bias_of` gives what sizes add to attention logits.
-    `prefix_only` leaves all but the prefix tokens of the last block uncomputed. `track` records the token map.
+    Args:
+        embedded: the batch.
+        blocks: the model's blocks.
+        norm: the final norm.
+        groups: the batch's images, from `group_images`.
+        prefix: number of tokens at the front of each image that are never merged.
+        bias_of: turns sizes into what they add to attention logits; None for attention that ignores sizes.
+        prefix_only: compute prefix tokens alone in the last block, for a head that reads no others.
+        track: record which token each patch was merged into.
+
+    Returns:
+        The tokens of each group.
     """
     x, ropes = embedded.tokens, embedded.ropes
-    groups = [_start(batch, x, prefix, ropes is not None, track) for batch in batches]
+    states = [_start(group, x, prefix, ropes is not None, track) for group in groups]
     if len(groups) > 1:
-        x = _join([select(x, group.images)[:, : group.shape[1]] for group in groups])
-    elif groups[0].shape[1] < x.shape[1]:
-        x = x[:, : groups[0].shape[1]]
+        x = _join([select(x, group.images)[:, : group.tokens] for group in groups])
+    elif groups[0].tokens < x.shape[1]:
+        x = x[:, : groups[0].tokens]
 
     last = len(blocks) - 1
     for i, block in enumerate(blocks):
         rope = None if ropes is None else ropes[i]
         if i == last and prefix_only:
-            x = _attend(block, x, groups, rope, queries=prefix)[0]
+            x = _attend(block, x, states, rope, queries=prefix)[0]
         else:
             rs = [group.per_block[i] for group in groups]
-            x = _attend_and_merge(block, x, groups, rs, rope, prefix, bias_of)
+            x = _attend_and_merge(block, x, states, rs, rope, prefix, bias_of)
         x = block.add_mlp(x)
     x = norm(x)
-    shapes = [(group.shape[0], prefix) if prefix_only else group.shape for group in groups]
-    return [Encoded(part, group.sizes, group.token_map) for group, part in zip(groups, _split(x, shapes), strict=True)]
+    shapes = [(state.shape[0], prefix) if prefix_only else state.shape for state in states]
+    return [Encoded(part, state.sizes, state.token_map) for state, part in zip(states, _split(x, shapes), strict=True)]
 
 
 @dataclass
-class _Group:
-    """What is known of images that merge group_images, on their way through the blocks."""
+class _GroupState:
+    """What merging has done so far to the tokens of one group."""
 
     images: Sequence[int]
-    per_block: tuple[int, ...]
+    """indices in the batch"""
     sizes: Tensor
+    """[B, N] number of patches that each token stands for"""
     token_map: Tensor | None
+    """[B, patches] index of the token that each patch was merged into, if tracked"""
     bias: Tensor | None = None
-    """what sizes add to attention logits, once they differ, as `attention` takes it"""
+    """what sizes add to attention logits, as `attention` takes it; None before the first merge"""
     origin: Tensor | None = None
-    """[B, N] the token, before any merge, whose rotary position each token has; None where there are none"""
+    """[B, N] index, before any merge, of the token whose rotary position each token has; None without positions"""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Images, and tokens of each."""
+        """Number of images, and of tokens of each."""
         batch, tokens = self.sizes.shape
         return batch, tokens
 
     def rope(self, table: Tensor | None) -> Tensor | None:
-        """Return of `table` [B or 1, N, heads or 1, dim / 2] the positions of the tokens that are left."""
+        """Return the positions of the tokens that are left, from those of all [B or 1, N, heads or 1, dim / 2]."""
         if table is None or self.origin is None:
             return None
-        if table.shape[0] > 1:  # images have positions of their own
+        if table.shape[0] > 1:  # each image has its own positions
             return torch.take_along_dim(select(table, self.images), self.origin[:, :, None, None], dim=1)
         if self.origin.shape[1] == table.shape[1]:
             return table
         return table[0].index_select(0, self.origin.flatten()).view(*self.origin.shape, *table.shape[2:])
 
 
-def _start(batch: MergeGroup, x: Tensor, prefix: int, has_positions: bool, track: bool) -> _Group:
-    count, tokens = len(batch.images), batch.tokens
-    # float32 whatever the tokens' type: bfloat16 cannot count past 256.
+def _start(group: MergeGroup, x: Tensor, prefix: int, has_positions: bool, track: bool) -> _GroupState:
+    count, tokens = len(group.images), group.tokens
+    # At least float32: bfloat16 can't count past 256.
     sizes = x.new_ones(count, tokens, dtype=torch.promote_types(x.dtype, torch.float32))
-    own = torch.arange(tokens, device=x.device).expand(count, -1) if has_positions or track else None
-    token_map = own[:, prefix:] if track and own is not None else None
-    return _Group(batch.images, batch.per_block, sizes, token_map, origin=own if has_positions else None)
+    indices = torch.arange(tokens, device=x.device).expand(count, -1) if has_positions or track else None
+    token_map = indices[:, prefix:] if track and indices is not None else None
+    return _GroupState(group.images, sizes, token_map, origin=indices if has_positions else None)
 
 
 def _attend_and_merge(
     block: Layers,
     x: Tensor,
-    groups: Sequence[_Group],
+    states: Sequence[_GroupState],
     rs: Sequence[int],
     rope: Tensor | None,
     prefix: int,
     bias_of: BiasOf | None,
 ) -> Tensor:
     """Return the tokens of all groups as they enter the MLP."""
-    # Apart from `encode`, so that keys, which hold all that was projected, are gone where the MLP needs most memory.
-    x, keys = _attend(block, x, groups, rope)
-    return _merge(x, keys, groups, rs, prefix, bias_of)
+    # A function of its own, so that the keys, and with them the whole projection, are freed before the MLP runs, which
+    # needs the most memory.
+    x, keys = _attend(block, x, states, rope)
+    return _merge(x, keys, states, rs, prefix, bias_of)
 
 
 def _attend(
-    block: Layers, x: Tensor, groups: Sequence[_Group], rope: Tensor | None, queries: int | None = None
+    block: Layers, x: Tensor, states: Sequence[_GroupState], rope: Tensor | None, queries: int | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the tokens `x` of all groups after attention, the first `queries` of each image, and each group's keys."""
-    shapes = [group.shape for group in groups]
+    """Return the tokens of all groups after attention (the first `queries` of each image), and each group's keys."""
+    shapes = [state.shape for state in states]
     qkv, side = block.project(x)
     parts = [
-        block.attend(part, group.rope(rope), group.bias, queries)
-        for part, group in zip(_split(qkv, shapes), groups, strict=True)
+        block.attend(part, state.rope(rope), state.bias, queries)
+        for part, state in zip(_split(qkv, shapes), states, strict=True)
     ]
     if queries is not None:
         x = _first(x, shapes, queries)
@@ -229,30 +254,35 @@ def _attend(
 
 
 def _merge(
-    x: Tensor, keys: Sequence[Tensor], groups: Sequence[_Group], rs: Sequence[int], prefix: int, bias_of: BiasOf | None
+    x: Tensor,
+    keys: Sequence[Tensor],
+    states: Sequence[_GroupState],
+    rs: Sequence[int],
+    prefix: int,
+    bias_of: BiasOf | None,
 ) -> Tensor:
-    """Merge `rs[i]` tokens of each image of group i and return the tokens of all groups that are left."""
+    """Merge `rs[i]` tokens in each image of group i, and return the tokens of all groups that are left."""
     if not any(rs):
         return x
-    parts = list(_split(x, [group.shape for group in groups]))
+    parts = list(_split(x, [state.shape for state in states]))
     matcher = matcher_for(x, *keys)
-    for i, (group, wanted) in enumerate(zip(groups, rs, strict=True)):
-        r = min(wanted, mergeable(group.shape[1], prefix))
+    for i, (state, wanted) in enumerate(zip(states, rs, strict=True)):
+        r = min(wanted, mergeable(state.shape[1], prefix))
         if r == 0:
             continue
         matching = matcher.match(keys[i], r, prefix)
-        if group.origin is not None:
-            # A source that is merged leaves no trace: its destination stays where it is.
-            group.origin = group.origin.flatten()[matching.order]
-        parts[i], group.sizes = matcher.combine(parts[i], group.sizes, matching)
-        group.bias = None if bias_of is None else bias_of(group.sizes, x.dtype)
-        if group.token_map is not None:
-            group.token_map = moves(matching).gather(1, group.token_map)
+        if state.origin is not None:
+            # A merged token keeps its destination's position.
+            state.origin = state.origin.flatten()[matching.order]
+        parts[i], state.sizes = matcher.combine(parts[i], state.sizes, matching)
+        state.bias = None if bias_of is None else bias_of(state.sizes, x.dtype)
+        if state.token_map is not None:
+            state.token_map = moves(matching).gather(1, state.token_map)
     return _join(parts)
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
-    """Put the tokens [B, N, C] of each group end to end, [total, C]; a single group stays as it is."""
+    """Lay the tokens [B, N, C] of all groups end to end, [total, C]. A single group stays as it is."""
     return parts[0] if len(parts) == 1 else torch.cat([part.flatten(0, 1) for part in parts])
 
 
@@ -265,9 +295,9 @@ def _split(x: Tensor, shapes: Sequence[tuple[int, int]]) -> Sequence[Tensor]:
 
 
 def select(x: Tensor, images: Sequence[int]) -> Tensor:
-    """Return the chosen ones of `x` [B, ...], in that order.
+    """Return the given images of `x` [B, ...], in the given order.
 
-    By views: an index made of a list would be copied to the device first, and the host would wait for it.
+    It stacks views: indexing by a list would copy the list to the device, and the host would wait for that.
     """
     return torch.stack([x[image] for image in images])
 

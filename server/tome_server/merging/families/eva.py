@@ -180,8 +180,8 @@ class EvaLayers(SequentialLayers):
         output = self.attention_output(attended, side)
         if self.block.gamma_1 is not None:
             output = self.block.gamma_1 * output
-        output = self.block.drop_path1(output)
-        return x + output
+        added: Tensor = x + self.block.drop_path1(output)
+        return added
 
     def add_mlp(self, x: Tensor) -> Tensor:
         """Return `x` plus the MLP's output."""
