@@ -1,7 +1,7 @@
-"""Which code matches, merges and attends: torch's operators, or a faster kernel that takes the tensors at hand.
+"""Chooses the code that runs matching, merging and attention: torch's operators, or a faster kernel.
 
-The algorithm names no kernel. `tome_server.merging.cpu` registers those written in C, when `tome_server.merging` is
-imported.
+The algorithm knows no kernel. `tome_server.merging.cpu` registers the kernels written in C when `tome_server.merging`
+is imported.
 """
 
 from typing import Protocol
@@ -14,34 +14,34 @@ from tome_server.merging.matching import Matching
 
 
 class Matcher(Protocol):
-    """Matching and merging, as `merging.matching` defines them."""
+    """Matching and merging, with the results that `merging.matching` defines."""
 
     def match(self, keys: Tensor, r: int, prefix: int) -> Matching:
-        """Return `matching.match`."""
+        """Choose the tokens to merge; see `matching.match`."""
         ...
 
     def combine(self, x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
-        """Return `matching.combine`."""
+        """Merge tokens; see `matching.combine`."""
         ...
 
 
 class MatchingKernel(Matcher, Protocol):
-    """A faster Matcher, for some tensors only."""
+    """A faster Matcher that supports only some tensors."""
 
     def serves(self, *tensors: Tensor) -> bool:
-        """Return whether it takes such tokens and keys."""
+        """Return whether the kernel supports these tokens and keys."""
         ...
 
 
 class AttentionKernel(Protocol):
-    """Faster attention, for some tensors only."""
+    """Faster attention that supports only some tensors."""
 
     def serves(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> bool:
-        """Return whether it takes such queries, keys, values, mask and dropout."""
+        """Return whether the kernel supports these arguments of `attention.attention`."""
         ...
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        """Return what `attention.attention` does for a mask `bias` [B, 1, 1, N], without dropout."""
+        """Return `attention.attention` of these arguments, without dropout; `bias` is a mask [B, 1, 1, N]."""
         ...
 
 
@@ -50,8 +50,8 @@ ATTENTION_KERNELS: list[AttentionKernel] = []
 
 
 def matcher_for(*tensors: Tensor) -> Matcher:
-    """Return the first kernel that takes these tokens and keys, or else torch's operators."""
-    # Asked first: torch.compile can't follow what kernels look at.
+    """Return the first kernel that supports these tokens and keys, or torch's operators if none does."""
+    # Checked first: torch.compile can't trace the checks of the kernels.
     if not is_recording():
         for kernel in MATCHING_KERNELS:
             if kernel.serves(*tensors):
@@ -62,7 +62,7 @@ def matcher_for(*tensors: Tensor) -> Matcher:
 def attention_kernel_for(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float
 ) -> AttentionKernel | None:
-    """Return the first kernel that takes these arguments; None leaves attention to torch."""
+    """Return the first kernel that supports these arguments of `attention.attention`; None if none does."""
     if not is_recording():
         for kernel in ATTENTION_KERNELS:
             if kernel.serves(q, k, v, bias, dropout):
@@ -71,5 +71,5 @@ def attention_kernel_for(
 
 
 def is_recording() -> bool:
-    """Return whether torch records the operators of this call, to run them again without the Python between them."""
+    """Return whether torch is recording operators, to run them later without the Python code in between."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]

@@ -1,4 +1,4 @@
-"""How many patches an image has, and which images a model takes."""
+"""The number of patches in an image, and the image sizes that a model accepts."""
 
 from timm.layers import HybridEmbed
 
@@ -6,34 +6,34 @@ from tome_server.merging.support import VisionModel, embedding_of
 
 
 def default_size(model: VisionModel) -> tuple[int, int]:
-    """Return height and width, in pixels, of the images that `model` was made for."""
+    """Return the height and width in pixels of the images that `model` was made for."""
     embedding = embedding_of(model)
     size = getattr(embedding, "img_size", None)
-    if size is None:  # timm's NaFlexVit takes any; its weights were made for one, or its positions learned on one grid
-        wanted = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
-        if wanted is not None:
-            return int(wanted[1]), int(wanted[2])
+    if size is None:  # timm's NaFlexVit takes any size; its weights or its learned positions were made for one
+        pretrained = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+        if pretrained is not None:
+            return int(pretrained[1]), int(pretrained[2])
         rows, columns = embedding.pos_embed_grid_size
         size = (rows * embedding.patch_size[0], columns * embedding.patch_size[1])
     return int(size[0]), int(size[1])
 
 
 def patch_grid(model: VisionModel, height: int, width: int) -> tuple[int, int]:
-    """Return the patches from top to bottom and from left to right of an image of this size in pixels."""
+    """Return the rows and columns of patches in an image of this height and width in pixels."""
     embedding = embedding_of(model)
     if type(embedding) is HybridEmbed and (height, width) == tuple(embedding.img_size):
-        rows, columns = embedding.grid_size  # as the stem gave it; a stem may round up where the rest rounds down
+        rows, columns = embedding.grid_size  # measured by timm; dynamic_feat_size rounds down where a stem rounds up
     else:
         rows, columns = embedding.dynamic_feat_size((height, width))
     return int(rows), int(columns)
 
 
 def check_image_size(model: VisionModel, height: int, width: int) -> None:
-    """Raise ValueError unless `model` takes images of this size in pixels."""
+    """Raise ValueError unless `model` accepts images of this height and width in pixels."""
     embedding = embedding_of(model)
-    own = getattr(embedding, "img_size", None)
-    if own is not None and embedding.strict_img_size and (height, width) != tuple(own):
-        raise ValueError(f"images must be {own[0]}×{own[1]} pixels, not {height}×{width}")
+    fixed = getattr(embedding, "img_size", None)
+    if fixed is not None and embedding.strict_img_size and (height, width) != tuple(fixed):
+        raise ValueError(f"images must be {fixed[0]}×{fixed[1]} pixels, not {height}×{width}")
     patch: tuple[int, int] = embedding.patch_size
     if type(embedding) is HybridEmbed:
         if (height, width) == tuple(embedding.img_size):

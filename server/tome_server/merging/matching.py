@@ -14,27 +14,32 @@ from tome_server.merging.schedule import mergeable
 
 @dataclass(frozen=True)
 class Matching:
-    """Which tokens stay and which go where, for N tokens becoming N - r: the prefix, sources left, destinations.
+    """Which of N tokens stay, and which r tokens are merged into which of them.
 
-    Rows count over the whole batch, as of [B, N, C] seen as [B * N, C]: whole rows can then be selected and added,
-    which on the CPU is several times faster than gather and scatter with an index for every channel.
+    The tokens that stay are ordered: prefix, remaining sources, destinations. Indices are rows of the whole batch,
+    [B, N, C] seen as [B * N, C]. On the CPU, selecting and adding whole rows is several times faster than gather and
+    scatter, which need an index for every channel.
     """
 
     order: Tensor
-    """[B, N - r] row, before the merge, of each token that stays."""
+    """[B, N - r] row, before the merge, of each token that stays"""
     merged: Tensor
-    """[B, r] row, before the merge, of each token that goes."""
+    """[B, r] row, before the merge, of each token that is merged into another"""
     into: Tensor
-    """[B, r] row, after the merge, of the token that each of them goes into."""
+    """[B, r] row, after the merge, of the token that each of these is merged into"""
 
 
 def match(keys: Tensor, r: int, prefix: int) -> Matching:
-    """Choose the `r` tokens most like another token.
+    """Choose the `r` tokens that are most similar to another token.
 
-    They are compared by the cosine similarity of the means of their `keys` [B, heads, N, D] over the heads, in float32
-    at least: in bfloat16 many would be equal that aren't. Every source proposes its most similar destination; the r
-    strongest proposals are taken, the lowest position first where they tie. r is clamped to half of the tokens that
-    aren't among the first `prefix`.
+    The similarity of two tokens is the cosine similarity of their keys' means over the heads. Each source proposes its
+    most similar destination, and the r proposals of the highest similarity are taken; ties go to the lowest position.
+    Similarities are computed in float32 at least: in bfloat16 many different ones would become equal.
+
+    Args:
+        keys: [B, heads, N, D] the attention keys of the tokens.
+        r: how many tokens to merge in each image; clamped to half of the tokens that aren't prefix tokens.
+        prefix: number of tokens at the front that are never merged.
     """
     batch, _, tokens, _ = keys.shape
     r = min(r, mergeable(tokens, prefix))
@@ -42,7 +47,7 @@ def match(keys: Tensor, r: int, prefix: int) -> Matching:
     if r == 0:
         return Matching(rows, rows[:, :0], rows[:, :0])
 
-    # The sum has the direction of the mean, which is all that cosine similarity sees. Choices have no gradients.
+    # Cosine similarity depends on directions only, and the sum has the direction of the mean. Choices have no gradient.
     total = keys.detach().sum(dim=1, dtype=torch.promote_types(keys.dtype, torch.float32))
     direction = total / torch.linalg.vector_norm(total, dim=-1, keepdim=True).clamp_min(1e-12)
     best, choice = similarities(direction, prefix).max(dim=-1)
@@ -58,23 +63,29 @@ def match(keys: Tensor, r: int, prefix: int) -> Matching:
 def similarities(direction: Tensor, prefix: int) -> Tensor:
     """Return the cosine similarity of every source to every destination, [B, sources, destinations].
 
-    `direction` [B, N, D] has vectors of length 1. Their products are of its type under autocast too.
+    `direction` [B, N, D] holds vectors of length 1. The result has its dtype, under autocast too.
     """
     sources, destinations = _alternating(direction, prefix)
-    # Autocast leaves calls alone that say where their result goes.
+    # Autocast doesn't touch calls that name their output.
     products = direction.new_empty(len(direction), sources.shape[1], destinations.shape[1])
     return torch.bmm(sources, destinations.mT, out=products)
 
 
 def _alternating(x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """Return what `x` [B, N, ...] has of sources and of destinations."""
+    """Return the sources and the destinations among the tokens `x` [B, N, ...]."""
     return x[:, prefix + prefix % 2 :: 2], x[:, prefix + 1 - prefix % 2 :: 2]
 
 
 def combine(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
-    """Merge tokens `x` [B, N, C], each standing for `size` [B, N] patches, by their size-weighted mean.
+    """Merge tokens into the size-weighted mean of each destination and its sources. Differentiable in `x`.
 
-    Returns the tokens [B, N - r, C] and sizes [B, N - r] that are left. Differentiable in `x`.
+    Args:
+        x: [B, N, C] tokens.
+        size: [B, N] number of patches that each token stands for.
+        matching: which tokens to merge.
+
+    Returns:
+        The tokens [B, N - r, C] that are left, and their sizes [B, N - r].
     """
     if matching.merged.shape[1] == 0:
         return x, size
@@ -88,7 +99,8 @@ def combine(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor
 
     rows = x.flatten(0, 1)
     out = rows.index_select(0, order)
-    # A weighted mean as a step from the destination towards each source: only rows that change are computed.
+    # The weighted mean is written as a step from the destination towards each source, so that only rows that change are
+    # computed.
     step = (rows.index_select(0, merged) - out.index_select(0, into)) * share
     if x.is_cuda:
         added_up = add_by_product(out.view(batch, left, -1), step.view(batch, -1, step.shape[-1]), matching.into)
@@ -97,17 +109,17 @@ def combine(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor
 
 
 def add_by_product(x: Tensor, step: Tensor, into: Tensor) -> Tensor:
-    """Add `step` [B, r, C] to the rows `into` [B, r], counted over the batch, of `x` [B, T, C], in place.
+    """Add `step` [B, r, C] to the rows `into` [B, r] of `x` [B, T, C], in place; `into` counts rows of the whole batch.
 
-    As index_add_, but as a product with ones where a row goes and zeros elsewhere: index_add on CUDA adds in whatever
-    order its threads come, so that equal batches would give unequal results.
+    A product with a matrix of ones and zeros takes the place of index_add_, which on CUDA adds in the order in which
+    its threads happen to run: equal batches would give unequal results.
     """
     rows = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(x.shape[0], -1, 1)
     return x.baddbmm_((rows == into.unsqueeze(1)).to(x.dtype), step)
 
 
 def moves(matching: Matching) -> Tensor:
-    """Return, for each of the N tokens of each image before the merge, its position after it: [B, N]."""
+    """Return the position after the merge of each of the N tokens before it, [B, N]."""
     batch, left = matching.order.shape
     tokens = left + matching.merged.shape[1]
     place = matching.order.new_empty(batch * tokens)

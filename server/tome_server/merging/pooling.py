@@ -1,7 +1,7 @@
-"""From the last block's tokens to the classifier's answer.
+"""Pooling and classifier: from the last block's tokens to features and logits.
 
-Compared with timm's own: average pooling weighs each token by the patches it stands for, and attention pooling takes
-the logarithm of that as its bias.
+Two things differ from timm's forward pass: average pooling weighs each token by the number of patches it stands for,
+and attention pooling adds the logarithm of that number to its logits.
 """
 
 import torch
@@ -14,23 +14,20 @@ from tome_server.merging.support import VisionModel
 
 
 def reads_prefix_only(model: VisionModel) -> bool:
-    """Return whether the classifier reads nothing but prefix tokens."""
+    """Return whether the classifier reads prefix tokens only."""
     only: bool = model.attn_pool is None and model.global_pool == "token"
     return only
 
 
 def pooled_from(model: VisionModel) -> int:
-    """Return the first token that a head reads which doesn't read the class token alone."""
-    # timm's Eva has no such setting: its attention pooling reads all tokens, its other pooling only patches.
+    """Return the index of the first token that pooling reads, for a head that pools."""
+    # timm's Eva lacks this setting: its attention pooling reads all tokens, its other pooling only patches.
     everything = getattr(model, "pool_include_prefix", model.attn_pool is not None)
     return 0 if everything else int(model.num_prefix_tokens)
 
 
 def classify(model: VisionModel, groups: list[Encoded]) -> tuple[Tensor, Tensor]:
-    """Return logits [B, classes] and the features [B, D] they are made from, pooling by size.
-
-    Images are in the order of `groups`.
-    """
+    """Return logits [B, classes] and pooled features [B, D] of all images, in the order of `groups`."""
     if type(model) is VisionTransformerDistilled:
         tokens = torch.cat([group.tokens[:, : model.num_prefix_tokens] for group in groups])
         return model.forward_head(tokens), model.forward_head(tokens, pre_logits=True)

@@ -1,4 +1,4 @@
-"""How many tokens each block merges (ToMe, section 4.1 "Merging schedule")."""
+"""The number of tokens to merge in each block (ToMe, section 4.1 "Merging schedule")."""
 
 import itertools
 import math
@@ -8,28 +8,38 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """Tokens to merge in each block of a model. Made by `constant`, `linear` or `explicit`."""
+    """The number of tokens to merge in each block of a model. Made by `constant`, `linear` or `explicit`."""
 
     r: int
-    """Mean tokens merged a block that merges; of an explicit schedule, its largest value."""
+    """Mean number of tokens merged in the blocks that merge; in an explicit schedule, the largest value."""
     inflect: float = 0.0
-    """Slope over depth, in [-1, 1]."""
+    """Slope over depth, in [-1, 1]; see `linear`."""
     start: int = 0
-    """Blocks, from the first, that merge nothing."""
+    """Number of blocks at the front that merge nothing."""
     values: tuple[int, ...] | None = None
-    """One r a block, where they were given one by one."""
+    """The r of each block, in an explicit schedule."""
 
     @classmethod
     def constant(cls, r: int, start: int = 0) -> "Schedule":
-        """Merge `r` tokens in every block but the first `start`. Raises ValueError if one of them is negative."""
+        """Merge `r` tokens in every block after the first `start`.
+
+        Raises:
+            ValueError: `r` or `start` is negative.
+            TypeError: one of them is no int.
+        """
         return cls(_checked(r), start=_checked(start, "start"))
 
     @classmethod
     def linear(cls, r: int, inflect: float = -1.0) -> "Schedule":
-        """Change r linearly with depth, merging as many tokens in all as `constant(r)`.
+        """Change r linearly with depth, merging as many tokens in total as `constant(r)`.
 
-        `inflect` -1 falls from 2r to 0, 0 is constant, 1 rises from 0 to 2r. Raises ValueError if `r` is negative
-        or `inflect` lies outside [-1, 1].
+        Args:
+            r: mean number of tokens to merge in a block.
+            inflect: -1 falls from 2r to 0, 0 is constant, 1 rises from 0 to 2r.
+
+        Raises:
+            ValueError: `r` is negative, or `inflect` lies outside [-1, 1].
+            TypeError: `r` is no int.
         """
         if not -1.0 <= inflect <= 1.0:
             raise ValueError(f"inflect must lie in [-1, 1], not {inflect}")
@@ -37,14 +47,23 @@ class Schedule:
 
     @classmethod
     def explicit(cls, values: Iterable[int]) -> "Schedule":
-        """Merge `values[i]` tokens in block i. Raises ValueError if one is negative or there is none."""
+        """Merge `values[i]` tokens in block i.
+
+        Raises:
+            ValueError: a value is negative, or there is none.
+            TypeError: a value is no int.
+        """
         checked = tuple(_checked(r) for r in values)
         if not checked:
             raise ValueError("an explicit schedule needs one r for each block")
         return cls(max(checked), values=checked)
 
     def per_block(self, depth: int) -> tuple[int, ...]:
-        """Return the r of each of `depth` blocks. Raises ValueError if the schedule is for another depth."""
+        """Return the r of each of `depth` blocks.
+
+        Raises:
+            ValueError: the schedule has a value for each block of another depth.
+        """
         if self.values is not None:
             if len(self.values) != depth:
                 raise ValueError(f"the schedule has {len(self.values)} values, the model {depth} blocks")
@@ -57,17 +76,28 @@ class Schedule:
 
 
 def as_schedule(r: "int | Schedule") -> Schedule:
-    """Return `r` as a schedule. Raises TypeError for anything but an int or a Schedule, ValueError if negative."""
+    """Return `r` itself if it is a schedule, or a constant schedule of it.
+
+    Raises:
+        ValueError: `r` is negative.
+        TypeError: `r` is neither an int nor a Schedule.
+    """
     return r if isinstance(r, Schedule) else Schedule.constant(r)
 
 
 def mergeable(tokens: int, prefix: int) -> int:
-    """Return the most tokens one block can merge: half of those that aren't prefix tokens."""
+    """Return the largest number of tokens that one block can merge: half of those that aren't prefix tokens."""
     return (tokens - prefix) // 2
 
 
 def tokens_per_block(patches: int, prefix: int, per_block: Sequence[int]) -> tuple[int, ...]:
-    """Return how many tokens leave each block, prefix tokens included, for an image of `patches` patches."""
+    """Return the number of tokens that leave each block, prefix tokens included.
+
+    Args:
+        patches: number of patches in the image.
+        prefix: number of prefix tokens.
+        per_block: tokens to merge in each block, clamped to what the block can merge.
+    """
     counts = []
     tokens = patches + prefix
     for r in per_block:
