@@ -1,31 +1,31 @@
-"""What one image costs a model, in multiply-accumulates."""
+"""The multiply-accumulates that a model needs for one image."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class MacCount:
-    """Multiply-accumulates for one image, by the convention that papers on ToMe use."""
+    """Multiply-accumulates for one image, counted as in papers on ToMe: without softmax, norms and activations."""
 
     dense: int
-    """of the unmerged model"""
+    """the unmerged model's"""
     merged: int
-    """of the merged model, matching and merging apart"""
+    """the merged model's, without matching and merging"""
     overhead: int
-    """of matching and merging"""
+    """those of matching and merging"""
     tokens_in: int
-    """tokens that enter the first block, prefix tokens included"""
+    """number of tokens that enter the first block, prefix tokens included"""
     tokens: tuple[int, ...]
-    """tokens that leave each block"""
+    """number of tokens that leave each block, prefix tokens included"""
     unread: int = 0
-    """of `total`, what the last block needn't compute because the head reads prefix tokens alone, or a part of that"""
+    """the part of `total` that the last block can skip because the head reads prefix tokens only; a lower bound"""
 
     @property
     def total(self) -> int:
-        """Of the merged model, matching and merging included."""
+        """The merged model's, with matching and merging."""
         return self.merged + self.overhead
 
     @property
     def ratio(self) -> float:
-        """How many times the merged model's work the unmerged model does, the overhead apart."""
+        """The unmerged model's count divided by the merged model's, without the overhead."""
         return self.dense / self.merged

@@ -3,8 +3,8 @@
 merged = merge(timm.create_model("vit_base_patch16_224", pretrained=True).eval())
 merged(images, r=8).logits
 
-These names are the library's. The modules below import downwards only, from `cpu` to `matching` (pyproject.toml has the
-layers); this one alone stands above `cpu`, so that whatever is imported first, its kernels are registered.
+The package's modules import downwards only, from `cpu` to `matching`; pyproject.toml has the layers. This facade is
+above all of them: it imports `cpu` for `pack`, and to have its kernels registered whichever module is imported first.
 """
 
 import tome_server.merging.timm_import  # noqa: F401  isort: skip

@@ -1,4 +1,4 @@
-"""Which of timm's entry points can be merged, found out by building each."""
+"""Which of timm's entry points can be merged, determined by building each."""
 
 import sys
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ class Entrypoint:
 
     name: str
     reason: str | None
-    """Why it can't be merged; None if it can."""
+    """why it can't be merged; None if it can"""
 
     @property
     def supported(self) -> bool:
@@ -26,14 +26,15 @@ class Entrypoint:
 
 
 def entrypoints(pattern: str = "*") -> Iterator[Entrypoint]:
-    """Try every entry point of the installed timm whose name fits `pattern`, as a shell's, in alphabetical order.
+    """Check the entry points of the installed timm whose names match a shell pattern, in alphabetical order.
 
-    Each is built without memory for its weights and with one block, of which timm's others are copies; but not where
-    timm's module knows no class that could be merged, which most don't and which would take minutes.
+    Each is built on the meta device, without memory for weights, and with one block, since all blocks of a model are of
+    one class. Modules of timm that use no supported class are skipped without building: most of them, which would take
+    minutes.
     """
-    wanted = set(timm.list_models(pattern))
+    names = set(timm.list_models(pattern))
     modules = {name: module for module in timm.list_modules() for name in timm.list_models(module=module)}
-    for name in sorted(wanted):
+    for name in sorted(names):
         yield Entrypoint(name, _why_not(name, modules[name]))
 
 
@@ -56,6 +57,6 @@ def _built(name: str) -> nn.Module:
     with torch.device("meta"):
         try:
             model: nn.Module = timm.create_model(name, depth=1)
-        except AssertionError:  # some of its settings are one for each block
+        except AssertionError:  # the entry point has settings for each block, which don't fit a depth of one
             model = timm.create_model(name)
     return model

@@ -1,4 +1,4 @@
-"""What a forward pass costs, in multiply-accumulates, from shapes alone. Papers print these and say GFLOPs."""
+"""The multiply-accumulates of a forward pass, computed from shapes alone. Papers call them FLOPs."""
 
 import copy
 from weakref import WeakKeyDictionary
@@ -20,11 +20,21 @@ from tome_server.merging.support import VisionModel, check_supported, embedding_
 def macs(
     model: VisionModel, r: int | Schedule, image_size: tuple[int, int] | None = None, *, checked: bool = False
 ) -> MacCount:
-    """Count for one image of `image_size` (height, width) pixels, by default the model's own.
+    """Count the multiply-accumulates for one image.
 
-    Softmax, norms, activations, rotations and biases are left out, as papers do. That the last block may compute prefix
-    tokens alone is not counted as saved. Raises UnsupportedModelError like `merge`, ValueError for a negative r or a
-    schedule of another depth. `checked` says that `merge` took the model, which may have been fixed to one size since.
+    Softmax, norms, activations, rotations and biases aren't counted, as in papers. The last block is counted in full,
+    even where the head reads prefix tokens only.
+
+    Args:
+        model: a model that `merge` supports; its layers may be packed.
+        r: tokens to merge in each block, or a schedule.
+        image_size: height and width in pixels; None for the size that the model was made for.
+        checked: skip the check that the model is supported. For the model of a MergedModel, whatever was changed in it
+            for inference since.
+
+    Raises:
+        UnsupportedModelError: the model isn't supported.
+        ValueError: `r` is negative, or a schedule doesn't fit the model's depth.
     """
     if not checked:
         check_supported(model)
@@ -43,7 +53,7 @@ def macs(
         merged += _block(block, tokens, left)
         matching = _merge(block, tokens, prefix, int(model.embed_dim)) if left < tokens else 0
         overhead += matching
-        # What the last round leaves here is of the last block.
+        # After the loop this is the last block's.
         unread = matching + sum(_linear(part) for part in block.after) * (left - prefix)
         tokens = left
         counts.append(left)
@@ -61,7 +71,7 @@ def _block(block: Layers, tokens_in: int, tokens_out: int) -> int:
 
 def _merge(block: Layers, tokens: int, prefix: int, width: int) -> int:
     pairs = ((tokens - prefix) // 2) * ((tokens - prefix + 1) // 2)
-    # Similarity of every pair; the keys' mean over heads and its norm; the weighted sum of tokens.
+    # The similarity of every pair, the mean of the keys over heads and its norm, the weighted sum of tokens.
     return pairs * block.head_dim + tokens * (block.key_heads + 1) * block.head_dim + tokens * width
 
 
@@ -71,12 +81,12 @@ def _embedding(embedding: PatchEmbed | HybridEmbed | NaFlexEmbeds, patches: int,
     return projection + (_stem(embedding, size) if type(embedding) is HybridEmbed else 0)
 
 
-# By stem and size: a server asks for dozens of r, and running a stem takes some 100 ms.
+# By stem and image size. Running a stem takes some 100 ms, and a server counts for dozens of r.
 _stems: WeakKeyDictionary[nn.Module, dict[tuple[int, int], int]] = WeakKeyDictionary()
 
 
 def _stem(embedding: HybridEmbed, size: tuple[int, int]) -> int:
-    """Count a convolutional stem by running it on tensors without values."""
+    """Count a convolutional stem by running it on the meta device, without values."""
     known = _stems.setdefault(embedding.backbone, {})
     if size not in known:
         values = [*embedding.backbone.parameters(), *embedding.backbone.buffers()]
@@ -108,8 +118,7 @@ def _linear(module: nn.Module) -> int:
 
 
 def _per_token(layer: nn.Module) -> int:
-    # A layer that takes the place of an nn.Linear says by `macs_per_token` what it costs: there are several classes,
-    # and this module knows none.
+    # A class that stands in for nn.Linear has an attribute `macs_per_token`, so that this module need not import it.
     if isinstance(layer, nn.Linear):
         return layer.in_features * layer.out_features
     return int(getattr(layer, "macs_per_token", 0))

@@ -1,4 +1,4 @@
-"""`merge(model)`: one of timm's Vision Transformers that merges tokens as far as each call asks."""
+"""`merge(model)`: one of timm's Vision Transformers with token merging, whose r is chosen in each call."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from tome_server.merging.attention import size_bias, size_column
-from tome_server.merging.encoder import Layers, MergeGroup, encode, group_images, select
+from tome_server.merging.encoder import Encoded, Layers, MergeGroup, encode, group_images, select
 from tome_server.merging.families.naflex import patch_counts
 from tome_server.merging.geometry import check_image_size, patch_grid
 from tome_server.merging.pooling import classify, reads_prefix_only
@@ -25,26 +25,27 @@ class MergedOutput:
     features: Tensor
     """[B, D] pooled, as they enter the classifier"""
     tokens_per_block: tuple[tuple[int, ...], ...]
-    """For each image, the tokens that leave each block, prefix tokens included."""
+    """for each image, the number of tokens that leave each block, prefix tokens included"""
     tokens: Tensor | None = None
-    """[B, T, D] output tokens after the final norm, if asked for; zero past an image's own where another has more"""
+    """[B, T, D] output tokens after the final norm, with `return_tokens`; padded with zeros to the longest image"""
     sizes: Tensor | None = None
-    """[B, T] patches in each output token, 1 for a prefix token, 0 past an image's own; with `tokens` or `token_map`"""
+    """[B, T] number of patches in each output token, 1 for a prefix token, 0 for padding; with `return_tokens` or
+    `return_token_map`"""
     token_map: Tensor | None = None
-    """[B, patches] index among the output tokens of the one each patch went into, if asked for; -1 past an image's own
-    patches where another has more"""
+    """[B, patches] index of the output token that each patch was merged into, with `return_token_map`; padded with -1
+    to the image of the most patches"""
 
 
 class MergedModel(nn.Module):
-    """One of timm's Vision Transformers run with token merging. Made by `merge`.
+    """One of timm's Vision Transformers with token merging (ToMe, arXiv 2210.09461). Made by `merge`.
 
-    Shares the model's parameters and changes nothing in it. Holds no state of a call: threads may share one.
-    Takes the place of the model's own forward pass, of its blocks' and of their attention's: hooks of these aren't
-    called, those of the layers within are.
+    It shares the model's parameters and changes nothing in it. It keeps no state of a call, so threads may share one.
+    It replaces the forward passes of the model, its blocks and their attention: hooks of these aren't called, hooks of
+    the layers inside them are.
     """
 
     division = ""
-    """What a few threads divide among them; torch's threads divide single operations."""
+    """What this package's threads divide among them. Empty if torch's threads divide single operations instead."""
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class MergedModel(nn.Module):
         self._layers = layers_of(model) if layers is None else layers
         self.proportional_attention = proportional_attention
         self._bias_of = None if not proportional_attention else size_column if fold_sizes else size_bias
-        # Not train(): that would set the mode of the model's parts, which aren't ours to change.
+        # train() would also set the mode of the model, which merging must not change.
         self.training = model.training
 
     @property
@@ -80,80 +81,89 @@ class MergedModel(nn.Module):
         return_tokens: bool = False,
         return_token_map: bool = False,
     ) -> MergedOutput:
-        """Classify `images` [B, C, H, W], merging `r` tokens in every block, or as a schedule says.
+        """Classify images. No image's result depends on the others in the batch.
 
-        A sequence gives each image its own; no image's result depends on the others.
-        timm's NaFlexVit also takes images as patches, padded to one number: a mapping of `patches` [B, patches,
-        P * P * C], `patch_coord` [B, patches, 2] and `patch_valid` [B, patches], with all padding last.
-        r is clamped in each block to half of the tokens that aren't prefix tokens. Raises ValueError if an r is
-        negative, a schedule doesn't fit the model's depth, a sequence isn't as long as the batch or differs within it
-        while the model is in training mode, or the images don't fit the model.
+        Args:
+            images: [B, C, H, W]. For timm's NaFlexVit also a mapping of images as patches: `patches` [B, patches,
+                P * P * C], `patch_coord` [B, patches, 2] and `patch_valid` [B, patches], with padding last.
+            r: how many tokens to merge in every block, or a schedule; a sequence has one for each image. In each block
+                it is clamped to half of the tokens that aren't prefix tokens.
+            return_tokens: also return the output tokens.
+            return_token_map: also return which output token each patch was merged into.
+
+        Raises:
+            ValueError: an r is negative, a schedule doesn't fit the model's depth, a sequence isn't as long as the
+                batch, the images don't fit the model, or in training mode images differ in r or size.
+            TypeError: an r is neither an int nor a Schedule.
         """
         schedules = self._schedules(r, self._checked(images))
         embedded = self._embed(self.model, images)
-        batches = group_images(embedded, schedules)
-        if len(batches) > 1 and self.model.training:
+        groups = group_images(embedded, schedules)
+        if len(groups) > 1 and self.model.training:
             raise ValueError(
                 "images of a batch can differ in r or size in eval mode only: stochastic depth drops whole images"
             )
-        whole = return_tokens or return_token_map
-        groups = encode(
+        encoded = encode(
             embedded,
             self._layers,
             self.model.norm,
-            batches,
+            groups,
             prefix=self.prefix,
             bias_of=self._bias_of,
-            prefix_only=reads_prefix_only(self.model) and not whole,
+            prefix_only=reads_prefix_only(self.model) and not (return_tokens or return_token_map),
             track=return_token_map,
         )
-        logits, features = classify(self.model, groups)
-        order = [image for batch in batches for image in batch.images]
-        back = sorted(range(len(order)), key=order.__getitem__)
-        if len(groups) > 1:
-            logits, features = select(logits, back), select(features, back)
-        maps = [group.token_map for group in groups if group.token_map is not None]
-        return MergedOutput(
-            logits=logits,
-            features=features,
-            tokens_per_block=self._tokens_per_block(batches, back),
-            tokens=in_order([group.tokens for group in groups], back) if return_tokens else None,
-            sizes=in_order([group.sizes for group in groups], back) if whole else None,
-            token_map=in_order(maps, back, fill=-1) if return_token_map else None,
-        )
+        return self._collect(groups, encoded, return_tokens)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Return the patches from top to bottom and from left to right of an image of this size in pixels."""
+        """Return the rows and columns of patches in an image of this height and width in pixels."""
         return patch_grid(self.model, height, width)
 
     def patches(self, height: int, width: int) -> int:
-        """Return the number of patches of an image of this size in pixels."""
+        """Return the number of patches in an image of this height and width in pixels."""
         rows, columns = self.grid(height, width)
         return rows * columns
+
+    def _collect(self, groups: Sequence[MergeGroup], encoded: list[Encoded], return_tokens: bool) -> MergedOutput:
+        """Classify the groups' tokens, and return the results in the order of the batch."""
+        logits, features = classify(self.model, encoded)
+        order = [image for group in groups for image in group.images]
+        back = sorted(range(len(order)), key=order.__getitem__)
+        if len(encoded) > 1:
+            logits, features = select(logits, back), select(features, back)
+        maps = [group.token_map for group in encoded if group.token_map is not None]
+        return MergedOutput(
+            logits=logits,
+            features=features,
+            tokens_per_block=self._tokens_per_block(groups, back),
+            tokens=in_order([group.tokens for group in encoded], back) if return_tokens else None,
+            sizes=in_order([group.sizes for group in encoded], back) if return_tokens or maps else None,
+            token_map=in_order(maps, back, fill=-1) if maps else None,
+        )
 
     def _schedules(
         self, r: int | Schedule | Sequence[int | Schedule], batch: int
     ) -> dict[tuple[int, ...], Sequence[int]]:
-        """Return what to merge in each block, and the images for which."""
+        """Return the indices of images, by the number of tokens that they merge in each block."""
         if not isinstance(r, Sequence):
             return {as_schedule(r).per_block(self.depth): range(batch)}
         if len(r) != batch:
             raise ValueError(f"r must be one for all images or one for each of the {batch}, not {len(r)}")
         schedules: dict[tuple[int, ...], Sequence[int]] = {} if batch else {(0,) * self.depth: ()}
-        for image, own in enumerate(r):
-            per_block = as_schedule(own).per_block(self.depth)
+        for image, image_r in enumerate(r):
+            per_block = as_schedule(image_r).per_block(self.depth)
             schedules[per_block] = [*schedules.get(per_block, ()), image]
         return schedules
 
-    def _tokens_per_block(self, batches: Sequence[MergeGroup], back: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    def _tokens_per_block(self, groups: Sequence[MergeGroup], back: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         counts: list[tuple[int, ...]] = []
-        for batch in batches:
-            left = tokens_per_block(batch.tokens - self.prefix, self.prefix, batch.per_block)
-            counts += [left] * len(batch.images)
+        for group in groups:
+            left = tokens_per_block(group.tokens - self.prefix, self.prefix, group.per_block)
+            counts += [left] * len(group.images)
         return tuple(counts[i] for i in back)
 
     def _checked(self, images: Tensor | Mapping[str, Tensor]) -> int:
-        """Return how many `images` there are. Raises ValueError unless the model takes them."""
+        """Return the number of `images`. Raises ValueError unless the model accepts them."""
         if not isinstance(images, Tensor):
             if type(self.model) is not NaFlexVit:
                 raise ValueError(f"only a NaFlexVit takes images as patches, not a {type(self.model).__name__}")
@@ -165,12 +175,17 @@ class MergedModel(nn.Module):
 
 
 def merge(model: VisionModel, *, proportional_attention: bool | None = None, fold_sizes: bool = False) -> MergedModel:
-    """Return `model`, timm's VisionTransformer, Eva or NaFlexVit, with token merging (arXiv 2210.09461).
+    """Return `model` with token merging (ToMe, arXiv 2210.09461).
 
-    `proportional_attention` weighs each token by the patches it stands for, as supervised weights need it; None
-    leaves it off for MAE weights alone, which lose by it (ToMe, table 1e and appendix). `fold_sizes` has it done by one
-    more channel of queries and keys in place of a mask, which FlashAttention doesn't take. Raises
-    UnsupportedModelError for a model, block or attention of another class.
+    Args:
+        model: timm's VisionTransformer, Eva or NaFlexVit.
+        proportional_attention: whether attention weighs each token by the number of patches it stands for. Supervised
+            weights need it; MAE weights lose accuracy by it (ToMe, table 1e and appendix). None turns it off for MAE
+            weights only.
+        fold_sizes: weigh by one more channel of queries and keys instead of a mask, which FlashAttention doesn't take.
+
+    Raises:
+        UnsupportedModelError: the model, one of its blocks or an attention is of a class that isn't supported.
     """
     check_supported(model)
     if proportional_attention is None:
@@ -181,16 +196,18 @@ def merge(model: VisionModel, *, proportional_attention: bool | None = None, fol
 
 
 def unmerge(tokens: Tensor, token_map: Tensor) -> Tensor:
-    """Give each patch the features of the token it went into: [B, T, D] and [B, patches] to [B, patches, D].
+    """Return for each patch the features of the token that it was merged into, [B, patches, D].
 
-    Where there is no patch (-1), zeros.
+    Args:
+        tokens: [B, T, D] output tokens.
+        token_map: [B, patches] index of each patch's token; -1 gives zeros.
     """
     index, missing = token_map.clamp(min=0).unsqueeze(-1), token_map.lt(0).unsqueeze(-1)
     return tokens.gather(1, index.expand(-1, -1, tokens.shape[-1])).masked_fill(missing, 0)
 
 
 def in_order(parts: Sequence[Tensor], back: Sequence[int], fill: int = 0) -> Tensor:
-    """Return the images [T, ...] of all `parts` [B, T, ...] in the order `back`, short ones filled up."""
+    """Return the images [T, ...] of all `parts` [B, T, ...] in the order `back`, padded with `fill` to one length."""
     if len(parts) == 1:
         return parts[0]
     images = [image for part in parts for image in part]

@@ -1,6 +1,6 @@
-"""Which models can be merged: an allow-list, so that a model which works differently is refused and never wrong.
+"""The models that can be merged: an allow-list, so that an unknown model is refused instead of giving wrong results.
 
-Classes are compared exactly: a subclass may compute something else in its own forward.
+Classes must match exactly, because a subclass may compute something else in its own forward pass.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -56,11 +56,15 @@ POOLS = ("token", "avg", "max", "avgmax", "map")
 
 
 class UnsupportedModelError(ValueError):
-    """The model, or a part of it, isn't one whose forward pass is known here."""
+    """The model, or a part of it, is of a class whose forward pass isn't known here."""
 
 
 def check_supported(model: VisionModel) -> None:
-    """Raise UnsupportedModelError, naming the class and what is supported, unless `model` can be merged."""
+    """Check that `model` can be merged.
+
+    Raises:
+        UnsupportedModelError: it can't. The message names the part, its class and the supported classes.
+    """
     _require("model", model, *EMBED)
     if type(model) is NaFlexVit:
         _require("embeds", model.embeds, NaFlexEmbeds)
@@ -93,12 +97,12 @@ def check_supported(model: VisionModel) -> None:
 
 
 def layers_of(model: VisionModel) -> list[Layers]:
-    """Return the blocks of a supported model, taken apart."""
+    """Return the blocks of a supported model as Layers."""
     return [LAYERS[type(block)](block) for block in model.blocks]
 
 
 def embedding_of(model: VisionModel) -> PatchEmbed | HybridEmbed | NaFlexEmbeds:
-    """Return the part of a supported model that makes tokens of images."""
+    """Return the module of a supported model that turns images into tokens."""
     return model.embeds if type(model) is NaFlexVit else model.patch_embed
 
 

@@ -1,8 +1,8 @@
-"""Makes timm importable beside a CPU-only torch: import this before timm.
+"""Makes timm importable with a CPU-only torch. Import this module before timm.
 
-timm imports torchvision, whose Linux wheel on the registry is built for CUDA. Beside a CPU-only torch its C++
-extension cannot load, and torchvision's Python code then fails registering implementations for operators that nobody
-declared. Declaring them is enough for all that timm uses; the operators themselves stay unavailable.
+timm imports torchvision, whose published Linux wheel is built for CUDA. With a CPU-only torch its C++ extension can't
+load, and torchvision's Python code then fails to register implementations of operators that the extension would have
+declared. Declaring them here is enough for everything that timm uses; the operators themselves stay unavailable.
 """
 
 import torch
@@ -27,5 +27,5 @@ def _declare_missing_operators() -> "torch.library.Library | None":
     return library
 
 
-# Operators live as long as the library that declared them.
+# Operators stay declared as long as this object lives.
 _library = _declare_missing_operators()
