@@ -1,8 +1,8 @@
-"""Matching and merging on the CPU in a few passes over memory, written in C: what `matching` does, to rounding.
+"""Matching and merging on the CPU, written in C: the results of `merging.matching`, to rounding.
 
-As some fifty operators of torch they are mostly overhead: each starts cold, since the matrix products in between sweep
-the processor's caches. The C code is built when the package is installed; where there was no compiler, `matching` is
-what runs.
+As some fifty operators of torch, matching and merging are mostly overhead: each operator starts with a cold cache, since
+the matrix products in between have emptied it. The C code needs a few passes over memory. It is built when the package
+is installed; without a compiler, `merging.matching` runs instead.
 """
 
 import torch
@@ -19,28 +19,35 @@ except ImportError:
 else:
     BUILT = True
 
+_DTYPES = (torch.float32, torch.bfloat16)
+
 
 def serves(*tensors: Tensor) -> bool:
-    """Return whether such tokens and keys can be matched and merged here: on the CPU and without gradients."""
+    """Return whether the C code supports these tokens and keys: on the CPU, in a dtype it knows, without gradients."""
     return BUILT and all(
         type(x) is Tensor
         and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.dtype in _DTYPES
         and not (x.requires_grad and torch.is_grad_enabled())
         for x in tensors
     )
 
 
 def match(keys: Tensor, r: int, prefix: int) -> Matching:
-    """As matching.match."""
+    """Choose the `r` tokens that are most similar to another token; see `matching.match`."""
     batch, heads, tokens, dim = keys.shape
     r = min(r, mergeable(tokens, prefix))
     if r == 0:
         return by_torch.match(keys, r, prefix)
+    # The C code gets addresses: sizes and dtypes that don't fit would have it read and write elsewhere.
+    assert keys.dtype in _DTYPES
+    assert keys.device.type == "cpu"
+    assert r > 0
+    assert prefix >= 0
     if keys.stride(3) != 1:
         keys = keys.contiguous()
     by_image, by_head, by_token, _ = keys.stride()
-    # Here and below type and device are said: torch's defaults for new tensors may be others.
+    # new_empty instead of empty, here and below: torch's defaults for dtype and device may have been changed.
     direction = keys.new_empty(batch, tokens, dim, dtype=torch.float32)
     bf16 = keys.dtype == torch.bfloat16
     _matching.directions(
@@ -55,10 +62,20 @@ def match(keys: Tensor, r: int, prefix: int) -> Matching:
 
 
 def combine(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
-    """As matching.combine."""
+    """Merge tokens into the size-weighted mean of each destination and its sources; see `matching.combine`."""
     x, size = x.contiguous(), size.contiguous()
-    batch, _, channels = x.shape
+    batch, tokens, channels = x.shape
     left, r = matching.order.shape[1], matching.merged.shape[1]
+    # As in `match`. What the rows of `matching` are isn't checked: they come from there.
+    assert x.dtype in _DTYPES
+    assert size.dtype == torch.float32
+    assert size.shape == (batch, tokens)
+    assert matching.order.shape == (batch, tokens - r)
+    assert matching.merged.shape == matching.into.shape == (batch, r)
+    for rows in (matching.order, matching.merged, matching.into):
+        assert rows.dtype == torch.int64
+        assert rows.is_contiguous()
+    assert all(t.device.type == "cpu" for t in (x, size, matching.order, matching.merged, matching.into))
     out, sizes = x.new_empty(batch, left, channels), size.new_empty(batch, left)
     _matching.combine(
         x.data_ptr(),

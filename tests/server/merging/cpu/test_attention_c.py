@@ -152,3 +152,46 @@ def test_an_image_attends_the_same_in_any_batch(dtype: torch.dtype) -> None:
     for i in range(5):
         alone = attention_c.attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], bias[i : i + 1], 0.2)
         assert torch.equal(alone[0], together[i])
+
+
+@pytest.mark.skipif(torch.float32 not in attention_c.DTYPES, reason=NEEDS)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"k": torch.zeros(1, 3, 9, 16)},
+        {"k": torch.zeros(2, 1, 9, 16)},
+        {"v": torch.zeros(2, 3, 8, 16)},
+        {"k": torch.zeros(2, 3, 9, 8), "v": torch.zeros(2, 3, 9, 8)},
+        {"v": torch.zeros(2, 3, 9, 16, dtype=torch.float64)},
+        {"v": torch.zeros(2, 3, 9, 16, device="meta")},
+        {"q": torch.zeros(2, 3, 9, 16, dtype=torch.float64)},
+    ],
+    ids=["images", "heads", "tokens", "channels", "values in float64", "values elsewhere", "queries in float64"],
+)
+def test_tensors_that_do_not_fit_each_other_never_reach_attention_in_c(
+    wrong: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads and writes memory by these sizes alone."""
+    monkeypatch.setattr(attention_c, "_attention", None)
+    given = {name: torch.zeros(2, 3, 9, 16) for name in "qkv"} | wrong
+    with pytest.raises(AssertionError):
+        attention_c.attend(**given, bias=None, scale=1.0)
+
+
+@pytest.mark.skipif(torch.float32 not in attention_c.DTYPES, reason=NEEDS)
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.zeros(2, 1, 1, 8),
+        torch.zeros(3, 1, 1, 9),
+        torch.zeros(2, 3, 1, 9),
+        torch.zeros(2, 1, 9, 9),
+        torch.zeros(2, 1, 1, 9, device="meta"),
+    ],
+    ids=["tokens", "images", "heads", "queries", "elsewhere"],
+)
+def test_a_mask_that_does_not_fit_never_reaches_attention_in_c(mask: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_c, "_attention", None)
+    q, k, v = torch.zeros(3, 2, 3, 9, 16)
+    with pytest.raises((AssertionError, RuntimeError)):
+        attention_c.attend(q, k, v, mask, 1.0)

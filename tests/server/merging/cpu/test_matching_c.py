@@ -152,3 +152,51 @@ def test_gradients_that_nobody_takes_are_no_hindrance() -> None:
     x = torch.zeros(1, requires_grad=True)
     with torch.no_grad():
         assert matching_c.serves(x)
+
+
+WRONG_SIZES: dict[str, dict[str, object]] = {
+    "sizes of fewer tokens": {"size": torch.ones(2, 8)},
+    "sizes of fewer images": {"size": torch.ones(1, 9)},
+    "sizes in float64": {"size": torch.ones(2, 9, dtype=torch.float64)},
+    "tokens in float16": {"x": torch.zeros(2, 9, 4, dtype=torch.float16)},
+    "tokens of fewer images": {"x": torch.zeros(1, 9, 4)},
+    "fewer tokens": {"x": torch.zeros(2, 8, 4), "size": torch.ones(2, 8)},
+    "tokens elsewhere": {"x": torch.zeros(2, 9, 4, device="meta")},
+    "order of fewer tokens": {"order": torch.zeros(2, 5, dtype=torch.int64)},
+    "order in int32": {"order": torch.zeros(2, 6, dtype=torch.int32)},
+    "order in strides": {"order": torch.zeros(2, 12, dtype=torch.int64)[:, ::2]},
+    "more sources than destinations of them": {"merged": torch.zeros(2, 4, dtype=torch.int64)},
+    "more destinations than sources": {"into": torch.zeros(2, 4, dtype=torch.int64)},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_SIZES.values(), ids=WRONG_SIZES.keys())
+def test_tensors_that_do_not_fit_each_other_never_reach_the_merge_in_c(
+    wrong: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads and writes memory by these sizes alone."""
+    monkeypatch.setattr(matching_c, "_matching", None)
+    matched = matching.match(torch.randn(2, 1, 9, 4), 3, 0)
+    given: dict[str, object] = {"x": torch.zeros(2, 9, 4), "size": torch.ones(2, 9), **vars(matched), **wrong}
+    x, size = given.pop("x"), given.pop("size")
+    with pytest.raises(AssertionError):
+        matching_c.combine(x, size, matching.Matching(**given))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("keys", "r", "prefix"),
+    [
+        (torch.zeros(2, 1, 9, 4, dtype=torch.float16), 3, 0),
+        (torch.zeros(2, 1, 9, 4, device="meta"), 3, 0),
+        (torch.zeros(2, 1, 9, 4), -1, 0),
+        (torch.zeros(2, 1, 9, 4), 3, 12),
+        (torch.zeros(2, 1, 9, 4), 3, -2),
+    ],
+    ids=["float16", "elsewhere", "negative r", "more prefix tokens than tokens", "negative prefix"],
+)
+def test_keys_that_do_not_fit_never_reach_the_matching_in_c(
+    keys: Tensor, r: int, prefix: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matching_c, "_matching", None)
+    with pytest.raises(AssertionError):
+        matching_c.match(keys, r, prefix)
