@@ -1,8 +1,8 @@
-/* Attention on one thread of an x86-64 CPU. What is computed is said in attention.py; tests hold it equal to torch's.
+/* Attention on one thread of an x86-64 CPU: softmax(scale * q k^T + bias) v. Tests compare it with torch's.
 
-   Small matrices, one image's one head at a time: what is read again and again stays in the core's own cache, laid out
-   as the products read it. Arguments are addresses of memory and sizes of it; attention.py sees to it that they are
-   right. The interpreter's lock is not held meanwhile. */
+   It works on one head of one image at a time, so that all that is read repeatedly stays in the core's own cache, laid
+   out in the order in which the products read it. Arguments are addresses and sizes of memory; attention_c.py checks
+   that they fit each other. The interpreter's lock is released while it runs. */
 
 #define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN
@@ -18,35 +18,35 @@ static PyObject *attend(PyObject *module, PyObject *arguments)
     int bf16;
     (void)module;
     if (!PyArg_ParseTuple(arguments, "KKKKK(LLLLL)(LLL)(LLL)(LLL)fp", &queries, &keys, &values, &bias, &out, &p.batch,
-                          &p.heads, &p.rows, &p.tokens, &p.dim, &p.of_queries.image, &p.of_queries.head,
-                          &p.of_queries.token, &p.of_keys.image, &p.of_keys.head, &p.of_keys.token, &p.of_values.image,
-                          &p.of_values.head, &p.of_values.token, &p.scale, &bf16))
+                          &p.heads, &p.rows, &p.tokens, &p.dim, &p.query_strides.image, &p.query_strides.head,
+                          &p.query_strides.token, &p.key_strides.image, &p.key_strides.head, &p.key_strides.token,
+                          &p.value_strides.image, &p.value_strides.head, &p.value_strides.token, &p.scale, &bf16))
         return NULL;
     p.queries = (const void *)(uintptr_t)queries;
     p.keys = (const void *)(uintptr_t)keys;
     p.values = (const void *)(uintptr_t)values;
     p.bias = (const float *)(uintptr_t)bias;
     p.out = (void *)(uintptr_t)out;
-    const Way *way = bf16 ? &in_half : &in_float;
-    char *room = aligned_alloc(64, way->room(&p));
-    if (room == NULL)
+    const Kernel *kernel = bf16 ? &bfloat16_kernel : &float32_kernel;
+    char *workspace = aligned_alloc(64, kernel->workspace_bytes(&p));
+    if (workspace == NULL)
         return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
-    way->attend(&p, room);
+    kernel->attend(&p, workspace);
     Py_END_ALLOW_THREADS
-    free(room);
+    free(workspace);
     Py_RETURN_NONE;
 }
 
 static PyObject *supported(PyObject *module, PyObject *arguments)
 {
     (void)module, (void)arguments;
-    return Py_BuildValue("(NN)", PyBool_FromLong(in_float.is_supported != NULL && in_float.is_supported()),
-                         PyBool_FromLong(in_half.is_supported != NULL && in_half.is_supported()));
+    return Py_BuildValue("(NN)", PyBool_FromLong(float32_kernel.is_supported != NULL && float32_kernel.is_supported()),
+                         PyBool_FromLong(bfloat16_kernel.is_supported != NULL && bfloat16_kernel.is_supported()));
 }
 
 static PyMethodDef functions[] = {
-    {"supported", supported, METH_NOARGS, "whether this processor can in float32, and in bfloat16"},
+    {"supported", supported, METH_NOARGS, "whether this processor supports it in float32, and in bfloat16"},
     {"attend", attend, METH_VARARGS,
      "queries, keys, values, bias or 0, out, (batch, heads, queries, tokens, dim), strides of queries, keys and values, "
      "scale, bf16"},

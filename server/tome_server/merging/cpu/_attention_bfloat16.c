@@ -1,4 +1,4 @@
-/* Attention in bfloat16, where the processor has tiles (AMX) and Linux gives them. */
+/* Attention in bfloat16, for processors with tiles (AMX), if Linux permits their use. */
 
 #define _GNU_SOURCE
 #include "_attention.h"
@@ -11,33 +11,34 @@
 
 #define TILED __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")))
 
-/* A tile is 16 rows of 64 bytes. That on a product's right has two rows in each: (0, 1), (2, 3) and so on, channel by
-   channel. Its sums are floats, and up to GROUP tiles of them are added to at once. */
+/* A tile is 16 rows of 64 bytes. A tile on the right of a product holds two matrix rows in each of its rows, (0, 1),
+   (2, 3) and so on, with their channels interleaved. Sums are float32, in up to GROUP tiles at a time. */
 enum { TILE_ROWS = 16, DEPTH = 32, TILE = TILE_ROWS * DEPTH, GROUP = 4 };
 
-typedef uint16_t Half;
+typedef uint16_t Bf16;
 
-static inline __attribute__((always_inline)) TILED __m512i load_halves(const Half *from, int64_t count)
+static inline __attribute__((always_inline)) TILED __m512i load_bf16(const Bf16 *from, int64_t count)
 {
     return _mm512_maskz_loadu_epi16(count < DEPTH ? (1u << count) - 1 : (__mmask32)-1, from);
 }
 
-TILED static void store_halves(Half *to, __m512 values, int64_t count)
+TILED static void store_bf16(Bf16 *to, __m512 values, int64_t count)
 {
-    _mm256_mask_storeu_epi16(to, first_16(count), (__m256i)_mm512_cvtneps_pbh(values));
+    _mm256_mask_storeu_epi16(to, first_lanes(count), (__m256i)_mm512_cvtneps_pbh(values));
 }
 
-/* Lays out keys [tokens, dim] as tiles [dim, 16 tokens], so many across, in panels of up to GROUP. Copies fill them up. */
-TILED static void lay_out_keys(const Half *from, int64_t apart, int64_t tokens, int64_t dim, int64_t across, Half *tile)
+/* Lays out keys [tokens, dim] as tiles [32 channels, 16 tokens], `width` of them side by side, in panels of up to GROUP.
+   Copies of the last token pad the last tile. */
+TILED static void pack_keys(const Bf16 *from, int64_t stride, int64_t tokens, int64_t dim, int64_t width, Bf16 *tile)
 {
-    for (int64_t first = 0; first < across; first += GROUP)
+    for (int64_t first = 0; first < width; first += GROUP)
         for (int64_t d = 0; d < dim; d += DEPTH)
-            for (int64_t j = first; j < least(first + GROUP, across); j++, tile += TILE) {
+            for (int64_t j = first; j < min(first + GROUP, width); j++, tile += TILE) {
                 __m512 rows[TILE_ROWS];
 #pragma GCC unroll 16
                 for (int i = 0; i < TILE_ROWS; i++) {
-                    int64_t token = least(j * TILE_ROWS + i, tokens - 1);
-                    rows[i] = _mm512_castsi512_ps(load_halves(from + token * apart + d, dim - d));
+                    int64_t token = min(j * TILE_ROWS + i, tokens - 1);
+                    rows[i] = _mm512_castsi512_ps(load_bf16(from + token * stride + d, dim - d));
                 }
                 transpose(rows);
 #pragma GCC unroll 16
@@ -46,34 +47,36 @@ TILED static void lay_out_keys(const Half *from, int64_t apart, int64_t tokens, 
             }
 }
 
-/* One channel after another of a token and of the next; 0 where there is none. */
-TILED static __m512i two_rows(const Half *from, int64_t apart, int64_t rows, __mmask16 channels)
+/* Interleaves the channels of a token with those of the next one. Channels and tokens past the end are 0. */
+TILED static __m512i two_rows(const Bf16 *from, int64_t stride, int64_t rows, __mmask16 channels)
 {
     __m512i one = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(rows > 0 ? channels : 0, from));
-    __m512i next = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(rows > 1 ? channels : 0, from + apart));
+    __m512i next = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(rows > 1 ? channels : 0, from + stride));
     return _mm512_or_si512(one, _mm512_slli_epi32(next, 16));
 }
 
-/* Lays out values [tokens, dim] as tiles [32 tokens, 16 channels], so many deep, in panels of up to GROUP. */
-TILED static void lay_out_values(const Half *from, int64_t apart, int64_t tokens, int64_t dim, int64_t deep, Half *tile)
+/* Lays out values [tokens, dim] as tiles [32 tokens, 16 channels], `depth` of them below each other, in panels of up to
+   GROUP. */
+TILED static void pack_values(const Bf16 *from, int64_t stride, int64_t tokens, int64_t dim, int64_t depth, Bf16 *tile)
 {
-    for (int64_t across = parts(dim, LANES), first = 0; first < across; first += GROUP)
-        for (int64_t n = 0; n < deep * DEPTH; n += DEPTH)
-            for (int64_t j = first; j < least(first + GROUP, across); j++, tile += TILE)
+    for (int64_t width = ceil_div(dim, LANES), first = 0; first < width; first += GROUP)
+        for (int64_t n = 0; n < depth * DEPTH; n += DEPTH)
+            for (int64_t j = first; j < min(first + GROUP, width); j++, tile += TILE)
                 for (int64_t i = 0; i < TILE_ROWS; i++) {
                     int64_t token = n + 2 * i, channel = j * LANES;
-                    const Half *at = from + token * apart + channel;
+                    const Bf16 *at = from + token * stride + channel;
                     _mm512_store_si512(tile + i * DEPTH,
-                                       two_rows(at, apart, tokens - token, first_16(dim - channel)));
+                                       two_rows(at, stride, tokens - token, first_lanes(dim - channel)));
                 }
 }
 
-/* out [16, 16 * count] = left [16, 32 * depth] right [depth, count tiles]; `out` and `left` have rows of so many bytes */
-static inline __attribute__((always_inline)) TILED void multiply(const Half *left, int64_t left_bytes, const Half *right,
+/* out [16, 16 * count] = left [16, 32 * depth] right [depth, count tiles]. `left_bytes` and `out_bytes` are the lengths
+   of a row of `left` and `out`. */
+static inline __attribute__((always_inline)) TILED void multiply(const Bf16 *left, int64_t left_bytes, const Bf16 *right,
                                                                  int64_t depth, const int count, float *out,
                                                                  int64_t out_bytes)
 {
-    /* Tiles go by numbers that are known when this is compiled: 0 to 3 have the sums. */
+    /* The numbers of tiles must be compile-time constants. Tiles 0 to 3 hold the sums. */
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -104,12 +107,12 @@ static inline __attribute__((always_inline)) TILED void multiply(const Half *lef
         _tile_stored(3, out + 3 * LANES, out_bytes);
 }
 
-/* out [16, 16 * across] = left [16, 32 * depth] right [depth, across tiles], of which `right` is laid out in panels */
-TILED static void product(const Half *left, const Half *right, int64_t depth, int64_t across, float *out)
+/* out [16, 16 * width] = left [16, 32 * depth] right [depth, width tiles]. `right` is laid out in panels. */
+TILED static void product(const Bf16 *left, const Bf16 *right, int64_t depth, int64_t width, float *out)
 {
-    int64_t left_bytes = depth * DEPTH * sizeof(Half), out_bytes = across * LANES * sizeof(float);
-    for (int64_t first = 0; first < across; first += GROUP, right += GROUP * depth * TILE, out += GROUP * LANES)
-        switch (least(GROUP, across - first)) {
+    int64_t left_bytes = depth * DEPTH * sizeof(Bf16), out_bytes = width * LANES * sizeof(float);
+    for (int64_t first = 0; first < width; first += GROUP, right += GROUP * depth * TILE, out += GROUP * LANES)
+        switch (min(GROUP, width - first)) {
         case 1:
             multiply(left, left_bytes, right, depth, 1, out, out_bytes);
             break;
@@ -124,96 +127,98 @@ TILED static void product(const Half *left, const Half *right, int64_t depth, in
         }
 }
 
-/* Turns products into weights, of which the largest is 1, and returns their sum before they are rounded. The polynomial's
-   relative error, 1.0e-4, is a twentieth of that. */
-TILED static float weigh(float *logits, const float *raised, float scale, int64_t vectors, Half *weights)
+/* Turns one row of products into softmax weights, of which the largest is 1, and returns their sum before rounding.
+   Powers of 2 come from a polynomial whose relative error, 1.0e-4, is a twentieth of that of rounding to bfloat16. */
+TILED static float softmax_row(float *logits, const float *bias_row, float scale, int64_t vectors, Bf16 *weights)
 {
-    __m512 most = _mm512_set1_ps(LEAST), sum = _mm512_setzero_ps();
+    __m512 maximum = _mm512_set1_ps(LEAST), sum = _mm512_setzero_ps();
     for (int64_t j = 0; j < vectors * LANES; j += LANES) {
-        __m512 logit = _mm512_fmadd_ps(_mm512_load_ps(logits + j), _mm512_set1_ps(scale), _mm512_load_ps(raised + j));
+        __m512 logit = _mm512_fmadd_ps(_mm512_load_ps(logits + j), _mm512_set1_ps(scale), _mm512_load_ps(bias_row + j));
         _mm512_store_ps(logits + j, logit);
-        most = _mm512_max_ps(most, logit);
+        maximum = _mm512_max_ps(maximum, logit);
     }
-    most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    maximum = _mm512_set1_ps(_mm512_reduce_max_ps(maximum));
     for (int64_t j = 0; j < vectors * LANES; j += LANES) {
-        __m512 rest = _mm512_sub_ps(_mm512_load_ps(logits + j), most), whole = whole_of(&rest);
+        __m512 rest = _mm512_sub_ps(_mm512_load_ps(logits + j), maximum), whole = split_exponent(&rest);
         __m512 power = _mm512_set1_ps(5.50089297e-2f);
         power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(2.42210972e-1f));
         power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(6.93282929e-1f));
         power = _mm512_scalef_ps(_mm512_fmadd_ps(power, rest, _mm512_set1_ps(1)), whole);
         sum = _mm512_add_ps(sum, power);
-        store_halves(weights + j, power, LANES);
+        store_bf16(weights + j, power, LANES);
     }
     return _mm512_reduce_add_ps(sum);
 }
 
-/* Sizes in tiles, and how many bytes of room each part takes. */
+/* Sizes in tiles, and the bytes of workspace that each part takes. */
 typedef struct {
-    int64_t deep, pairs, across, wide;
-    int64_t keys, values, weights, queries, logits, found, raised;
-} Halves;
+    int64_t dim_depth, token_depth, token_width, dim_width;
+    int64_t keys, values, weights, queries, logits, out_tile, bias_row;
+} Sizes;
 
-static Halves halves(const Problem *p)
+static Sizes sizes_of(const Problem *p)
 {
-    Halves h = {.deep = parts(p->dim, DEPTH), .pairs = parts(p->tokens, DEPTH), .wide = parts(p->dim, LANES)};
-    h.across = 2 * h.pairs;
-    h.keys = h.deep * h.across * TILE * sizeof(Half);
-    h.values = h.pairs * h.wide * TILE * sizeof(Half);
-    h.weights = h.pairs * TILE * sizeof(Half);
-    h.queries = h.deep * TILE * sizeof(Half);
-    h.logits = h.across * TILE_ROWS * LANES * sizeof(float);
-    h.found = h.wide * TILE_ROWS * LANES * sizeof(float);
-    h.raised = h.across * LANES * sizeof(float);
-    return h;
+    Sizes s = {.dim_depth = ceil_div(p->dim, DEPTH),
+               .token_depth = ceil_div(p->tokens, DEPTH),
+               .dim_width = ceil_div(p->dim, LANES)};
+    s.token_width = 2 * s.token_depth;
+    s.keys = s.dim_depth * s.token_width * TILE * sizeof(Bf16);
+    s.values = s.token_depth * s.dim_width * TILE * sizeof(Bf16);
+    s.weights = s.token_depth * TILE * sizeof(Bf16);
+    s.queries = s.dim_depth * TILE * sizeof(Bf16);
+    s.logits = s.token_width * TILE_ROWS * LANES * sizeof(float);
+    s.out_tile = s.dim_width * TILE_ROWS * LANES * sizeof(float);
+    s.bias_row = s.token_width * LANES * sizeof(float);
+    return s;
 }
 
-static int64_t room_for(const Problem *p)
+static int64_t workspace_bytes(const Problem *p)
 {
-    Halves h = halves(p);
-    return h.keys + h.values + h.weights + h.queries + h.logits + h.found + h.raised;
+    Sizes s = sizes_of(p);
+    return s.keys + s.values + s.weights + s.queries + s.logits + s.out_tile + s.bias_row;
 }
 
-TILED static void attend(const Problem *p, char *room)
+TILED static void attend(const Problem *p, char *workspace)
 {
-    const Halves h = halves(p);
-    Half *keys = (Half *)room, *values = (Half *)(room += h.keys), *weights = (Half *)(room += h.values);
-    Half *queries = (Half *)(room += h.weights);
-    float *logits = (float *)(room += h.queries), *found = (float *)(room += h.logits);
-    float *raised = (float *)(room += h.found);
+    const Sizes s = sizes_of(p);
+    Bf16 *keys = (Bf16 *)workspace, *values = (Bf16 *)(workspace += s.keys), *weights = (Bf16 *)(workspace += s.values);
+    Bf16 *queries = (Bf16 *)(workspace += s.weights);
+    float *logits = (float *)(workspace += s.queries), *out_tile = (float *)(workspace += s.logits);
+    float *bias_row = (float *)(workspace += s.out_tile);
     struct {
         uint8_t palette, start_row, reserved[14];
         uint16_t bytes_a_row[16];
         uint8_t rows[16];
     } tiles = {.palette = 1};
     for (int i = 0; i < 8; i++)
-        tiles.bytes_a_row[i] = DEPTH * sizeof(Half), tiles.rows[i] = TILE_ROWS;
+        tiles.bytes_a_row[i] = DEPTH * sizeof(Bf16), tiles.rows[i] = TILE_ROWS;
     _tile_loadconfig(&tiles);
     for (int64_t image = 0; image < p->batch; image++) {
-        raise_logits(p, image, raised, h.across * LANES);
+        fill_bias_row(p, image, bias_row, s.token_width * LANES);
         for (int64_t head = 0; head < p->heads; head++) {
-            const Half *asking = (const Half *)p->queries + place(p->of_queries, image, head);
-            lay_out_keys((const Half *)p->keys + place(p->of_keys, image, head), p->of_keys.token, p->tokens, p->dim,
-                         h.across, keys);
-            lay_out_values((const Half *)p->values + place(p->of_values, image, head), p->of_values.token, p->tokens,
-                           p->dim, h.pairs, values);
+            const Bf16 *head_queries = (const Bf16 *)p->queries + offset(p->query_strides, image, head);
+            const Bf16 *head_keys = (const Bf16 *)p->keys + offset(p->key_strides, image, head);
+            pack_keys(head_keys, p->key_strides.token, p->tokens, p->dim, s.token_width, keys);
+            const Bf16 *head_values = (const Bf16 *)p->values + offset(p->value_strides, image, head);
+            pack_values(head_values, p->value_strides.token, p->tokens, p->dim, s.token_depth, values);
             for (int64_t row = 0; row < p->rows; row += TILE_ROWS) {
-                /* Rows that there are not are copies of the last. */
+                /* Copies of the last query pad the last tile. */
                 for (int64_t i = 0; i < TILE_ROWS; i++)
-                    for (int64_t d = 0; d < h.deep * DEPTH; d += DEPTH) {
-                        const Half *query = asking + least(row + i, p->rows - 1) * p->of_queries.token + d;
-                        _mm512_store_si512(queries + i * h.deep * DEPTH + d, load_halves(query, p->dim - d));
+                    for (int64_t d = 0; d < s.dim_depth * DEPTH; d += DEPTH) {
+                        const Bf16 *query = head_queries + min(row + i, p->rows - 1) * p->query_strides.token + d;
+                        _mm512_store_si512(queries + i * s.dim_depth * DEPTH + d, load_bf16(query, p->dim - d));
                     }
-                product(queries, keys, h.deep, h.across, logits);
+                product(queries, keys, s.dim_depth, s.token_width, logits);
                 float sums[TILE_ROWS];
                 for (int64_t i = 0; i < TILE_ROWS; i++)
-                    sums[i] = weigh(logits + i * h.across * LANES, raised, p->scale * PER_NAT, h.across,
-                                    weights + i * h.pairs * DEPTH);
-                product(weights, values, h.pairs, h.wide, found);
-                for (int64_t i = 0; i < least(TILE_ROWS, p->rows - row); i++)
-                    for (int64_t d = 0; d < h.wide * LANES; d += LANES) {
-                        Half *out = (Half *)p->out + place_out(p, image, head, row + i) + d;
-                        __m512 mean = _mm512_load_ps(found + i * h.wide * LANES + d);
-                        store_halves(out, _mm512_mul_ps(mean, _mm512_set1_ps(1 / sums[i])), p->dim - d);
+                    sums[i] = softmax_row(logits + i * s.token_width * LANES, bias_row, p->scale * LOG2_E, s.token_width,
+                                          weights + i * s.token_depth * DEPTH);
+                product(weights, values, s.token_depth, s.dim_width, out_tile);
+                for (int64_t i = 0; i < min(TILE_ROWS, p->rows - row); i++)
+                    for (int64_t d = 0; d < s.dim_width * LANES; d += LANES) {
+                        Bf16 *out = (Bf16 *)p->out + out_offset(p, image, head, row + i) + d;
+                        __m512 mean = _mm512_load_ps(out_tile + i * s.dim_width * LANES + d);
+                        store_bf16(out, _mm512_mul_ps(mean, _mm512_set1_ps(1 / sums[i])), p->dim - d);
                     }
             }
         }
@@ -223,20 +228,20 @@ TILED static void attend(const Problem *p, char *room)
 
 static int is_supported(void)
 {
-    /* By CPUID, since not every clang that compiles them knows the names of AMX's parts: AMX-BF16 and AMX-TILE. */
+    /* AMX-BF16 and AMX-TILE, by CPUID: some versions of clang compile AMX, but don't know the names of its features. */
     const unsigned int tiles = 1u << 22 | 1u << 24;
     unsigned int a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tiles) != tiles)
         return 0;
-    /* Linux gives tiles to processes that ask for them (arch_prctl(2): ARCH_REQ_XCOMP_PERM, of XTILEDATA). */
+    /* Linux lets a process use tiles after it has requested them (arch_prctl(2): ARCH_REQ_XCOMP_PERM for XTILEDATA). */
     return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 }
 
-const Way in_half = {is_supported, room_for, attend};
+const Kernel bfloat16_kernel = {is_supported, workspace_bytes, attend};
 
 #else
 
-const Way in_half = {0};
+const Kernel bfloat16_kernel = {0};
 
 #endif

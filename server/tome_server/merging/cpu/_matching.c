@@ -1,7 +1,7 @@
-/* Matching and merging of tokens on the CPU. What is computed, and why, is said in matching.py; tests hold the two equal.
+/* Matching and merging of tokens on the CPU. matching.py defines and explains the results; tests compare the two.
 
-   Arguments are addresses of memory and sizes of it; matching_c.py sees to it that they are right. Tokens and keys are
-   float, or bfloat16 where `bf16` is set. The interpreter's lock is not held meanwhile. */
+   Arguments are addresses and sizes of memory; matching_c.py checks that they fit each other. Tokens and keys are
+   float32, or bfloat16 if `bf16` is set. The interpreter's lock is released while it runs. */
 
 #define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN
@@ -12,21 +12,21 @@
 #include <string.h>
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__gnu_linux__)
-/* Built for any processor and once more for those with wider registers: the loader chooses. */
+/* Compiled several times, for processors with registers of different widths; the loader chooses. */
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define FOR_EACH_PROCESSOR
 #endif
 
-static inline float from_bf16(uint16_t half)
+static inline float from_bf16(uint16_t value_bits)
 {
-    uint32_t bits = (uint32_t)half << 16;
+    uint32_t bits = (uint32_t)value_bits << 16;
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-/* To the nearest, and to the even one of two that are as near. */
+/* Rounds to nearest, ties to even. */
 static inline uint16_t to_bf16(float value)
 {
     uint32_t bits;
@@ -36,25 +36,26 @@ static inline uint16_t to_bf16(float value)
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-static inline void add(float *restrict sum, const void *restrict more, int64_t count, int bf16)
+static inline void add(float *restrict sum, const void *restrict addend, int64_t count, int bf16)
 {
-    const uint16_t *halves = more;
-    const float *floats = more;
+    const uint16_t *bf16_addend = addend;
+    const float *float_addend = addend;
     if (bf16)
         for (int64_t i = 0; i < count; i++)
-            sum[i] += from_bf16(halves[i]);
+            sum[i] += from_bf16(bf16_addend[i]);
     else
         for (int64_t i = 0; i < count; i++)
-            sum[i] += floats[i];
+            sum[i] += float_addend[i];
 }
 
-/* Sums the keys of one token over its heads, and scales the sum to length 1. */
+/* Writes the sum of one token's keys over the heads, scaled to length 1. */
 FOR_EACH_PROCESSOR
-static void direct(const char *keys, int64_t heads, int64_t bytes_a_head, int64_t dim, int bf16, float *restrict sum)
+static void normalized_key_sum(const char *keys, int64_t heads, int64_t head_bytes, int64_t dim, int bf16,
+                               float *restrict sum)
 {
     memset(sum, 0, dim * sizeof(float));
     for (int64_t head = 0; head < heads; head++)
-        add(sum, keys + head * bytes_a_head, dim, bf16);
+        add(sum, keys + head * head_bytes, dim, bf16);
     float squares = 0;
 #pragma omp simd reduction(+ : squares)
     for (int64_t i = 0; i < dim; i++)
@@ -64,12 +65,14 @@ static void direct(const char *keys, int64_t heads, int64_t bytes_a_head, int64_
         sum[i] /= length;
 }
 
+/* The similarity of a source to its most similar destination. */
 typedef struct {
     float similarity;
     int64_t source;
 } Proposal;
 
-static int by_strength(const void *one, const void *other)
+/* Orders by falling similarity, ties by position. */
+static int by_similarity(const void *one, const void *other)
 {
     const Proposal *a = one, *b = other;
     if (a->similarity != b->similarity)
@@ -77,21 +80,21 @@ static int by_strength(const void *one, const void *other)
     return a->source < b->source ? -1 : 1;
 }
 
-static int by_place(const void *one, const void *other)
+static int by_source(const void *one, const void *other)
 {
     const Proposal *a = one, *b = other;
     return a->source < b->source ? -1 : 1;
 }
 
 FOR_EACH_PROCESSOR
-static float largest(const float *values, int64_t count)
+static float maximum(const float *values, int64_t count)
 {
-    /* What is not a number is nobody's choice. */
-    float most = -INFINITY;
-#pragma omp simd reduction(max : most)
+    /* NaN compares as smaller, so it is never chosen. */
+    float result = -INFINITY;
+#pragma omp simd reduction(max : result)
     for (int64_t i = 0; i < count; i++)
-        most = values[i] > most ? values[i] : most;
-    return most;
+        result = values[i] > result ? values[i] : result;
+    return result;
 }
 
 static int64_t first_equal(const float *values, int64_t count, float wanted)
@@ -102,20 +105,21 @@ static int64_t first_equal(const float *values, int64_t count, float wanted)
     return 0;
 }
 
-/* Matches one image, whose tokens begin at `row`, and after the merge at `row_after`. */
-static void choose(const float *similarity, int64_t sources, int64_t destinations, int64_t r, int64_t prefix,
-                   int64_t row, int64_t row_after, Proposal *proposals, int64_t *order, int64_t *merged, int64_t *into)
+/* Matches the tokens of one image. They start at `row` before the merge, and at `row_after` after it. */
+static void match_image(const float *similarity, int64_t sources, int64_t destinations, int64_t r, int64_t prefix,
+                        int64_t row, int64_t row_after, Proposal *proposals, int64_t *order, int64_t *merged,
+                        int64_t *into)
 {
     int64_t first_source = row + prefix + prefix % 2, first_destination = row + prefix + 1 - prefix % 2;
     for (int64_t s = 0; s < sources; s++)
-        proposals[s] = (Proposal){largest(similarity + s * destinations, destinations), s};
-    qsort(proposals, sources, sizeof(Proposal), by_strength);
+        proposals[s] = (Proposal){maximum(similarity + s * destinations, destinations), s};
+    qsort(proposals, sources, sizeof(Proposal), by_similarity);
     for (int64_t i = 0; i < r; i++) {
-        const float *of = similarity + proposals[i].source * destinations;
+        const float *row_of_source = similarity + proposals[i].source * destinations;
         merged[i] = first_source + 2 * proposals[i].source;
-        into[i] = row_after + prefix + (sources - r) + first_equal(of, destinations, proposals[i].similarity);
+        into[i] = row_after + prefix + (sources - r) + first_equal(row_of_source, destinations, proposals[i].similarity);
     }
-    qsort(proposals + r, sources - r, sizeof(Proposal), by_place);
+    qsort(proposals + r, sources - r, sizeof(Proposal), by_source);
     for (int64_t t = 0; t < prefix; t++)
         *order++ = row + t;
     for (int64_t i = r; i < sources; i++)
@@ -124,9 +128,10 @@ static void choose(const float *similarity, int64_t sources, int64_t destination
         *order++ = first_destination + 2 * d;
 }
 
-/* Moves one token by a share of the way from what a destination was to a source. */
+/* Adds to one token a share of the difference between a source and what its destination was before the merge. */
 FOR_EACH_PROCESSOR
-static void step(void *token, const void *source, const void *destination, float share, int64_t channels, int bf16)
+static void move_towards(void *token, const void *source, const void *destination, float share, int64_t channels,
+                         int bf16)
 {
     if (bf16) {
         uint16_t *out = token;
@@ -155,8 +160,8 @@ static PyObject *directions(PyObject *module, PyObject *arguments)
     float *sum = (float *)(uintptr_t)out;
     for (int64_t image = 0; image < batch; image++)
         for (int64_t token = 0; token < tokens; token++, sum += dim)
-            direct((const char *)(uintptr_t)keys + (image * by_image + token * by_token) * bytes, heads,
-                   by_head * bytes, dim, bf16, sum);
+            normalized_key_sum((const char *)(uintptr_t)keys + (image * by_image + token * by_token) * bytes, heads,
+                               by_head * bytes, dim, bf16, sum);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
@@ -175,9 +180,9 @@ static PyObject *match(PyObject *module, PyObject *arguments)
     Py_BEGIN_ALLOW_THREADS
     int64_t tokens = prefix + sources + destinations, left = tokens - r;
     for (int64_t image = 0; image < batch; image++)
-        choose((const float *)(uintptr_t)similarity + image * sources * destinations, sources, destinations, r, prefix,
-               image * tokens, image * left, proposals, (int64_t *)(uintptr_t)order + image * left,
-               (int64_t *)(uintptr_t)merged + image * r, (int64_t *)(uintptr_t)into + image * r);
+        match_image((const float *)(uintptr_t)similarity + image * sources * destinations, sources, destinations, r,
+                    prefix, image * tokens, image * left, proposals, (int64_t *)(uintptr_t)order + image * left,
+                    (int64_t *)(uintptr_t)merged + image * r, (int64_t *)(uintptr_t)into + image * r);
     Py_END_ALLOW_THREADS
     free(proposals);
     Py_RETURN_NONE;
@@ -207,8 +212,8 @@ static PyObject *combine(PyObject *module, PyObject *arguments)
     for (int64_t i = 0; i < merges; i++)
         size_out[into[i]] += size[merged[i]];
     for (int64_t i = 0; i < merges; i++)
-        step(out + into[i] * bytes, x + merged[i] * bytes, x + order[into[i]] * bytes,
-             size[merged[i]] / size_out[into[i]], channels, bf16);
+        move_towards(out + into[i] * bytes, x + merged[i] * bytes, x + order[into[i]] * bytes,
+                     size[merged[i]] / size_out[into[i]], channels, bf16);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
@@ -216,7 +221,8 @@ static PyObject *combine(PyObject *module, PyObject *arguments)
 static PyMethodDef functions[] = {
     {"directions", directions, METH_VARARGS, "keys, out, (batch, heads, tokens, dim), strides of the first three, bf16"},
     {"match", match, METH_VARARGS, "similarity, order, merged, into, (batch, sources, destinations), r, prefix"},
-    {"combine", combine, METH_VARARGS, "x, size, order, merged, into, out, sizes out, rows left, rows merged, channels, bf16"},
+    {"combine", combine, METH_VARARGS,
+     "x, size, order, merged, into, out, size out, rows left, rows merged, channels, bf16"},
     {NULL, NULL, 0, NULL},
 };
 

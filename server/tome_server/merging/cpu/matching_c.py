@@ -1,6 +1,6 @@
 """Matching and merging on the CPU, written in C: the results of `merging.matching`, to rounding.
 
-As some fifty operators of torch, matching and merging are mostly overhead: each operator starts with a cold cache, since
+As some fifty operators of torch, matching and merging are mostly overhead: each operator starts with a cold cache, as
 the matrix products in between have emptied it. The C code needs a few passes over memory. It is built when the package
 is installed; without a compiler, `merging.matching` runs instead.
 """
