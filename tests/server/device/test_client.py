@@ -27,7 +27,7 @@ from tome_server.errors import DeviceDiedError, ModelLoadError, OutOfMemoryError
 from tome_server.execution.batch import BatchItem
 from tome_server.execution.cpus import available_cpus
 from tome_server.execution.executor import run_batch
-from tome_server.merging.cpu.packing import MOST_WORKERS
+from tome_server.merging.cpu.packing import MAX_WORKERS
 from tome_server.models.hosted import HostedModel
 from tome_server.models.loading import load
 from tome_server.models.preprocess import Limits
@@ -290,7 +290,7 @@ async def test_threads_are_chosen_there_before_models_are_loaded_for_them(tmp_pa
         assert threads in (1, available_cpus())
         assert await device.choose_threads([(SPEC, 2)], tmp_path) == threads
         model = await device.load("fashion", SPEC, Limits(), SLOTS, max_batch=2, folder=tmp_path)
-        assert bool(model.division) == (1 < threads <= MOST_WORKERS)
+        assert bool(model.division) == (1 < threads <= MAX_WORKERS)
     finally:
         await device.kill()
 

@@ -1,8 +1,8 @@
-"""Blocks with packed weights: which of their layers are packed, and how they are then called.
+"""Packs the weights of blocks.
 
-A linear layer is packed if it belongs to one of timm's attentions or MLPs, whose forward pass is known. What follows a
-layer and is linear itself moves into it: biases kept apart, LayerScale. So does GELU, into the kernel. Layers that read
-the same tokens become one.
+A linear layer is packed if it belongs to one of timm's attentions or MLPs, whose forward pass is known. Separate biases
+and LayerScale that follow a layer move into its weights, and GELU into its kernel. Layers that read the same tokens
+become one layer.
 """
 
 from collections.abc import Sequence
@@ -22,16 +22,17 @@ from tome_server.merging.families.vit import BlockLayers
 from tome_server.merging.geometry import default_size, patch_grid
 from tome_server.merging.support import VisionModel, layers_of
 
-# Modules that give in eval mode what they are given.
-_IDLE = (nn.Identity, nn.Dropout, DropPath)
-# Activations that write what they give to memory of its own.
-_ACTIVATIONS = (nn.SiLU, nn.GELU, nn.Sigmoid)
+# Modules that are the identity in eval mode.
+_IDENTITIES = (nn.Identity, nn.Dropout, DropPath)
+# Activations that return a new tensor, so that Gate may multiply it in place.
+_OUT_OF_PLACE = (nn.SiLU, nn.GELU, nn.Sigmoid)
 
 
 class PackedLayers:
-    """A packed block in which attention comes before the MLP. Calls its kernels without the modules around them.
+    """A packed block of attention followed by an MLP, which calls the kernels without the modules around them.
 
-    Those are a dozen a block, most of them an Identity, and cost a single image 3 % of its time at DeiT-S's r = 16.
+    A block has a dozen modules, most of them an Identity. They take 3 % of the time of a single image of DeiT-S at
+    r = 16.
     """
 
     def __init__(self, layers: BlockLayers | EvaLayers) -> None:
@@ -51,56 +52,59 @@ class PackedLayers:
         self._mlp = compose(first[1], block.mlp, scales[1], last[1])
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As BlockLayers does."""
+        """Return queries, keys and values [..., (heads + 2 * key_heads) * dim], and the gate if attention has one."""
         x = self._enter(x)
         return self._qkv(x), None if self._gate is None else self._gate(x)
 
     def add_attended(self, x: Tensor, attended: Tensor, side: Tensor | None) -> Tensor:
-        """As BlockLayers does."""
+        """Return `x` plus attention's output; `side` is the gate."""
         attended = self._attended(attended)
         if side is not None:
             attended = attended * side
         return x + self._proj(attended)
 
     def add_mlp(self, x: Tensor) -> Tensor:
-        """As BlockLayers does."""
+        """Return `x` plus the MLP's output."""
         return x + self._mlp(x)
 
 
 class Gate(nn.Module):
-    """What a gated MLP does between its layers: half of the channels, activated, times the other half."""
+    """The gate between the layers of a gated MLP: half of the channels, activated, times the other half."""
 
     def __init__(self, act: nn.Module, last: bool = False) -> None:
+        """Make a gate with the activation `act`. `last` says that the second half is the activated one."""
         super().__init__()
         self.act = act
         self._last = last
-        self._fresh = type(act) in _ACTIVATIONS and not getattr(act, "inplace", False)
+        self._in_place = type(act) in _OUT_OF_PLACE and not getattr(act, "inplace", False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., 2 * channels] to [..., channels]."""
+        """Return [..., channels] for `x` [..., 2 * channels]."""
         gate, value = x.chunk(2, dim=-1)
         if self._last:
             gate, value = value, gate
         activated: Tensor = self.act(gate)
-        return activated.mul_(value) if self._fresh else activated * value
+        return activated.mul_(value) if self._in_place else activated * value
 
 
 def pack_blocks(model: VisionModel) -> list[Layers]:
-    """Put packed weights into a model's blocks, and return these taken apart."""
+    """Pack the weights of a model's blocks in place, and return the blocks as Layers."""
     blocks = layers_of(model)
     if type(model) is not Eva or model.rope is None:
         return [pack_block(layers) for layers in blocks]
-    rows = [_interleaved_order(layers) for layers in blocks if isinstance(layers, EvaLayers)]
-    interleaved = all(order is not None for order in rows)
-    packed = [pack_block(layers, order if interleaved else None) for layers, order in zip(blocks, rows, strict=True)]
+    orders = [_interleaved_order(layers) for layers in blocks if isinstance(layers, EvaLayers)]
+    interleaved = all(order is not None for order in orders)
+    packed = [pack_block(layers, order if interleaved else None) for layers, order in zip(blocks, orders, strict=True)]
     fix_positions(model, patch_grid(model, *default_size(model)), interleaved=interleaved)
     return packed
 
 
-def pack_block(layers: Layers, rows: Tensor | None = None) -> Layers:
-    """Put packed weights into a block, and return it taken apart as before, or better.
+def pack_block(layers: Layers, order: Tensor | None = None) -> Layers:
+    """Pack the weights of a block in place, and return Layers that use them.
 
-    `rows` is a new order of the queries', keys' and values' channels, for which pairs of them lie side by side.
+    Args:
+        layers: the block.
+        order: new order of the channels of queries, keys and values, from `_interleaved_order`.
     """
     if isinstance(layers, ParallelScalingLayers):
         _pack_parallel_scaling(layers.block)
@@ -114,17 +118,17 @@ def pack_block(layers: Layers, rows: Tensor | None = None) -> Layers:
     assert isinstance(layers, BlockLayers | EvaLayers)
     block: Any = layers.block
     first, second = ("gamma_1", "gamma_2") if isinstance(layers, EvaLayers) else ("ls1", "ls2")
-    _pack_attention(layers.attn, block, first, rows)
-    if isinstance(layers, EvaLayers) and rows is not None:
+    _pack_attention(layers.attn, block, first, order)
+    if isinstance(layers, EvaLayers) and order is not None:
         layers.rotate_half = block.attn.rotate_half = False
     block.mlp = _packed_mlp(block.mlp, block, second)
-    # Such a scale is no module that can be called; it is left only behind a layer that is none of torch's own.
-    scaled_apart = any(getattr(block, name, None) is not None for name in ("gamma_1", "gamma_2"))
-    return layers if scaled_apart else PackedLayers(layers)
+    # An Eva's scale that couldn't move into a layer is a parameter, which PackedLayers can't call as it does modules.
+    has_scale = any(getattr(block, name, None) is not None for name in ("gamma_1", "gamma_2"))
+    return layers if has_scale else PackedLayers(layers)
 
 
 def compose(*modules: nn.Module) -> Function:
-    """Return what modules do one after the other in eval mode, without the modules where that is possible."""
+    """Return a function that applies the modules in order, in eval mode, if possible without calling the modules."""
     functions = [_bare(module) for module in _flat(modules)]
     if not functions:
         return lambda x: x
@@ -141,7 +145,7 @@ def compose(*modules: nn.Module) -> Function:
 
 def _flat(modules: Sequence[nn.Module]) -> list[nn.Module]:
     parts = [part for module in modules for part in (module if type(module) is nn.Sequential else [module])]
-    return [part for part in parts if type(part) not in _IDLE]
+    return [part for part in parts if type(part) not in _IDENTITIES]
 
 
 def _bare(module: Any) -> Function:
@@ -152,24 +156,25 @@ def _bare(module: Any) -> Function:
 
 
 def _interleaved_order(layers: EvaLayers) -> Tensor | None:
-    """Return the order of channels in which pairs, now half of a head apart, lie side by side; None if that can't be.
+    """Return an order of the channels of queries, keys and values in which rotated pairs are neighbours.
 
-    Queries and keys find each other by it as before. Turning pairs then takes no copy of them.
+    Pairs lie half a head apart before. Products of queries and keys stay the same, since both are reordered; rotating
+    neighbours needs no copy. None if the block's layers can't be reordered.
     """
     attn, dim = layers.attn, layers.head_dim
     normed = any(type(norm) is not nn.Identity for norm in (attn.q_norm, attn.k_norm))
     if not layers.rotate_half or normed or _joined_projections(attn) is None:
         return None
-    turned = (layers.heads + layers.key_heads) * dim
-    order = torch.arange(turned + layers.key_heads * dim, device="cpu")
-    return torch.cat([order[:turned].view(-1, 2, dim // 2).mT.flatten(), order[turned:]])
+    rotated = (layers.heads + layers.key_heads) * dim
+    order = torch.arange(rotated + layers.key_heads * dim, device="cpu")
+    return torch.cat([order[:rotated].view(-1, 2, dim // 2).mT.flatten(), order[rotated:]])
 
 
-def _pack_attention(attn: Any, owner: Any, scale: str, rows: Tensor | None = None) -> None:
-    if (whole := _joined_projections(attn)) is not None:
-        weight, bias = whole
-        if rows is not None:
-            weight, bias = weight[rows], None if bias is None else bias[rows]
+def _pack_attention(attn: Any, owner: Any, scale: str, order: Tensor | None = None) -> None:
+    if (joined := _joined_projections(attn)) is not None:
+        weight, bias = joined
+        if order is not None:
+            weight, bias = weight[order], None if bias is None else bias[order]
         attn.qkv = PackedLinear(weight, bias)
         for name in ("q_proj", "k_proj", "v_proj", "q_bias", "k_bias", "v_bias"):
             if getattr(attn, name, None) is not None:
@@ -180,7 +185,7 @@ def _pack_attention(attn: Any, owner: Any, scale: str, rows: Tensor | None = Non
 
 
 def _joined_projections(attn: Any) -> tuple[Tensor, Tensor | None] | None:
-    """Return weight and bias that give queries, keys and values at once, None if they aren't linear layers' alone."""
+    """Return weight and bias of one layer for queries, keys and values; None if they aren't plain linear layers."""
     if attn.qkv is None:
         return _joined(attn.q_proj, attn.k_proj, attn.v_proj)
     if type(attn.qkv) is not nn.Linear:
@@ -193,7 +198,7 @@ def _joined_projections(attn: Any) -> tuple[Tensor, Tensor | None] | None:
 
 
 def _joined(*layers: Any) -> tuple[Tensor, Tensor | None] | None:
-    """Return weight and bias of the layer that gives what all of them do, end to end."""
+    """Return weight and bias of one layer whose output is that of all layers, concatenated; None if one isn't plain."""
     if not all(type(layer) is nn.Linear for layer in layers):
         return None
     weight = torch.cat([layer.weight for layer in layers])
@@ -203,7 +208,7 @@ def _joined(*layers: Any) -> tuple[Tensor, Tensor | None] | None:
 
 
 def _packed_mlp(mlp: Any, owner: Any, scale: str) -> nn.Module:
-    """Return what an MLP does as a sequence of packed layers, or the MLP itself where it is none that is known."""
+    """Return an MLP as a sequence of packed layers, or the MLP itself if its class isn't known."""
     if type(mlp) is Mlp and type(mlp.fc1) is nn.Linear:
         activation = _activation(mlp.act)
         fc1 = PackedLinear(mlp.fc1.weight, mlp.fc1.bias, activation)
@@ -212,12 +217,12 @@ def _packed_mlp(mlp: Any, owner: Any, scale: str) -> nn.Module:
     if type(mlp) is GluMlp and mlp.chunk_dim == -1:
         gate = Gate(mlp.act, last=mlp.gate_last)
         return nn.Sequential(_packed(mlp.fc1), gate, mlp.norm, _packed_and_scaled(mlp.fc2, owner, scale))
-    if type(mlp) is SwiGLU and (whole := _joined(mlp.fc1_g, mlp.fc1_x)) is not None:
+    if type(mlp) is SwiGLU and (joined := _joined(mlp.fc1_g, mlp.fc1_x)) is not None:
         fc2 = _packed_and_scaled(mlp.fc2, owner, scale)
-        return nn.Sequential(PackedLinear(*whole), Gate(mlp.act), mlp.norm, fc2)
-    if type(mlp) is GeGluMlp and (whole := _joined(mlp.w0, mlp.w1)) is not None:
+        return nn.Sequential(PackedLinear(*joined), Gate(mlp.act), mlp.norm, fc2)
+    if type(mlp) is GeGluMlp and (joined := _joined(mlp.w0, mlp.w1)) is not None:
         fc2 = _packed_and_scaled(mlp.w2, owner, scale)
-        return nn.Sequential(mlp.norm, PackedLinear(*whole), Gate(mlp.act), fc2)
+        return nn.Sequential(mlp.norm, PackedLinear(*joined), Gate(mlp.act), fc2)
     unknown: nn.Module = mlp
     return unknown
 
@@ -245,7 +250,7 @@ def _packed(layer: Any) -> nn.Module:
 
 
 def _packed_and_scaled(layer: Any, owner: Any, name: str) -> nn.Module:
-    """Return `layer` packed. The scale after it, its owner's attribute `name`, moves into it if it is a known one."""
+    """Return `layer` packed, with the scale that follows it (its owner's attribute `name`) moved into its weights."""
     scale = getattr(owner, name, None)
     gamma = scale if isinstance(scale, Tensor) else gamma_of(scale)
     if gamma is None or type(layer) is not nn.Linear:
@@ -255,11 +260,11 @@ def _packed_and_scaled(layer: Any, owner: Any, name: str) -> nn.Module:
 
 
 def _bias(layer: nn.Linear) -> Tensor | None:
-    return layer.bias  # which torch says to be a tensor always
+    return layer.bias  # torch's annotation leaves out None
 
 
 def _activation(act: Any) -> str:
-    """Return the name of an activation that the products' kernels know, or none."""
+    """Return PackedLinear's name of an activation, or `none` if it has none."""
     if type(act) is GELUTanh:
         return "gelu_tanh"
     return {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate, "none") if type(act) is nn.GELU else "none"

@@ -1,8 +1,7 @@
-"""Weights laid out as the CPU's matrix kernels want them.
+"""`pack(merged)`: a merged model with its weights in the layout of the CPU's matrix kernels.
 
-torch hands matrices to the kernels as they are, and the kernels copy the weights into their own layout on every
-call. That copy costs the same however few tokens are left, so the more is merged the more it weighs. Packing does it
-once. `packed_blocks.py` says which layers of a block they are.
+From plain weights, the kernels make a copy in their own layout in every call. That takes the same time however few
+tokens are left, so the more tokens are merged, the larger its share. Packing makes the copy once.
 """
 
 import copy
@@ -30,18 +29,20 @@ from tome_server.merging.support import EMBED, LAYERS, VisionModel
 Network = TypeVar("Network", bound=nn.Module)
 T = TypeVar("T")
 
-# Measured with two; every further one waits the longer for Python's interpreter, which calls one kernel at a time.
-MOST_WORKERS = 4
-# How many times as fast a single image must be on all threads. Batches, whose images are shared out, pay for it: parts
-# of a layer one after the other take longer than the whole, as do weights that were packed for torch's threads on one.
+MAX_WORKERS = 4
+"""Measured with two threads. More contend for Python's interpreter lock, which is needed to launch each kernel."""
 LEAST_GAIN = 1.2
+"""The least speedup of a single image on all threads for which weights are divided.
+
+Divided weights make batches slower whose images run on one thread each: the parts of a layer one after the other take
+longer than the whole layer, and so do weights packed for torch's threads."""
 _ROUNDS = 10
 
 
 class PackedPatches(nn.Module):
-    """A convolution of patches that don't overlap, as the matrix product it is. For inference only.
+    """A convolution of patches that don't overlap, computed as a matrix product. For inference only.
 
-    The convolution's kernel would first lay out the image anew, which takes several times longer than the product.
+    torch's convolution first changes the layout of the image, which takes several times longer than the product.
     """
 
     def __init__(self, convolution: nn.Conv2d) -> None:
@@ -51,7 +52,7 @@ class PackedPatches(nn.Module):
         self.linear = PackedLinear(weight, convolution.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, D, H / height, W / width], as nn.Conv2d: what doesn't fill a patch is left out."""
+        """Return [B, D, rows, columns] for `images` [B, C, H, W]. Pixels that don't fill a patch are left out."""
         batch, channels, height, width = images.shape
         rows, columns = height // self._height, width // self._width
         images = images[:, :, : rows * self._height, : columns * self._width]
@@ -62,14 +63,14 @@ class PackedPatches(nn.Module):
 
 
 def packed_dtypes() -> tuple[torch.dtype, ...]:
-    """Return in which dtypes this CPU has kernels for packed weights: float32, and bfloat16 where it computes in it."""
+    """Return the dtypes for which this CPU has kernels for packed weights: none, float32, or float32 and bfloat16."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # type: ignore[no-untyped-call]
         return ()
     return (torch.float32, torch.bfloat16) if _has_bfloat16() else (torch.float32,)
 
 
 def packable(merged: MergedModel) -> bool:
-    """Return whether packing applies: for inference, on a CPU that torch has kernels for in the model's dtype."""
+    """Return whether `pack` accepts a model: on the CPU, in one of `packed_dtypes`, in eval mode, without gradients."""
     parameters = list(merged.parameters())
     dtypes = {p.dtype for p in parameters}
     return (
@@ -80,13 +81,20 @@ def packable(merged: MergedModel) -> bool:
 
 
 def pack(merged: MergedModel, *, divided: bool | None = None) -> MergedModel:
-    """Return a copy of `merged` whose blocks hold packed weights; all other parameters are shared.
+    """Return a copy of a model with packed weights. Results are the same, to rounding.
 
-    Made for as many threads as torch is set to. A few of them share out the images of a batch; and where `divided`,
-    all of them run what doesn't go round evenly, a single image above all: parts of each block where blocks are plain,
-    else of each operation, as torch does. None measures whether that is worth it (`division_gain`). Results differ by
-    rounding alone. What changes in a weight afterwards doesn't change the copy, which can't be converted or moved.
-    Raises ValueError unless `packable`.
+    The copy shares all parameters that aren't packed. It can't be converted to another dtype or moved to another
+    device, and later changes of the original's weights don't reach it. It is made for the number of threads that torch
+    is set to now. If these are two to four, the images of a batch are divided among them.
+
+    Args:
+        merged: the model.
+        divided: for two to four threads, whether all of them run a batch together that doesn't divide evenly, such as a
+            single image. Plain blocks are then divided into parts; of other blocks torch divides each operation. None
+            measures whether this makes a single image at least LEAST_GAIN times as fast.
+
+    Raises:
+        ValueError: the model isn't `packable`.
     """
     if not packable(merged):
         raise ValueError(
@@ -100,7 +108,7 @@ def pack(merged: MergedModel, *, divided: bool | None = None) -> MergedModel:
     if not few_threads():
         return MergedModel(model, proportional, _pack(model))
     workers = shared_workers(threads)
-    # A worker is torch's only thread, and weights that are packed in one are packed for that.
+    # Packed in a worker, where torch is set to one thread, so that the layout is for one thread.
     if not divided:
         [layers] = workers.each([partial(_pack, model)])
         return DataParallelModel(model, proportional, layers, workers)
@@ -113,39 +121,39 @@ def pack(merged: MergedModel, *, divided: bool | None = None) -> MergedModel:
 
 
 def few_threads() -> bool:
-    """Return whether torch is set to several threads, and so few that they divide a packed model's work."""
-    return 1 < torch.get_num_threads() <= MOST_WORKERS
+    """Return whether torch is set to a number of threads among which `pack` divides the work: two to MAX_WORKERS."""
+    return 1 < torch.get_num_threads() <= MAX_WORKERS
 
 
 @torch.inference_mode()
 def division_gain(merged: MergedModel) -> float:
-    """Return how many times as fast a single image passes the first block on all of a few threads, as on one.
+    """Return the speedup of a single image on all threads over one thread, measured on the first block.
 
-    Merged about as much as in the middle of an r grid.
+    It merges about as many tokens as in the middle of an r grid.
     """
     model, workers = merged.model, shared_workers(torch.get_num_threads())
 
     def in_worker(call: Callable[[], T]) -> T:
         return workers.each([call])[0]
 
-    def here(call: Callable[[], T]) -> T:
+    def in_caller(call: Callable[[], T]) -> T:
         return call()
 
     block, dtype = model.blocks[0], next(model.parameters()).dtype
     image = torch.randn(1, model.in_chans, *default_size(model), dtype=dtype, device="cpu")
     embedded = EMBED[type(model)](model, image)
-    whole = in_worker(lambda: pack_block(LAYERS[type(block)](_copy(block))))
-    ways: list[tuple[Callable[[Callable[[], float]], float], Layers]] = [(in_worker, whole)]
+    on_one_thread = in_worker(lambda: pack_block(LAYERS[type(block)](_copy(block))))
+    candidates: list[tuple[Callable[[Callable[[], float]], float], Layers]] = [(in_worker, on_one_thread)]
     if _divisible(model, workers.count):
         parts = _copy(block)
         in_worker(lambda: divide(parts, workers.count))
-        ways.append((in_worker, TensorParallelLayers(parts, workers)))
+        candidates.append((in_worker, TensorParallelLayers(parts, workers)))
     else:
-        ways.append((here, pack_block(LAYERS[type(block)](_copy(block)))))
-    best = [float("inf")] * len(ways)
-    # In turn; and of each the shortest time, since whatever else the processor does lengthens some.
+        candidates.append((in_caller, pack_block(LAYERS[type(block)](_copy(block)))))
+    best = [float("inf")] * len(candidates)
+    # Both in turn, and the shortest time of each, since other work on the processor makes some longer.
     for _ in range(_ROUNDS):
-        for i, (run_in, layers) in enumerate(ways):
+        for i, (run_in, layers) in enumerate(candidates):
             best[i] = min(best[i], run_in(partial(_seconds, layers, embedded, model.num_prefix_tokens)))
     return best[0] / best[1]
 
@@ -156,7 +164,7 @@ def _copy(module: Network) -> Network:
 
 
 def _pack(model: VisionModel) -> list[Layers]:
-    """Put packed layers in the place of a model's own, and return its blocks taken apart."""
+    """Pack a model's weights in place, and return its blocks as Layers."""
     _pack_patches(model)
     return pack_blocks(model)
 
@@ -174,15 +182,15 @@ def _divide(model: VisionModel, proportional_attention: bool, workers: Workers) 
 
 
 def _seconds(block: Layers, embedded: Embedded, prefix: int) -> float:
-    """Return how long the tokens of one image take to pass a block."""
-    batches = group_images(embedded, {(embedded.tokens.shape[1] // 24,): [0]})
+    """Return the seconds that a block takes for one image."""
+    groups = group_images(embedded, {(embedded.tokens.shape[1] // 24,): [0]})
     start = time.perf_counter()
-    encode(embedded, [block], nn.Identity(), batches, prefix=prefix, bias_of=None, prefix_only=False, track=False)
+    encode(embedded, [block], nn.Identity(), groups, prefix=prefix, bias_of=None, prefix_only=False, track=False)
     return time.perf_counter() - start
 
 
 def _divisible(model: VisionModel, count: int) -> bool:
-    """Return whether of each block there is a part for each of `count` threads, and nothing that has none."""
+    """Return whether `divide` can divide every block into `count` parts."""
     return all(_has_parts(block, count) for block in model.blocks)
 
 
@@ -200,13 +208,13 @@ def _has_parts(block: Any, count: int) -> bool:
 
 
 def _pack_patches(model: VisionModel) -> None:
-    # NaFlexVit's layer is read by itself where patches are of another size.
+    # NaFlexVit reads the weights of its layer where patches have another size.
     if type(model) is not NaFlexVit and _is_plain(model.patch_embed.proj):
         model.patch_embed.proj = PackedPatches(model.patch_embed.proj)
 
 
 def _is_bare(block: Any) -> bool:
-    """Return whether there is nothing in a block beside its norms, linear layers, activation and scales."""
+    """Return whether a block has only norms, linear layers, an activation and scales."""
     attn, mlp = block.attn, block.mlp
     return (
         type(mlp) is Mlp
@@ -221,7 +229,7 @@ def _is_gelu(act: nn.Module) -> bool:
 
 
 def _is_plain(convolution: nn.Module) -> bool:
-    """Return whether the convolution's patches neither overlap nor reach over the edge."""
+    """Return whether a convolution's patches neither overlap nor reach over the image's edge."""
     return (
         type(convolution) is nn.Conv2d
         and convolution.kernel_size == convolution.stride

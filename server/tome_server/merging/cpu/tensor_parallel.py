@@ -1,7 +1,7 @@
-"""Blocks whose work is divided among a few threads, so that a single image has something for each of them.
+"""Tensor parallelism on the CPU: a few threads divide the work of each block, which makes single images faster.
 
-Every thread has some heads of a block's attention and some of its MLP's hidden channels, and so their weights; what
-they find is added up.
+Each thread computes some heads of a block's attention and some hidden channels of its MLP, with that part of the
+weights. The threads' outputs are summed.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,9 +25,10 @@ Run: TypeAlias = Callable[[Sequence[Callable[[], Any]]], list[Any]]
 
 
 class TensorParallelModel(DataParallelModel):
-    """A model whose blocks are divided (`divide`) into as many parts as there are workers.
+    """A merged model whose blocks are divided (`divide`) into as many parts as there are workers.
 
-    Images that don't go round evenly, a single one above all, take all workers for each block.
+    A batch whose images divide evenly among the workers runs as in DataParallelModel. For any other, such as a single
+    image, all workers run each block together.
     """
 
     def __init__(self, model: VisionModel, proportional_attention: bool, workers: Workers) -> None:
@@ -48,7 +49,7 @@ class TensorParallelModel(DataParallelModel):
 
 
 class TensorParallelLayers(BlockLayers):
-    """A divided block, on `workers`, or where there are none one part after the other."""
+    """A divided block, whose parts run on workers, or without workers one after the other."""
 
     def __init__(self, block: Block, workers: Workers | None = None) -> None:
         super().__init__(block)
@@ -59,22 +60,25 @@ class TensorParallelLayers(BlockLayers):
         self._each: Run = _one_by_one if workers is None else workers.each_with_caller
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return `x` after its norm: each part projects for itself."""
+        """Return `x` after its norm: each part has its own projection."""
         return self._norm1(x), None
 
     def attend(
         self,
         qkv: Tensor,
-        rope: Tensor | None,  # noqa: ARG002  tokens have no positions of this kind
+        rope: Tensor | None,  # noqa: ARG002  positions are added to the tokens
         bias: Tensor | None,
         queries: int | None,
     ) -> tuple[Tensor, Tensor]:
-        """As encoder.Layers says, but of tokens not projected yet; keys [B, 1, N, dim] come summed over all heads."""
+        """Return attention's projected output [B, queries or N, channels] for tokens `qkv` [B, N, channels].
+
+        The keys [B, 1, N, dim] that come with it are the sum over all heads.
+        """
         parts = self._each([partial(attention, qkv, bias, queries) for attention in self._attentions])
-        (found, keys), *others = parts
-        for more, more_keys in others:
-            found, keys = found.add_(more), keys.add_(more_keys)
-        return found, keys
+        (output, keys), *others = parts
+        for part_output, part_keys in others:
+            output, keys = output.add_(part_output), keys.add_(part_keys)
+        return output, keys
 
     def _attend(
         self, qkv: PackedLinear, proj: PackedLinear, x: Tensor, bias: Tensor | None, queries: int | None
@@ -85,26 +89,29 @@ class TensorParallelLayers(BlockLayers):
         return proj(out.transpose(1, 2).flatten(2)), k.sum(dim=1, keepdim=True)
 
     def add_attended(self, x: Tensor, attended: Tensor, side: Tensor | None) -> Tensor:  # noqa: ARG002  there is none
-        """As BlockLayers does."""
+        """Return `x` plus attention's output."""
         return x + attended
 
     def add_mlp(self, x: Tensor) -> Tensor:
-        """As BlockLayers does."""
+        """Return `x` plus the MLP's output."""
         normed = self._norm2(x)
-        made, *others = self._each([partial(mlp, normed) for mlp in self._mlps])
-        x = x + made
-        for more in others:
-            x += more
+        output, *others = self._each([partial(mlp, normed) for mlp in self._mlps])
+        x = x + output
+        for part_output in others:
+            x += part_output
         return x
 
     @staticmethod
     def _run_mlp(fc1: PackedLinear, fc2: PackedLinear, x: Tensor) -> Tensor:
-        found: Tensor = fc2(fc1(x))
-        return found
+        output: Tensor = fc2(fc1(x))
+        return output
 
 
 def divide(block: Block, count: int) -> None:
-    """Put packed parts in the place of a plain block's linear layers, `count` of each."""
+    """Replace each linear layer of a plain block by `count` packed parts of it.
+
+    The bias of a layer whose parts are summed goes to its first part. LayerScale moves into the weights.
+    """
     attn, mlp = block.attn, block.mlp
     heads, dim = attn.num_heads, attn.head_dim
     by_kind = attn.qkv.weight.unflatten(0, (3, heads, dim))
@@ -113,10 +120,11 @@ def divide(block: Block, count: int) -> None:
     fc2, fc2_bias = scaled(mlp.fc2, gamma_of(block.ls2))
 
     parts: tuple[list[PackedLinear], ...] = ([], [], [], [])
-    for i, (own, hidden) in enumerate(zip(_shares(heads, count), _shares(mlp.fc1.out_features, count), strict=True)):
-        bias = None if kind_bias is None else kind_bias[:, own].flatten()
-        parts[0].append(PackedLinear(by_kind[:, own].flatten(0, 2), bias))
-        channels = slice(own.start * dim, own.stop * dim)
+    divided = zip(_slices(heads, count), _slices(mlp.fc1.out_features, count), strict=True)
+    for i, (part_heads, hidden) in enumerate(divided):
+        bias = None if kind_bias is None else kind_bias[:, part_heads].flatten()
+        parts[0].append(PackedLinear(by_kind[:, part_heads].flatten(0, 2), bias))
+        channels = slice(part_heads.start * dim, part_heads.stop * dim)
         parts[1].append(PackedLinear(proj[:, channels], proj_bias if i == 0 else None))
         bias = None if mlp.fc1.bias is None else mlp.fc1.bias[hidden]
         parts[2].append(PackedLinear(mlp.fc1.weight[hidden], bias, "gelu"))
@@ -125,8 +133,9 @@ def divide(block: Block, count: int) -> None:
     block.ls1 = block.ls2 = nn.Identity()
 
 
-def _shares(whole: int, count: int) -> list[slice]:
-    bounds = [whole * i // count for i in range(count + 1)]
+def _slices(total: int, count: int) -> list[slice]:
+    """Divide `total` items into `count` slices, as evenly as possible."""
+    bounds = [total * i // count for i in range(count + 1)]
     return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 

@@ -1,7 +1,7 @@
-"""Threads that divide work among them, each of which runs torch's operations by itself.
+"""Threads that each run whole torch operations, as an alternative to torch's own threads.
 
-torch divides single operations instead: some dozen times in each block it wakes its threads and waits for the last of
-them, and what lies between doesn't divide.
+torch's threads share the work of single operations. A dozen times in each block, torch wakes them and waits for the
+last one; and the code between operations runs on one thread only.
 """
 
 import threading
@@ -24,7 +24,10 @@ class _Task(NamedTuple):
 
 
 class Workers:
-    """So many threads. Safe to use from several; not from a worker, but for `each_with_caller` from the first."""
+    """A fixed number of threads, each with torch set to one thread. Any thread may call it.
+
+    A worker must not, except that the first worker may call `each_with_caller`.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -33,19 +36,30 @@ class Workers:
         for i, tasks in enumerate(self._tasks):
             threading.Thread(target=_work, args=(tasks, ready), name=f"worker-{i}", daemon=True).start()
         ready.wait()
-        # Each thread has its own number, but new threads take what was said last by any.
+        # torch's number of threads is a setting of each thread, but new threads start with the number that was set last
+        # in any thread: one, by the workers.
         torch.set_num_threads(threads)
 
     def each(self, calls: Sequence[Callable[[], T]]) -> list[T]:
-        """Run the first call on the first worker, and so on. Returns what they return; raises what the first raises."""
+        """Run each call on a worker of its own, and wait for all of them.
+
+        Args:
+            calls: at most one for each worker; the first runs on the first worker, and so on.
+
+        Returns:
+            Their results, in order.
+
+        Raises:
+            BaseException: the error of the first call that failed.
+        """
         return self._run(calls, None)
 
     def each_with_caller(self, calls: Sequence[Callable[[], T]]) -> list[T]:
-        """As `each`, but run the first call in the calling thread, which may be the first worker."""
+        """Run the first call in the calling thread, which may be the first worker, and the others as `each`."""
         return self._run(calls[1:], calls[0])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Workers":
-        """Return itself: threads aren't copied."""
+        """Return itself: threads can't be copied."""
         return self
 
     def _run(self, calls: Sequence[Callable[[], T]], own: Callable[[], T] | None) -> list[T]:
@@ -57,7 +71,7 @@ class Workers:
         try:
             results: dict[int, Any] = {} if own is None else {0: own()}
         finally:
-            # Waited for in any case: what they read may change once this returns.
+            # Wait for them even after an error: the tensors that they read may change after this function returns.
             answered = [answers.get() for _ in calls]
         for i, result, error in sorted(answered, key=lambda answer: answer[0]):
             if error is not None:
@@ -68,21 +82,22 @@ class Workers:
 
 @cache
 def shared_workers(count: int) -> Workers:
-    """Return the process's workers, so many."""
+    """Return `count` workers, the same ones in each call."""
     return Workers(count)
 
 
 def _work(tasks: "SimpleQueue[_Task]", ready: threading.Barrier) -> None:
     torch.set_num_threads(1)
-    # Asked for, it is this thread's from now on; otherwise the first operation would take what was said last by any.
+    # Reading the number makes it this thread's. Otherwise the thread's first operation would take the number that was
+    # set last in any thread.
     torch.get_num_threads()
     ready.wait()
     while True:
-        _answer(tasks.get())
+        _run_task(tasks.get())
 
 
-def _answer(task: _Task) -> None:
-    # A function of its own, so that nothing is held while the next task is waited for.
+def _run_task(task: _Task) -> None:
+    # A function of its own, so that a task's tensors are freed before the worker waits for the next one.
     try:
         with torch.inference_mode(task.inference), torch.set_grad_enabled(task.gradients):
             task.answers.put((task.place, task.call(), None))
