@@ -62,7 +62,7 @@ class Layers(Protocol):
             rope: [B or 1, N, heads or 1, dim / 2] the complex numbers by which to multiply each token's pairs of
                 channels, for its rotary position. None in a model without them.
             bias: what to add to the logits of each key, as `attention` takes it.
-            queries: compute the output of the first so many tokens only; None for all.
+            queries: number of tokens at the front whose output is needed; None for all.
 
         Returns:
             The output [B, queries or N, heads * dim] before its projection, and the keys [B, key_heads, N, dim] to

@@ -19,8 +19,14 @@ class _Task(NamedTuple):
     call: Callable[[], Any]
     inference: bool
     gradients: bool
-    answers: "SimpleQueue[tuple[int, Any, BaseException | None]]"
-    place: int
+    position: int
+    outcomes: "SimpleQueue[_Outcome]"
+
+
+class _Outcome(NamedTuple):
+    position: int
+    result: Any
+    error: BaseException | None = None
 
 
 class Workers:
@@ -63,20 +69,20 @@ class Workers:
         return self
 
     def _run(self, calls: Sequence[Callable[[], T]], own: Callable[[], T] | None) -> list[T]:
-        answers: SimpleQueue[tuple[int, Any, BaseException | None]] = SimpleQueue()
+        queue: SimpleQueue[_Outcome] = SimpleQueue()
         first = 0 if own is None else 1
         modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         for i, call in enumerate(calls, first):
-            self._tasks[i].put(_Task(call, *modes, answers, i))
+            self._tasks[i].put(_Task(call, *modes, i, queue))
         try:
             results: dict[int, Any] = {} if own is None else {0: own()}
         finally:
             # Wait for them even after an error: the tensors that they read may change after this function returns.
-            answered = [answers.get() for _ in calls]
-        for i, result, error in sorted(answered, key=lambda answer: answer[0]):
-            if error is not None:
-                raise error
-            results[i] = result
+            outcomes = [queue.get() for _ in calls]
+        for outcome in sorted(outcomes, key=lambda outcome: outcome.position):
+            if outcome.error is not None:
+                raise outcome.error
+            results[outcome.position] = outcome.result
         return [results[i] for i in sorted(results)]
 
 
@@ -100,6 +106,6 @@ def _run_task(task: _Task) -> None:
     # A function of its own, so that a task's tensors are freed before the worker waits for the next one.
     try:
         with torch.inference_mode(task.inference), torch.set_grad_enabled(task.gradients):
-            task.answers.put((task.place, task.call(), None))
+            task.outcomes.put(_Outcome(task.position, task.call()))
     except BaseException as error:
-        task.answers.put((task.place, None, error))
+        task.outcomes.put(_Outcome(task.position, None, error))

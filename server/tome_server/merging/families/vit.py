@@ -28,7 +28,7 @@ def self_attention(
         part: timm's Attention, or a block that holds the same parts.
         qkv: [B, N, 3 * heads * dim] queries, keys and values.
         bias: what to add to the logits of each key, as `attention` takes it.
-        queries: compute the output of the first so many tokens only; None for all.
+        queries: number of tokens at the front whose output is needed; None for all.
 
     Returns:
         The output [B, queries or N, heads * dim] before its projection, and the keys [B, heads, N, dim].
