@@ -49,8 +49,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
     # made to fit below.
     assert q.dtype in DTYPES
     assert k.shape == v.shape == (batch, heads, tokens, dim)
-    assert all(t.dtype == q.dtype and t.device.type == "cpu" for t in (q, k, v))
-    assert bias is None or bias.device.type == "cpu"
+    assert k.dtype == v.dtype == q.dtype
+    assert q.is_cpu
+    assert k.is_cpu
+    assert v.is_cpu
+    assert bias is None or bias.is_cpu
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     if bias is not None:
         bias = bias.float().expand(batch, 1, 1, tokens).contiguous()

@@ -41,7 +41,7 @@ def match(keys: Tensor, r: int, prefix: int) -> Matching:
         return by_torch.match(keys, r, prefix)
     # The C code gets addresses: sizes and dtypes that don't fit would have it read and write elsewhere.
     assert keys.dtype in _DTYPES
-    assert keys.device.type == "cpu"
+    assert keys.is_cpu
     assert r > 0
     assert prefix >= 0
     if keys.stride(3) != 1:
@@ -72,10 +72,12 @@ def combine(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor
     assert size.shape == (batch, tokens)
     assert matching.order.shape == (batch, tokens - r)
     assert matching.merged.shape == matching.into.shape == (batch, r)
+    assert x.is_cpu
+    assert size.is_cpu
     for rows in (matching.order, matching.merged, matching.into):
         assert rows.dtype == torch.int64
+        assert rows.is_cpu
         assert rows.is_contiguous()
-    assert all(t.device.type == "cpu" for t in (x, size, matching.order, matching.merged, matching.into))
     out, sizes = x.new_empty(batch, left, channels), size.new_empty(batch, left)
     _matching.combine(
         x.data_ptr(),
