@@ -252,11 +252,11 @@ def _measure(threads: int) -> None:
     # Before torch is imported: spinning threads cost more than they gain on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from tome_server.calibration.profile_store import save_profile
-    from tome_server.cli.offline import profile_model
-    from tome_server.config.server import ModelConfig, ServerConfig
+    from tome_server.cli.offline import Machine, profile_model
+    from tome_server.models.spec import bundled_spec
 
-    config = ServerConfig(models=(ModelConfig(dtype="float32"),), threads=threads)
-    _, key, profile, _ = profile_model(config, budget=40, progress=sys.stderr.isatty())
+    spec, machine = bundled_spec("fashion", "float32"), Machine(threads=threads)
+    key, profile, _ = profile_model(spec, machine, budget=40, progress=sys.stderr.isatty())
     save_profile(STORED, key, profile)
 
 

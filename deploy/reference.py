@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from tome_server.cli.settings_reference import settings_schema, settings_table
+from tome_server.config.reference import settings_schema, settings_table
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/operations.md"

@@ -1,5 +1,6 @@
 """`tome-server demo`: the main job once through, with a real server process, a real channel and the bundled model."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from prometheus_client.parser import text_string_to_metric_families
-
-from tome_client import Client, PredictOptions, StreamItem, TomeError
+from tome_server.cli.flags import Commands, add_json
 from tome_server.models.bundled import BUNDLED
+
+if TYPE_CHECKING:
+    from tome_client import Client, PredictOptions, StreamItem
 
 SAMPLES = BUNDLED / "fashion" / "samples"
 # How often to say what the server is busy with, in seconds, until it is ready: for as long as it is alive.
@@ -53,8 +55,21 @@ class Row:
     """the server's time, arrival to answer"""
 
 
-def run(as_json: bool = False) -> int:
+def add_to(commands: Commands) -> None:
+    """Add the command."""
+    demo = commands.add_parser(
+        "demo",
+        help="serve the bundled model and send it its sample images",
+        description="Start a server of the bundled model, send it its sample images at several r, show what came back.",
+    )
+    add_json(demo)
+    demo.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
     """Run the demo and print what came back. Returns the exit status: 0 only if all of it worked."""
+    from tome_client import Client, TomeError
+
     _tell("starting a server of the bundled model; at its first start it measures how fast the model is here")
     try:
         with _server() as ready:
@@ -72,7 +87,7 @@ def run(as_json: bool = False) -> int:
     parts: list[Row | Throughput | Race] = [*rows, *streams, *deadlines]
     saved = sum(part.flops_saved for part in parts)
     agree = counters["tome_flops_saved_total"] == saved
-    if as_json:
+    if args.json:
         report = {
             "rows": [asdict(row) for row in rows],
             "streams": [asdict(stream) for stream in streams],
@@ -178,7 +193,7 @@ def _complaint(log: IO[str]) -> str:
     return "\n".join(words or errors) or "it said nothing"
 
 
-def _classify(client: Client, grid: Sequence[int]) -> Iterator[Row]:
+def _classify(client: "Client", grid: Sequence[int]) -> Iterator[Row]:
     labels: dict[str, str] = json.loads((SAMPLES / "labels.json").read_text(encoding="utf-8"))
     for name, label in labels.items():
         for r in grid:
@@ -198,7 +213,7 @@ def _classify(client: Client, grid: Sequence[int]) -> Iterator[Row]:
             )
 
 
-def _stream(client: Client, r: int) -> Throughput:
+def _stream(client: "Client", r: int) -> Throughput:
     """Send every sample `ROUNDS` times at once."""
     items = _items({"r": r, "budget": PATIENCE, "top_k": 1})
     start = time.perf_counter()
@@ -209,7 +224,7 @@ def _stream(client: Client, r: int) -> Throughput:
     return Throughput(r, len(items), len(items) / seconds, sum(result.merging.flops_saved for result in results))
 
 
-def _race(client: Client, budget: float) -> Race:
+def _race(client: "Client", budget: float) -> Race:
     """Send them again, naming no r but `budget`, in seconds."""
     items = _items({"budget": budget, "top_k": 1})
     results = [answer.result for answer in client.predict_stream(items, in_flight=len(items)) if answer.result]
@@ -223,7 +238,9 @@ def _race(client: Client, budget: float) -> Race:
     )
 
 
-def _items(options: PredictOptions) -> list[StreamItem]:
+def _items(options: "PredictOptions") -> "list[StreamItem]":
+    from tome_client import StreamItem
+
     encoded = [path.read_bytes() for path in sorted(SAMPLES.glob("*.png"))] * ROUNDS
     return [StreamItem(str(i), image, options) for i, image in enumerate(encoded)]
 
@@ -235,6 +252,8 @@ def _spread(grid: Sequence[int]) -> list[int]:
 
 def _counters(url: str) -> dict[str, float]:
     """Read the counters of work done and saved from the metrics endpoint."""
+    from prometheus_client.parser import text_string_to_metric_families
+
     with DIRECT.open(url, timeout=CALL_TIMEOUT) as response:
         text = response.read().decode()
     wanted = ("tome_requests", "tome_tokens_input", "tome_tokens_merged", "tome_flops", "tome_flops_saved")

@@ -1,5 +1,6 @@
-"""What is done with a model beside serving it: evaluation and measurement, in the process of the command."""
+"""Work on a model that is not served: evaluation, tuning and profiling, in the process of the command."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,21 +26,55 @@ from tome_server.models.loaded import LoadedModel, with_schedules
 from tome_server.models.loading import load, outline, stored_schedules
 from tome_server.models.spec import ModelSpec
 from tome_server.scheduling.profile import Profile
-from tome_server.serving.model_manager import model_specs
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a model is run on, and how, as a server's settings have it."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    threads: int | None = None
+    """CPU threads; None: as many as the process may use CPUs, or for a profile as many as are measured to be best."""
+    max_batch: int = 8
+    """The largest batch, of models that have none of their own."""
+    profiles: Path | None = None
+    """Where profiles are kept; None: in the user's cache."""
+    cuda_graph_memory: int = 2**30
+    """Bytes that a model's CUDA graphs may take."""
+
+    @classmethod
+    def of(cls, config: ServerConfig) -> "Machine":
+        """Return what a server with these settings would run its models on."""
+        return cls(
+            device=config.device,
+            threads=config.threads,
+            max_batch=config.batching.max_batch,
+            profiles=config.profiles,
+            cuda_graph_memory=config.cuda_graph_memory,
+        )
 
 
 def evaluate_model(
-    config: ServerConfig, data: Path, *, limit: int | None = None, grid: Sequence[int] | None = None
+    spec: ModelSpec, data: Path, machine: Machine, *, limit: int | None = None, grid: Sequence[int] | None = None
 ) -> dict[str, object]:
-    """Evaluate the first configured model on the images at `data`; returns the report that quality.json holds.
+    """Measure the quality of a model at each r on the images at `data`; returns the report that quality.json holds.
 
     A dtype of auto is float32 here, which others are compared with.
-    Raises ConfigError, ModelLoadError or DatasetError, in words for the operator.
+
+    Args:
+        spec: The model. Its own quality reports are not read, so that they can't keep it from being measured.
+        data: Images, labelled or not.
+        machine: What to run it on.
+        limit: How many images to use, the first ones; None: all.
+        grid: The r values; None: those of the model's grid.
+
+    Raises:
+        ConfigError, ModelLoadError, DatasetError: In words for the operator.
     """
     images = load_labelled(data)
-    spec = _unmeasured(model_specs(config)[0])
-    device = choose_device(config.device)
-    torch.set_num_threads(config.threads or available_cpus())
+    spec, device = _unmeasured(spec), choose_device(machine.device)
+    torch.set_num_threads(machine.threads or available_cpus())
     model = load(spec, device)
     reference = float32_of(spec, device)
     rs = grid or [level.r for level in model.grid]
@@ -48,13 +83,13 @@ def evaluate_model(
 
 
 def _unmeasured(spec: ModelSpec) -> ModelSpec:
-    """Return `spec` without its reports, which must not keep it from being measured anew, and merging as they say."""
+    """Return `spec` without its quality reports, merging by the schedules that they hold."""
     return replace(spec, quality=None, quality_bfloat16=None, schedules=stored_schedules(spec))
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `tune_model` is to do, beside the model and its images."""
+    """How `tune_model` searches."""
 
     rs: Sequence[int] | None = None
     """The r values to find schedules for; None: all of the model's grid."""
@@ -65,21 +100,31 @@ class Tuning:
     held_out: int | None = None
     """How many of them to measure on; None: half."""
     trials: int = 48
+    """Schedules to run for the largest r; half as many for each other."""
     blocks: int | None = None
+    """How many blocks may merge at all; None: a third of them."""
     seed: int = 0
 
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Tuning":
+        """Return what the flags of `add_tuning` ask for."""
+        return cls(args.r, args.target_macs, args.images, args.held_out, args.trials, args.blocks, args.seed)
 
-def tune_model(config: ServerConfig, data: Path, tuning: Tuning) -> tuple[dict[str, object], list[Tuned]]:
-    """Find schedules for the first configured model on the images at `data`, and evaluate it with the better ones.
 
-    Returns the report that quality.json holds, measured on the images that weren't searched on, and how each schedule
-    that was found compares with r in every block, in descending order of r. An r for which none is better keeps the
-    schedule that it had. Raises ConfigError, ModelLoadError or DatasetError, in words for the operator.
+def tune_model(spec: ModelSpec, data: Path, machine: Machine, tuning: Tuning) -> tuple[dict[str, object], list[Tuned]]:
+    """Find schedules for a model on the images at `data`, and measure its quality with those that are better.
+
+    Returns:
+        The report that quality.json holds, measured on the images that were not searched on; an r for which no
+        schedule is better keeps the schedule that it had. And how each schedule that was found compares with r in
+        every block, in descending order of r.
+
+    Raises:
+        ConfigError, ModelLoadError, DatasetError: In words for the operator.
     """
     searched, held_out = divide(load_labelled(data), tuning.images, tuning.held_out, tuning.seed)
-    spec = _unmeasured(model_specs(config)[0])
-    device = choose_device(config.device)
-    torch.set_num_threads(config.threads or available_cpus())
+    spec, device = _unmeasured(spec), choose_device(machine.device)
+    torch.set_num_threads(machine.threads or available_cpus())
     model, shown = load(spec, device), sys.stderr.isatty()
     found = tune(
         model,
@@ -115,30 +160,40 @@ def _rs_to_tune(model: LoadedModel, tuning: Tuning) -> Sequence[int]:
 
 
 def float32_of(spec: ModelSpec, device: torch.device) -> LoadedModel | None:
-    """Return what a model of a lesser type is compared with: the same in float32; None if it is of that."""
+    """Return the same model in float32, which one of another type is compared with; None if it is in float32."""
     return None if spec.dtype in ("auto", "float32") else load(replace(spec, dtype="float32", quality=None), device)
 
 
 def profile_model(
-    config: ServerConfig, *, budget: float, progress: bool = False, stored: ModelSpec | None = None
-) -> tuple[str, ProfileKey, Profile, Path | None]:
-    """Measure for `budget` seconds how long batches of a model take, and keep that for the server.
+    spec: ModelSpec, machine: Machine, *, beside: Sequence[ModelSpec] = (), budget: float, progress: bool = False
+) -> tuple[ProfileKey, Profile, Path | None]:
+    """Measure how long batches of a model take, and keep that for the server.
 
-    The model is the first configured, or `stored`. What the server would choose by measuring is measured anew.
-    Returns the model's name, what the profile holds for, the profile, and where it is kept: None if it can't be, which
-    is logged. Raises ConfigError or ModelLoadError, in words for the operator.
+    What the server would choose by measuring, such as the number of threads, is measured anew.
+
+    Args:
+        spec: The model.
+        machine: What to run it on.
+        beside: Other models of the same server, for which the number of threads is chosen as well.
+        budget: Seconds to measure for, at most.
+        progress: Whether to show a bar on standard error.
+
+    Returns:
+        What the profile holds for, the profile, and where it is kept: None if it can't be, which is logged.
+
+    Raises:
+        ConfigError, ModelLoadError: In words for the operator.
     """
-    # As the server does, or what is measured of them would be kept under another key.
-    specs = [outline(spec).spec for spec in ([stored] if stored else model_specs(config))]
-    spec, device = specs[0], choose_device(config.device)
-    most = {spec.name: spec.own.max_batch or config.batching.max_batch for spec in specs}
-    torch.set_num_threads(config.threads or available_cpus())
-    if config.threads is None and device.type == "cpu":
-        # For all of them, as the server does.
-        choose_threads([(spec, most[spec.name]) for spec in specs], config.profiles, anew=True)
-    max_batch = most[spec.name]
-    model = load_chosen(spec, device, max_batch=max_batch, folder=config.profiles, anew=True)
-    model = with_graphs(model, device, max_batch=max_batch, memory=config.cuda_graph_memory)
+    # The server outlines models too; without that the profile would be kept under another key.
+    specs = [outline(one).spec for one in (spec, *beside)]
+    spec, device = specs[0], choose_device(machine.device)
+    torch.set_num_threads(machine.threads or available_cpus())
+    if machine.threads is None and device.type == "cpu":
+        models = [(one, one.own.max_batch or machine.max_batch) for one in specs]
+        choose_threads(models, machine.profiles, anew=True)
+    max_batch = spec.own.max_batch or machine.max_batch
+    model = load_chosen(spec, device, max_batch=max_batch, folder=machine.profiles, anew=True)
+    model = with_graphs(model, device, max_batch=max_batch, memory=machine.cuda_graph_memory)
     key = profile_key(model, spec.checkpoint, device, max_batch)
     profile = measure(model, device, max_batch=max_batch, budget=budget, progress=progress)
-    return model.name, key, profile, keep_profile(config.profiles, model.name, key, profile)
+    return key, profile, keep_profile(machine.profiles, model.name, key, profile)

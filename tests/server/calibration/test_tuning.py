@@ -11,7 +11,7 @@ from PIL import Image
 from tome_server.calibration.datasets import Dataset
 from tome_server.calibration.evaluation import evaluate
 from tome_server.calibration.tuning import LEAST_HELD_OUT, Kept, Tuned, divide, tune
-from tome_server.cli.tuning_table import table
+from tome_server.cli.tables import tuning_table
 from tome_server.errors import ConfigError, DatasetError
 from tome_server.merging import Schedule, merge
 from tome_server.models.loaded import LoadedModel, loaded_model, with_schedules
@@ -101,7 +101,7 @@ def test_images_need_no_labels(deep: LoadedModel) -> None:
     [each] = tune(deep, images, images, [2], CPU, trials=3)
     assert each.tuned.top1 is None
     assert 0 <= each.tuned.agreement <= 1
-    assert "top-1" not in table([each])
+    assert "top-1" not in tuning_table([each])
 
 
 def test_an_average_pooled_model_may_change_its_last_block_too() -> None:
@@ -132,8 +132,8 @@ def test_only_a_gain_of_two_standard_errors_is_kept(difference: float, error: fl
     kept = Kept(0.1, 0.9, 0.8)
     each = Tuned(2, (4, 0), 90, 100, kept, kept, difference=difference, standard_error=error)
     assert each.better == each.fields()["kept"] == better
-    assert f"{difference:+.5f} ± {error:.5f}" in table([each])
-    assert ("left out" in table([each])) == (not better)
+    assert f"{difference:+.5f} ± {error:.5f}" in tuning_table([each])
+    assert ("left out" in tuning_table([each])) == (not better)
 
 
 def test_the_bundled_model_merges_by_schedules_that_were_kept_by_this_rule() -> None:

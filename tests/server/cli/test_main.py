@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 
@@ -15,6 +15,7 @@ from tome_server.calibration.tuning import Kept, Tuned
 from tome_server.cli import main, offline
 from tome_server.config.server import ServerConfig
 from tome_server.errors import ModelLoadError, PortInUseError
+from tome_server.models.spec import ModelSpec
 from tome_server.scheduling.profile import Profile
 from tome_server.serving.served import LEAST_DEFAULT_BUDGET
 
@@ -314,6 +315,27 @@ def test_help_exits_with_0(capsys: pytest.CaptureFixture[str], command: list[str
     assert capsys.readouterr().out.startswith(" ".join(["usage: tome-server", *command]))
 
 
+def test_help_takes_nothing_that_the_plain_install_lacks() -> None:
+    """Nor what takes long to import: torch, timm, pydantic and gRPC."""
+    lacking = ["torch", "timm", "pydantic", "numpy", "yaml", "tqdm", "prometheus_client", "matplotlib", "grpc"]
+    commands = ["", "serve", "demo", "evaluate", "tune", "profile", "settings", "plan", "models"]
+    own = ("add", "fit-head", "evaluate", "tune", "profile", "inspect", "list", "remove", "supported")
+    commands += [f"models {name}" for name in own]
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys({lacking})
+from tome_server.cli.main import main
+for command in {commands}:
+    try:
+        main([*command.split(), "--help"])
+    except SystemExit as end:
+        assert end.code == 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: ") == len(commands)
+
+
 def test_the_defaults_in_the_help_are_the_defaults(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,8 +374,8 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Calls of the evaluation, which does nothing."""
     calls: list[tuple[Any, ...]] = []
 
-    def evaluate(config: ServerConfig, data: Path, **options: Any) -> dict[str, object]:
-        calls.append((config, data, options))
+    def evaluate(spec: ModelSpec, data: Path, machine: offline.Machine, **options: Any) -> dict[str, object]:
+        calls.append((spec, data, machine, options))
         return {"levels": []}
 
     monkeypatch.setattr(offline, "evaluate_model", evaluate)
@@ -365,9 +387,10 @@ def test_evaluate_prints_its_report(capsys: pytest.CaptureFixture[str], evaluate
         main.main(["evaluate", "--data", "images", "--r", "0,4, 8", "--limit", "3", "--model", "vit_base_patch16_224"])
     assert caught.value.code == 0
     assert json.loads(capsys.readouterr().out) == {"levels": []}
-    [(settings, data, options)] = evaluated
-    assert settings.models[0].source == "vit_base_patch16_224"
+    [(spec, data, machine, options)] = evaluated
+    assert spec.architecture == "vit_base_patch16_224"
     assert data == Path("images")
+    assert machine == offline.Machine()
     assert options == {"limit": 3, "grid": [0, 4, 8]}
 
 
@@ -429,8 +452,8 @@ def test_tune_prints_a_report_or_writes_it_and_prints_what_was_found(
         main.main(["tune", "--data", "x", "--target-macs", "0.6", "--output", str(tmp_path / "q"), "--images", "9"])
     assert json.loads((tmp_path / "q").read_text()) == {"levels": []}
     assert "  9 7   -0.01000 ± 0.00200\n" in capsys.readouterr().out
-    (settings, data, first), (_, _, second) = tuned
-    assert (settings.models[0].source, data) == ("vit_base_patch16_224", Path("images"))
+    (spec, data, _, first), (_, _, _, second) = tuned
+    assert (spec.architecture, data) == ("vit_base_patch16_224", Path("images"))
     assert first == offline.Tuning(rs=[8, 14], held_out=99, blocks=2, seed=3)
     assert second == offline.Tuning(target_macs=0.6, images=9)
 
@@ -496,14 +519,17 @@ KEY = ProfileKey("vit", "hub:vit", (3, 8, 8), (9, 5), True, "A Processor", "floa
 PROFILE = Profile((1, 2), (0, 4), ((0.01, 0.005), (0.02, 0.01)), ((0.011, 0.006), (0.022, 0.011)), 0.001)
 
 
-@pytest.fixture
-def profiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServerConfig, dict[str, Any]]]:
-    """Calls of the measurement, which takes no time."""
-    calls: list[tuple[ServerConfig, dict[str, Any]]] = []
+Profiled: TypeAlias = tuple[ModelSpec, offline.Machine, dict[str, Any]]
 
-    def profile(config: ServerConfig, **options: Any) -> tuple[str, ProfileKey, Profile, Path | None]:
-        calls.append((config, options))
-        return "tiny", KEY, PROFILE, Path("/cache/tiny.json")
+
+@pytest.fixture
+def profiled(monkeypatch: pytest.MonkeyPatch) -> list[Profiled]:
+    """Calls of the measurement, which takes no time."""
+    calls: list[Profiled] = []
+
+    def profile(spec: ModelSpec, machine: offline.Machine, **options: Any) -> tuple[ProfileKey, Profile, Path | None]:
+        calls.append((spec, machine, options))
+        return KEY, PROFILE, Path("/cache/tiny.json")
 
     monkeypatch.setattr(offline, "profile_model", profile)
     return calls
@@ -516,21 +542,37 @@ def succeeds(*args: str) -> None:
 
 
 def test_profile_prints_a_table_and_where_it_is_kept(
-    capsys: pytest.CaptureFixture[str], profiled: list[tuple[ServerConfig, dict[str, Any]]]
+    capsys: pytest.CaptureFixture[str], profiled: list[Profiled]
 ) -> None:
     succeeds("profile", "--model", "vit_base_patch16_224", "--max-batch", "2", "--seconds", "7.5", "--threads", "1")
     shown = capsys.readouterr()
     assert shown.out.startswith("batch                   r=0     r=4\n    1  p50 ms          10.0     5.0\n")
-    assert shown.err == "measured tiny in float32\nkept for the server in /cache/tiny.json\n"
-    [(settings, options)] = profiled
-    assert settings.models[0].source == "vit_base_patch16_224"
-    assert (settings.batching.max_batch, settings.threads) == (2, 1)
-    assert options == {"budget": 7.5, "progress": False}
+    assert shown.err == "measured vit_base_patch16_224 in float32\nkept for the server in /cache/tiny.json\n"
+    [(spec, machine, options)] = profiled
+    assert spec.architecture == "vit_base_patch16_224"
+    assert machine == offline.Machine(max_batch=2, threads=1)
+    assert options == {"beside": [], "budget": 7.5, "progress": False}
 
 
-def test_profile_measures_for_40_seconds_unless_told(profiled: list[tuple[ServerConfig, dict[str, Any]]]) -> None:
+def test_profile_measures_for_40_seconds_unless_told(profiled: list[Profiled]) -> None:
     succeeds("profile")
-    assert profiled == [(ServerConfig(), {"budget": 40.0, "progress": False})]
+    [(spec, machine, options)] = profiled
+    assert spec.name == "fashion"
+    assert machine == offline.Machine()
+    assert options == {"beside": [], "budget": 40.0, "progress": False}
+
+
+def test_profile_measures_the_first_model_and_chooses_threads_for_all(profiled: list[Profiled], tmp_path: Path) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text(
+        "models: [{source: vit_base_patch16_224}, {source: bundled:fashion}]\ndevice: cpu\nprofiles: kept\n"
+        "cuda_graph_memory: 1MiB\nbatching: {max_batch: 4}\n"
+    )
+    succeeds("profile", "--config", str(file))
+    [(spec, machine, options)] = profiled
+    assert spec.architecture == "vit_base_patch16_224"
+    assert machine == offline.Machine("cpu", None, 4, tmp_path / "kept", 2**20)
+    assert [other.name for other in options["beside"]] == ["fashion"]
 
 
 def test_profile_prints_and_writes_the_same_json(
@@ -545,7 +587,7 @@ def test_profile_prints_and_writes_the_same_json(
 def test_profile_draws_a_picture(profiled: list[Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     succeeds("profile", "--picture", str(tmp_path / "profile.svg"))
-    assert "tiny on A Processor, float32" in (tmp_path / "profile.svg").read_text()
+    assert "fashion on A Processor, float32" in (tmp_path / "profile.svg").read_text()
 
 
 def test_what_profile_could_not_write_or_draw_is_said_before_it_measures(
@@ -557,7 +599,7 @@ def test_what_profile_could_not_write_or_draw_is_said_before_it_measures(
     pytest.importorskip("matplotlib")
     message = failure("profile", "--picture", str(tmp_path / "a.jpeg"))
     assert message == f"tome-server: --picture: {tmp_path / 'a.jpeg'} must end in one of .png, .svg, .pdf"
-    monkeypatch.delitem(sys.modules, "tome_server.cli.profile_picture")
+    monkeypatch.delitem(sys.modules, "tome_server.cli.pictures")
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     message = failure("profile", "--picture", str(tmp_path / "a.png"))
     assert message.startswith("tome-server: --picture: ")

@@ -222,7 +222,7 @@ def test_what_could_not_be_drawn_is_said_before_anything_is_simulated(
     pytest.importorskip("matplotlib")
     message = failure(*asked, str(tmp_path / "a.jpeg"))
     assert message == f"tome-server: --plot: {tmp_path / 'a.jpeg'} must end in one of .png, .svg, .pdf"
-    monkeypatch.delitem(sys.modules, "tome_server.cli.plan_picture")
+    monkeypatch.delitem(sys.modules, "tome_server.cli.pictures")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert failure(*asked, str(tmp_path / "a.svg")).endswith("it needs: pip install 'tome-serving[plots]'")
 

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from tome_server.cli.main import main
-from tome_server.cli.settings_reference import settings_schema, settings_table
+from tome_server.config.reference import settings_schema, settings_table
 from tome_server.config.server import ServerConfig
 from tome_server.config.settings import FROM_FILE
 

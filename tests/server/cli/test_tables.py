@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from tome_server.cli.profile_table import table
+from tome_server.cli.tables import profile_table
 from tome_server.scheduling.measured import Measured
 from tome_server.scheduling.profile import Profile
 
@@ -24,11 +24,11 @@ batches of several r are faster packed; each further r adds 1.2 ms
 
 
 def test_latency_and_throughput_by_batch_size_and_r() -> None:
-    assert table(PROFILE) == LINES
+    assert profile_table(PROFILE) == LINES
 
 
 def test_how_batches_of_several_r_run_is_said() -> None:
-    assert table(replace(PROFILE, packed=False)).endswith(
+    assert profile_table(replace(PROFILE, packed=False)).endswith(
         "\nbatches of several r are faster split, one call for each r\n"
     )
 
@@ -36,12 +36,12 @@ def test_how_batches_of_several_r_run_is_said() -> None:
 def test_an_r_that_gains_nothing_is_said_to_be_predicted_at_the_lesser_ones_cost() -> None:
     lowered = replace(PROFILE, p50=((0.0121, 0.0121), (0.2, 0.1)))
     note = "where neighbours are equal, the larger r was no faster, and is predicted to take as long as the smaller"
-    assert note in table(lowered).splitlines()
-    assert note not in table(PROFILE)
+    assert note in profile_table(lowered).splitlines()
+    assert note not in profile_table(PROFILE)
 
 
 def test_a_profile_that_was_measured_on_a_busy_machine_is_said_to_be() -> None:
-    assert table(replace(PROFILE, measured=Measured(rounds=5, load=0.05, spread=1.1))) == LINES
-    assert table(replace(PROFILE, measured=Measured(rounds=5, load=0.37, spread=1.1))) == LINES + (
+    assert profile_table(replace(PROFILE, measured=Measured(rounds=5, load=0.05, spread=1.1))) == LINES
+    assert profile_table(replace(PROFILE, measured=Measured(rounds=5, load=0.37, spread=1.1))) == LINES + (
         "measured while the machine was busy (37% of the time waiting for a CPU); it will be measured again\n"
     )

@@ -5,7 +5,7 @@ from PIL import Image
 
 from tome_server.scheduling.profile import Profile
 
-picture = pytest.importorskip("tome_server.cli.profile_picture", exc_type=ImportError)
+picture = pytest.importorskip("tome_server.cli.pictures", exc_type=ImportError)
 
 PROFILES = {
     "usual": Profile(
@@ -20,7 +20,7 @@ PROFILES = {
 @pytest.mark.parametrize("suffix", picture.FORMATS)
 def test_a_picture_is_drawn_in_the_format_that_its_name_says(tmp_path: Path, name: str, suffix: str) -> None:
     path = tmp_path / f"profile{suffix}"
-    picture.draw(PROFILES[name], "a model on a device", path)
+    picture.draw_profile(PROFILES[name], "a model on a device", path)
     assert path.read_bytes()[:5] == {".png": b"\x89PNG\r", ".svg": b"<?xml", ".pdf": b"%PDF-"}[suffix]
     if suffix == ".png":
         with Image.open(path) as image:
@@ -29,7 +29,7 @@ def test_a_picture_is_drawn_in_the_format_that_its_name_says(tmp_path: Path, nam
 
 def test_a_picture_names_what_it_shows(tmp_path: Path) -> None:
     path = tmp_path / "profile.svg"
-    picture.draw(PROFILES["usual"], "a model on a device", path)
+    picture.draw_profile(PROFILES["usual"], "a model on a device", path)
     text = path.read_text()
     for words in ("a model on a device", "latency of a batch, p50, ms", "images per second", "batch size"):
         assert words in text

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from tome_client import Client
 from tome_server.calibration.tuning import Tuned, tune
 from tome_server.cli import main, offline
-from tome_server.config.server import ServerConfig
 from tome_server.models.loaded import LoadedModel
 from tome_server.models.loading import load
 from tome_server.models.repository import Repository
-from tome_server.models.spec import quality_file
+from tome_server.models.spec import ModelSpec, quality_file
+from tome_server.scheduling.profile import Profile
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 KWARGS = "{patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}"
@@ -153,6 +153,25 @@ def test_the_bundled_model_can_be_added_and_measured(run: Run, models: Path) -> 
     text = run("inspect", "fashion", "--repository", models)
     assert "0.9049" in text
     assert "46.0%" in text
+
+
+def test_the_largest_batch_is_the_models_own_unless_a_flag_says_otherwise(
+    models: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int | None] = []
+
+    def measured(model: object, device: object, *, max_batch: int, **_: object) -> Profile:
+        asked.append(max_batch)
+        return Profile((1,), (0,), ((0.01,),), ((0.01,),))
+
+    monkeypatch.setattr(offline, "measure", measured)
+    run("add", "bundled:fashion", "--to", models, "--no-profile")
+    config = models / "fashion" / "config.yaml"
+    config.write_text(config.read_text() + "batching: {max_batch: 3}\n")
+    profile = ["profile", "fashion", "--repository", models, "--threads", "1"]
+    run(*profile)
+    run(*profile, "--max-batch", "2")
+    assert asked == [3, 2]
 
 
 def test_a_backbone_becomes_a_classifier(run: Run, models: Path, backbone: Path, photos: Path) -> None:
@@ -353,9 +372,8 @@ def test_a_model_is_tuned_in_the_dtype_asked_for_and_its_report_kept_apart(
 ) -> None:
     asked: list[str] = []
 
-    def tuned(config: ServerConfig, *_: object) -> tuple[dict[str, object], list[Tuned]]:
-        [model] = config.models
-        asked.append(model.dtype)
+    def tuned(spec: ModelSpec, *_: object) -> tuple[dict[str, object], list[Tuned]]:
+        asked.append(spec.dtype)
         return {"levels": [{"r": 0, "macs": len(asked), "top1": None, "agreement": 1.0}]}, []
 
     def written(name: str) -> int:

@@ -1,0 +1,52 @@
+"""`tome-server serve`: serve models until SIGTERM."""
+
+import argparse
+import os
+from pathlib import Path
+
+from tome_server.cli.flags import Commands, add_model_flags
+from tome_server.signals import stopping_at_once
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command."""
+    serve = commands.add_parser(
+        "serve",
+        usage="%(prog)s [options]",
+        help="serve models until SIGTERM",
+        description="Serve models until SIGTERM: the bundled one unless told otherwise. A line of JSON on standard "
+        "output says when it is ready, and at which addresses. What has no flag is set in --config's file, see "
+        "tome-server settings.",
+    )
+    add_model_flags(serve)
+    serve.add_argument("--listen", metavar="HOST:PORT", help="gRPC address (default: 0.0.0.0:8500; port 0: a free one)")
+    serve.add_argument("--metrics", metavar="HOST:PORT", help="Prometheus address (default: 0.0.0.0:8501), or off")
+    serve.add_argument("--max-batch", type=int, metavar="N", help="images in a batch (default: 8)")
+    serve.add_argument("--max-delay", metavar="TIME", help="wait for batch-mates on an idle device (default: 0ms)")
+    serve.add_argument("--max-pending", type=int, metavar="N", help="requests held at once (default: 256)")
+    serve.add_argument("--policy", metavar="NAME", help="price (default), fixed:R, max_accuracy, max_batch or slackfit")
+    serve.add_argument("--profiles", type=Path, metavar="DIR", help="where measured latencies are kept")
+    serve.add_argument("--profile-time", metavar="TIME", help="how long to measure them if none fit (default: 5s)")
+    serve.add_argument("--drain-timeout", metavar="TIME", help="time for calls in flight after SIGTERM (default: 30s)")
+    serve.add_argument(
+        "--log-level", default="info", choices=["debug", "info", "warning", "error"], help="info (default)"
+    )
+    serve.add_argument("--log-format", choices=["auto", "json", "text"], help="auto (default): text at a terminal")
+    serve.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve; returns the exit status."""
+    with stopping_at_once():  # before anything is imported that takes long
+        import asyncio
+
+        from tome_server.config.flags import configured
+
+        config = configured(args.config, vars(args))
+        # The C core of gRPC writes lines of its own among ours, about connections that end and handshakes that fail.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+        from tome_server.app import serve
+        from tome_server.observability import logs
+
+        logs.configure(args.log_level, config.log_format)
+        return asyncio.run(serve(config))
