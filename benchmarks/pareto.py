@@ -69,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     spec = Repository(args.repository).spec(args.model) if args.repository else bundled_spec(args.model)
     model = load(in_dtype(spec, args.dtype) if spec.dtype == "auto" else spec, CPU)
     images = load_labelled(args.data)
-    if args.images and args.images < len(images):
-        chosen = np.random.default_rng(args.seed).permutation(len(images))[: args.images]
+    if args.limit and args.limit < len(images):
+        chosen = np.random.default_rng(args.seed).permutation(len(images))[: args.limit]
         images = images.subset(sorted(chosen.tolist()))
     ways = ways_of(model, args.r or [r for r in model.rs if r])
     shown = sys.stderr.isatty()
@@ -240,7 +240,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="fashion", help="a bundled model, or one of --repository (default: fashion)")
     parser.add_argument("--repository", type=Path, help="folder of models, as `tome-server serve` takes it")
     parser.add_argument("--data", type=Path, required=True, help="images, as of tome-server evaluate")
-    parser.add_argument("--images", type=int, help="only so many of them, chosen at random")
+    parser.add_argument("--limit", type=int, metavar="N", help="only N images, chosen at random")
     parser.add_argument("--seed", type=int, default=0, help="of that choice (default: 0)")
     parser.add_argument("--r", type=lambda text: [int(r) for r in text.split(",")], help="default: the model's grid")
     parser.add_argument(

@@ -148,7 +148,7 @@ def _tome(folder: Path, callers: int) -> list[str]:
     torch.manual_seed(0)
     save_file(timm.create_model("vit_tiny_patch16_224", num_classes=10, **MODEL).state_dict(), weights)
     server = [sys.executable, "-m", "tome_server"]
-    add = ["models", "add", "vit_tiny_patch16_224", "--name", "small", "--to", models, "--weights", weights]
+    add = ["models", "add", "vit_tiny_patch16_224", "--name", "small", "--repository", models, "--checkpoint", weights]
     add += ["--kwargs", json.dumps(MODEL), "--license", "none", "--no-profile", "--threads", "1"]
     subprocess.run([*server, *add], check=True, stdout=subprocess.DEVNULL)
     serve = ["serve", "--repository", str(models), "--listen", "127.0.0.1:0", "--metrics", "off", "--threads", "1"]

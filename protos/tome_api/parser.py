@@ -1,7 +1,9 @@
 """How both commands read their command lines."""
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from tome_api.nearest import meant
@@ -10,17 +12,53 @@ from tome_api.nearest import meant
 class Parser(argparse.ArgumentParser):
     """A parser that says what is wrong in one line, with the nearest name that it knows."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._renamed: dict[str, _Renamed] = {}
+
+    def add_old_name(self, old: str, new: str, convert: Callable[[str], str] = str) -> None:
+        """Take a flag by its old name too, for one release: with a warning, and without a place in the help.
+
+        Args:
+            old: Such as "--to".
+            new: The name that `add_argument` knows.
+            convert: Turns the value of the old flag into one of the new flag.
+        """
+        self._renamed[old] = _Renamed(new, convert)
+
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """Parse; an unknown flag is wrong usage of this very command, whose flags are the ones to choose from."""
-        found, unknown = super().parse_known_args(args, namespace)
+        given = sys.argv[1:] if args is None else args
+        found, unknown = super().parse_known_args(list(self._with_new_names(given)), namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
             if flag.startswith("-"):
                 self.error(f"there is no flag {flag}{meant(flag, self._option_string_actions)}")
             self.error(f"unexpected argument {unknown[0]!r}")
         return found, unknown
+
+    def _with_new_names(self, args: Sequence[str]) -> Iterator[str]:
+        """Yield the arguments, with flags that have an old name under their new one."""
+        rest = iter(args)
+        for arg in rest:
+            if arg == "--":
+                yield arg
+                yield from rest
+                return
+            old, equals, value = arg.partition("=")
+            renamed = self._renamed.get(old)
+            if renamed is None:
+                yield arg
+                continue
+            print(f"{self.prog}: {old} is now {renamed.flag}; the next release takes no other name", file=sys.stderr)
+            if equals:
+                yield f"{renamed.flag}={renamed.convert(value)}"
+            else:
+                yield renamed.flag
+                if (following := next(rest, None)) is not None:
+                    yield renamed.convert(following)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -31,3 +69,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and exit with 2."""
         self.exit(2, f"{self.prog}: {message}\n{self.prog} --help lists what it takes\n")
+
+
+@dataclass(frozen=True, slots=True)
+class _Renamed:
+    """What a flag is called now."""
+
+    flag: str
+    convert: Callable[[str], str]

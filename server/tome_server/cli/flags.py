@@ -6,7 +6,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from tome_api.durations import BudgetClass, parse_budget, parse_budgets, parse_duration
+from tome_api.durations import (
+    BudgetClass,
+    duration_text,
+    parse_budget,
+    parse_budgets,
+    parse_duration,
+    parse_positive_duration,
+)
 from tome_api.parser import Parser
 
 if TYPE_CHECKING:
@@ -34,20 +41,15 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def positive_number(text: str, what: str = "number") -> float:
+def positive_number(text: str) -> float:
     """A number above 0."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no {what} above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return value
-
-
-def seconds(text: str) -> float:
-    """A number of seconds above 0."""
-    return positive_number(text, "number of seconds")
 
 
 def share(text: str) -> float:
@@ -81,6 +83,14 @@ def time(text: str) -> float:
     """A duration, in seconds."""
     try:
         return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def positive_time(text: str) -> float:
+    """A duration above 0, in seconds."""
+    try:
+        return parse_positive_duration(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -159,18 +169,37 @@ def add_dtype(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_profiling(command: argparse.ArgumentParser) -> None:
+def add_profiling(command: Parser) -> None:
     """Add how the latencies of a stored model are measured."""
     command.add_argument(
         "--max-batch", type=positive, metavar="N", help="the largest batch (default: the model's own, or 8)"
     )
-    command.add_argument(
-        "--seconds", type=seconds, default=20.0, metavar="S", help="how long to measure latencies (default: 20)"
-    )
+    add_profile_time(command, 20, "how long to measure latencies")
     add_device(command)
 
 
-def add_tuning(command: argparse.ArgumentParser) -> None:
+def add_profile_time(command: Parser, default: int, what: str) -> None:
+    """Add how long latencies are measured, in seconds by default."""
+    command.add_argument(
+        "--profile-time",
+        type=positive_time,
+        default=float(default),
+        metavar="TIME",
+        help=f"{what} (default: {default}s)",
+    )
+    command.add_old_name("--seconds", "--profile-time", _with_unit)
+
+
+def _with_unit(seconds: str) -> str:
+    """Turn a number of seconds, which old flags take, into a duration; leave any other text as it is."""
+    try:
+        value = float(seconds)
+    except ValueError:
+        return seconds
+    return duration_text(value) if 0 < value < math.inf else seconds
+
+
+def add_tuning(command: Parser) -> None:
     """Add how schedules are searched for, and on which images."""
     command.add_argument(
         "--data",
@@ -186,8 +215,9 @@ def add_tuning(command: argparse.ArgumentParser) -> None:
         help="tune the first r of the grid that leaves no more than this share of the work",
     )  # fmt: skip
     command.add_argument(
-        "--images", type=positive, default=512, metavar="N", help="images to use, chosen at random (default: 512)"
+        "--limit", type=positive, default=512, metavar="N", help="only N images, chosen at random (default: 512)"
     )
+    command.add_old_name("--images", "--limit")
     command.add_argument(
         "--held-out", type=positive, metavar="N",
         help="how many of them to measure on, at least 30 (default: half): more tell smaller gains from chance",

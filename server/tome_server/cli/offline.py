@@ -108,7 +108,7 @@ class Tuning:
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Tuning":
         """Return what the flags of `add_tuning` ask for."""
-        return cls(args.r, args.target_macs, args.images, args.held_out, args.trials, args.blocks, args.seed)
+        return cls(args.r, args.target_macs, args.limit, args.held_out, args.trials, args.blocks, args.seed)
 
 
 def tune_model(spec: ModelSpec, data: Path, machine: Machine, tuning: Tuning) -> tuple[dict[str, object], list[Tuned]]:

@@ -11,7 +11,7 @@ from tome_server.cli.output import drawing
 EPILOG = """examples:
   tome-server plan --rate 200 --budget 150ms --attainment 0.999
   tome-server plan --rate 10000 --budget mix:50ms=3,200ms=1 --cv2 4 --profile gpu.json --quality quality.json
-  tome-server plan --rate 200 --budget 150ms --plot plan.svg
+  tome-server plan --rate 200 --budget 150ms --picture plan.svg
 
 Without --profile and --quality, replicas are like this machine serving the bundled model: tome-server profile measures
 that once. One replica is simulated with its share of the requests; see docs/scheduling.md.
@@ -54,7 +54,10 @@ def add_to(commands: Commands) -> None:
         "--requests", type=positive, default=20_000, metavar="N",
         help="requests to simulate for each figure (default: 20000)",
     )  # fmt: skip
-    plan.add_argument("--plot", type=Path, metavar="FILE", help="where to draw both against rate: .png, .svg or .pdf")
+    plan.add_argument(
+        "--picture", type=Path, metavar="FILE", help="where to draw both against rate: .png, .svg or .pdf"
+    )
+    plan.add_old_name("--plot", "--picture")
     add_json(plan)
     add_overwrite(plan)
     plan.set_defaults(run=run)
@@ -62,7 +65,7 @@ def add_to(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan, and print the answer; returns 1 if no number of replicas is enough."""
-    pictures = drawing("--plot", args.plot, args.overwrite) if args.plot else None
+    pictures = drawing("--picture", args.picture, args.overwrite) if args.picture else None
     from tqdm import tqdm
 
     from tome_server.simulation.capacity import Plan, Question, answer_fields, answer_lines, load_replica
@@ -84,6 +87,6 @@ def run(args: argparse.Namespace) -> int:
         fields, lines = answer_fields(plan), answer_lines(plan)
         replicas = fields["replicas"]
         if pictures and replicas:
-            pictures.draw_plan(plan.against_rate(replicas), question.rate, question.attainment, args.plot)
+            pictures.draw_plan(plan.against_rate(replicas), question.rate, question.attainment, args.picture)
     print(json.dumps(fields, indent=2) if args.json else "\n".join(lines))
     return 0 if replicas else 1

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tome_server.cli.flags import Commands, add_json, add_model_flags, add_overwrite, models_of, seconds
+from tome_server.cli.flags import Commands, add_json, add_model_flags, add_overwrite, add_profile_time, models_of
 from tome_server.cli.output import check_place, drawing, write
 
 
@@ -19,7 +19,7 @@ def add_to(commands: Commands) -> None:
     )
     add_model_flags(profile)
     profile.add_argument("--max-batch", type=int, metavar="N", help="the largest batch (default: 8)")
-    profile.add_argument("--seconds", type=seconds, default=40.0, metavar="S", help="how long to measure (default: 40)")
+    add_profile_time(profile, 40, "how long to measure")
     profile.add_argument("--output", type=Path, metavar="FILE", help="where to write JSON as well")
     profile.add_argument("--picture", type=Path, metavar="FILE", help="where to draw it: .png, .svg or .pdf")
     add_json(profile)
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from tome_server.cli.tables import profile_table
 
     key, profile, kept = profile_model(
-        spec, Machine.of(config), beside=others, budget=args.seconds, progress=sys.stderr.isatty()
+        spec, Machine.of(config), beside=others, budget=args.profile_time, progress=sys.stderr.isatty()
     )
     text = profile_text(key, profile)
     sys.stdout.write(text if args.json else profile_table(profile))

@@ -213,7 +213,7 @@ def create(spec: ModelSpec) -> VisionTransformer:
             raise ModelLoadError(f"{spec.architecture} can't be built: {why}") from error
         raise ModelLoadError(
             f"{spec.architecture} can't be built with pretrained weights from the hub: {str(error).rstrip('.')}. "
-            "Where the hub can't be reached, give local weights: --checkpoint of serve, --weights of models add"
+            "Where the hub can't be reached, give local weights with --checkpoint"
         ) from error
     return model
 

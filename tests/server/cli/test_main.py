@@ -217,7 +217,7 @@ def test_wrong_usage_exits_with_2_and_says_in_a_line_what_is_wrong(
     [
         (["serve", "--polcy", "price"], "there is no flag --polcy; did you mean '--policy'?"),
         (["serve", "--polcy=price"], "there is no flag --polcy; did you mean '--policy'?"),
-        (["models", "add", "x", "--to", "y", "--weight-file", "z"], "there is no flag --weight-file"),
+        (["models", "add", "x", "--repository", "y", "--weight-file", "z"], "there is no flag --weight-file"),
         (["models", "fit-haed"], "'fit-haed' is none of add, fit-head, evaluate, "),
         (["sevre"], "did you mean 'serve'?"),
         (["serve", "--log-level", "warn"], "'warn' is none of debug, info, warning, error; did you mean 'warning'?"),
@@ -449,7 +449,7 @@ def test_tune_prints_a_report_or_writes_it_and_prints_what_was_found(
     assert caught.value.code == 0
     assert json.loads(capsys.readouterr().out) == {"levels": []}
     with pytest.raises(SystemExit):
-        main.main(["tune", "--data", "x", "--target-macs", "0.6", "--output", str(tmp_path / "q"), "--images", "9"])
+        main.main(["tune", "--data", "x", "--target-macs", "0.6", "--output", str(tmp_path / "q"), "--limit", "9"])
     assert json.loads((tmp_path / "q").read_text()) == {"levels": []}
     assert "  9 7   -0.01000 ± 0.00200\n" in capsys.readouterr().out
     (spec, data, _, first), (_, _, _, second) = tuned
@@ -467,7 +467,7 @@ def test_tune_prints_a_report_or_writes_it_and_prints_what_was_found(
         ["--target-macs", "0.6", "--r", "8"],
         ["--r", "-8"],
         ["--trials", "0"],
-        ["--images", "none"],
+        ["--limit", "none"],
         ["--held-out", "0"],
         ["--blocks", "0"],
     ],
@@ -503,7 +503,7 @@ def test_a_folder_is_no_output(flags: list[str], tmp_path: Path) -> None:
 
 def test_a_file_that_stands_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    message = failure("models", "add", "bundled:fashion", "--to", str(tmp_path / "file"))
+    message = failure("models", "add", "bundled:fashion", "--repository", str(tmp_path / "file"))
     assert message == f"tome-server: {tmp_path / 'file'}: File exists"
 
 
@@ -544,7 +544,9 @@ def succeeds(*args: str) -> None:
 def test_profile_prints_a_table_and_where_it_is_kept(
     capsys: pytest.CaptureFixture[str], profiled: list[Profiled]
 ) -> None:
-    succeeds("profile", "--model", "vit_base_patch16_224", "--max-batch", "2", "--seconds", "7.5", "--threads", "1")
+    succeeds(
+        "profile", "--model", "vit_base_patch16_224", "--max-batch", "2", "--profile-time", "7500ms", "--threads", "1"
+    )
     shown = capsys.readouterr()
     assert shown.out.startswith("batch                   r=0     r=4\n    1  p50 ms          10.0     5.0\n")
     assert shown.err == "measured vit_base_patch16_224 in float32\nkept for the server in /cache/tiny.json\n"
@@ -607,10 +609,56 @@ def test_what_profile_could_not_write_or_draw_is_said_before_it_measures(
     assert profiled == []
 
 
+@pytest.mark.parametrize("value", ["0", "0s", "-5s", "7", "many", "nan", "inf"])
+@pytest.mark.parametrize("command", [("profile",), ("models", "profile", "x", "--repository", "y")])
+def test_a_time_of_no_seconds_is_wrong_usage(
+    capsys: pytest.CaptureFixture[str], command: tuple[str, ...], value: str
+) -> None:
+    error = wrong_usage(capsys, *command, f"--profile-time={value}")
+    assert "argument --profile-time: " in error
+    assert f"{value}" in error
+
+
+ADD = ["models", "add", "bundled:fashion"]
+STORED = ["models", "profile", "x", "--repository", "y"]
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new"),
+    [
+        (ADD, ["--to", "y"], ["--repository", "y"]),
+        (ADD, ["--to=y", "--weights", "w.pth"], ["--repository=y", "--checkpoint", "w.pth"]),
+        (ADD, ["--repository", "y", "--seconds", "3"], ["--repository", "y", "--profile-time", "3s"]),
+        (["profile"], ["--seconds", "7.5"], ["--profile-time", "7.5s"]),
+        (["profile"], ["--seconds=1e-2"], ["--profile-time=10ms"]),
+        (STORED, ["--seconds=0.2"], ["--profile-time", "200ms"]),
+        (["models", "fit-head", "x", "--repository", "y", "--data", "z"], ["--seconds", "1"], ["--profile-time", "1s"]),
+        (["plan", "--rate", "1", "--budget", "1s"], ["--plot", "a.svg"], ["--picture", "a.svg"]),
+        (["tune", "--data", "z"], ["--images", "9"], ["--limit", "9"]),
+        (["models", "tune", "x", "--repository", "y", "--data", "z"], ["--images", "9"], ["--limit", "9"]),
+    ],
+    ids=str,
+)
+def test_flags_are_taken_by_their_names_of_before_with_a_warning(
+    command: list[str], old: list[str], new: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    parse = main._parser().parse_args
+    expected = parse([*command, *new])
+    assert capsys.readouterr().err == ""
+    assert parse([*command, *old]) == expected
+    said = capsys.readouterr().err.splitlines()
+    names = zip((one for one in old if "--" in one), (one for one in new if "--" in one), strict=True)
+    changed = [(was.partition("=")[0], now.partition("=")[0]) for was, now in names if was != now]
+    names_of_command = " ".join(command[: 2 if command[0] == "models" else 1])
+    assert said == [
+        f"tome-server {names_of_command}: {was} is now {now}; the next release takes no other name"
+        for was, now in changed
+    ]
+
+
 @pytest.mark.parametrize("value", ["0", "-5", "many", "nan", "inf"])
-def test_a_time_of_no_seconds_is_wrong_usage(capsys: pytest.CaptureFixture[str], value: str) -> None:
-    error = wrong_usage(capsys, "profile", f"--seconds={value}")
-    assert f"argument --seconds: {value!r} is no number of seconds above 0" in error
+def test_a_flags_old_name_takes_no_other_values_than_it_did(capsys: pytest.CaptureFixture[str], value: str) -> None:
+    assert f"argument --profile-time: {value!r}" in wrong_usage(capsys, "profile", f"--seconds={value}")
 
 
 def test_without_the_servers_packages_the_way_to_get_them_is_said() -> None:

@@ -197,7 +197,7 @@ def test_the_command_prints_json_and_draws(profile: Path, tmp_path: Path, capsys
     picture = tmp_path / "plan.svg"
     load = "--rate 300 --budget mix:60ms=3,120ms=1 --cv2 4 --attainment 0.95 --requests 500 --overhead 0"
     with pytest.raises(SystemExit) as caught:
-        main(["plan", *load.split(), "--json", "--profile", str(profile), "--plot", str(picture)])
+        main(["plan", *load.split(), "--json", "--profile", str(profile), "--picture", str(picture)])
     assert caught.value.code == 0
     document = json.loads(capsys.readouterr().out)
     assert document["question"]["budgets"] == [0.06, 0.12]
@@ -216,12 +216,12 @@ def test_the_command_fails_where_nothing_does(profile: Path, capsys: pytest.Capt
 def test_what_could_not_be_drawn_is_said_before_anything_is_simulated(
     profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = ("--rate", "5", "--budget", "50ms", "--profile", str(profile), "--plot")
+    asked = ("--rate", "5", "--budget", "50ms", "--profile", str(profile), "--picture")
     gone = tmp_path / "gone"
-    assert failure(*asked, str(gone / "a.svg")) == f"tome-server: --plot: there is no folder {gone}"
+    assert failure(*asked, str(gone / "a.svg")) == f"tome-server: --picture: there is no folder {gone}"
     pytest.importorskip("matplotlib")
     message = failure(*asked, str(tmp_path / "a.jpeg"))
-    assert message == f"tome-server: --plot: {tmp_path / 'a.jpeg'} must end in one of .png, .svg, .pdf"
+    assert message == f"tome-server: --picture: {tmp_path / 'a.jpeg'} must end in one of .png, .svg, .pdf"
     monkeypatch.delitem(sys.modules, "tome_server.cli.pictures")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert failure(*asked, str(tmp_path / "a.svg")).endswith("it needs: pip install 'tome-serving[plots]'")

@@ -8,9 +8,9 @@ from tome_server.cli.models import add, evaluate, fit_head, inspect, list, profi
 COMMANDS = (add, fit_head, evaluate, tune, profile, inspect, list, remove, supported)
 
 EPILOG = """examples:
-  tome-server models add bundled:fashion --to models
-  tome-server models add vit_base_patch16_224 --to models                       timm's weights, from the hub
-  tome-server models add vit_small_patch14_dinov2 --name dinov2 --weights dinov2.onnx --to models
+  tome-server models add bundled:fashion --repository models
+  tome-server models add vit_base_patch16_224 --repository models               timm's weights, from the hub
+  tome-server models add vit_small_patch14_dinov2 --name dinov2 --checkpoint dinov2.onnx --repository models
   tome-server models fit-head dinov2 --repository models --data photos/         a folder of one subfolder a class
   tome-server models inspect dinov2 --repository models
   tome-server models supported '*dinov3*'                                       can they be merged, and why not

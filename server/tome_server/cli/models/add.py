@@ -22,11 +22,15 @@ def add_to(commands: Commands) -> None:
         "at each r.",
     )
     add.add_argument("source", metavar="SOURCE", help="timm's name of an architecture, or bundled:fashion")
-    add.add_argument("--to", type=Path, required=True, metavar="DIR", help="the repository; made if it isn't there")
+    add.add_argument(
+        "--repository", type=Path, required=True, metavar="DIR", help="the repository; made if it isn't there"
+    )
+    add.add_old_name("--to", "--repository")
     add.add_argument("--name", help="what requests call it (default: the source's own name)")
     add.add_argument(
-        "--weights", type=Path, metavar="FILE", help=".safetensors, .pth or .onnx (default: timm's, from the hub)"
+        "--checkpoint", type=Path, metavar="FILE", help=".safetensors, .pth or .onnx (default: timm's, from the hub)"
     )
+    add.add_old_name("--weights", "--checkpoint")
     add.add_argument("--labels", type=Path, metavar="FILE", help="class names, one a line (default: ImageNet's if fit)")
     add.add_argument("--data", type=Path, metavar="PATH", help="images to measure the quality on, as of evaluate")
     add.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
@@ -60,9 +64,9 @@ def run(args: argparse.Namespace) -> int:
     from tome_server.models.spec import BUNDLED_PREFIX
 
     log_progress()
-    args.to.mkdir(parents=True, exist_ok=True)
-    check_writable(args.to)
-    repository = Repository(args.to)
+    args.repository.mkdir(parents=True, exist_ok=True)
+    check_writable(args.repository)
+    repository = Repository(args.repository)
     name = args.name or args.source.removeprefix(BUNDLED_PREFIX).split(".")[0]
     prepared: list[Prepared] = []
 
@@ -93,19 +97,19 @@ def _recipe(args: argparse.Namespace) -> "Recipe":
     bundled = args.source.startswith(BUNDLED_PREFIX)
     if not bundled:
         check_architecture(args.source)
-    if args.weights:
-        check_header(args.weights)
+    if args.checkpoint:
+        check_header(args.checkpoint)
     if args.data:
         from tome_server.calibration.datasets import load_labelled
 
         load_labelled(args.data)
-    if bundled and (args.weights or args.labels or args.kwargs or args.input):
+    if bundled and (args.checkpoint or args.labels or args.kwargs or args.input):
         raise ConfigError(f"{args.source} is complete as it is: its weights, labels and input can't be set")
     from tome_server.models.preparing import Recipe
 
     return Recipe(
         source=args.source,
-        weights=args.weights,
+        weights=args.checkpoint,
         labels=args.labels,
         kwargs=args.kwargs,
         data=args.input,

@@ -54,7 +54,9 @@ def measure_latencies(spec: ModelSpec, args: argparse.Namespace) -> "Profile":
 
     if args.max_batch:
         spec = replace(spec, own=replace(spec.own, max_batch=args.max_batch))
-    _, profile, kept = profile_model(spec, machine_of(spec, args), budget=args.seconds, progress=sys.stderr.isatty())
+    _, profile, kept = profile_model(
+        spec, machine_of(spec, args), budget=args.profile_time, progress=sys.stderr.isatty()
+    )
     if kept is None:
         raise ConfigError(f"{spec.profiles} can't be written")
     return profile

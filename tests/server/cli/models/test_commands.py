@@ -96,9 +96,9 @@ def add(run: Run, models: Path, backbone: Path, *flags: object) -> str:
         ARCHITECTURE,
         "--kwargs",
         KWARGS,
-        "--weights",
+        "--checkpoint",
         backbone,
-        "--to",
+        "--repository",
         models,
         "--no-profile",
         "--threads",
@@ -125,7 +125,15 @@ def test_a_model_is_added_with_all_that_its_weights_tell(run: Run, models: Path,
 
 def test_another_image_size_is_the_weights_own_unless_it_is_set(run: Run, models: Path, backbone: Path) -> None:
     add(run, models, backbone, "--name", "own")
-    flags = ["--kwargs", KWARGS.replace("{", "{img_size: 48, "), "--weights", backbone, "--to", models, "--no-profile"]
+    flags = [
+        "--kwargs",
+        KWARGS.replace("{", "{img_size: 48, "),
+        "--checkpoint",
+        backbone,
+        "--repository",
+        models,
+        "--no-profile",
+    ]
     run("add", ARCHITECTURE, "--name", "larger", *flags)
     repository = Repository(models)
     assert repository.spec("own").kwargs["img_size"] == 32
@@ -134,11 +142,13 @@ def test_another_image_size_is_the_weights_own_unless_it_is_set(run: Run, models
 
 def test_the_bundled_model_can_be_added_and_measured(run: Run, models: Path) -> None:
     assert (
-        run("add", "bundled:fashion", "--to", models, "--no-profile")
+        run("add", "bundled:fashion", "--repository", models, "--no-profile")
         == f"{models}/fashion: bundled:fashion, 10 classes\n"
     )
     assert load(Repository(models).spec("fashion"), torch.device("cpu")).relative_quality is not None
-    table = run("profile", "fashion", "--repository", models, "--seconds", "0.2", "--max-batch", "2", "--threads", "1")
+    table = run(
+        "profile", "fashion", "--repository", models, "--profile-time", "200ms", "--max-batch", "2", "--threads", "1"
+    )
     assert table.startswith("batch ")
     [profile] = (models / "fashion/profiles").glob("*.json")
     # And which dtype is faster, which the server is to choose by.
@@ -165,7 +175,7 @@ def test_the_largest_batch_is_the_models_own_unless_a_flag_says_otherwise(
         return Profile((1,), (0,), ((0.01,),), ((0.01,),))
 
     monkeypatch.setattr(offline, "measure", measured)
-    run("add", "bundled:fashion", "--to", models, "--no-profile")
+    run("add", "bundled:fashion", "--repository", models, "--no-profile")
     config = models / "fashion" / "config.yaml"
     config.write_text(config.read_text() + "batching: {max_batch: 3}\n")
     profile = ["profile", "fashion", "--repository", models, "--threads", "1"]
@@ -243,7 +253,7 @@ def test_a_model_without_versions_becomes_version_1_when_another_is_added(
 ) -> None:
     add(run, models, backbone, "--name", "tiny")
     before = {path.name: path.read_bytes() for path in (models / "tiny").iterdir() if path.is_file()}
-    flags = ["--kwargs", KWARGS, "--weights", backbone, "--to", models, "--no-profile", "--name", "tiny"]
+    flags = ["--kwargs", KWARGS, "--checkpoint", backbone, "--repository", models, "--no-profile", "--name", "tiny"]
     assert f"{models}/tiny has no versions yet: what lies in it becomes version 1, so take 2 or more" in failure(
         "add", ARCHITECTURE, *flags, "--version", "1"
     )
@@ -268,7 +278,7 @@ def test_a_repository_that_is_read_only_is_said_before_anything_is_measured(
     for command in ("evaluate", "tune"):
         assert failure(command, *stored, "--data", photos) == f"tome-server: {models}/tiny {said}"
     assert failure("fit-head", *stored, "--data", photos) == f"tome-server: {models} {said}"
-    assert failure("add", "bundled:fashion", "--to", models) == f"tome-server: {models} {said}"
+    assert failure("add", "bundled:fashion", "--repository", models) == f"tome-server: {models} {said}"
 
 
 def test_a_faulty_model_is_listed_apart(
@@ -344,7 +354,7 @@ def test_a_tuned_model_keeps_its_schedules_when_it_is_measured_again(
     run("fit-head", *stored, "--no-profile")
     assert "--overwrite replaces it" in failure("tune", *stored, "--r", "2,3")
     stored.append("--overwrite")
-    printed = run("tune", *stored, "--r", "2,3", "--images", "60", "--held-out", "40", "--trials", "3")
+    printed = run("tune", *stored, "--r", "2,3", "--limit", "60", "--held-out", "40", "--trials", "3")
     assert printed.count("  r in every block") == 2
     report = json.loads((models / "tiny/quality.json").read_text())
     assert (report["images"], report["tuned"]["images"], report["tuned"]["held_out"]) == (40, 20, 40)
@@ -364,7 +374,7 @@ def test_a_tuned_model_keeps_its_schedules_when_it_is_measured_again(
         f"at r = {model.rs[-1]}"
     )
     assert "r must lie in 1..8 for tiny, and is 9" in failure("tune", *stored, "--r", "9")
-    assert "1 images to measure on are too few" in failure("tune", *stored, "--images", "1")
+    assert "1 images to measure on are too few" in failure("tune", *stored, "--limit", "1")
 
 
 def test_a_model_is_tuned_in_the_dtype_asked_for_and_its_report_kept_apart(
@@ -382,7 +392,7 @@ def test_a_model_is_tuned_in_the_dtype_asked_for_and_its_report_kept_apart(
     monkeypatch.setattr(offline, "tune_model", tuned)
     stored = ["models", "tune", "fashion", "--repository", str(models), "--data", "images"]
     with pytest.raises(SystemExit):
-        main.main(["models", "add", "bundled:fashion", "--to", str(models), "--no-profile"])
+        main.main(["models", "add", "bundled:fashion", "--repository", str(models), "--no-profile"])
     for flags in ([], ["--dtype", "bfloat16"], []):
         with pytest.raises(SystemExit) as caught:
             main.main([*stored, "--overwrite", *flags])
@@ -401,33 +411,39 @@ def test_what_cannot_be_added_leaves_nothing(
     run: Run, models: Path, backbone: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(timm, "create_model", _without_hub(timm.create_model))
-    flags = ["--kwargs", KWARGS, "--to", models, "--no-profile"]
+    flags = ["--kwargs", KWARGS, "--repository", models, "--no-profile"]
     cases: list[tuple[list[object], str]] = [
         (["vit_tiny_patch16_225", *flags], "timm has no model named 'vit_tiny_patch16_225'"),
-        ([ARCHITECTURE, *flags, "--weights", "/gone.pth"], "/gone.pth is no file"),
+        ([ARCHITECTURE, *flags, "--checkpoint", "/gone.pth"], "/gone.pth is no file"),
         (
             [ARCHITECTURE, *flags],
             "pretrained weights from the hub: no network. Where the hub can't be reached, give local",
         ),
-        ([ARCHITECTURE, "--to", models, "--weights", backbone], "doesn't fit vit_tiny_patch16_224: missing: "),
-        ([ARCHITECTURE, *flags, "--weights", backbone, "--name", "../x"], "'../x' is no name of a model"),
         (
-            [ARCHITECTURE, *flags, "--weights", backbone, "--labels", "/gone"],
+            [ARCHITECTURE, "--repository", models, "--checkpoint", backbone],
+            "doesn't fit vit_tiny_patch16_224: missing: ",
+        ),
+        ([ARCHITECTURE, *flags, "--checkpoint", backbone, "--name", "../x"], "'../x' is no name of a model"),
+        (
+            [ARCHITECTURE, *flags, "--checkpoint", backbone, "--labels", "/gone"],
             "labels /gone can't be read: No such file",
         ),
-        ([ARCHITECTURE, *flags, "--weights", backbone, "--data", "/gone"], "/gone does not exist"),
-        ([ARCHITECTURE, *flags, "--weights", backbone, "--data", photos], "has no classifier to measure"),
-        ([ARCHITECTURE, *flags, "--weights", backbone, "--input", "{crop: 1}"], "crop is none of input_size"),
-        (["beit_base_patch16_224", "--to", models], "beit_base_patch16_224 can't be merged"),  # nor is it downloaded
-        (["bundled:nothing", "--to", models], "no bundled model is named 'nothing'"),
-        (["bundled:fashion", "--to", models, "--labels", "x"], "bundled:fashion is complete as it is"),
+        ([ARCHITECTURE, *flags, "--checkpoint", backbone, "--data", "/gone"], "/gone does not exist"),
+        ([ARCHITECTURE, *flags, "--checkpoint", backbone, "--data", photos], "has no classifier to measure"),
+        ([ARCHITECTURE, *flags, "--checkpoint", backbone, "--input", "{crop: 1}"], "crop is none of input_size"),
+        (
+            ["beit_base_patch16_224", "--repository", models],
+            "beit_base_patch16_224 can't be merged",
+        ),  # nor is it downloaded
+        (["bundled:nothing", "--repository", models], "no bundled model is named 'nothing'"),
+        (["bundled:fashion", "--repository", models, "--labels", "x"], "bundled:fashion is complete as it is"),
     ]
     for args, says in cases:
         assert says in failure("add", *args)
         assert not models.exists() or list(models.iterdir()) == []
     add(run, models, backbone)
     assert f"{models}/{ARCHITECTURE} exists; remove it first" in failure(
-        "add", ARCHITECTURE, *flags, "--weights", backbone
+        "add", ARCHITECTURE, *flags, "--checkpoint", backbone
     )
 
 
@@ -456,7 +472,7 @@ def test_a_head_that_cannot_be_fitted_changes_nothing(
 @pytest.mark.parametrize("text", ["[1]", "a: [", "3", "{1: 2}"])
 def test_arguments_that_are_no_mapping_are_wrong_usage(capsys: pytest.CaptureFixture[str], text: str) -> None:
     with pytest.raises(SystemExit) as caught:
-        main.main(["models", "add", "x", "--to", "y", "--kwargs", text])
+        main.main(["models", "add", "x", "--repository", "y", "--kwargs", text])
     assert caught.value.code == 2
     assert "is no mapping; write for example '{img_size: 224}'" in capsys.readouterr().err
 
@@ -476,8 +492,8 @@ def test_what_was_added_is_served(
     run: Run, models: Path, backbone: Path, own_server: Callable[..., Any], samples: dict[Path, str]
 ) -> None:
     add(run, models, backbone, "--name", "embedder", "--description", "random")
-    run("add", "bundled:fashion", "--to", models, "--no-profile")
-    run("profile", "fashion", "--repository", models, "--seconds", "0.2", "--threads", "1", "--max-batch", "2")
+    run("add", "bundled:fashion", "--repository", models, "--no-profile")
+    run("profile", "fashion", "--repository", models, "--profile-time", "200ms", "--threads", "1", "--max-batch", "2")
     flags = ["--threads", "1", "--max-batch", "2", "--profile-time", "300ms"]
     server = own_server("--repository", str(models), *flags)
     [profile] = (models / "fashion/profiles").glob("*.json")
