@@ -32,6 +32,7 @@ import grpc
 import numpy as np
 from PIL import Image
 
+from benchmarks.servers import tome_server
 from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
 from tome_client.load import BudgetClass, LoadPlan, LoadResult, Renewal, event_loop, read_samples, run_load
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "photograph.jpg").write_bytes(photograph())
         images = read_samples(Path(folder))
-        with _server() as target:
+        with tome_server("--metrics", "off", "--log-level", "error") as server:
             with _bare() as (_, decoded):
                 time.sleep(args.seconds / 3)
                 capacity = decoded() / (args.seconds / 3)
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     with _bare() as (sink, decoded):
                         _drive(sink, plan)
                         bare = decoded() / args.seconds
-                    rows.append(_row(load, bare, _drive(target, plan), args.seconds))
+                    rows.append(_row(load, bare, _drive(server.target, plan), args.seconds))
                     if not args.json:
                         print(_line(rows[-1]), flush=True)
     if args.json:
@@ -160,19 +161,6 @@ async def _bare_loop() -> None:
 def _drive(target: str, plan: LoadPlan) -> LoadResult:
     with asyncio.Runner(loop_factory=event_loop) as runner:
         return runner.run(run_load(target, plan))
-
-
-@contextmanager
-def _server() -> Iterator[str]:
-    """Run a server of the bundled model; yields its address."""
-    command = [sys.executable, "-m", "tome_server", "serve", "--listen", "127.0.0.1:0", "--metrics", "off"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert process.stdout
-        yield json.loads(process.stdout.readline())["ready"]["grpc"]
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def _row(load: float, bare: float, result: LoadResult, seconds: float) -> dict[str, object]:

@@ -20,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -37,6 +37,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from benchmarks.servers import Server, python_server, tome_server
 from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
 from tome_client import AsyncClient
@@ -49,14 +50,6 @@ KINDS = {"PNG 28x28": (28, 28), "JPEG 224x224": (224, 224), "JPEG 500x375": (500
 
 # An encoded image, or its pixels [H, W, 3].
 Picture: TypeAlias = bytes | NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Server:
-    """A server that is ready."""
-
-    target: str
-    pid: int
 
 
 @dataclass(frozen=True)
@@ -79,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         servers = {
-            "bare": stack.enter_context(_started([sys.executable, "-m", "benchmarks.requests", "--bare"])),
-            "tome": stack.enter_context(_started(_tome(Path(folder), args.callers))),
+            "bare": stack.enter_context(python_server("benchmarks.requests", "--bare")),
+            "tome": stack.enter_context(_tome(Path(folder), args.callers)),
         }
         costs = asyncio.run(_measured(servers, args))
     if args.json:
@@ -112,9 +105,9 @@ async def _cost(name: str, server: Server, kind: str, image: Picture, calls: int
                 await client.predict(image, top_k=5)
 
         await client.predict(image)
-        before, began = _used(server.pid), time.perf_counter()
+        before, began = _used(server.process.pid), time.perf_counter()
         await asyncio.gather(*(ask() for _ in range(callers)))
-        seconds, after = time.perf_counter() - began, _used(server.pid)
+        seconds, after = time.perf_counter() - began, _used(server.process.pid)
     each = [1e3 * (later - earlier) / calls for earlier, later in zip(before, after, strict=True)]
     return Cost(name, kind, calls / seconds, *each)
 
@@ -142,32 +135,27 @@ def _image(kind: str, size: tuple[int, int]) -> Picture:
     return file.getvalue()
 
 
-def _tome(folder: Path, callers: int) -> list[str]:
-    """Make a repository of the small model, and return the command that serves it."""
+def _tome(folder: Path, callers: int) -> AbstractContextManager[Server]:
+    """Make a repository of the small model, and run a server of it."""
     weights, models = folder / "weights.safetensors", folder / "models"
     torch.manual_seed(0)
     save_file(timm.create_model("vit_tiny_patch16_224", num_classes=10, **MODEL).state_dict(), weights)
-    server = [sys.executable, "-m", "tome_server"]
-    add = ["models", "add", "vit_tiny_patch16_224", "--name", "small", "--repository", models, "--checkpoint", weights]
-    add += ["--kwargs", json.dumps(MODEL), "--license", "none", "--no-profile", "--threads", "1"]
-    subprocess.run([*server, *add], check=True, stdout=subprocess.DEVNULL)
-    serve = ["serve", "--repository", str(models), "--listen", "127.0.0.1:0", "--metrics", "off", "--threads", "1"]
-    serve += ["--max-batch", "32", "--max-pending", str(2 * callers), "--profiles", str(folder)]
-    return [*server, *serve, "--profile-time", "1s", "--log-level", "warning"]
-
-
-@contextmanager
-def _started(command: Sequence[str]) -> Iterator[Server]:
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            sys.exit("a server did not start")
-        yield Server(json.loads(line)["ready"]["grpc"], process.pid)
-    finally:
-        process.terminate()
-        process.wait(PATIENCE)
+    add = [sys.executable, "-m", "tome_server", "models", "add", "vit_tiny_patch16_224", "--name", "small"]
+    add += [
+        "--repository",
+        str(models),
+        "--checkpoint",
+        str(weights),
+        "--kwargs",
+        json.dumps(MODEL),
+        "--license",
+        "none",
+    ]
+    subprocess.run([*add, "--no-profile", "--threads", "1"], check=True, stdout=subprocess.DEVNULL)
+    return tome_server(
+        *("--repository", str(models), "--metrics", "off", "--threads", "1", "--max-batch", "32"),
+        *("--max-pending", str(2 * callers), "--profiles", str(folder), "--profile-time", "1s"),
+    )
 
 
 async def _serve_bare() -> None:

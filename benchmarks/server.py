@@ -14,45 +14,23 @@ import asyncio
 import json
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
+from benchmarks.servers import Server, tome_server
 from tome_client import AsyncClient
 from tome_client.load import read_samples
 
 SAMPLES = Path(__file__).parents[1] / "server/tome_server/models/bundled/fashion/samples"
-# Seconds: of calls, and for a server to start and to stop.
+# Seconds, for a call and for a server to stop.
 BUDGET = 600.0
 PATIENCE = 600.0
-# urllib's own would ask a proxy of the environment for what is on this machine.
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-@dataclass(frozen=True)
-class Started:
-    """A server that is ready."""
-
-    process: "subprocess.Popen[str]"
-    grpc: str
-    metrics: str
-    seconds: float
-    """from the command to the line that says ready"""
-
-    def memory(self) -> dict[str, float]:
-        """Resident MiB of its two processes."""
-        pid = self.process.pid
-        [device] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return {"front": _resident(pid), "device": _resident(int(device))}
 
 
 @dataclass(frozen=True)
@@ -88,10 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(args: argparse.Namespace) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--profiles", folder, "--max-pending", str(max(256, args.calls)), *args.flags]
-        with _server(flags) as cold:
-            cold_memory = cold.memory()
-        with _server(flags) as warm:
-            warm_memory = warm.memory()
+        with tome_server(*flags) as cold:
+            cold_memory = _memory(cold)
+        with tome_server(*flags) as warm:
+            warm_memory = _memory(warm)
             in_flight, answered, stop = asyncio.run(_stop_under_load(warm, args.calls))
             status = warm.process.returncode
     return Run(
@@ -108,29 +86,17 @@ def _run(args: argparse.Namespace) -> Run:
     )
 
 
-@contextmanager
-def _server(flags: Sequence[str]) -> Iterator[Started]:
-    command = [sys.executable, "-m", "tome_server", "serve", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
-    command += ["--log-level", "warning", *flags]
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        seconds = time.perf_counter() - began
-        if not line:
-            sys.exit("the server did not start")
-        ready = json.loads(line)["ready"]
-        yield Started(process, ready["grpc"], ready["metrics"], seconds)
-    finally:
-        process.terminate()
-        process.wait(PATIENCE)
+def _memory(server: Server) -> dict[str, float]:
+    """Return the resident MiB of a server's two processes."""
+    pid = server.process.pid
+    [device] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return {"front": _resident(pid), "device": _resident(int(device))}
 
 
-async def _stop_under_load(server: Started, calls: int) -> tuple[int, int, float]:
+async def _stop_under_load(server: Server, calls: int) -> tuple[int, int, float]:
     """Return how many calls were in the server when told to stop, how many were answered, and how long it took."""
     images = [sample.data for sample in read_samples(SAMPLES)]
-    async with AsyncClient(server.grpc, timeout=PATIENCE, retries=False) as client:
+    async with AsyncClient(server.target, timeout=PATIENCE, retries=False) as client:
         asked = [
             asyncio.create_task(client.predict(images[turn % len(images)], r=0, top_k=1, budget=BUDGET))
             for turn in range(calls)
@@ -138,7 +104,7 @@ async def _stop_under_load(server: Started, calls: int) -> tuple[int, int, float
         in_flight, arrived = 0, 0
         async with asyncio.timeout(PATIENCE):
             while arrived < calls:
-                in_flight, ended = await asyncio.to_thread(_counts, server.metrics)
+                in_flight, ended = await asyncio.to_thread(_counts, server)
                 arrived = in_flight + ended
         began = time.perf_counter()
         server.process.send_signal(signal.SIGTERM)
@@ -148,11 +114,9 @@ async def _stop_under_load(server: Started, calls: int) -> tuple[int, int, float
     return in_flight, sum(not isinstance(end, BaseException) for end in ends), seconds
 
 
-def _counts(url: str) -> tuple[int, int]:
+def _counts(server: Server) -> tuple[int, int]:
     """Return how many requests the server holds, and how many it has ended."""
-    with DIRECT.open(url, timeout=PATIENCE) as response:
-        families = text_string_to_metric_families(response.read().decode())
-    samples = [sample for family in families for sample in family.samples]
+    samples = server.samples()
     held, ended = (
         sum(int(sample.value) for sample in samples if sample.name == name)
         for name in ("tome_requests_pending", "tome_requests_total")

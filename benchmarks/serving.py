@@ -22,15 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from prometheus_client.parser import text_string_to_metric_families
-
+from benchmarks.servers import Server, tome_server
 from tome_client import AsyncClient, Client, ModelInfo
 from tome_client.load import LoadPlan, LoadResult, Renewal, event_loop, parse_budgets, read_samples, run_load, summarize
 
@@ -39,8 +37,6 @@ SAMPLES = Path(__file__).parents[1] / "server/tome_server/models/bundled/fashion
 ROUNDS, WINDOW = 3, 5.0
 # Requests in flight at saturation: a batch on the device, and those that the next ones are made of.
 BATCHES_IN_FLIGHT = 3
-# urllib's own would ask a proxy of the environment for what is on this machine.
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
@@ -84,12 +80,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         first = stack.enter_context(_server("price", folder, args))
-        with Client(first["grpc"]) as client:
+        with Client(first.target) as client:
             model = client.model()
         last = model.r_grid[-1].r
-        policies = {"price": first["grpc"]}
+        policies = {"price": first.target}
         for policy in ("fixed:0", f"fixed:{last}"):
-            policies[policy] = stack.enter_context(_server(policy, folder, args))["grpc"]
+            policies[policy] = stack.enter_context(_server(policy, folder, args)).target
         capacity = _bare(0, args)
         image = model.r_grid[0].latency
         if image is None:
@@ -112,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             cells.append(_drive(load, policy, target, capacity, budget, model, args))
             if not args.json:
                 print(_line(cells[-1]), flush=True)
-        promises = _promises(first["metrics"])
+        promises = _promises(first)
         saturation = [_saturation(policies[f"fixed:{r}"], r, args) for r in (0, last)]
     if args.json:
         report = {
@@ -127,22 +123,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"saturated at r = {one.r}: {one.server:.1f} images/s, bare loop {one.bare:.1f}: {one.ratio:.1%}")
 
 
-@contextmanager
-def _server(policy: str, folder: Path, args: argparse.Namespace) -> Iterator[dict[str, str]]:
-    """Run a server of the bundled model with `policy`; yields its addresses. All share what the first measured."""
-    command = [sys.executable, "-m", "tome_server", "serve", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
-    command += ["--policy", policy, "--threads", str(args.threads), "--max-batch", str(args.max_batch)]
-    command += ["--dtype", args.dtype, "--profiles", str(folder), "--profile-time", "15s", "--log-level", "warning"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            sys.exit(f"the server with policy {policy} did not start")
-        yield json.loads(line)["ready"]
-    finally:
-        process.terminate()
-        process.wait(60)
+def _server(policy: str, folder: Path, args: argparse.Namespace) -> AbstractContextManager[Server]:
+    """Run a server of the bundled model with `policy`. All servers share the profile that the first measured."""
+    return tome_server(
+        *("--policy", policy, "--threads", str(args.threads), "--max-batch", str(args.max_batch)),
+        *("--dtype", args.dtype, "--profiles", str(folder), "--profile-time", "15s"),
+    )
 
 
 def _drive(
@@ -176,12 +162,10 @@ def _drive(
     )
 
 
-def _promises(url: str) -> dict[str, float]:
+def _promises(server: Server) -> dict[str, float]:
     """Return the server's counts of batches by promise, kept and broken."""
-    with DIRECT.open(url, timeout=10) as response:
-        families = text_string_to_metric_families(response.read().decode())
-    [family] = [family for family in families if family.name == "tome_latency_promises"]
-    return {sample.labels["promise"]: sample.value for sample in family.samples if sample.name.endswith("_total")}
+    name = "tome_latency_promises_total"
+    return {sample.labels["promise"]: sample.value for sample in server.samples() if sample.name == name}
 
 
 def _effective(result: LoadResult, model: ModelInfo) -> float:

@@ -21,6 +21,8 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from tome_server.cli import serve
+
 CONFIGURATION = Path(__file__).parent / "prometheus"
 INSTALL = "apt-get install -y --no-install-recommends prometheus"
 # Longer than the server's own time for requests in flight.
@@ -54,15 +56,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="tome-stack-") as folder:
         try:
             print("starting the server; the first start measures the model for some seconds …", flush=True)
-            command = [sys.executable, "-m", "tome_server", "serve", "--listen", args.listen, "--metrics", args.metrics]
-            running.append(start([*command, *args.serve]))
+            # Ctrl-C reaches neither of the two programs: each gets one signal, and that from this one.
+            flags = ("--listen", args.listen, "--metrics", args.metrics, *args.serve)
+            running.append(serve.start(*flags, start_new_session=True))
             ready = when_ready(running[0], stopping)
             if ready is None:
                 return 0 if stopping.is_set() else 1
             configure(Path(folder), urlsplit(ready["metrics"]).netloc)
             command = [program, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
             command += [f"--web.listen-address={args.prometheus}", "--enable-feature=exemplar-storage"]
-            running.append(start([*command, "--log.level=error"]))
+            running.append(subprocess.Popen([*command, "--log.level=error"], text=True, start_new_session=True))
             url = f"http://{args.prometheus}"
             while not answers(f"{url}/-/ready") and running[1].poll() is None and not stopping.is_set():
                 time.sleep(0.1)
@@ -94,20 +97,14 @@ def in_use(address: str) -> bool:
     return False
 
 
-def start(command: list[str]) -> "subprocess.Popen[str]":
-    """Start a program that Ctrl-C doesn't reach: it gets one signal, and that from us."""
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-
-
 def when_ready(server: "subprocess.Popen[str]", stopping: threading.Event) -> dict[str, str] | None:
-    """Wait for the server's line of JSON; returns its addresses, or None if it ends or is to be ended before."""
-    lines: list[str] = []
-    assert server.stdout is not None
-    reader = threading.Thread(target=lambda: lines.append(server.stdout.readline()), daemon=True)
+    """Wait until the server is ready; returns its addresses, or None if it ends before, or `stopping` is set."""
+    ready: list[dict[str, str] | None] = []
+    reader = threading.Thread(target=lambda: ready.append(serve.when_ready(server)), daemon=True)
     reader.start()
     while reader.is_alive() and not stopping.is_set():
         reader.join(0.1)
-    return json.loads(lines[0])["ready"] if lines and lines[0] else None
+    return ready[0] if ready else None
 
 
 def configure(folder: Path, metrics: str) -> None:

@@ -1,13 +1,13 @@
 """A real `tome-server serve` in a process of its own."""
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+
+from tome_server.cli.serve import FREE_PORTS, start, when_ready
 
 # What a profile takes that no earlier test's server has left; later ones find it in the session's cache.
 PROFILE_TIME = "2s"
@@ -35,29 +35,26 @@ def start_server(log: Path, *flags: str) -> ServerProcess:
     """
     if not {"--config", "--dtype", "--repository"} & {*flags}:
         flags = (*flags, "--dtype", "float32")
-    command = [sys.executable, "-m", "tome_server", "serve", "--listen", "127.0.0.1:0"]
-    command += ["--metrics", "127.0.0.1:0", "--profile-time", PROFILE_TIME, *flags]
+    flags = (*FREE_PORTS, "--profile-time", PROFILE_TIME, *flags)
     with log.open("w") as stderr:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=stderr, text=True, env={**os.environ, "COLUMNS": "100"}
-        )
+        process = start(*flags, stderr=stderr, env={**os.environ, "COLUMNS": "100"})
     watchdog = threading.Timer(240, process.kill)
     watchdog.start()
-    assert process.stdout is not None
-    line = process.stdout.readline()
+    ready = when_ready(process)
     watchdog.cancel()
-    if not line:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    if ready is None:
+        _kill(process)
         raise RuntimeError(f"the server did not start:\n{log.read_text()}")
-    ready = json.loads(line)["ready"]
     return ServerProcess(process, ready["grpc"], ready["metrics"], log)
 
 
 def stop_server(server: ServerProcess) -> None:
-    """End a server, however it feels about it."""
-    server.process.kill()
-    server.process.wait()
-    assert server.process.stdout is not None
-    server.process.stdout.close()
+    """End a server at once."""
+    _kill(server.process)
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()

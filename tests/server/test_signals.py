@@ -14,6 +14,8 @@ import pytest
 import yaml
 from api.rpc.wire import until
 
+from tome_server.cli.serve import FREE_PORTS, start
+
 BUNDLED = Path(__file__).parents[2] / "server/tome_server/models/bundled/fashion"
 BEFORE = "before any model was served: stopping at once"
 
@@ -30,11 +32,7 @@ def command(*args: str, **options: Any) -> Iterator["subprocess.Popen[str]"]:
 
 @contextmanager
 def serving(log: Path, *flags: str) -> Iterator["subprocess.Popen[str]"]:
-    line = [sys.executable, "-m", "tome_server", "serve", "--listen", "127.0.0.1:0", "--metrics", "off"]
-    with (
-        log.open("w") as stderr,
-        subprocess.Popen([*line, *flags], stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
-    ):
+    with log.open("w") as stderr, start(*FREE_PORTS, *flags, stderr=stderr) as process:
         try:
             yield process
         finally:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from tome_server.cli import serve
 from tome_server.cli.flags import Commands, add_json
 from tome_server.models.bundled import BUNDLED
 
@@ -136,22 +137,21 @@ class _DemoError(Exception):
 @contextmanager
 def _server() -> Iterator[dict[str, Any]]:
     """Run a server of the bundled model in its own process, on free ports; yields its line of readiness."""
-    command = [sys.executable, "-m", "tome_server", "serve", "--model", "bundled:fashion"]
     # Where this machine was never measured, roughly will do. In bfloat16, merging gains this small model little.
-    command += ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--profile-time", "2s", "--dtype", "float32"]
+    flags = ("--model", "bundled:fashion", "--profile-time", "2s", "--dtype", "float32")
     with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as log:
         with Path(log.name).open("w", encoding="utf-8") as written:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=written, text=True)
+            process = serve.start(*serve.FREE_PORTS, *flags, stderr=written)
         ready = threading.Event()
         waiting = threading.Thread(target=_report, args=(ready, log), daemon=True)
         waiting.start()
         try:
-            line = process.stdout.readline() if process.stdout else ""
+            addresses = serve.when_ready(process)
             ready.set()
             waiting.join()
-            if not line:
+            if addresses is None:
                 raise _DemoError(f"the server did not start: {_complaint(log)}")
-            yield json.loads(line)["ready"]
+            yield addresses
             process.terminate()
             status = process.wait(STOP_TIMEOUT)
             if status != 0:

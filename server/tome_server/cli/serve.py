@@ -1,11 +1,18 @@
-"""`tome-server serve`: serve models until SIGTERM."""
+"""`tome-server serve`: serve models until SIGTERM. And how another program starts it and learns when it is ready."""
 
 import argparse
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 from tome_server.cli.flags import Commands, add_model_flags
 from tome_server.signals import stopping_at_once
+
+FREE_PORTS = ("--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0")
+"""Flags that have a server listen on ports of this machine that nothing else uses; it says which."""
 
 
 def add_to(commands: Commands) -> None:
@@ -50,3 +57,27 @@ def run(args: argparse.Namespace) -> int:
 
         logs.configure(args.log_level, config.log_format)
         return asyncio.run(serve(config))
+
+
+def start(*flags: str, **options: Any) -> "subprocess.Popen[str]":
+    """Start a server in a process of its own; `when_ready` waits for it.
+
+    Args:
+        *flags: Of the command.
+        **options: Of `subprocess.Popen`, such as `stderr`, where the server logs.
+    """
+    command = [sys.executable, "-m", "tome_server", "serve", *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
+
+
+def when_ready(process: "subprocess.Popen[str]") -> dict[str, Any] | None:
+    """Wait until a server that `start` started is ready.
+
+    Returns:
+        What its line of JSON says: the addresses `grpc` and, unless it is off, `metrics`, and the `seconds` that the
+        start took. None if the server has ended, or closed its standard output, without being ready.
+    """
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    ready: dict[str, Any] | None = json.loads(line)["ready"] if line else None
+    return ready
