@@ -21,6 +21,7 @@ import timm
 import torch
 from tqdm import tqdm
 
+from tome_api.tables import table
 from tome_server.merging import macs, merge, pack, packable
 
 
@@ -134,14 +135,22 @@ def repeats(call: Callable[[], object], least: float = 0.1) -> int:
 
 
 def _print_table(rows: Sequence[Row]) -> None:
-    head = ("threads", "batch", "r", "mac_ratio", "timm ms", "merged ms", "speedup", "efficiency", "quartiles")
-    print("".join(f"{name:>12}" for name in head))
+    cells = []
     for row in rows:
         low, high = row.efficiency_quartiles
-        print(
-            f"{row.threads:>12}{row.batch:>12}{row.r:>12}{row.mac_ratio:>12.3f}{row.timm_ms:>12.1f}"
-            f"{row.merged_ms:>12.1f}{row.speedup:>12.3f}{row.efficiency:>12.3f}{f'{low:.3f}-{high:.3f}':>14}"
+        cells.append(
+            (
+                *(f"{value}" for value in (row.threads, row.batch, row.r)),
+                f"{row.mac_ratio:.3f}",
+                f"{row.timm_ms:.1f}",
+                f"{row.merged_ms:.1f}",
+                f"{row.speedup:.3f}",
+                f"{row.efficiency:.3f}",
+                f"{low:.3f}-{high:.3f}",
+            )
         )
+    header = ("threads", "batch", "r", "mac_ratio", "timm ms", "merged ms", "speedup", "efficiency", "quartiles")
+    print(table(header, cells, right=range(len(header))))
 
 
 def _arguments() -> argparse.ArgumentParser:

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.merging import integers, seconds
+from tome_api.tables import table
 from tome_server.merging import MergedModel, merge, pack, packable
 from tome_server.models.loading import load
 from tome_server.models.spec import BUNDLED_PREFIX, bundled_spec
@@ -129,15 +130,20 @@ def _quartiles(over: Sequence[float], under: Sequence[float]) -> tuple[float, fl
 
 
 def _print_table(rows: Sequence[Row]) -> None:
-    head = ("packed ms", "split ms", "ideal ms", "packed/split", "packed/ideal")
-    print(f"{'mix':<16}{'r of the images':<34}" + "".join(f"{name:>{20 if '/' in name else 11}}" for name in head))
+    cells = []
     for row in rows:
-        times = "".join(f"{ms:>11.1f}" for ms in (row.packed_ms, row.split_ms, row.ideal_ms))
-        ratios = "".join(
-            f"{f'{median:.2f} ({low:.2f}-{high:.2f})':>20}"
-            for low, median, high in (row.packed_over_split, row.packed_over_ideal)
+        times = (row.packed_ms, row.split_ms, row.ideal_ms)
+        ratios = (row.packed_over_split, row.packed_over_ideal)
+        cells.append(
+            (
+                row.mix,
+                ", ".join(map(str, row.rs)),
+                *(f"{ms:.1f}" for ms in times),
+                *(f"{median:.2f} ({low:.2f}-{high:.2f})" for low, median, high in ratios),
+            )
         )
-        print(f"{row.mix:<16}{', '.join(map(str, row.rs)):<34}{times}{ratios}")
+    header = ("mix", "r of the images", "packed ms", "split ms", "ideal ms", "packed/split", "packed/ideal")
+    print(table(header, cells, right=range(2, len(header))))
 
 
 def _arguments() -> argparse.ArgumentParser:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from tome_api.tables import table
 from tome_server.calibration.datasets import Dataset, load_labelled
 from tome_server.calibration.evaluation import class_ids_of
 from tome_server.merging import Schedule
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps({**setting, "rows": [asdict(row) for row in rows]}, indent=2))
     else:
         print("  ".join(f"{name} {value}" for name, value in setting.items()))
-        print(table(rows))
+        print(costs_table(rows))
 
 
 def ways_of(model: LoadedModel, rs: Sequence[int]) -> dict[tuple[str, int], Schedule]:
@@ -182,20 +183,24 @@ def measured(
     return rows
 
 
-def table(rows: Sequence[Row]) -> str:
+def costs_table(rows: Sequence[Row]) -> str:
     """Return the rows as text."""
-    lines = [
-        f"{'r':>4}  {'way':<9}{'macs':>7}{'time 1':>8}{'time 8':>8}{'shifted':>19}{'vs constant':>20}{'agreement':>11}"
-        f"{'top-1':>8}"
-    ]
-    for row in rows:
-        difference = "-" if row.way in ("none", "constant") else f"{row.difference:+.5f} ± {row.difference_error:.5f}"
-        lines.append(
-            f"{row.r:>4}  {row.way:<9}{row.macs:>7.3f}{row.times[1]:>8.3f}{row.times[8]:>8.3f}"
-            f"{f'{row.shifted:.5f} ± {row.shifted_error:.5f}':>19}{difference:>20}{row.agreement:>11.4f}"
-            f"{'-' if row.top1 is None else f'{row.top1:.4f}':>8}"
+    cells = [
+        (
+            f"{row.r}",
+            row.way,
+            f"{row.macs:.3f}",
+            f"{row.times[1]:.3f}",
+            f"{row.times[8]:.3f}",
+            f"{row.shifted:.5f} ± {row.shifted_error:.5f}",
+            "-" if row.way in ("none", "constant") else f"{row.difference:+.5f} ± {row.difference_error:.5f}",
+            f"{row.agreement:.4f}",
+            "-" if row.top1 is None else f"{row.top1:.4f}",
         )
-    return "\n".join(lines)
+        for row in rows
+    ]
+    header = ("r", "way", "macs", "time 1", "time 8", "shifted", "vs constant", "agreement", "top-1")
+    return table(header, cells, right=(0, *range(2, len(header))))
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:

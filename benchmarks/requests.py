@@ -38,6 +38,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from benchmarks.servers import Server, python_server, tome_server
+from tome_api.tables import table
 from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
 from tome_client import AsyncClient
@@ -192,7 +193,7 @@ _COLUMNS: dict[str, tuple[Callable[[Cost], float], int]] = {
 
 
 def _table(costs: Sequence[Cost]) -> str:
-    lines = [f"{'':<14}{'':<6}" + "".join(f"{name:>26}" for name in _COLUMNS)]
+    rows = []
     for kind in KINDS:
         for server in ("bare", "tome"):
             own = [cost for cost in costs if (cost.kind, cost.server) == (kind, server)]
@@ -200,9 +201,10 @@ def _table(costs: Sequence[Cost]) -> str:
             for value, digits in _COLUMNS.values():
                 values = [value(cost) for cost in own]
                 spread = f"[{min(values):,.{digits}f}, {max(values):,.{digits}f}]"
-                cells.append(f"{f'{statistics.median(values):,.{digits}f} {spread}':>26}")
-            lines.append(f"{kind:<14}{server:<6}" + "".join(cells))
-    return "\n".join(lines)
+                cells.append(f"{statistics.median(values):,.{digits}f} {spread}")
+            rows.append((kind, server, *cells))
+    header = ("", "", *_COLUMNS)
+    return table(header, rows, right=range(2, len(header)))
 
 
 def _arguments() -> argparse.ArgumentParser:

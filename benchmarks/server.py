@@ -24,6 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.servers import Server, tome_server
+from tome_api.tables import table
 from tome_client import AsyncClient
 from tome_client.load import read_samples
 
@@ -146,11 +147,12 @@ _ROWS = {
 
 def _print_table(setting: dict[str, object], runs: Sequence[Run]) -> None:
     print("  ".join(f"{name} {value}" for name, value in setting.items()))
-    print(f"{'':<32}{'median':>9}{'least':>9}{'most':>9}")
+    rows = []
     for name, (text, unit, digits) in _ROWS.items():
         values = [getattr(run, name) for run in runs]
         cells = (statistics.median(values), min(values), max(values))
-        print(f"{text:<32}" + "".join(f"{value:>9.{digits}f}" for value in cells) + f" {unit}".rstrip())
+        rows.append((text, *(f"{value:.{digits}f}" for value in cells), unit))
+    print(table(("", "median", "least", "most", ""), rows, right=(1, 2, 3)))
     print(f"exit status: {', '.join(str(run.exit_status) for run in runs)}")
 
 

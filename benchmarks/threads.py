@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.merging import integers, seconds
+from tome_api.tables import table
 from tome_server.merging import MergedModel, merge, pack, packable
 from tome_server.merging.geometry import default_size
 from tome_server.models.loading import create
@@ -152,14 +153,15 @@ def _commas(values: Sequence[int]) -> str:
 
 
 def _print_table(rows: Sequence[Row], args: argparse.Namespace) -> None:
-    head = f"{'threads':<9}{'divided':<10}{'waiting':<10}{'busy':<6}{'batch':<7}"
-    print(head + "".join(f"{f'r = {r}':>24}" for r in args.r))
+    lines = []
     for (threads, divided, waiting, busy, batch), group in itertools.groupby(
         rows, lambda row: (row.threads, row.divided, row.waiting, row.busy, row.batch)
     ):
-        cells = "".join(f"{f'{row.median:.1f} ms ({row.least:.1f}-{row.most:.1f})':>24}" for row in group)
-        several = f"{divided:<10}{waiting:<10}" if threads > 1 else f"{'':<20}"
-        print(f"{threads:<9}{several}{busy:<6}{batch:<7}{cells}")
+        several = (divided, waiting) if threads > 1 else ("", "")
+        cells = (f"{row.median:.1f} ms ({row.least:.1f}-{row.most:.1f})" for row in group)
+        lines.append((f"{threads}", *several, f"{busy}", f"{batch}", *cells))
+    header = ("threads", "divided", "waiting", "busy", "batch", *(f"r = {r}" for r in args.r))
+    print(table(header, lines, right=range(5, len(header))))
 
 
 def _arguments() -> argparse.ArgumentParser:

@@ -132,11 +132,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         setting = {"model": args.model, "device": platform.machine(), "rounds": args.rounds}
         print(json.dumps({**setting, "rows": [asdict(row) for row in rows]}, indent=2))
         return
-    print("".join(f"{name:>12}" for name in ("threads", "batch", "r", "other ms", "ours ms", "speedup", "quartiles")))
+    # Here, since a side imports this file too, and must find nothing of this repository but its own checkout's server.
+    from tome_api.tables import table
+
+    cells = []
     for row in rows:
         low, high = row.speedup_quartiles
-        times = f"{row.other_ms:>12.1f}{row.ours_ms:>12.1f}{row.speedup:>12.3f}"
-        print(f"{row.threads:>12}{row.batch:>12}{row.r:>12}{times}{f'{low:.3f}-{high:.3f}':>14}")
+        sizes = (f"{size}" for size in (row.threads, row.batch, row.r))
+        times = (f"{row.other_ms:.1f}", f"{row.ours_ms:.1f}", f"{row.speedup:.3f}", f"{low:.3f}-{high:.3f}")
+        cells.append((*sizes, *times))
+    header = ("threads", "batch", "r", "other ms", "ours ms", "speedup", "quartiles")
+    print(table(header, cells, right=range(len(header))))
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -152,7 +158,7 @@ def _arguments() -> argparse.ArgumentParser:
     return parser
 
 
-# Not that of another benchmark: a side finds nothing of this repository but its own checkout's server.
+# Not imported from another benchmark, for the same reason.
 def _integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 

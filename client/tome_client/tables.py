@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from tome_api.durations import NO_DEADLINE, duration_text
+from tome_api.tables import table
 from tome_client.results import ModelInfo, ModelSummary, Prediction, PredictResult
 
 _UNMEASURED = "-"
@@ -99,16 +100,3 @@ def _classes(model: ModelInfo) -> str:
 
 def _share(measured: float | None) -> str:
     return _UNMEASURED if measured is None else f"{measured:.2%}"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Returns rows in aligned columns, those named by `right` to the right."""
-    lines = [header, *rows] if header else rows
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )

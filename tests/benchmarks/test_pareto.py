@@ -74,7 +74,7 @@ def test_what_is_measured_is_told_in_rows_table_and_picture(
     assert tuned.difference == pytest.approx(float((each - every).mean()), abs=1e-6)
     assert tuned.difference_error == pytest.approx(float((each - every).std()) / len(images) ** 0.5, rel=1e-3)
     assert (constant.difference, constant.difference_error) == (0.0, 0.0)
-    printed = pareto.table(rows).splitlines()
+    printed = pareto.costs_table(rows).splitlines()
     assert len(printed) == 1 + len(rows)
     assert printed[-1].split()[:2] == ["14", "tuned"]
     pareto.draw(rows, "fashion", tmp_path / "pareto.svg")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from tome_api.durations import duration_text
+from tome_api.tables import table
 from tome_client.load.driver import Progress
 from tome_client.load.search import Probe, SearchResult
 from tome_client.load.summary import Group, LoadSummary, Percentiles
-from tome_client.tables import milliseconds, table
+from tome_client.tables import milliseconds
 
 _ABSENT = "-"
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from tome_api.tables import table
 from tome_server.cli import serve
 from tome_server.cli.flags import Commands, add_json
 from tome_server.models.bundled import BUNDLED
@@ -272,35 +273,69 @@ def _print(
     counters: dict[str, float],
     agree: bool,
 ) -> None:
-    print(f"{'image':<26}{'label':<13}{'prediction':<20}{'r':>3}{'tokens':>12}{'FLOPs saved':>13}{'latency':>11}")
-    for row in rows:
-        verdict = "✓" if row.prediction == row.label else "✗"
-        share = row.flops_saved / (row.flops + row.flops_saved)
-        print(
-            f"{row.image:<26}{row.label:<13}{verdict + ' ' + row.prediction:<14}{row.score:>5.2f} {row.r:>3}"
-            f"{f'{row.tokens_in} → {row.tokens_out}':>12}{share:>13.1%}{row.latency_ms:>8.1f} ms"
-        )
-    count = streams[0].images
-    print(f"\n{'r':>3}{'right':>12}{'one at a time':>17}{f'{count} at once':>17}{'FLOPs saved':>15}")
-    for stream in streams:
-        chosen = [row for row in rows if row.r == stream.r]
-        right = sum(row.prediction == row.label for row in chosen)
-        latency = sorted(row.latency_ms for row in chosen)[len(chosen) // 2]
-        share = chosen[0].flops_saved / (chosen[0].flops + chosen[0].flops_saved)
-        print(
-            f"{stream.r:>3}{f'{right} of {len(chosen)}':>12}{latency:>14.1f} ms"
-            f"{stream.images_per_second:>9.0f} images/s{share:>14.0%}"
-        )
-    print(f"\n{count} at once, each with a latency budget, from which the server chooses r:")
-    print(f"{'budget':>10}{'answered':>10}{'refused':>10}{'mean r':>9}")
-    for race in deadlines:
-        mean_r = "-" if race.mean_r is None else f"{race.mean_r:.1f}"
-        print(f"{race.budget_ms:>7.0f} ms{race.answered:>10}{race.refused:>10}{mean_r:>9}")
+    print(_images_table(rows))
+    print(f"\n{_streams_table(rows, streams)}")
+    print(f"\n{streams[0].images} at once, each with a latency budget, from which the server chooses r:")
+    print(_deadlines_table(deadlines))
     print("\nthe server's own counters, from its metrics endpoint:")
-    for name, value in counters.items():
-        print(f"  {name:<28}{value:>18,.0f}")
+    print(table((), [(name, f"{value:,.0f}") for name, value in counters.items()], right=[1]))
     if agree:
         command = sys.argv[0] if sys.argv[0].endswith("tome-server") else "tome-server"
         print(f"They agree with the replies: it works. For a server of your own: {command} serve")
     else:
         print("They do NOT agree with the replies.")
+
+
+def _images_table(rows: Sequence[Row]) -> str:
+    cells = [
+        (
+            row.image,
+            row.label,
+            f"{'✓' if row.prediction == row.label else '✗'} {row.prediction}",
+            f"{row.score:.2f}",
+            f"{row.r}",
+            f"{row.tokens_in} → {row.tokens_out}",
+            f"{_share_saved(row):.1%}",
+            f"{row.latency_ms:.1f} ms",
+        )
+        for row in rows
+    ]
+    header = ("image", "label", "prediction", "score", "r", "tokens", "FLOPs saved", "latency")
+    return table(header, cells, right=range(3, len(header)))
+
+
+def _streams_table(rows: Sequence[Row], streams: Sequence[Throughput]) -> str:
+    cells = []
+    for stream in streams:
+        chosen = [row for row in rows if row.r == stream.r]
+        right = sum(row.prediction == row.label for row in chosen)
+        latency = sorted(row.latency_ms for row in chosen)[len(chosen) // 2]
+        cells.append(
+            (
+                f"{stream.r}",
+                f"{right} of {len(chosen)}",
+                f"{latency:.1f} ms",
+                f"{stream.images_per_second:.0f} images/s",
+                f"{_share_saved(chosen[0]):.0%}",
+            )
+        )
+    header = ("r", "right", "one at a time", f"{streams[0].images} at once", "FLOPs saved")
+    return table(header, cells, right=range(len(header)))
+
+
+def _deadlines_table(deadlines: Sequence[Race]) -> str:
+    cells = [
+        (
+            f"{race.budget_ms:.0f} ms",
+            f"{race.answered}",
+            f"{race.refused}",
+            "-" if race.mean_r is None else f"{race.mean_r:.1f}",
+        )
+        for race in deadlines
+    ]
+    header = ("budget", "answered", "refused", "mean r")
+    return table(header, cells, right=range(len(header)))
+
+
+def _share_saved(row: Row) -> float:
+    return row.flops_saved / (row.flops + row.flops_saved)

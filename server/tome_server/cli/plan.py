@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     pictures = drawing("--picture", args.picture, args.overwrite) if args.picture else None
     from tqdm import tqdm
 
-    from tome_server.simulation.capacity import Plan, Question, answer_fields, answer_lines, load_replica
+    from tome_server.cli.tables import plan_table
+    from tome_server.simulation.capacity import Plan, Question, answer_fields, load_replica
 
     key, profile, quality = load_replica(args.profile, args.quality)
     print(f"replicas as measured: {key.model} in {key.dtype} on {key.device}", file=sys.stderr)
@@ -84,9 +85,9 @@ def run(args: argparse.Namespace) -> int:
     )
     with tqdm(desc="simulating", unit="run", disable=not sys.stderr.isatty(), leave=False) as progress:
         plan = Plan(question, profile, quality, progress.update)
-        fields, lines = answer_fields(plan), answer_lines(plan)
+        fields, text = answer_fields(plan), plan_table(plan)
         replicas = fields["replicas"]
         if pictures and replicas:
             pictures.draw_plan(plan.against_rate(replicas), question.rate, question.attainment, args.picture)
-    print(json.dumps(fields, indent=2) if args.json else "\n".join(lines))
+    sys.stdout.write(json.dumps(fields, indent=2) + "\n" if args.json else text)
     return 0 if replicas else 1

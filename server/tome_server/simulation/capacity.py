@@ -201,40 +201,6 @@ def _same_weights(report: Mapping[str, Any], key: ProfileKey) -> bool:
     return bool(weights == key.weights if weights else key.weights == f"hub:{report.get('model')}")
 
 
-def answer_lines(plan: Plan) -> list[str]:
-    """Return the plan in words and as a table."""
-    question, enough = plan.question, plan.fewest(plan.question.policy)
-    budgets = ", ".join(f"{1e3 * budget:g} ms" for budget in sorted(set(question.budgets)))
-    goal = f"{question.attainment:.4g} of {question.rate:g} requests/s within {budgets}, CV² {question.cv2:g}"
-    lines = []
-    if enough is None:
-        lines.append(f"{goal}: no number of replicas does that; an all but idle one answers {plan.most:.3%}")
-    else:
-        best = plan.point(question.policy, enough).result
-        lines.append(
-            f"{goal}: {_replicas(enough)}, at effective accuracy {100 * best.effective_accuracy:.2f} "
-            f"(mean r {best.mean_r:.1f}; {100 * max(plan.quality):.2f} is the most)"
-        )
-        lines += ["", "replicas  requests/s each  attainment  effective accuracy  mean r    p50 ms    p99 ms    busy"]
-        for point in plan.around(enough):
-            result = point.result
-            mark = " <" if point.replicas == enough else ""
-            lines.append(
-                f"{point.replicas:8}{point.rate / point.replicas:17.1f}{result.attainment:12.3%}"
-                f"{100 * result.effective_accuracy:20.2f}{result.mean_r:8.1f}{1e3 * result.p50:10.1f}"
-                f"{1e3 * result.p99:10.1f}{result.busy:8.0%}{mark}"
-            )
-    lines.append("")
-    for policy in plan.policies[1:]:
-        needed = plan.fewest(policy)
-        if needed is None:
-            lines.append(f"{policy}: no number of replicas does that")
-        else:
-            result = plan.point(policy, needed).result
-            lines.append(f"{policy}: {_replicas(needed)}, at effective accuracy {100 * result.effective_accuracy:.2f}")
-    return lines
-
-
 def answer_fields(plan: Plan) -> dict[str, Any]:
     """Return the plan as JSON has it."""
     enough = {policy: plan.fewest(policy) for policy in plan.policies}
@@ -250,7 +216,3 @@ def answer_fields(plan: Plan) -> dict[str, Any]:
             if policy != plan.question.policy
         ],
     }
-
-
-def _replicas(number: int) -> str:
-    return "1 replica" if number == 1 else f"{number} replicas"

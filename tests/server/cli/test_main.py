@@ -548,7 +548,7 @@ def test_profile_prints_a_table_and_where_it_is_kept(
         "profile", "--model", "vit_base_patch16_224", "--max-batch", "2", "--profile-time", "7500ms", "--threads", "1"
     )
     shown = capsys.readouterr()
-    assert shown.out.startswith("batch                   r=0     r=4\n    1  p50 ms          10.0     5.0\n")
+    assert shown.out.startswith("batch              r=0    r=4\n    1  p50 ms     10.0    5.0\n")
     assert shown.err == "measured vit_base_patch16_224 in float32\nkept for the server in /cache/tiny.json\n"
     [(spec, machine, options)] = profiled
     assert spec.architecture == "vit_base_patch16_224"

@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from tome_api.tables import table
 from tome_server.cli.flags import Commands, add_json, add_stored_model
 
 if TYPE_CHECKING:
@@ -37,9 +38,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(fields, indent=2))
         return 0
-    for key, value in fields.items():
-        if key != "levels" and value not in (None, "", []):
-            print(f"{key:<16}{', '.join(map(str, value)) if isinstance(value, list) else value}")
+    facts = [
+        (key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        for key, value in fields.items()
+        if key != "levels" and value not in (None, "", [])
+    ]
+    print(table((), facts))
     sys.stdout.write(quality_table(fields["levels"]))
     return 0
 

@@ -5,6 +5,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from tome_api.tables import table
 from tome_server.cli.flags import Commands, add_json, add_repository
 from tome_server.errors import ConfigError
 
@@ -50,8 +51,6 @@ def _listed(repository: "Repository", spec: "ModelSpec") -> dict[str, Any]:
 
 
 def _table(models: list[dict[str, Any]]) -> str:
-    from tome_client.tables import table
-
     rows = [
         (
             model["name"],

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 
+from tome_api.tables import table
 from tome_server.cli.flags import Commands, add_json
 from tome_server.errors import ConfigError
 
@@ -46,8 +47,6 @@ def run(args: argparse.Namespace) -> int:
         models = [{"name": entry.name, "supported": entry.supported, "reason": entry.reason} for entry in found]
         print(json.dumps({"timm": timm.__version__, "supported": can, "of": len(found), "models": models}, indent=2))
         return 0
-    width = max(len(entry.name) for entry in found)
-    for entry in found:
-        print(f"{entry.name:<{width}}  {'supported' if entry.supported else f'no: {entry.reason}'}")
+    print(table((), [(entry.name, "supported" if entry.supported else f"no: {entry.reason}") for entry in found]))
     print(f"{can} of {len(found)} entry points of timm {timm.__version__} supported")
     return 0
