@@ -1,4 +1,4 @@
-"""Two models on one device, in simulation: what it gains that each model's scheduler reckons with the other's requests.
+"""Two models on one device, in simulation: what is gained when each model's scheduler counts the other's requests too.
 
 `gpu` and `cpu` are pairs of ViT-B/16, as benchmarks/devices.py has it, and a model five times as slow at five times
 the SLO; `fashion` the bundled model as measured on a CPU and one three times as slow, at an SLO of 120 and of 240 ms.
@@ -65,49 +65,67 @@ class Result:
         return self.in_time / max(1, self.requests - self.refused)
 
 
-def serve(models: Sequence[Model], policy: str, *, together: bool) -> Result:
-    """Return what becomes of the models' requests on one device, whose batches take what the profiles say."""
-    schedulers: list[Scheduler[int]] = [
-        Scheduler(Latency(model.profile), policy_named(policy, model.profile, model.quality)) for model in models
-    ]
-    if together:
-        for scheduler in schedulers:
-            scheduler.sharing = schedulers
-    coming = sorted((one.at, place, one.budget) for place, model in enumerate(models) for one in model.arrivals)
-    refused = shed = in_time = 0
-    worth, now, ends = 0.0, 0.0, -math.inf
-    number, running = 0, False
-    while True:
-        following = coming[number][0] if number < len(coming) else math.inf
-        if running and ends < following:
-            now, running = ends, False
-        elif number < len(coming):
-            now, place, budget = coming[number]
-            number += 1
-            one = schedulers[place]
-            one.arrived(now, budget)
-            try:
-                one.submit(Waiting(place, now, now + budget, 0, one.latency.levels - 1), now, ends)
-            except InfeasibleError:
-                refused += 1
-            # Whoever comes at the same moment is seen by the decision.
-            if number < len(coming) and coming[number][0] == now:
-                continue
-        else:
-            break
-        while not running and any(map(len, schedulers)):
-            urgent = min((one for one in schedulers if len(one)), key=lambda one: one.deadline)
+class _Device:
+    """A device that several models share, each with a scheduler of its own: what a server has."""
+
+    def __init__(self, models: Sequence[Model], policy: str, *, together: bool) -> None:
+        self.models = models
+        self.schedulers: list[Scheduler[int]] = [
+            Scheduler(Latency(model.profile), policy_named(policy, model.profile, model.quality)) for model in models
+        ]
+        if together:
+            for scheduler in self.schedulers:
+                scheduler.sharing = self.schedulers
+        self.running = False
+        self.ends = -math.inf
+        """When the batch that runs will end, or the last one ended."""
+        self.refused = self.shed = self.in_time = 0
+        self.worth = 0.0
+
+    def submit(self, place: int, now: float, budget: float) -> None:
+        """Take or refuse a request for one of the models."""
+        scheduler = self.schedulers[place]
+        scheduler.arrived(now, budget)
+        try:
+            scheduler.submit(Waiting(place, now, now + budget, 0, scheduler.latency.levels - 1), now, self.ends)
+        except InfeasibleError:
+            self.refused += 1
+
+    def start(self, now: float) -> None:
+        """Begin the next batch if nothing runs: the model with the earliest deadline has the device."""
+        while not self.running and any(map(len, self.schedulers)):
+            urgent = min((one for one in self.schedulers if len(one)), key=lambda one: one.deadline)
             decision = urgent.next(now)
             assert decision is not None
-            shed += len(decision.shed)
-            if decision.batch:
-                running, ends = True, now + urgent.latency.of_batch(decision.levels)
-                for request, level in zip(decision.batch, decision.levels, strict=True):
-                    if ends <= request.deadline + 1e-9:
-                        in_time += 1
-                        worth += models[request.item].quality[level]
+            self.shed += len(decision.shed)
+            if not decision.batch:
+                continue
+            self.running, self.ends = True, now + urgent.latency.of_batch(decision.levels)
+            for request, level in zip(decision.batch, decision.levels, strict=True):
+                if self.ends <= request.deadline + 1e-9:
+                    self.in_time += 1
+                    self.worth += self.models[request.item].quality[level]
+
+
+def serve(models: Sequence[Model], policy: str, *, together: bool) -> Result:
+    """Return what becomes of the models' requests on one device, whose batches take what the profiles say."""
+    device = _Device(models, policy, together=together)
+    coming = sorted((one.at, place, one.budget) for place, model in enumerate(models) for one in model.arrivals)
+    number, now = 0, 0.0
+    while device.running or number < len(coming):
+        following = coming[number][0] if number < len(coming) else math.inf
+        if device.running and device.ends < following:
+            now, device.running = device.ends, False
+        else:
+            now, place, budget = coming[number]
+            number += 1
+            device.submit(place, now, budget)
+            # The decision sees all requests that arrive at the same moment.
+            if number < len(coming) and coming[number][0] == now:
+                continue
+        device.start(now)
     requests = len(coming)
-    return Result(requests, refused, shed, in_time, worth / max(1, requests))
+    return Result(requests, device.refused, device.shed, device.in_time, device.worth / max(1, requests))
 
 
 def pair(device: Device, load: float, seed: int, seconds: float) -> list[Model]:
