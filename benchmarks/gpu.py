@@ -176,7 +176,7 @@ def _ahead(model: LoadedModel, pixels: torch.Tensor, r: int, device: torch.devic
         nonlocal following
         now, following = following, next(turns)
         works = [BatchItem(uploads.take(slot.place), top_k=5) for slot in now]
-        bringing = [thread.submit(uploads.bring, slot.place) for slot in following]
+        bringing = [thread.submit(uploads.prefetch, slot.place) for slot in following]
         run_batch(model, works, r, device)
         for brought in bringing:
             brought.result()

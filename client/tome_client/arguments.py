@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from tome_api import durations
+from tome_api.parser import Parser
 from tome_client.requests import PredictOptions
 
 _Value = TypeVar("_Value")
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+"""What `add_subparsers` returns: the commands that another is added to."""
 
 
 def add_merging_arguments(command: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ import grpc
 
 from tome_api.parser import Parser
 from tome_api.terminal import never_refuse
-from tome_client.arguments import add_merging_arguments, budget, error_text, merging_options, warn
+from tome_client.arguments import Commands, add_merging_arguments, budget, error_text, merging_options, warn
 from tome_client.client import Client
 from tome_client.connection import connection, connection_options
 from tome_client.errors import TomeError
@@ -91,6 +91,14 @@ def argument_parser() -> argparse.ArgumentParser:
     # Else the usage above would stand in front of each command.
     commands = parser.add_subparsers(required=True, metavar="COMMAND", prog=parser.prog)
 
+    _add_predict(commands, parent)
+    _add_models(commands, parent)
+    _add_visualize(commands, parent)
+    add_load_command(commands, parent)
+    return parser
+
+
+def _add_predict(commands: Commands, parent: Parser) -> None:
     command = commands.add_parser(
         "predict",
         parents=[parent],
@@ -123,6 +131,8 @@ def argument_parser() -> argparse.ArgumentParser:
         help="print one JSON array when all images are done; numbers that aren't finite are printed as null",
     )
 
+
+def _add_models(commands: Commands, parent: Parser) -> None:
     command = commands.add_parser(
         "models",
         parents=[parent],
@@ -135,6 +145,8 @@ def argument_parser() -> argparse.ArgumentParser:
     command.add_argument("name", nargs="?", metavar="NAME", help="describe only this model, in full")
     command.add_argument("--json", action="store_true", help="print JSON")
 
+
+def _add_visualize(commands: Commands, parent: Parser) -> None:
     command = commands.add_parser(
         "visualize",
         parents=[parent],
@@ -150,9 +162,6 @@ def argument_parser() -> argparse.ArgumentParser:
         "--r", type=int, metavar="N", help="tokens to merge in each block (default: the server chooses)"
     )
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="file to write the picture to")
-
-    add_load_command(commands, parent)
-    return parser
 
 
 def predict(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tome_api.parser import Parser
 from tome_client.arguments import (
+    Commands,
     add_merging_arguments,
     budgets,
     duration,
@@ -65,11 +66,11 @@ _INTERRUPTED = 130
 _ERASE = "\r\x1b[K"
 
 
-def add_load_command(commands: argparse._SubParsersAction[Parser], parent: Parser) -> None:
+def add_load_command(commands: Commands, parent: Parser) -> None:
     """Adds the command to those of `tome-client`; what it parses has the command as `run`.
 
     Args:
-        commands: What ArgumentParser.add_subparsers returned.
+        commands: The commands of `tome-client`.
         parent: The arguments of all commands that connect.
     """
     command = commands.add_parser(
@@ -82,6 +83,13 @@ def add_load_command(commands: argparse._SubParsersAction[Parser], parent: Parse
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(run=partial(_run, command))
+    _add_requests(command)
+    _add_run(command)
+    _add_findings(command)
+
+
+def _add_requests(command: Parser) -> None:
+    """Adds what is sent, and when."""
     command.add_argument(
         "--images", type=Path, required=True, metavar="DIR", help="folder of images to send, with its subfolders"
     )
@@ -116,6 +124,10 @@ def add_load_command(commands: argparse._SubParsersAction[Parser], parent: Parse
         help="such as 100ms, or none for no deadline; or a mix such as mix:50ms,200ms, or mix:50ms=3,200ms=1, in which "
         "three of four requests have 50 ms",
     )
+
+
+def _add_run(command: Parser) -> None:
+    """Adds how long it is sent, and how."""
     command.add_argument(
         "--duration",
         type=duration,
@@ -139,6 +151,10 @@ def add_load_command(commands: argparse._SubParsersAction[Parser], parent: Parse
         "--deadline-only", action="store_true", help="send each budget as the gRPC deadline, without a latency budget"
     )
     add_merging_arguments(command)
+
+
+def _add_findings(command: Parser) -> None:
+    """Adds what is done with the measurements."""
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument(
         "--report",

@@ -98,6 +98,36 @@ async def search_rate(
         ValueError: A plan whose arrivals have no rate to change; a resolution that is not positive.
         TomeError: As run_load.
     """
+    rate = _first_rate(plan, resolution)
+    lowest = _LEAST_REQUESTS / plan.duration
+    probes: list[Probe] = []
+    passing: float | None = None
+    failing: float | None = None
+    best: LoadResult | None = None
+    limited_by = "search"
+    stopped = False
+    for _ in range(_MOST_PROBES):
+        result, summary = await _measured(plan, rate, run)
+        if result.stopped:
+            stopped = True
+            break
+        probes.append(Probe(rate, criterion.met(result) and summary.kept_schedule, summary))
+        if tell:
+            tell(probes[-1])
+        if probes[-1].passed:
+            passing, best = rate, result
+        else:
+            # A generator that lags makes latencies that are not the server's, whichever way they look.
+            failing, limited_by = rate, "server" if summary.kept_schedule else "generator"
+        following = _next_rate(passing, failing, lowest, resolution)
+        if following is None:
+            break
+        rate = following
+    return SearchResult(str(criterion), passing, failing, limited_by, stopped, tuple(probes), best)
+
+
+def _first_rate(plan: LoadPlan, resolution: float) -> float:
+    """Returns the rate to begin with. Raises ValueError for what can't be searched."""
     if not isinstance(plan.arrivals, Renewal):
         raise ValueError(  # noqa: TRY004 # A plan is a plan; this one does not fit.
             "a trace has its own rate; search with poisson, gamma or constant arrivals"
@@ -106,48 +136,38 @@ async def search_rate(
         raise ValueError("a search needs budgets to keep, and no request has a deadline")
     if not resolution > 0:
         raise ValueError(f"a resolution is a share above 0, such as 0.05; got {resolution}")
-    probes: list[Probe] = []
-    passing: float | None = None
-    failing: float | None = None
-    best: LoadResult | None = None
-    limited_by = "search"
-    stopped = False
-    rate = plan.arrivals.rate
-    lowest = _LEAST_REQUESTS / plan.duration
-    for _ in range(_MOST_PROBES):
-        one = replace(plan, arrivals=replace(plan.arrivals, rate=rate))
-        result, summary = await _measured(one, run)
-        if not summary.kept_schedule and not result.stopped:
-            # Once more, should only something else on the machine have been in the way.
-            result, summary = await _measured(one, run)
-        if result.stopped:
-            stopped = True
-            break
-        met = criterion.met(result)
-        probes.append(Probe(rate, met and summary.kept_schedule, summary))
-        if tell:
-            tell(probes[-1])
-        if probes[-1].passed:
-            passing, best = rate, result
-        else:
-            # A generator that lags makes latencies that are not the server's, whichever way they look.
-            failing, limited_by = rate, "server" if summary.kept_schedule else "generator"
-        if failing is None:
-            rate *= 2
-        elif passing is None:
-            if rate <= lowest:
-                break
-            rate = max(lowest, rate / 2)
-        elif failing <= passing * (1 + resolution):
-            break
-        else:
-            rate = math.sqrt(passing * failing)
-    return SearchResult(str(criterion), passing, failing, limited_by, stopped, tuple(probes), best)
+    return plan.arrivals.rate
 
 
-async def _measured(plan: LoadPlan, run: Callable[[LoadPlan], Awaitable[LoadResult]]) -> tuple[LoadResult, LoadSummary]:
-    result = await run(plan)
-    return result, summarize(result)
+def _next_rate(passing: float | None, failing: float | None, lowest: float, resolution: float) -> float | None:
+    """Returns the rate to try next; None if the search is done.
+
+    Args:
+        passing: The highest rate that passed.
+        failing: The lowest rate that failed. One of the two is not None.
+        lowest: The rate below which a run has too few requests.
+        resolution: How near to each other the two must be, as a share.
+    """
+    if failing is None:
+        assert passing is not None
+        return 2 * passing
+    if passing is None:
+        return None if failing <= lowest else max(lowest, failing / 2)
+    return None if failing <= passing * (1 + resolution) else math.sqrt(passing * failing)
+
+
+async def _measured(
+    plan: LoadPlan, rate: float, run: Callable[[LoadPlan], Awaitable[LoadResult]]
+) -> tuple[LoadResult, LoadSummary]:
+    """Runs a plan at a rate, and once more if the generator lagged: it may have been something else on the machine."""
+    assert isinstance(plan.arrivals, Renewal)
+    one = replace(plan, arrivals=replace(plan.arrivals, rate=rate))
+    result = await run(one)
+    summary = summarize(result)
+    if not summary.kept_schedule and not result.stopped:
+        result = await run(one)
+        summary = summarize(result)
+    return result, summary
 
 
 def parse_criterion(text: str) -> Criterion:
