@@ -34,10 +34,10 @@ _END: Final = None
 
 
 class AsyncClient:
-    """A connection to a tome-serving server, for one event loop. As Client, awaited.
+    """A connection to a tome-serving server, for one event loop.
 
-    Must be made where the loop runs. Cancelling a task that waits for an answer cancels its request
-    on the server too.
+    It has the arguments and methods of Client, as coroutines. It must be made where the loop runs. Cancelling a task
+    that waits for an answer cancels its request on the server too.
     """
 
     def __init__(
@@ -93,7 +93,10 @@ class AsyncClient:
         timeout: float | None = None,
         in_flight: int = 32,
     ) -> AsyncIterator[StreamResult]:
-        """Classifies many images over one call; as Client.predict_stream, read in this loop."""
+        """Classifies many images over one call; yields results in the order of completion.
+
+        Arguments and errors are those of Client.predict_stream. `items` is read in this loop and may be asynchronous.
+        """
         arrived: asyncio.Queue[StreamResult | Exception | None] = asyncio.Queue()
         room = asyncio.Semaphore(in_flight)
         closed = asyncio.Event()
@@ -109,7 +112,7 @@ class AsyncClient:
                 except StopAsyncIteration:
                     exhausted = True
                     return
-                except Exception as error:  # gRPC would swallow it.
+                except Exception as error:  # gRPC would swallow the error.
                     arrived.put_nowait(error)
                     return
                 try:
@@ -150,12 +153,12 @@ class AsyncClient:
             receiving.cancel()
 
     async def models(self, *, timeout: float | None = None) -> tuple[ModelSummary, ...]:
-        """Lists the hosted models, as Client.models."""
+        """Lists the hosted models; errors are those of Client.models."""
         request = inference_pb2.ListModelsRequest()
         return model_summaries(await self._call(self._stub.ListModels, request, timeout))
 
     async def model(self, name: str = "", *, timeout: float | None = None) -> ModelInfo:
-        """Describes one model, as Client.model."""
+        """Describes one model; errors are those of Client.model."""
         request = inference_pb2.GetModelRequest(model=name)
         return model_info(await self._call(self._stub.GetModel, request, timeout))
 

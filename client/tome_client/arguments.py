@@ -1,4 +1,4 @@
-"""What the commands have in common on the command line."""
+"""Flags that the commands share, and the values that flags take."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 def add_merging_arguments(command: argparse.ArgumentParser) -> None:
     """Adds the arguments that choose the model and limit how much the server may merge."""
-    command.add_argument("--model", default="", metavar="NAME", help="model to ask (default: the server's first)")
+    command.add_argument("--model", default="", metavar="NAME", help="name of the model (default: the server's first)")
     command.add_argument("--r", type=int, metavar="N", help="merge exactly N tokens in each block")
     command.add_argument("--min-r", type=int, metavar="N", help="merge at least N tokens in each block")
     command.add_argument("--max-r", type=int, metavar="N", help="merge at most N tokens in each block")
@@ -32,7 +32,7 @@ def add_merging_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def merging_options(args: argparse.Namespace) -> PredictOptions:
-    """Returns what the arguments of `add_merging_arguments` ask for."""
+    """Returns the options that the arguments of `add_merging_arguments` set."""
     return PredictOptions(model=args.model, r=args.r, min_r=args.min_r, max_r=args.max_r, min_quality=args.min_quality)
 
 

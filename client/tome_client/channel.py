@@ -11,14 +11,13 @@ import grpc
 from tome_client.proxy import is_direct
 from tome_client.version import __version__
 
-# What a server with default limits takes: anything longer would be refused there, and tried again in vain.
+# The longest message that a server with default limits takes. It would refuse a longer one at every try.
 DEFAULT_MAX_MESSAGE_BYTES: Final = 32 * 1024 * 1024
 
-# UNAVAILABLE: loading, draining or gone; another address may answer. CANCELLED: so does gRPC end
-# what has just arrived at a server that stops. RESOURCE_EXHAUSTED: the
-# queue is full; the server's grpc-retry-pushback-ms trailer, if it sends one, says when to come
-# back or, being negative, not to. Nothing else can go differently the second time. All pauses
-# together, 1.2 s at the least, outlast the half second for which a draining server refuses.
+# UNAVAILABLE: the server is loading, draining or gone; another address may answer. CANCELLED: gRPC ends calls so that
+# have just arrived at a server that stops. RESOURCE_EXHAUSTED: the queue is full; the server's grpc-retry-pushback-ms
+# trailer, if it sends one, says when to try again or, if negative, not to. With any other code a second try would end
+# like the first. The pauses add up to at least 1.2 s, longer than the half second for which a draining server refuses.
 _RETRY_POLICY: Final = {
     "maxAttempts": 5,
     "initialBackoff": "0.1s",
@@ -27,7 +26,7 @@ _RETRY_POLICY: Final = {
     "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED", "RESOURCE_EXHAUSTED"],
 }
 
-# Stops retrying while more than about one call in ten fails, lest retries feed an overload.
+# Stops retrying while more than about one call in ten fails, so that retries don't add to an overload.
 _RETRY_THROTTLING: Final = {"maxTokens": 100, "tokenRatio": 0.1}
 
 
@@ -43,7 +42,7 @@ def channel_credentials(
     """Returns what secures the channel; None for plain text.
 
     Raises:
-        ValueError: Certificates beside credentials that have their own; a certificate without its key.
+        ValueError: Certificates are given beside credentials that have their own, or a certificate without its key.
     """
     given = [one for one in (root_certificates, client_certificate, client_key) if one is not None]
     if isinstance(tls, grpc.ChannelCredentials):
@@ -52,7 +51,7 @@ def channel_credentials(
         return tls
     if (client_certificate is None) != (client_key is None):
         raise ValueError("a client's certificate and its key go together, and one is missing")
-    # Whoever names certificates does not mean plain text.
+    # Certificates imply TLS.
     if tls or given:
         return grpc.ssl_channel_credentials(root_certificates, client_key, client_certificate)
     return None
@@ -61,10 +60,10 @@ def channel_credentials(
 def call_metadata(
     metadata: Iterable[tuple[str, str | bytes]], token: str | Callable[[], str] | None
 ) -> Callable[[], Metadata]:
-    """Returns what gives the metadata of the next call.
+    """Returns a function that returns the metadata of the next call.
 
     Raises:
-        ValueError: What cannot be a token; so does what is returned, of a function's.
+        ValueError: The token is not valid. If `token` is a function, the returned function raises it.
     """
     sent = tuple(metadata)
     if token is None:
@@ -76,7 +75,7 @@ def call_metadata(
 
 
 def _bearer(token: str) -> str:
-    # gRPC would refuse it too, and put it into the error.
+    # gRPC would refuse such a token too, but would show it in the error.
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise ValueError("a token is ASCII letters, digits and signs, without spaces or line breaks")
     return f"Bearer {token}"
@@ -88,28 +87,28 @@ def channel_options(
     """Returns the channel arguments that both clients use."""
     service_config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
     if health_checks:
-        # Of the server as a whole, which every health service knows.
+        # The empty name stands for the server as a whole; every health service knows it.
         service_config["healthCheckConfig"] = {"serviceName": ""}
     if retries:
         service_config["methodConfig"] = [{"name": [{}], "retryPolicy": _RETRY_POLICY}]
         service_config["retryThrottling"] = _RETRY_THROTTLING
     options = [
         ("grpc.service_config", json.dumps(service_config)),
-        # What a DNS TXT record says must not replace the above.
+        # A service config in a DNS TXT record must not replace this one.
         ("grpc.service_config_disable_resolution", 1),
         ("grpc.enable_retries", int(retries)),
-        # gRPC keeps 256 KiB of a call for a retry, and does not retry a longer one.
+        # By default gRPC keeps 256 KiB of a call for a retry, and does not retry a longer one.
         ("grpc.per_rpc_retry_buffer_size", max_send_bytes),
         ("grpc.max_send_message_length", max_send_bytes),
         ("grpc.max_receive_message_length", max_receive_bytes),
-        # Finds a dead connection under a waiting call, no oftener than servers put up with.
+        # Detects a dead connection under a waiting call. Servers refuse pings that are more frequent.
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.keepalive_permit_without_calls", 0),
         ("grpc.primary_user_agent", f"tome-client/{__version__}"),
-        # Each channel connects by itself. gRPC would let channels to one address share a connection, and two of which
-        # only one checks health race in its C core, which can end the process by SIGSEGV; the load generator's would
-        # be one connection.
+        # Each channel has a connection of its own. Otherwise gRPC lets channels to one address share a connection. If
+        # only one of them checks health, they race in gRPC's C core, which can end the process by SIGSEGV. And all
+        # channels of the load generator would be one connection.
         ("grpc.use_local_subchannel_pool", 1),
     ]
     if is_direct(target):

@@ -45,13 +45,13 @@ Exits with 0 if everything was answered, 1 if anything failed, 2 if the command 
 """
 
 
-# How calls end that reach no server; UNKNOWN is gRPC's code for a target that it can't read.
+# The codes of calls that reach no server. gRPC gives UNKNOWN for a target that it can't parse.
 _UNREACHED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNKNOWN)
 
 
 _INTERRUPTED = 130
 
-# As a shell reports a command that SIGPIPE ended: what reads standard output, such as `head`, has read enough.
+# The status that a shell reports for a command that SIGPIPE ended: the reader of its output, such as `head`, is done.
 _PIPE_CLOSED = 141
 
 
@@ -80,15 +80,15 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="tome-client",
         usage="%(prog)s [options] COMMAND ...",
-        description="Asks a tome-serving server to classify images, within a latency budget if you name one.",
+        description="Has a tome-serving server classify images, within a latency budget if you set one.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[connection_options()],
     )
     parser.add_argument("--version", action="version", version=f"tome-client {__version__}")
-    # After a command too, where what is not given must not undo what stood before it.
+    # The flags may also follow a command. There, those that are left out must not undo those before the command.
     parent = connection_options(default=argparse.SUPPRESS)
-    # Else the usage above would stand in front of each command.
+    # Otherwise argparse would put the usage above in front of each command's.
     commands = parser.add_subparsers(required=True, metavar="COMMAND", prog=parser.prog)
 
     _add_predict(commands, parent)
@@ -115,7 +115,7 @@ def _add_predict(commands: Commands, parent: Parser) -> None:
     command.add_argument(
         "--budget",
         type=budget,
-        # So that a budget that was left out differs from `none`.
+        # A budget that is left out differs from `none`.
         default=argparse.SUPPRESS,
         metavar="TIME",
         help="longest the server may take for each image, such as 50ms or 0.2s, or none for no deadline "
@@ -157,7 +157,7 @@ def _add_visualize(commands: Commands, parent: Parser) -> None:
     )
     command.set_defaults(run=visualize)
     command.add_argument("image", metavar="IMAGE", help="JPEG, PNG, WebP or BMP file")
-    command.add_argument("--model", default="", metavar="NAME", help="model to ask (default: the server's first)")
+    command.add_argument("--model", default="", metavar="NAME", help="name of the model (default: the server's first)")
     command.add_argument(
         "--r", type=int, metavar="N", help="tokens to merge in each block (default: the server chooses)"
     )
@@ -179,7 +179,7 @@ def predict(args: argparse.Namespace) -> int:
             for number, one in _classified(client, images, args):
                 if one.error:
                     failed[one.error.code.name] += 1
-                    # Errors of a stream's items come from a server, which was reached then.
+                    # Errors of a stream's items come from a server, so it was reached.
                     hint = _hint(one.error, args) if len(images) == 1 else ""
                     warn(f"{one.image}: {error_text(one.error)}{hint}")
                 else:
@@ -265,7 +265,7 @@ class _Lines:
         self._width = max(map(len, ("image", *images)))
         self._begun = False
 
-    def add(self, number: int, one: _Outcome) -> None:  # noqa: ARG002 # As _Array's.
+    def add(self, number: int, one: _Outcome) -> None:  # noqa: ARG002 # The signature is that of _Array.add.
         """Prints the result, if there is one."""
         if one.result is None:
             return
@@ -312,8 +312,8 @@ def _images(named: Sequence[str]) -> tuple[list[str], list[str]]:
 def _classified(client: Client, images: Sequence[str], args: argparse.Namespace) -> Iterator[tuple[int, _Outcome]]:
     """Yields each image's position and what became of it, in order of completion.
 
-    One image that is named by itself is asked for with Predict, so that it gets the model's default budget. Others
-    share a stream, so that they can share batches, and have no deadline unless the arguments name one.
+    A single image is sent with Predict, so that it gets the model's default budget. Several images share a stream, so
+    that they can share batches, and have no deadline unless the arguments set one.
 
     Raises:
         TomeError: The stream as a whole failed.
@@ -356,7 +356,7 @@ def _client(args: argparse.Namespace) -> Client:
 
 def _hint(error: Exception, args: argparse.Namespace) -> str:
     """Returns what may help after an error, where it may mean that no server was reached."""
-    # A server's own refusal gives a reason; one without answers the network, and then there is no advice.
+    # A server that refuses a request gives a reason. Then it was reached, and there is nothing to advise.
     if not isinstance(error, TomeError) or error.code not in _UNREACHED or error.reason is not None:
         return ""
     advised = advice(args.target, tls=bool(args.tls or args.ca or args.certificate))

@@ -29,7 +29,7 @@ from tome_client.results import (
 _Response = TypeVar("_Response")
 
 _END: Final = None
-# A cancelled call ends at once; no caller waits longer for it to be seen.
+# A cancelled call ends at once, so that its thread is waited for no longer than this.
 _JOIN_SECONDS = 1.0
 
 
@@ -37,30 +37,29 @@ class Client:
     """A connection to a tome-serving server. Any number of threads may share one.
 
     A call that fails with UNAVAILABLE or RESOURCE_EXHAUSTED, or that the server cancels, is tried
-    up to five times in all, waiting as long as the server asks for or else longer each time; its timeout
-    bounds all tries together.
+    up to five times in all. Between tries it waits as long as the server says, or else longer each time. The call's
+    timeout bounds all tries together.
 
     Args:
-        target: "host:port", or any gRPC target. Calls go round the addresses it resolves to.
+        target: "host:port", or any gRPC target. Calls take turns between the addresses that it resolves to.
         tls: True for TLS with the system's root certificates, or credentials of your own.
         root_certificates: PEM certificates to trust instead of the system's; implies TLS.
         client_certificate: PEM certificate chain to show to the server (mTLS); implies TLS, and
             needs `client_key`, its PEM private key.
-        token: Bearer token to send with every call, or a function that returns the present one:
-            it is asked at each call, and must not block. Without TLS it can be read on its way.
-        timeout: Seconds that a call may take where it names no timeout itself; None: no limit.
-            It is the gRPC deadline, which the server sees too. Streams don't take it.
+        token: Bearer token to send with every call, or a function that returns the present one. The function is
+            called before each call, and must not block. Without TLS the network can read the token.
+        timeout: Seconds that a call may take if it names no timeout itself; None: no limit. It is the gRPC deadline,
+            which the server sees too. It does not apply to streams.
         metadata: Sent with every call.
         retries: False to try every call once.
-        health_checks: True to leave out servers that report that they aren't serving, because they
-            load or drain, before a call meets them. For targets that resolve to the servers
-            themselves: behind a proxy, the health of one of them would stand for all.
+        health_checks: True to send no call to servers that report that they are loading or draining. For targets that
+            resolve to the servers themselves: behind a proxy, the health of one server would stand for all.
         max_send_bytes: The largest request that can be sent.
         max_receive_bytes: The largest answer that is accepted.
 
     Raises:
-        ValueError: Certificates beside credentials of your own, one without its key, or what
-            cannot be a token.
+        ValueError: Certificates are given beside credentials of your own, or a certificate without its key, or the
+            token is not valid.
     """
 
     def __init__(
@@ -114,8 +113,8 @@ class Client:
         Raises:
             TomeError: The server refused or failed, or could not be reached.
             OSError: The image's file cannot be read.
-            TypeError: Nothing that can be an image, or no such option.
-            ValueError: An array, or an option's value, that cannot be sent.
+            TypeError: `image` is no image, or there is no such option.
+            ValueError: An array or an option's value cannot be sent.
         """
         request = predict_request(image, options)
         return predict_result(self._call(self._stub.Predict, request, timeout))
@@ -128,15 +127,14 @@ class Client:
         A stream is for bulk work: an item whose options name no `budget` has no deadline. It runs when the device has
         room, after requests that have deadlines, and is never refused for time.
 
-        An item that fails, or cannot be sent, yields its error, and the others go on. The call
-        starts with the first result that is asked for, and ends early if the iterator is closed.
-        `items` is read by another thread.
+        An item that fails, or cannot be sent, yields its error, and the others go on. The call starts when the first
+        result is read, and ends early if the iterator is closed. `items` is read by another thread.
 
         Args:
             items: The images, each with an id.
-            timeout: Seconds until the whole stream is given up, and every item's deadline with it.
-            in_flight: Items sent and not yet yielded, at most; so a long `items` is read only as
-                fast as the server answers and the caller takes the answers.
+            timeout: Seconds until the whole stream is given up; every item's deadline ends with it.
+            in_flight: The most items that are sent and not yet yielded. A long `items` is read only as fast as the
+                server answers and the caller takes the answers.
 
         Raises:
             TomeError: The stream as a whole failed.
@@ -157,7 +155,7 @@ class Client:
                 except StopIteration:
                     exhausted = True
                     return
-                except Exception as error:  # gRPC's thread would swallow it.
+                except Exception as error:  # gRPC's thread would swallow the error.
                     arrived.put(error)
                     return
                 try:
@@ -194,7 +192,7 @@ class Client:
             room.release()
             call.cancel()
             # A thread that still reads the call when Python exits holds a lock that the call's own end then waits for.
-            if receiving is not threading.current_thread():  # where garbage is collected is anywhere
+            if receiving is not threading.current_thread():  # the garbage collector may run this on any thread
                 receiving.join(_JOIN_SECONDS)
 
     def models(self, *, timeout: float | None = None) -> tuple[ModelSummary, ...]:
@@ -210,8 +208,7 @@ class Client:
         """Describes one model, the server's first unless named.
 
         Raises:
-            TomeError: NOT_FOUND for a name that is not hosted; the server failed or could not be
-                reached.
+            TomeError: No model has this name (NOT_FOUND), or the server failed or could not be reached.
         """
         request = inference_pb2.GetModelRequest(model=name)
         return model_info(self._call(self._stub.GetModel, request, timeout))

@@ -25,7 +25,7 @@ class Connection(TypedDict):
 
 
 def connection_options(default: str | None = None) -> Parser:
-    """Returns a parent parser of the arguments; what is not given becomes `default`."""
+    """Returns a parent parser of the arguments; those that are left out become `default`."""
     parent = Parser(add_help=False)
     options = parent.add_argument_group("connection")
     options.add_argument(
@@ -50,7 +50,7 @@ def connection_options(default: str | None = None) -> Parser:
         help="PEM certificate to show to the server (mTLS); implies --tls and needs --key",
     )
     options.add_argument("--key", type=Path, default=default, metavar="FILE", help="PEM private key of --certificate")
-    # Never the token itself: what is on a command line, every process of the machine can read.
+    # There is no flag for the token itself: every process of the machine can read a command line.
     options.add_argument(
         "--token-file",
         type=Path,
@@ -68,10 +68,10 @@ def connection_options(default: str | None = None) -> Parser:
 
 
 def connection(args: argparse.Namespace) -> Connection:
-    """Returns what the arguments ask for, their files read.
+    """Returns the connection that the arguments describe, with the contents of their files.
 
     Raises:
-        OSError: One that cannot be read.
+        OSError: A file cannot be read.
         ValueError: The token's file is not text.
     """
     return Connection(
@@ -85,7 +85,7 @@ def connection(args: argparse.Namespace) -> Connection:
 
 
 def _pem(file: Path | None) -> bytes | None:
-    # OpenSSL would not see the first line behind the byte order mark.
+    # OpenSSL does not recognise the first line after a byte order mark.
     return file.read_bytes().removeprefix(codecs.BOM_UTF8) if file else None
 
 
@@ -93,5 +93,5 @@ def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        # Without the bytes: they may be most of a token.
+        # The message leaves out the bytes, since they may be most of a token.
         raise ValueError(f"{file}: the file is not UTF-8 text: {error.reason}") from None

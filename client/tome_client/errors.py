@@ -1,4 +1,4 @@
-"""What went wrong, as one exception: the gRPC status and the details that came with it."""
+"""The client's exception: a gRPC status and the details that came with it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tome_client.proxy import proxy_of
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
-# How gRPC ends a call by itself.
+# The codes with which gRPC itself ends a call.
 _UNANSWERED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
-# What it says then. Only how an error reads depends on these: the words of another release are shown as they are.
+# Parts of gRPC's messages. They only shorten a message: if another release has other words, it is shown in full.
 _TIMED_OUT = "Deadline Exceeded"
 _PREFIX = re.compile(r".*; last error: (?:[A-Z_]+: )?")
 _UNHEALTHY = "backend unhealthy"
@@ -43,9 +43,8 @@ class TomeError(Exception):
         reason: Why a deadline could not be kept, with DEADLINE_EXCEEDED: "INFEASIBLE" if the server
             saw at once that it could not be, "EXPIRED" if it passed while the server worked on the
             request. None where the server gave no reason.
-        metadata: The reason's particulars, such as the stage that the deadline passed in.
-        retry_delay: Seconds to wait before trying again, with RESOURCE_EXHAUSTED, where the
-            server said so.
+        metadata: Details of the reason, such as the stage in which the deadline passed.
+        retry_delay: Seconds to wait before trying again, with RESOURCE_EXHAUSTED; None if the server named none.
     """
 
     def __init__(
@@ -68,9 +67,9 @@ class TomeError(Exception):
 
     @property
     def smallest_latency(self) -> float | None:
-        """The smallest budget, in seconds, that the server could have kept just then; None where it named none.
+        """The smallest budget, in seconds, that the server could have kept at that time; None if it named none.
 
-        Comes with the reason "INFEASIBLE".
+        It comes with the reason "INFEASIBLE".
         """
         try:
             return float(self.metadata["smallest_latency_ms"]) / 1e3
@@ -95,7 +94,7 @@ def error_from_rpc(error: grpc.RpcError, target: str) -> TomeError:
         status = rpc_status.from_call(error)
         # Our servers send details with every error.
         answered = status is not None
-    except (ValueError, DecodeError):  # A proxy rewrote the status: its details are another's.
+    except (ValueError, DecodeError):  # A proxy rewrote the status; the details don't belong to it.
         status, answered = None, True
     if code is grpc.StatusCode.UNAVAILABLE:
         message = f"{target} is unavailable: {message if answered else _shortened(message)}"
@@ -117,7 +116,7 @@ def _shortened(message: str) -> str:
 
 
 def ended_early(target: str) -> TomeError:
-    """Returns the error of a stream that `target` ended as if it had answered every item, which it had not."""
+    """Returns the error of a stream that `target` ended with OK before it had answered every item."""
     return TomeError(grpc.StatusCode.UNKNOWN, f"{target} ended the stream before it had answered every item")
 
 

@@ -1,6 +1,6 @@
-"""An image as the caller has it, turned into what the wire carries.
+"""Turns an image, in any form that a caller may have it, into what the wire carries.
 
-Nothing here imports numpy or Pillow: their images are known by what they can do.
+Nothing here imports numpy or Pillow: their images are recognised by their attributes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class PillowImage(Protocol):
-    """What is used of a PIL.Image.Image."""
+    """The part of PIL.Image.Image that is used."""
 
     @property
     def mode(self) -> str:
@@ -44,7 +44,7 @@ class PillowImage(Protocol):
         """Fills a rectangle."""
 
     def alpha_composite(self, layer: Self, /) -> None:
-        """Lays an image on this one."""
+        """Composites an image over this one."""
 
     def tobytes(self) -> bytes:
         """Returns the pixels, row by row."""
@@ -55,11 +55,11 @@ _Pillow = TypeVar("_Pillow", bound=PillowImage)
 
 @runtime_checkable
 class ArrayInterface(Protocol):
-    """An array that shows its memory as numpy's array interface, version 3."""
+    """An array that exposes its memory by numpy's array interface, version 3."""
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        """With typestr, shape and data; strides None for an array in C order."""
+        """Has typestr, shape and data; strides is None for an array in C order."""
 
 
 # A path; the bytes of an encoded image; a Pillow image; or an array: uint8 [height, width, 3] RGB
@@ -70,7 +70,7 @@ _ACCEPTED: Final = "uint8 [height, width, 3] or float32 [channels, height, width
 
 _SUFFIXES: Final = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 
-# By format of the buffer protocol or typestr of the array interface. The wire is little-endian.
+# Keys are formats of the buffer protocol and typestrs of the array interface. The wire is little-endian.
 _DATA_TYPES: Final = {
     "B": Tensor.DATA_TYPE_UINT8,
     "|u1": Tensor.DATA_TYPE_UINT8,
@@ -84,13 +84,13 @@ if sys.byteorder == "little":
 def image_input(image: Image) -> bytes | Tensor:
     """Returns the encoded bytes, or the tensor, to send for an image.
 
-    A path is read, and its file sent as it is. A Pillow image is sent as RGB pixels; an orientation
-    in its EXIF data is not applied. Arrays need not be contiguous.
+    The file of a path is sent as it is. A Pillow image is sent as RGB pixels; an orientation in its EXIF data is not
+    applied. Arrays need not be contiguous.
 
     Raises:
         OSError: The file cannot be read.
-        TypeError: Nothing that can be an image.
-        ValueError: An array of another type or shape than the two that are accepted.
+        TypeError: `image` is no image.
+        ValueError: An array has another type or shape than the two that are accepted.
     """
     if isinstance(image, bytes):
         return image
@@ -118,15 +118,15 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def is_path(image: Image) -> TypeGuard[str | os.PathLike[str]]:
-    """Whether an image is given by a file that has yet to be read."""
+    """Whether an image is given as the path of a file."""
     return isinstance(image, str | os.PathLike)
 
 
 def rgb(image: _Pillow) -> _Pillow:
-    """Returns a Pillow image in RGB, transparency laid on white, as the server does with a file.
+    """Returns a Pillow image in RGB, composited over white if it is transparent; the server does the same with files.
 
     Raises:
-        ValueError: More than 8 bits a channel, which Pillow would clip instead of scale.
+        ValueError: The image has more than 8 bits a channel, which Pillow would clip instead of scale.
     """
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"scale an image of mode {image.mode} to 8 bits a channel first")

@@ -1,4 +1,4 @@
-"""JSON as the commands print it."""
+"""The JSON that the commands print."""
 
 from __future__ import annotations
 

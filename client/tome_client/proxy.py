@@ -17,28 +17,28 @@ _EXCEPTIONS: Final = ("no_grpc_proxy", "no_proxy")
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """A proxy that the environment asks for."""
+    """A proxy that the environment names."""
 
     variable: str
     """The environment variable that names it."""
     address: str
-    """Its host and port. A user and password, which may stand before them, are left out."""
+    """Its host and port, without a user and password."""
     way_out: str
     """How to connect without it."""
 
 
 def is_direct(target: str) -> bool:
-    """Whether a target must not be asked for through a proxy, whatever the environment says.
+    """Whether a target must be connected to directly, whatever the environment says.
 
-    That is this machine, which the proxy's loopback address is not, and a list of addresses, of which a proxy can
-    connect to one only.
+    It must if it is this machine, since the proxy's own loopback address is another machine's, and if it is a list of
+    addresses, since a proxy can connect to one only.
     """
     named = addresses(target)
     return len(named) != 1 or is_this_machine(named[0].host)
 
 
 def proxy_of(target: str) -> Proxy | None:
-    """Returns the proxy that gRPC goes through to a target; None if it connects directly."""
+    """Returns the proxy through which gRPC connects to a target; None if it connects directly."""
     variable = next((name for name in _PROXIES if name in os.environ), None)
     if variable is None or is_direct(target):
         return None
@@ -50,14 +50,14 @@ def proxy_of(target: str) -> Proxy | None:
         url = urlsplit(os.environ[variable])
     except ValueError:
         return None
-    # gRPC knows no other kind of proxy: it says so in its own log, and connects directly.
+    # gRPC supports no other kind of proxy. It logs that, and connects directly.
     if url.scheme != "http" or not url.netloc:
         return None
     return Proxy(variable, url.netloc.rpartition("@")[2], f"add {address.host} to {exceptions}")
 
 
 def _matches(host: str, exception: str) -> bool:
-    """Whether an entry of no_proxy is the end of a host's name, its address or a network that has it."""
+    """Whether an entry of no_proxy is the end of a host's name, its address, or a network that contains it."""
     exception = exception.strip().lower()
     if exception and host.lower().endswith(exception):
         return True

@@ -1,7 +1,7 @@
-"""What may help when a server can't be reached, for the command line.
+"""Advice for the command line when a server can't be reached.
 
-gRPC explains it in a sentence whose words change from release to release, so none of them are relied on: the network is
-asked again.
+The words in which gRPC explains a failure change from release to release, so they are not parsed. Instead, the target
+is resolved and connected to once more.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from tome_api.targets import Address, addresses
 from tome_client.proxy import proxy_of
 
 # Seconds for a connection, and again for a TLS handshake on it.
-_PATIENCE = 2.0
+_TIMEOUT = 2.0
 
 
 def advice(target: str, *, tls: bool) -> str | None:
-    """Returns what may help after a call failed; None where a server of the right kind can be connected to.
+    """Returns advice after a call failed; None if a server of the right kind can be connected to.
 
     Args:
         target: The server that was called.
         tls: Whether it was called over TLS.
     """
-    if proxy_of(target) is not None:  # the error names it; and names are its to resolve
+    if proxy_of(target) is not None:  # the error names the proxy, which also resolves the name
         return None
     named = addresses(target)
     if not all(map(_resolves, named)):
         return "--target names the server, as HOST:PORT"
     for address in named:
         try:
-            connection = socket.create_connection((address.host, address.port), _PATIENCE)
+            connection = socket.create_connection((address.host, address.port), _TIMEOUT)
         except OSError:
             continue
         with connection:
@@ -45,20 +45,20 @@ def advice(target: str, *, tls: bool) -> str | None:
 
 
 def _resolves(address: Address) -> bool:
-    # Unlike gRPC, the system takes ports modulo 65536, and 127.1 for an address.
+    # The system takes ports modulo 65536 and reads 127.1 as an address; gRPC does neither.
     if address.port.isdecimal() and int(address.port) > 65535:
         return False
     try:
         if address.host.replace(".", "").isdecimal():
             ipaddress.ip_address(address.host)
         socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-    except (OSError, ValueError):  # the latter too for a name with a part that is too long
+    except (OSError, ValueError):  # a ValueError also for a name with a part that is too long
         return False
     return True
 
 
 def _speaks_tls(connection: socket.socket) -> bool | None:
-    """Whether a server answers a TLS handshake, certificates left unchecked; None where it gives no answer."""
+    """Whether a server answers a TLS handshake, without checking certificates; None if it gives no answer."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

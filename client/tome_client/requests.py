@@ -1,4 +1,4 @@
-"""What a caller can ask for, and the request messages made of it."""
+"""The options of a request, and the messages that are made of them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from tome_client.inputs import Image, image_input
 
 
 class PredictOptions(TypedDict, total=False):
-    """What can be asked for beside the image. Every key may be left out; None is as left out, except for `budget`."""
+    """What can be set beside the image. Every key may be left out; None means the same, except for `budget`."""
 
     model: str
     """Name of a hosted model; empty for the server's first."""
     budget: float | timedelta | None
-    """Seconds the answer may take from the request's arrival at the server. The request's deadline is the earlier of
-    this and the call's timeout. None, or infinity: no deadline. The request then runs when the device has room, and is
-    never refused for time. Left out: the model's default budget, or in a stream no deadline."""
+    """Seconds from the request's arrival at the server until its answer must be ready. The request's deadline is the
+    earlier of this and the call's timeout. None, or infinity: no deadline. The request then runs when the device has
+    room, and is never refused for time. Left out: the model's default budget, or in a stream no deadline."""
     r: int | None
-    """Tokens to merge in each block, exactly. Left out: the server chooses in [min_r, max_r]."""
+    """The exact number of tokens to merge in each block. Left out: the server chooses in [min_r, max_r]."""
     min_r: int | None
     max_r: int | None
     min_quality: float | None
-    """The least quality the server may choose, as a share of the quality at r = 0, in [0, 1]: 0.99 keeps to those r
-    whose measured quality is at least 0.99 of it."""
+    """The least quality that the server may choose, as a share of the quality at r = 0, in [0, 1]: with 0.99 it
+    chooses among those r whose measured quality is at least 0.99 of that at r = 0."""
     top_k: int | None
     """How many of the most probable classes to return; 5 if left out."""
     features: bool
@@ -42,7 +42,7 @@ class PredictOptions(TypedDict, total=False):
     normalize: bool
     """Divide the features, and those of each patch, by their Euclidean length."""
     float16: bool
-    """Let features come as float16: half as long, with three digits, and infinite beyond 65,504."""
+    """Receive features as float16: half the bytes, three digits, and infinite beyond 65,504."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +50,18 @@ class StreamItem:
     """One image of a stream."""
 
     id: str
-    """Returned with the result; unique among the stream's unanswered items."""
+    """Comes back with the result; unique among the stream's unanswered items."""
     image: Image
     options: PredictOptions = field(default_factory=PredictOptions)
 
 
 def predict_request(image: Image, options: PredictOptions) -> PredictRequest:
-    """Makes the message that asks for one prediction. Ranges are the server's to judge.
+    """Makes the message of one prediction. The server checks the ranges of values.
 
     Raises:
         OSError: The image's file cannot be read.
-        TypeError: Nothing that can be an image, or an option that does not exist.
-        ValueError: An array of a type or shape that is not accepted, or an option's value that the
-            message cannot hold.
+        TypeError: `image` is no image, or there is no such option.
+        ValueError: An array has a type or shape that is not accepted, or the message cannot hold an option's value.
     """
     unknown = options.keys() - PredictOptions.__optional_keys__
     if unknown:
@@ -96,12 +95,11 @@ def predict_request(image: Image, options: PredictOptions) -> PredictRequest:
 
 
 def stream_request(item: StreamItem, max_bytes: int) -> PredictStreamRequest:
-    """Makes the message for one item of a stream; an item that names no budget has no deadline.
+    """Makes the message of one item of a stream; an item that names no budget has no deadline.
 
     Raises:
-        TomeError: INVALID_ARGUMENT, for what `predict_request` raises and for a message larger than
-            the channel sends, so that an item that cannot be sent ends like one that the server
-            refuses, and does not end the stream.
+        TomeError: INVALID_ARGUMENT, if `predict_request` raises or the message is larger than the channel sends. The
+            item then ends like one that the server refuses, and the stream goes on.
     """
     try:
         request = predict_request(item.image, {"budget": None, **item.options})
@@ -117,7 +115,7 @@ def stream_request(item: StreamItem, max_bytes: int) -> PredictStreamRequest:
 
 
 def unsendable(error: Exception) -> TomeError:
-    """Returns the error that an item ends with whose request cannot be made."""
+    """Returns the error of an item whose message cannot be made."""
     text = f"the file can't be read: {error.strerror or error}" if isinstance(error, OSError) else str(error)
     return TomeError(grpc.StatusCode.INVALID_ARGUMENT, text)
 

@@ -1,6 +1,6 @@
 """The server's answers as plain values: frozen dataclasses, and how each is read from its message.
 
-Durations are in seconds, counts of operations are the server's analytic estimates.
+Durations are in seconds. Counts of operations are computed by the server, not measured.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Merging:
     """What merging did to one image."""
 
     r: int
-    """Tokens merged in each block, as asked for or chosen; in a tuned model the work of that, spread in its own way."""
+    """Tokens merged in each block, as the request set it or the server chose it. A tuned model spreads the same work
+    over its blocks by its own schedule."""
     tokens_in: int
     """Tokens that entered the first block, prefix tokens included."""
     tokens_out: int
@@ -38,7 +39,7 @@ class Merging:
     flops: int
     """Floating-point operations done for this image."""
     flops_saved: int
-    """Operations that the unmerged model would have done on top."""
+    """Operations that the unmerged model would have done in addition."""
 
     @property
     def saved_share(self) -> float:
@@ -60,16 +61,16 @@ class Timing:
     total: float
     """Arrival to answer."""
     slack: float | None
-    """Left until the deadline when the answer was ready; None for a request without one."""
+    """From the answer being ready until the deadline; None for a request without a deadline."""
     batch_size: int
     """Images in the batch that this one was part of."""
     predicted: float
-    """What the server had expected of `compute`."""
+    """The value of `compute` that the server had predicted."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenMap:
-    """For each patch of the model's input, the output token that it went to."""
+    """For each patch of the model's input, the output token that it was merged into."""
 
     grid_height: int
     grid_width: int
@@ -99,16 +100,16 @@ class PredictResult:
     merging: Merging
     timing: Timing
     features: tuple[float, ...] | None
-    """[dim] what enters the classifier; None unless asked for."""
+    """[dim] the pooled features, which enter the classifier; None unless `features` was set."""
     token_map: TokenMap | None
-    """None unless asked for."""
+    """None unless `token_map` was set."""
     patch_features: PatchFeatures | None = None
-    """None unless asked for."""
+    """None unless `patch_features` was set."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamResult:
-    """What became of one item of a stream: either its result or its error is set."""
+    """The end of one item of a stream: either its result or its error is set."""
 
     id: str
     """The item's id."""
@@ -136,7 +137,7 @@ class ImageInput:
     height: int
     width: int
     mean: tuple[float, ...]
-    """One a channel, of pixels scaled to [0, 1]; so is `std`."""
+    """One value a channel, for pixels scaled to [0, 1]; likewise `std`."""
     std: tuple[float, ...]
     interpolation: str
     """The filter used for resizing, as timm names it."""
@@ -148,7 +149,7 @@ class ImageInput:
 
 @dataclass(frozen=True, slots=True)
 class MergeLevel:
-    """What one r of a model's grid costs, and what it was measured to keep."""
+    """One r of a model's grid: its cost, and its measured quality."""
 
     r: int
     macs: int
@@ -222,7 +223,7 @@ def predict_result(response: inference_pb2.PredictResponse) -> PredictResult:
 
 
 def stream_result(response: inference_pb2.PredictStreamResponse) -> StreamResult:
-    """Reads what became of one item of a stream."""
+    """Reads the end of one item of a stream."""
     if response.HasField("error"):
         return StreamResult(response.id, error=error_from_status(response.error))
     return StreamResult(response.id, result=predict_result(response.response))

@@ -1,4 +1,4 @@
-"""What the command line prints of results, as text."""
+"""Results as the text that the command line prints."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _UNMEASURED = "-"
 
 
 def prediction_header(width: int) -> str:
-    """Returns the line above those of `prediction_line`."""
+    """Returns the header of the lines that `prediction_line` returns."""
     return _prediction_row(width, "image", "r", "tokens", "FLOPs saved", "server", "round trip", "predictions")
 
 
 def prediction_line(width: int, name: str, result: PredictResult, round_trip: float) -> str:
-    """Returns a line for one image, which can be printed before the next one's is known.
+    """Returns a line for one image, which can be printed before the next result arrives.
 
     Args:
-        width: Characters for the image's name: those of the longest.
-        name: The image's.
+        width: The length of the longest name.
+        name: The image's name.
         result: The answer.
         round_trip: Seconds from sending to answer.
     """

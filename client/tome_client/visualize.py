@@ -76,7 +76,7 @@ def model_view(image: Image.Image, expects: ImageInput) -> Image.Image:
 def merged_patches(image: Image.Image, token_map: TokenMap, scale: int = 1) -> Image.Image:
     """Returns the image with each patch in the mean colour of the patches it was merged with.
 
-    Patches of different tokens have a line between them, black or white, whichever is seen better.
+    A line separates patches of different tokens, black or white, whichever is better seen.
 
     Args:
         image: RGB, [height, width], the model's view.
