@@ -1,1 +1,1 @@
-"""What the server and its clients share: the protocols' messages, and how settings, targets and output are written."""
+"""What the server and its clients share: the protocols' messages, and the grammar of settings, targets and commands."""

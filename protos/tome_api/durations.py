@@ -1,7 +1,7 @@
-"""Durations and latency budgets as people write them, in flags, settings files and traces.
+"""Durations and latency budgets in flags, settings files and traces.
 
-The client and the server read them by this one grammar: a number and its unit. A number alone is refused, for 500 is
-as likely meant in milliseconds as in seconds; 0 needs no unit.
+The client and the server read them by this one grammar: a number and its unit. A number without a unit is refused,
+since 500 may be meant in milliseconds or in seconds; 0 needs no unit.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import re
 from dataclasses import dataclass
 
 NO_DEADLINE = "none"
-"""How a budget is written that never ends."""
+"""The text for no deadline."""
 
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
 _NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 _WRITTEN = re.compile(rf"({_NUMBER})\s*(us|ms|s|m)?")
 
 PATTERN = rf"{_NUMBER}\s*(?:us|ms|s|m)|0+\.?0*|\.0+"
-"""The same as a regular expression that JSON Schema knows too."""
+"""The grammar of durations as a regular expression, without what JSON Schema does not support."""
 
 _MIX_FORMS = "write for example 50ms, mix:50ms,200ms or mix:50ms=3,200ms=1"
 
@@ -49,7 +49,7 @@ def parse_duration(text: str) -> float:
 
 
 def needs_unit(number: object) -> str:
-    """Returns what to say of a number that stands where a duration is wanted."""
+    """Returns the message for a number without a unit."""
     return f"{number} needs a unit: {number}ms or {number}s"
 
 
@@ -57,7 +57,7 @@ def parse_positive_duration(text: str) -> float:
     """Returns the seconds that a text stands for, which must be above 0.
 
     Raises:
-        ValueError: As `parse_duration`, and for 0.
+        ValueError: The text is not a duration, is a number without a unit, or is 0.
     """
     if seconds := parse_duration(text):
         return seconds
@@ -68,7 +68,7 @@ def parse_budget(text: str) -> float:
     """Returns the seconds of a latency budget such as "50ms"; for "none", which means no deadline, infinity.
 
     Raises:
-        ValueError: As `parse_positive_duration`.
+        ValueError: The text is not a duration above 0, or is a number without a unit.
     """
     return math.inf if text.strip() == NO_DEADLINE else parse_positive_duration(text)
 
@@ -90,14 +90,14 @@ def parse_budgets(text: str) -> tuple[BudgetClass, ...]:
 
 
 def duration_text(seconds: float) -> str:
-    """Returns a duration as `parse_budget` reads it, such as "50ms"; what needs more than six digits is rounded up."""
+    """Returns a duration in the form that `parse_budget` reads, such as "50ms"; beyond six digits it is rounded up."""
     if seconds == math.inf:
         return NO_DEADLINE
     if seconds == 0:
         return "0s"
     unit = "s" if seconds >= 1 else "ms" if seconds >= 1e-3 else "us"
     number = seconds / _UNITS[unit]
-    # Dividing may add a digit in the sixteenth place, which is not to be rounded up.
+    # The division may add a digit in the sixteenth place, which must not be rounded up.
     digits = 5 - math.floor(math.log10(number))
     rounded = math.ceil(round(number * 10.0**digits, 6)) / 10.0**digits
     return f"{rounded:.12f}".rstrip("0").rstrip(".") + unit

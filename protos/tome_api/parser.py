@@ -1,4 +1,4 @@
-"""How both commands read their command lines."""
+"""The parser of both commands' command lines."""
 
 import argparse
 import sys
@@ -10,14 +10,14 @@ from tome_api.nearest import meant
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one line, with the nearest name that it knows."""
+    """A parser whose errors are one line, with the nearest name that it knows."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._renamed: dict[str, _Renamed] = {}
 
     def add_old_name(self, old: str, new: str, convert: Callable[[str], str] = str) -> None:
-        """Take a flag by its old name too, for one release: with a warning, and without a place in the help.
+        """Accepts a flag by its old name too, for one release: with a warning, and without showing it in the help.
 
         Args:
             old: Such as "--to".
@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parse; an unknown flag is wrong usage of this very command, whose flags are the ones to choose from."""
+        """Parses; an unknown flag is an error of this command, which suggests its own flags."""
         given = sys.argv[1:] if args is None else args
         found, unknown = super().parse_known_args(list(self._with_new_names(given)), namespace)
         if unknown:
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         return found, unknown
 
     def _with_new_names(self, args: Sequence[str]) -> Iterator[str]:
-        """Yield the arguments, with flags that have an old name under their new one."""
+        """Yields the arguments, each old name of a flag replaced by the new one."""
         rest = iter(args)
         for arg in rest:
             if arg == "--":
@@ -67,13 +67,13 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, what)
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and exit with 2."""
+        """Prints what is wrong, and exits with 2."""
         self.exit(2, f"{self.prog}: {message}\n{self.prog} --help lists what it takes\n")
 
 
 @dataclass(frozen=True, slots=True)
 class _Renamed:
-    """What a flag is called now."""
+    """The new name of a flag, and how its values are converted."""
 
     flag: str
     convert: Callable[[str], str]

@@ -6,7 +6,7 @@ import ipaddress
 from dataclasses import dataclass
 from urllib.parse import unquote
 
-# gRPC's port for a target that names none.
+# The port that gRPC takes for a target without one.
 _DEFAULT_PORT = "443"
 
 
@@ -26,7 +26,7 @@ def addresses(target: str) -> tuple[Address, ...]:
         return ()
     if scheme not in ("dns", "ipv4", "ipv6"):
         return (_address(target),)
-    if rest.startswith("//"):  # then comes the DNS server to ask, which is seldom named
+    if rest.startswith("//"):  # the authority, a DNS server, comes next; it is usually empty
         rest = rest[2:].partition("/")[2]
     rest = unquote(rest.removeprefix("/"))
     return tuple(map(_address, [rest] if scheme == "dns" else rest.split(",")))
@@ -35,7 +35,7 @@ def addresses(target: str) -> tuple[Address, ...]:
 def is_this_machine(host: str) -> bool:
     """Whether a host is a loopback address, or a name that always stands for one (RFC 6761).
 
-    So is the address of no host, 0.0.0.0 or ::, which connects to this machine too.
+    The unspecified addresses, 0.0.0.0 and ::, connect to this machine too.
     """
     name = host.rstrip(".").lower()
     if name == "localhost" or name.endswith(".localhost"):
@@ -55,6 +55,6 @@ def _address(text: str) -> Address:
         port = port.removeprefix(":")
     elif text.count(":") == 1:
         host, _, port = text.partition(":")
-    else:  # without a port; with more colons it is an IPv6 address
+    else:  # there is no port: an IPv6 address if there are several colons
         host, port = text, ""
     return Address(host, port or _DEFAULT_PORT)

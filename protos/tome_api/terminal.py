@@ -1,4 +1,4 @@
-"""Output that no terminal refuses: characters that its encoding lacks are written in others."""
+"""Output for any terminal: characters that its encoding lacks are replaced."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _INSTEAD = {"→": "->", "…": "...", "×": "x", "−": "-", "²": "2"}
 def never_refuse() -> None:
     """Lets standard output and standard error take any text, whatever their encoding is.
 
-    Without this, a label or a file's name that is not ASCII would end the command under `LANG=C`, and so would the
-    name of a file that is not in the terminal's own encoding.
+    Without this, a label or a file name that is not ASCII would end the command under `LANG=C`, and so would a file
+    name that is not in the terminal's encoding.
     """
     codecs.register_error(_HANDLER, _replaced)
     for stream in (sys.stdout, sys.stderr):

@@ -17,7 +17,7 @@ class Arrival:
     at: float
     """Seconds since the start."""
     budget: float | None = None
-    """Seconds that the answer may take; infinite for no deadline; None where the line names no budget."""
+    """Seconds until the answer must be there; infinite for no deadline; None if the line names no budget."""
 
 
 def read_trace(path: Path) -> tuple[Arrival, ...]:
@@ -26,8 +26,8 @@ def read_trace(path: Path) -> tuple[Arrival, ...]:
     Empty lines, and what follows a `#`, are ignored. The file is UTF-8, with or without a byte order mark.
 
     Raises:
-        ValueError: A line is something else or goes back in time, which the message says with its number; the file
-            has no request, or is not UTF-8.
+        ValueError: A line is wrong or goes back in time, in which case the message has its number; or the file has no
+            request, or is not UTF-8.
         OSError: The file cannot be read.
     """
     try:

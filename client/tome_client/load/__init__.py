@@ -1,4 +1,4 @@
-"""An open-loop load generator: requests at times fixed beforehand, each with a budget, and what became of them.
+"""An open-loop load generator: it sends requests at times fixed beforehand, and records how each ends.
 
 from tome_client.load import LoadPlan, Renewal, event_loop, parse_budgets, read_samples, run_load, summarize
 

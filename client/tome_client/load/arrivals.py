@@ -1,4 +1,4 @@
-"""When requests are sent: drawn, or read from a file, before the run begins."""
+"""The times at which requests are sent: drawn, or read from a file, before the run begins."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _FORMS = "poisson, constant, gamma:CV2 such as gamma:4, or trace:FILE"
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
-    """Arrivals with independent, gamma-distributed gaps, which bursty traffic is commonly modelled with.
+    """Arrivals with independent, gamma-distributed gaps, a common model of bursty traffic.
 
     Raises:
-        ValueError: A rate that is not positive, or a negative cv2.
+        ValueError: The rate is not positive, or cv2 is negative.
     """
 
     rate: float
@@ -36,7 +36,7 @@ class Renewal:
     def draw(self, duration: float, rng: random.Random) -> Iterator[Arrival]:
         """Yields the arrivals of a run of `duration` seconds, in order."""
         if self.cv2 == 0:
-            # Half a gap from either end, so that there are rate * duration of them, however these round.
+            # Half a gap lies before the first and after the last, so that rounding can't change their number.
             for number in range(round(self.rate * duration)):
                 yield Arrival((number + 0.5) / self.rate)
             return
@@ -49,14 +49,14 @@ class Renewal:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Arrivals as they were recorded."""
+    """Recorded arrivals."""
 
     arrivals: tuple[Arrival, ...]
     """In order of time; at least one."""
 
     @property
     def duration(self) -> float:
-        """Seconds until the last arrival, which lies just inside."""
+        """Seconds until just after the last arrival."""
         return math.nextafter(self.arrivals[-1].at, math.inf)
 
     @property
@@ -64,7 +64,7 @@ class Trace:
         """Requests a second, on average."""
         return len(self.arrivals) / max(self.duration, 1e-3)
 
-    def draw(self, duration: float, rng: random.Random) -> Iterator[Arrival]:  # noqa: ARG002 # As Renewal's.
+    def draw(self, duration: float, rng: random.Random) -> Iterator[Arrival]:  # noqa: ARG002 # The signature is that of Renewal.draw.
         """Yields the arrivals before `duration` seconds."""
         return (arrival for arrival in self.arrivals if arrival.at < duration)
 
@@ -76,11 +76,11 @@ def parse_arrivals(text: str, rate: float | None) -> Arrivals:
     """Returns the arrivals that a text such as "poisson", "gamma:4" or "trace:FILE" stands for.
 
     Args:
-        text: What the command line says.
+        text: The value of --arrivals.
         rate: Requests a second; None for a trace, which has its own.
 
     Raises:
-        ValueError: Written otherwise, a rate that is missing or too many, or a trace that is wrong, with its line.
+        ValueError: The text is something else, the rate is missing or superfluous, or a line of the trace is wrong.
         OSError: The trace cannot be read.
     """
     kind, _, detail = text.partition(":")
@@ -106,10 +106,10 @@ def parse_arrivals(text: str, rate: float | None) -> Arrivals:
 
 
 def read_trace(file: Path) -> Trace:
-    """Reads a trace, as `tome_api.traces` describes it.
+    """Reads a trace in the format of `tome_api.traces`.
 
     Raises:
-        ValueError: A line says something else, or there is no request.
+        ValueError: A line is wrong, or there is no request.
         OSError: The file cannot be read.
     """
     return Trace(traces.read_trace(file))

@@ -38,7 +38,7 @@ from tome_client.load.text import lag_warning, probe_text, progress_text, search
 
 _DESCRIPTION = """\
 Sends images at times fixed in advance, whether or not earlier ones are answered (an open loop). Each request has a
-budget, and its latency counts from the time it was meant to be sent.
+budget, and its latency counts from the time at which it was meant to be sent.
 """
 
 _EXAMPLES = """\
@@ -62,12 +62,12 @@ _DEFAULT_MOST_IMAGES = 5_000
 _BELOW = 3
 _INTERRUPTED = 130
 
-# Back to the start of the terminal's line, which is cleared.
+# Clears the terminal's line.
 _ERASE = "\r\x1b[K"
 
 
 def add_load_command(commands: Commands, parent: Parser) -> None:
-    """Adds the command to those of `tome-client`; what it parses has the command as `run`.
+    """Adds the command; the namespace that it parses has the function to run as `run`.
 
     Args:
         commands: The commands of `tome-client`.
@@ -184,7 +184,7 @@ def _add_findings(command: Parser) -> None:
 
 
 def _run(command: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    """Runs the load that the arguments ask for; returns the exit status."""
+    """Runs the load that the arguments describe; returns the exit status."""
     try:
         plan = _plan(args)
         criterion = _criterion(args)
@@ -194,7 +194,7 @@ def _run(command: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         command.error(error_text(error))
     if args.report:
-        # Here because matplotlib, which it imports, is not part of the plain install; and not after the run.
+        # Imported here because matplotlib is not part of the plain install, and before the run so that its lack is seen.
         import tome_client.load.report  # noqa: F401
 
     async def measure() -> int:
@@ -287,7 +287,7 @@ def _progress_line() -> Iterator[Callable[[Progress], None] | None]:
 
 
 def _tell_probe(args: argparse.Namespace) -> Callable[[Probe], None]:
-    # Standard output is for what was found, where that is JSON.
+    # With --json, standard output is for the result alone.
     stream = sys.stderr if args.json else sys.stdout
     return lambda probe: print(probe_text(probe), file=stream, flush=True)
 

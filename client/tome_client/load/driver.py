@@ -1,8 +1,8 @@
 """Sends a plan's requests at their times, whether or not earlier ones are answered, and records how each ends.
 
-An open loop: no request waits for the answer to another, and each latency is counted from the time its request
-was meant to be sent. A server that stalls is thus charged for all that arrived meanwhile, where a loop that waits
-for answers would leave it alone ("coordinated omission"; Schroeder et al., "Open Versus Closed", NSDI 2006).
+An open loop: no request waits for the answer to another, and each latency counts from the time at which its request
+was meant to be sent. The figures thus include all requests that arrive while a server stalls. A loop that waits for
+answers would not send them ("coordinated omission"; Schroeder et al., "Open Versus Closed", NSDI 2006).
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from tome_client.load.plan import LoadPlan, PlannedRequest
 from tome_client.requests import PredictOptions, predict_request
 from tome_client.results import Merging, ModelInfo, PredictResult, Timing, model_info, predict_result
 
-# A request's number, lag, latency, code, reason and answer. A plain tuple of plain values, because the garbage
-# collector passes over these: walking through dataclasses would halt a long run for tens of milliseconds.
+# A request's number, lag, latency, code, reason and answer. The garbage collector does not track tuples of plain
+# values; walking through as many dataclasses would halt a long run for tens of milliseconds.
 _Ended: TypeAlias = tuple[int, float, float, str, str | None, bytes]
 
 _Call: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
 
 _PREDICT = "/tome_api.v1.Inference/Predict"
 
-# Seconds that the server may take to say what it serves, before the run.
+# Seconds that the server may take to describe its model, before the run.
 _CONNECT_TIMEOUT = 20.0
 
-# Seconds between looks at the clock and the first request: time to get going.
+# Seconds between reading the clock and the first request.
 _RUN_UP = 0.05
 
-# Seconds beyond which a call has no gRPC deadline, for gRPC would take one of centuries for one that has passed.
+# A call with more seconds than this has no gRPC deadline: gRPC takes a deadline centuries away for one in the past.
 _LONGEST_TIMEOUT = 1e9
 
 _PROGRESS_INTERVAL = 0.25
@@ -47,27 +47,27 @@ _PROGRESS_INTERVAL = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one request."""
+    """The end of one request."""
 
     at: float
     """When it was meant to be sent, in seconds since the start of the measured run."""
     lag: float
-    """Seconds later that it was."""
+    """Seconds between then and when it was sent."""
     latency: float
     """Seconds from `at` to its answer or failure."""
     budget: float
-    """Seconds that the answer might take from `at`; infinite for a request without a deadline."""
+    """Seconds from `at` within which the answer had to come; infinite for a request without a deadline."""
     image: str
     code: str
     """Name of the gRPC status code, "OK" for an answer."""
     reason: str | None = None
     """The server's reason for a failure, such as "INFEASIBLE"; None where it gave none."""
     merging: Merging | None = None
-    """What was done for it; None without an answer, as is `timing`."""
+    """How much was merged; None without an answer, like `timing`."""
     timing: Timing | None = None
     """Where the server's time went."""
     right: bool | None = None
-    """Whether it was answered with the image's label; None of an image without one."""
+    """Whether it was answered with the image's label; None for an image without a label."""
 
     @property
     def answered(self) -> bool:
@@ -76,7 +76,7 @@ class Outcome:
 
     @property
     def has_deadline(self) -> bool:
-        """Whether there was a budget to keep."""
+        """Whether the request had a finite budget."""
         return math.isfinite(self.budget)
 
     @property
@@ -87,35 +87,35 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is."""
+    """How far a run has come."""
 
     at: float
     """Seconds since the start of the measured run; negative while warming up."""
     duration: float
-    """Seconds that it takes."""
+    """Seconds that the measured run takes."""
     sent: int
-    """Requests, since then; so are the next two."""
+    """Requests sent since then."""
     ended: int
-    """Answered or failed."""
+    """Those of `sent` that were answered or failed."""
     judged: int
-    """Those that ended and had a deadline."""
+    """Those of `ended` that had a deadline."""
     attained: int
     """Those of `judged` that were answered in time."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """A run and what became of its requests, those of the warm-up left out."""
+    """A run and the ends of its requests, without those of the warm-up."""
 
     plan: LoadPlan
     model: ModelInfo
-    """The model asked, as the server described it before the run."""
+    """The model, as the server described it before the run."""
     outcomes: tuple[Outcome, ...]
     """In order of completion."""
     duration: float
-    """Seconds measured: the plan's, or less of a run that was stopped."""
+    """Seconds measured: those of the plan, or fewer if the run was stopped."""
     stopped: bool
-    """Whether `stop` ended it early. Requests without an answer by then are left out."""
+    """Whether `stop` ended it early. Requests that had no answer by then are left out."""
 
 
 async def run_load(
@@ -132,22 +132,23 @@ async def run_load(
     progress: Callable[[Progress], None] | None = None,
     stop: asyncio.Event | None = None,
 ) -> LoadResult:
-    """Sends the plan's requests to a server and returns what became of them.
+    """Sends the plan's requests to a server and returns how each ended.
 
-    It returns when every request has its answer or was given up. No request is retried.
-    Run it on `event_loop`'s loop, which keeps time more finely than asyncio's own.
+    It returns when every request was answered or given up. No request is retried. Run it on the loop that `event_loop`
+    returns, whose timers are finer than those of asyncio's own loop.
 
     Args:
         target: "host:port", or any gRPC target.
         plan: What to send.
-        tls: As Client's; so are the certificates, `token`, `metadata` and `health_checks`. A token is asked for once.
+        tls: See Client, also for the certificates, `token`, `metadata` and `health_checks`. A function that
+            returns a token is called once.
         progress: Called a few times a second.
         stop: Ends the run early when set.
 
     Raises:
-        TomeError: The server did not say what it serves before the run, or `stop` was set before it did (CANCELLED).
+        TomeError: The server did not describe its model before the run, or `stop` was set before it did (CANCELLED).
             Once the run has begun, failures are outcomes.
-        ValueError: A label that the model does not have; certificates or a token that Client would not take.
+        ValueError: The model does not have a label; Client would not accept the certificates or the token.
     """
     credentials = channel_credentials(tls, root_certificates, client_certificate, client_key)
     options = channel_options(
@@ -174,10 +175,10 @@ async def run_load(
 
 
 def event_loop() -> asyncio.AbstractEventLoop:
-    """Returns a new event loop that wakes within about 0.1 ms of the time it is asked for.
+    """Returns a new event loop whose timers fire within about 0.1 ms of their time.
 
-    asyncio's own waits in whole milliseconds, as epoll counts them; select counts in microseconds. It takes file
-    descriptors below 1024 alone, which is no limit here: gRPC's connections are not the loop's.
+    asyncio's own loop waits in whole milliseconds, as epoll does; select waits in microseconds. select takes only file
+    descriptors below 1024, which is no limit here: the loop does not hold gRPC's connections.
     """
     return asyncio.SelectorEventLoop(selectors.SelectSelector())
 
@@ -192,11 +193,11 @@ class _Run:
         self.model = model
         self.target = target
         self.metadata = metadata
-        # Bytes in, bytes out: messages are made before the run, and answers read after it.
+        # Calls take and return bytes: messages are made before the run, and answers are read after it.
         self.calls: list[_Call] = [channel.unary_unary(_PREDICT) for channel in channels]
         self.schedule = plan.schedule()
         self.images = [inference_pb2.PredictRequest(image=one.data).SerializeToString() for one in plan.samples]
-        self.asked = {budget: _asked(plan, budget) for budget in {one.budget for one in self.schedule}}
+        self.options = {budget: _options(plan, budget) for budget in {one.budget for one in self.schedule}}
         self.ended: list[_Ended] = []
         self.sent = 0
         self.judged = 0
@@ -215,7 +216,7 @@ class _Run:
             if not stopped:
                 sending.result()
         finally:
-            # With `sending` end its calls.
+            # The calls of `sending` end with it.
             ending = [task for task in (sending, stopping, reporting) if task and not task.done()]
             for task in ending:
                 task.cancel()
@@ -226,7 +227,7 @@ class _Run:
     async def _send_all(self) -> None:
         async with asyncio.TaskGroup() as in_flight:
             for number, request in enumerate(self.schedule):
-                # Of an overdue request too: answers must be read meanwhile.
+                # For an overdue request too: meanwhile answers must be read.
                 await asyncio.sleep(max(0.0, self.start + request.at - time.perf_counter()))
                 in_flight.create_task(self._send(number, request, self.calls[number % len(self.calls)]))
 
@@ -236,8 +237,8 @@ class _Run:
         measured = request.at >= 0
         self.sent += measured
         allowed = request.budget + (0.0 if self.plan.deadline_only else self.plan.grace) - lag
-        # Concatenated messages are one message, by protobuf's encoding: an image is held once, not once a budget.
-        message = self.asked[request.budget] + self.images[request.sample]
+        # In protobuf's encoding, concatenated messages are one message. So each image is held once, not once a budget.
+        message = self.options[request.budget] + self.images[request.sample]
         code, reason, answer = "OK", None, b""
         try:
             timeout = max(0.0, allowed) if allowed < _LONGEST_TIMEOUT else None
@@ -279,7 +280,7 @@ class _Run:
 
 
 async def _unless(stop: asyncio.Event | None, describing: Coroutine[None, None, ModelInfo]) -> ModelInfo:
-    """Awaits the model's description, for which a server that is not there makes one wait, unless it is stopped."""
+    """Awaits the model's description, which takes long if no server is there; ends early if `stop` is set."""
     described = asyncio.create_task(describing)
     stopping = asyncio.create_task((stop or asyncio.Event()).wait())
     try:
@@ -301,7 +302,7 @@ async def _describe_all(
 
 
 async def _describe(channel: grpc.aio.Channel, plan: LoadPlan, target: str, metadata: Metadata) -> ModelInfo:
-    """Asks the server to describe the model, which also connects, so that the first request need not wait for that."""
+    """Has the server describe the model. This also connects, so that the first request need not wait for that."""
     stub = inference_pb2_grpc.InferenceStub(channel)
     request = inference_pb2.GetModelRequest(model=plan.options.get("model", ""))
     try:
@@ -310,13 +311,13 @@ async def _describe(channel: grpc.aio.Channel, plan: LoadPlan, target: str, meta
         raise error_from_rpc(error, target) from error
 
 
-def _asked(plan: LoadPlan, budget: float) -> bytes:
-    """Returns a request of that budget, but for its image."""
-    asked = PredictOptions(**{**plan.options, "budget": budget, "top_k": 1})
+def _options(plan: LoadPlan, budget: float) -> bytes:
+    """Returns the message of a request with that budget, without its image."""
+    options = PredictOptions(**{**plan.options, "budget": budget, "top_k": 1})
     if plan.deadline_only:
-        del asked["budget"]
-    asked["features"] = asked["patch_features"] = asked["token_map"] = False
-    request = predict_request(b"", asked)
+        del options["budget"]
+    options["features"] = options["patch_features"] = options["token_map"] = False
+    request = predict_request(b"", options)
     request.ClearField("image")
     return request.SerializeToString()
 

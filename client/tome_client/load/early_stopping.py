@@ -1,10 +1,10 @@
-"""How many requests it takes to trust that few enough were late: MLPerf Inference's early stopping.
+"""How many requests it takes to be sure that few enough are late: MLPerf Inference's early stopping.
 
-Of n requests t were late. If more than 1 - percentile of all requests there could be were late, seeing t or fewer
-in n has the probability P(X <= t), X binomial with n draws of 1 - percentile + tolerance. The claim "at most
-1 - percentile are late" may be made once that is no more than 1 - confidence; the published rule writes the same
-as a regularised incomplete beta function. (MLPerf Inference Rules, "Early Stopping Criterion"; with its values,
-percentile 0.99, confidence 0.99 and tolerance 0, no late request needs 459 in all, one 662.)
+Of n requests t were late. If more than 1 - percentile of all possible requests were late, t or fewer late ones in n
+would have the probability P(X <= t), with X binomial, n draws of 1 - percentile + tolerance. The claim "at most
+1 - percentile are late" holds with the wanted confidence once that is no more than 1 - confidence. The published rule
+writes the same as a regularised incomplete beta function. (MLPerf Inference Rules, "Early Stopping Criterion". With its
+values, percentile 0.99, confidence 0.99 and tolerance 0, no late request takes 459 requests in all, one takes 662.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def enough(sent: int, late: int, *, percentile: float = 0.99, confidence: float 
 
 
 def least_sent(late: int, *, percentile: float = 0.99, confidence: float = 0.99, tolerance: float = 0.0) -> int:
-    """Returns the fewest requests, late ones included, that `late` late ones may be among for `enough`."""
+    """Returns the fewest requests, late ones included, for which `enough` holds with `late` late ones."""
 
     def passes(sent: int) -> bool:
         return enough(sent, late, percentile=percentile, confidence=confidence, tolerance=tolerance)
@@ -33,12 +33,12 @@ def least_sent(late: int, *, percentile: float = 0.99, confidence: float = 0.99,
 
 
 def _at_most(most: int, draws: int, probability: float) -> float:
-    """Returns P(X <= most) of a binomial X, exactly enough where it is small.
+    """Returns P(X <= most) of a binomial X, exact where it is small.
 
-    From the largest term down: below the mean each is smaller than the one before, by a growing factor.
+    The sum begins with the largest term: below the mean each is smaller than the one before, by a growing factor.
     """
     if most >= draws * probability:
-        return 1.0  # At or above the mean it is about a half or more, which no confidence takes.
+        return 1.0  # At or above the mean it is about a half or more, too much for any confidence.
     term = math.exp(
         math.lgamma(draws + 1)
         - math.lgamma(most + 1)

@@ -19,7 +19,7 @@ class Sample:
     data: bytes
     """The encoded image."""
     label: str | None = None
-    """Its class, as the model's name or index for it; None if it is unknown."""
+    """The name or the index of its class; None if it is unknown."""
 
 
 def read_samples(folder: Path, labels: Path | None = None, *, most: int | None = None, seed: int = 0) -> list[Sample]:
@@ -38,7 +38,7 @@ def read_samples(folder: Path, labels: Path | None = None, *, most: int | None =
         ValueError: The folder has no images, the labels lack one of them, or the file is not a JSON object.
         OSError: A file cannot be read.
     """
-    # A folder that is not there would look like an empty one.
+    # Without this, a folder that is not there would look like an empty one.
     folder.stat()
     files = image_files(folder)
     if not files:
@@ -58,7 +58,7 @@ def _labels(files: list[Path], folder: Path, listed: Path | None) -> dict[Path, 
     except ValueError as error:
         raise ValueError(f"{listed}: not JSON: {error}") from None
     if not isinstance(labels, dict):
-        raise ValueError(  # noqa: TRY004 # The file's fault, not the caller's.
+        raise ValueError(  # noqa: TRY004 # The file is wrong, not the argument's type.
             f"{listed}: must be a JSON object that maps each image's name to its label"
         )
     named = {}

@@ -1,4 +1,4 @@
-"""What a run will send, all of it fixed before it begins."""
+"""What a run sends, and when: all of it is fixed before the run begins."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PlannedRequest:
     at: float
     """Seconds since the start of the measured run; negative while warming up."""
     budget: float
-    """Seconds it may take, from that time on; infinite for a request without a deadline."""
+    """Seconds from then within which the answer must come; infinite for a request without a deadline."""
     sample: int
     """Index of its image."""
 
@@ -30,30 +30,30 @@ class LoadPlan:
     """A run: what to send, when, and how long each answer may take.
 
     Raises:
-        ValueError: No images, no time, or requests that have no budget.
+        ValueError: There are no images, the duration is not positive, or requests have no budget.
     """
 
     samples: Sequence[Sample]
-    """Sent equally often, in an order drawn anew each time all have been."""
+    """Sent equally often. The order is drawn again whenever all have been sent."""
     arrivals: Arrivals
     budgets: Sequence[BudgetClass] = ()
-    """Each request draws one. May be empty only where the trace gives every request its own."""
+    """Each request draws one. May be empty only if the trace gives every request its own."""
     duration: float = 30.0
     """Seconds that are measured."""
     warmup: float = 0.0
-    """Seconds before them, with requests at the same rate that are not counted."""
+    """Seconds before the measured ones, with requests at the same rate that are not counted."""
     seed: int = 0
     """The same plan and seed send the same requests at the same times. Rates that differ by a factor draw
     the same gaps, scaled."""
     options: PredictOptions = field(default_factory=PredictOptions)
-    """The model to ask, and the bounds of r. `budget`, `top_k`, `features` and `token_map` are ignored."""
+    """The model, and the bounds of r. `budget`, `top_k`, `features` and `token_map` are ignored."""
     deadline_only: bool = False
-    """Send the budget as the gRPC deadline alone, as a client that knows nothing of latency budgets does."""
+    """Send the budget as the gRPC deadline alone, like a client that knows nothing of latency budgets."""
     grace: float = 1.0
     """Seconds beyond its budget until a request is given up, so that late answers are measured and the server's own
     refusals arrive. Not used with `deadline_only`. A request without a deadline is never given up."""
     connections: int = 1
-    """Requests go round them."""
+    """Connections to the server, between which requests take turns."""
 
     def __post_init__(self) -> None:
         if not self.samples:
@@ -64,7 +64,7 @@ class LoadPlan:
             raise ValueError(f"the warm-up must not be negative; got {self.warmup} s")
         if self.connections < 1:
             raise ValueError(f"a run needs at least one connection; got {self.connections}")
-        # With a trace, a warm-up needs budgets as well: its requests are not the trace's.
+        # With a trace, a warm-up needs budgets as well: its requests are not those of the trace.
         lacking = isinstance(self.arrivals, Renewal) or any(one.budget is None for one in self.arrivals.arrivals)
         if not self.budgets and lacking:
             raise ValueError(
@@ -81,7 +81,7 @@ class LoadPlan:
 
     def schedule(self) -> list[PlannedRequest]:
         """Returns every request of the run in the order of sending, those of the warm-up first."""
-        # One generator for each kind of choice: another mix of budgets must not move the arrivals.
+        # Each kind of choice has a generator of its own, so that another mix of budgets does not move the arrivals.
         early, times, budgets, images = (
             random.Random(f"{kind} {self.seed}") for kind in ("warm-up", "times", "budgets", "images")
         )
@@ -99,7 +99,7 @@ class LoadPlan:
         """Returns the budgets that requests without their own draw from, and how often each is drawn."""
         if self.budgets or isinstance(self.arrivals, Renewal):
             return [one.budget for one in self.budgets], [one.weight for one in self.budgets]
-        # Only a trace's warm-up is left to need them.
+        # Only the warm-up of a trace needs them.
         own = [one.budget for one in self.arrivals.arrivals if one.budget is not None]
         return own, [1.0] * len(own)
 

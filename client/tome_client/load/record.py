@@ -1,4 +1,4 @@
-"""A run as files and other programs take it."""
+"""A run as JSON and CSV, for files and other programs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COLUMNS = (
 
 
 def run_fields(result: LoadResult, summary: LoadSummary) -> dict[str, Any]:
-    """Returns a run for JSON: what was asked of whom, and the figures. Durations are in seconds."""
+    """Returns a run for JSON: its plan, its model and its figures. Durations are in seconds."""
     return {
         "model": result.model.summary.name,
         "policy": result.model.policy,
@@ -34,7 +34,7 @@ def run_fields(result: LoadResult, summary: LoadSummary) -> dict[str, Any]:
 
 
 def search_fields(found: SearchResult) -> dict[str, Any]:
-    """Returns a search for JSON; `run` is the best run in full, null if no rate would do."""
+    """Returns a search for JSON; `run` is the best run in full, null if no rate passed."""
     return {
         "criterion": found.criterion,
         "rate": found.rate,
@@ -77,7 +77,7 @@ def write_requests(file: Path, outcomes: Iterable[Outcome]) -> None:
     Raises:
         OSError: The file cannot be written.
     """
-    # Names of files may be in any encoding.
+    # Names of files may have any encoding.
     with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
         writer = csv.DictWriter(stream, _COLUMNS, restval="", extrasaction="raise")
         writer.writeheader()

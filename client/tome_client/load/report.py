@@ -1,4 +1,4 @@
-"""A run as a page for people, in one file: figures, tables and pictures.
+"""A run as a web page in one file: figures, tables and pictures.
 
 Needs matplotlib, which the plain install does not bring.
 """
@@ -28,10 +28,10 @@ try:
 except ImportError as error:
     raise ImportError("a report needs matplotlib: pip install 'tome-serving[plots]'") from error
 
-# Points in a picture; beyond, a dot says no more and the file grows.
+# The most points in a picture. More would only make the file larger.
 _MOST_DOTS = 5_000
 
-# Intervals that a run is cut into, for what is averaged over time.
+# Intervals that a run is divided into, for means over time.
 _SLICES = 30
 
 _STYLE = """
@@ -45,9 +45,9 @@ svg { max-width: 100%; height: auto; } figcaption { color: #5a6675; font-size: .
 """
 
 _SETTINGS: dict[Any, Any] = {
-    # Text stays text: smaller, and it can be searched.
+    # Text stays text, which is smaller and can be searched.
     "svg.fonttype": "none",
-    # The same figures give the same file.
+    # With this, the same figures give the same file.
     "svg.hashsalt": "tome-client",
     "font.family": "sans-serif",
     "axes.spines.top": False,
@@ -107,7 +107,7 @@ def page(result: LoadResult, summary: LoadSummary, target: str) -> str:
     facts = [("target", target), ("model", f"{name}, {result.model.summary.architecture}")]
     facts += [("policy", result.model.policy)]
     facts += [(key.replace("_", " "), json.dumps(value)) for key, value in plan_fields(result.plan).items()]
-    parts += ["<h2>What was asked for</h2>", _table((), facts)]
+    parts += ["<h2>Settings of the run</h2>", _table((), facts)]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8">'
         f"<title>{escape(name)} under load</title><style>{_STYLE}</style></head>\n<body>\n"
@@ -124,7 +124,7 @@ def _draw_latency(axes: Axes, outcomes: Sequence[Outcome]) -> None:
         latencies = sorted(1e3 * one.latency for one in of_it if one.answered)
         ranks = range(0, len(latencies), max(1, len(latencies) // _MOST_DOTS))
         axes.step(
-            # To the right edge, where the share stays: what is not answered by then never is.
+            # The share stays the same up to the right edge: later answers don't exist.
             [*(latencies[rank] for rank in ranks), end],
             [*((rank + 1) / len(of_it) for rank in ranks), len(latencies) / len(of_it)],
             where="post",

@@ -14,7 +14,7 @@ from tome_client.load.summary import LoadSummary, percentile, summarize
 # Enough to double the rate a million times over and still halve what is left to 0.1 %.
 _MOST_PROBES = 40
 
-# A run of fewer requests on average says nothing.
+# A run with fewer requests on average shows nothing.
 _LEAST_REQUESTS = 10
 
 
@@ -51,7 +51,7 @@ class Probe:
     """One short run."""
 
     rate: float
-    """Requests a second that were asked for."""
+    """Requests a second of the run."""
     passed: bool
     """Whether it met the criterion, by a generator that kept its schedule."""
     summary: LoadSummary
@@ -63,13 +63,13 @@ class SearchResult:
 
     criterion: str
     rate: float | None
-    """Requests a second; None if not even the lowest one tried would do."""
+    """Requests a second; None if not even the lowest rate tried passed."""
     too_high: float | None
-    """The lowest rate that did not do; None if the search ended before one was found."""
+    """The lowest rate that failed; None if the search ended before one was found."""
     limited_by: str
-    """What failed at that rate: "server", or "generator" if it could not send that fast. "search" if nothing failed."""
+    """What limited the rate: "server", "generator" if it could not send that fast, or "search" if no rate failed."""
     stopped: bool
-    """Whether it was stopped before it was as fine as asked for."""
+    """Whether it was stopped before it reached its resolution."""
     probes: tuple[Probe, ...]
     best: LoadResult | None
     """The run at `rate`."""
@@ -83,20 +83,21 @@ async def search_rate(
     resolution: float = 0.05,
     tell: Callable[[Probe], None] | None = None,
 ) -> SearchResult:
-    """Doubles or halves the rate until one passes and one fails, then tries in between.
+    """Doubles or halves the rate until one passes and one fails, then tries rates between them.
 
-    All runs draw the same gaps, scaled to their rates, so that they differ by the rate alone as far as they can.
+    All runs draw the same gaps, scaled to their rates, so that they differ as little as possible beside the rate.
 
     Args:
-        plan: Each run's, but for the rate; its own comes first.
-        criterion: What a rate must do.
+        plan: The plan of each run, but for the rate. Its own rate is the first to be tried.
+        criterion: What a rate must meet.
         run: Runs a plan, such as `lambda plan: run_load(target, plan)`.
         resolution: Ends once the failing rate is at most this share above the passing one.
         tell: Called after each run.
 
     Raises:
-        ValueError: A plan whose arrivals have no rate to change; a resolution that is not positive.
-        TomeError: As run_load.
+        ValueError: The plan's arrivals have no rate to change, no request has a deadline, or the resolution is not
+            positive.
+        TomeError: A run failed before it began; see run_load.
     """
     rate = _first_rate(plan, resolution)
     lowest = _LEAST_REQUESTS / plan.duration
@@ -117,7 +118,7 @@ async def search_rate(
         if probes[-1].passed:
             passing, best = rate, result
         else:
-            # A generator that lags makes latencies that are not the server's, whichever way they look.
+            # If the generator lags, the latencies are not those of the server, whether they are good or bad.
             failing, limited_by = rate, "server" if summary.kept_schedule else "generator"
         following = _next_rate(passing, failing, lowest, resolution)
         if following is None:
@@ -129,7 +130,7 @@ async def search_rate(
 def _first_rate(plan: LoadPlan, resolution: float) -> float:
     """Returns the rate to begin with. Raises ValueError for what can't be searched."""
     if not isinstance(plan.arrivals, Renewal):
-        raise ValueError(  # noqa: TRY004 # A plan is a plan; this one does not fit.
+        raise ValueError(  # noqa: TRY004 # The plan's type is right; its arrivals are not.
             "a trace has its own rate; search with poisson, gamma or constant arrivals"
         )
     if not any(map(math.isfinite, plan.possible_budgets())):
@@ -171,10 +172,10 @@ async def _measured(
 
 
 def parse_criterion(text: str) -> Criterion:
-    """Returns what "p99" or "attainment:0.99" stands for.
+    """Returns the criterion that "p99" or "attainment:0.99" stands for.
 
     Raises:
-        ValueError: Written otherwise.
+        ValueError: The text is something else.
     """
     kind, _, number = text.partition(":")
     scale = 1.0

@@ -1,4 +1,4 @@
-"""What a run's outcomes come to."""
+"""The figures of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tome_client.load.early_stopping import enough, least_sent
 PERCENTILE = 0.99
 CONFIDENCE = 0.99
 
-# Beyond either, at the 99th percentile, the generator's own lag would count too much among the server's latency.
+# The generator's lag, at the 99th percentile, may not exceed either: it is part of the latencies that are measured.
 _MOST_LAG = 0.005
 _MOST_LAG_SHARE = 0.1
 
@@ -24,19 +24,19 @@ _Z = 1.959963984540054
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Some of many, and how surely."""
+    """A share, with its confidence interval."""
 
     count: int
     of: int
     share: float
     low: float
-    """Where the share of infinitely many would lie, with 95 % confidence; up to `high`."""
+    """The lower end of the 95 % confidence interval; `high` is the upper."""
     high: float
 
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """A distribution of durations, in seconds. The p-th percentile is the least that p % do not exceed."""
+    """A distribution of durations, in seconds. The p-th percentile is the least duration that p % do not exceed."""
 
     mean: float
     p50: float
@@ -54,18 +54,18 @@ class Group:
     """Seconds, infinite for the requests without a deadline; None of all together."""
     sent: int
     answered: int
-    """Late or not."""
+    """Requests that were answered, late or not."""
     attainment: Share
-    """Of all sent that had a deadline: answered within their budget, counted from when they were meant to be sent."""
+    """Of the requests with a deadline: those answered within their budget, from when they were meant to be sent."""
     goodput: float
     """Requests a second that were answered within their budget; those without a deadline do not count."""
     latency: Percentiles | None
-    """Of the answered, from when they were meant to be sent; None without answers, as are the next three."""
+    """Of the answers, from when the requests were meant to be sent; None without answers, like the next three."""
     mean_r: float | None
     tokens_saved: float | None
-    """Share of the tokens that entered the first block which were merged away by the last, over all answered."""
+    """Share of the tokens entering the first block that were merged away by the last, over all answers."""
     flops_saved: float | None
-    """Share of the unmerged model's operations that was not done, over all answered."""
+    """Share of the unmerged model's operations that was saved, over all answers."""
     effective_accuracy: float | None
     """Share of all sent that were answered in time with the right label; None without labels. An answer to a request
     without a deadline is in time."""
@@ -79,13 +79,13 @@ class Ending:
 
     code: str
     reason: str | None
-    """What the server said beside the code."""
+    """The reason that the server gave beside the code."""
     count: int
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether the run shows that 99 % of requests are answered in time, as MLPerf's Server scenario asks."""
+    """Whether the run shows that 99 % of requests are answered in time, which MLPerf's Server scenario requires."""
 
     valid: bool
     missed: int
@@ -93,7 +93,7 @@ class Verdict:
     least_sent: int
     """How many requests had to be sent for 99 % confidence, given the number missed."""
     reasons: tuple[str, ...]
-    """What stands against it; empty if valid."""
+    """Why it is not valid; empty if it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +110,13 @@ class LoadSummary:
     endings: tuple[Ending, ...]
     """The most frequent first."""
     lag: Percentiles | None
-    """How late requests were sent, by the generator's own fault; None if none were."""
+    """How late the generator sent requests; None if it sent none."""
     most_lag: float
     """Seconds that the 99th percentile of `lag` must not exceed: 5 ms, or a tenth of the smallest budget."""
     kept_schedule: bool
-    """Whether it does not."""
+    """Whether `lag` keeps to that."""
     stopped: bool
-    """Whether the run ended before its time."""
+    """Whether the run was ended early."""
     verdict: Verdict
 
 
@@ -148,7 +148,7 @@ def summarize(result: LoadResult) -> LoadSummary:
 
 
 def percentiles(values: Iterable[float]) -> Percentiles | None:
-    """Returns the distribution of some durations; None of none."""
+    """Returns the distribution of durations; None if there are none."""
     ordered = sorted(values)
     if not ordered:
         return None
@@ -157,8 +157,8 @@ def percentiles(values: Iterable[float]) -> Percentiles | None:
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """Returns the least of some ascending values that `share` of them do not exceed (the nearest rank)."""
-    # Of 1,000 values 0.99 are 990, which floating-point numbers make a little more.
+    """Returns the least of ascending values that `share` of them do not exceed (the nearest rank)."""
+    # 0.99 of 1,000 values are 990; in floating point the product is a little more.
     return ordered[max(0, math.ceil(round(share * len(ordered), 6)) - 1)]
 
 

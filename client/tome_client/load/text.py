@@ -1,4 +1,4 @@
-"""A run's figures as text, for people."""
+"""The figures of a run as text."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def ending_rows(summary: LoadSummary) -> tuple[tuple[str, ...], Rows]:
 
 
 def verdict_text(summary: LoadSummary) -> str:
-    """Returns the verdict in a line."""
+    """Returns a line with the verdict."""
     if summary.verdict.valid:
         return "VALID: at least 99 % are in time, with 99 % confidence"
     return f"INVALID: {'; '.join(summary.verdict.reasons)}"
@@ -86,7 +86,7 @@ def lag_warning(summary: LoadSummary) -> str | None:
 
 
 def progress_text(progress: Progress) -> str:
-    """Returns how far a run is, in a line."""
+    """Returns a line about how far a run has come."""
     if progress.at < 0:
         return f"warming up, {-progress.at:.0f} s to go"
     share = f"{progress.attained / progress.judged:.1%}" if progress.judged else _ABSENT
@@ -96,7 +96,7 @@ def progress_text(progress: Progress) -> str:
 
 
 def probe_text(probe: Probe) -> str:
-    """Returns a short run of a search, in a line."""
+    """Returns a line about a short run of a search."""
     total = probe.summary.total
     p99 = milliseconds(total.latency.p99) if total.latency else _ABSENT
     passed = "passed" if probe.passed else "failed" if probe.summary.kept_schedule else "failed: the generator lagged"
@@ -104,7 +104,7 @@ def probe_text(probe: Probe) -> str:
 
 
 def search_text(result: SearchResult) -> str:
-    """Returns what a search found, in a line."""
+    """Returns a line about what a search found."""
     if result.rate is None:
         tried = f"; the lowest rate tried was {result.too_high:.2f}/s" if result.too_high else ""
         return f"no rate keeps {result.criterion}{tried}"
