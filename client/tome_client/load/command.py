@@ -194,7 +194,7 @@ def _run(command: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         command.error(error_text(error))
     if args.report:
-        # Imported here because matplotlib is not part of the plain install, and before the run so that its lack is seen.
+        # Imported here because the plain install lacks matplotlib, and before the run so that the error comes first.
         import tome_client.load.report  # noqa: F401
 
     async def measure() -> int:

@@ -1,4 +1,4 @@
-"""The types that models may run in, as settings name them."""
+"""The names, in settings, of the types that models may run in."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""What settings may call a policy; `scheduling.policy` has them."""
+"""The names of policies in settings; `scheduling.policy` has the policies."""
 
 import re
 
@@ -9,7 +9,7 @@ PATTERN = "|".join(NAMES).replace(":R", ":[0-9]+")
 
 
 def parse_policy(value: object) -> object:
-    """Return the name of a policy as it is. Raises ValueError for text that is none."""
+    """Return the name of a policy. Raises ValueError for text that is none."""
     if isinstance(value, str) and not re.fullmatch(PATTERN, value):
         raise ValueError(f"{value!r} is no policy; there are {', '.join(NAMES)}{meant(value, NAMES)}")
     return value

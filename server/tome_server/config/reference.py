@@ -1,4 +1,4 @@
-"""What settings there are, read off the classes that check them: as a table for people, as JSON Schema for tools."""
+"""All settings, read from the classes that check them: as a table for people, and as JSON Schema for tools."""
 
 import types
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from pydantic_core import PydanticUndefined
 from tome_server.config.server import ServerConfig
 from tome_server.config.settings import Strict, parse_duration, parse_size
 
-# What pydantic adds to a schema: its own, or no keyword of JSON Schema.
+# Keywords that pydantic adds to a schema and that are its own, or of no use to editors.
 _NOISE = ("title", "format", "default", "ge", "gt", "allow_inf_nan")
 
 
@@ -23,10 +23,10 @@ def settings_table(kind: type[Strict] = ServerConfig) -> str:
 
 
 def settings_schema(kind: type[Strict] = ServerConfig) -> dict[str, Any]:
-    """Return the JSON Schema (2020-12) of a settings file, without references, so that it can stand in another.
+    """Return the JSON Schema (2020-12) of a settings file, without references, so that another schema can contain it.
 
-    It takes whatever the server takes; of texts that mean a duration, a size, an address or a policy it checks the
-    form alone.
+    It accepts whatever the server accepts. Of durations, sizes, addresses and names of policies it checks the form
+    alone.
     """
     schema = kind.model_json_schema()
     parts = schema.pop("$defs", {})
@@ -44,7 +44,7 @@ def _rows(kind: type[BaseModel], where: str = "") -> Iterator[tuple[str, str, st
 
 
 def _section(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """Return the settings below a setting, if there are, and whether it is a list of such."""
+    """Return the class of a setting's section, if it is one, and whether the setting is a list of such sections."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, False
     if get_origin(annotation) in (Union, types.UnionType, tuple):
@@ -74,7 +74,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _inlined(node: Any, parts: dict[str, Any]) -> Any:
-    """Put what `$ref` names in its place, and leave out what is noise."""
+    """Replace each `$ref` by the schema that it names, and leave out noise."""
     if isinstance(node, list):
         return [_inlined(item, parts) for item in node]
     if not isinstance(node, dict):

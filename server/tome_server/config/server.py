@@ -1,4 +1,4 @@
-"""The server's settings: what `tome-server serve` is told by a file or by flags."""
+"""The server's settings, which a file or flags of `tome-server serve` give."""
 
 import re
 from pathlib import Path
@@ -8,11 +8,11 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_va
 
 from tome_api.nearest import meant
 from tome_server.config.model_overrides import OwnConfig
-from tome_server.config.settings import BatchSize, Count, Duration, Policy, Size, SizeOrNone, Strict, read_settings
+from tome_server.config.settings import BatchSize, Count, Duration, Policy, Size, SizeOrZero, Strict, read_settings
 
 
 def parse_address(value: object) -> object:
-    """Turn "off", and YAML's reading of it, into None. Raises ValueError for text that is no host:port."""
+    """Turn "off", which YAML reads as false, into None. Raises ValueError for other text that is no host:port."""
     if value is False or value == "off":
         return None
     if isinstance(value, str):
@@ -23,7 +23,7 @@ def parse_address(value: object) -> object:
 
 
 _DEVICE = r"auto|cpu|cuda(:[0-9]{1,3})?"
-# What may be written, for the JSON Schema; the functions decide.
+# The JSON Schema checks these patterns; the server itself calls the functions.
 _AddressText = Annotated[str, Field(pattern=r"^\S+:[0-9]{1,5}$")]
 Address = Annotated[str, BeforeValidator(parse_address, json_schema_input_type=_AddressText)]
 _DeviceText = Annotated[str, Field(pattern=f"^({_DEVICE})$")]
@@ -33,7 +33,7 @@ AddressOrOff = Annotated[
 
 
 def parse_device(value: object) -> object:
-    """Return the name of a device as it is. Raises ValueError for text that is none, whatever devices there are."""
+    """Return the name of a device. Raises ValueError for text that is none; the device need not exist."""
     if isinstance(value, str) and not re.fullmatch(_DEVICE, value):
         raise ValueError(f"{value!r} is none of auto, cpu, cuda, cuda:N{meant(value, ('auto', 'cpu', 'cuda'))}")
     return value
@@ -74,31 +74,31 @@ class BatchingConfig(Strict):
 
 
 class LimitsConfig(Strict):
-    """What one image may cost, and one client ask at once."""
+    """What one image may cost, and how many requests one client may have."""
 
     max_image_bytes: Size = 16 * 2**20
     """Encoded image, or data of a tensor."""
     max_image_pixels: Count = 50_000_000
     """Width × height of the image, and of what resizing would make of a long and thin one."""
     decode_memory: Size = 512 * 2**20
-    """What decoding images may take of memory together; they wait for it in the order of their deadlines."""
+    """Memory that decoding may take, for all images together; images wait for it in the order of their deadlines."""
     max_client_requests: Count | None = None
     """Requests held at once for one client, by its token or else its address; by default as many as for all."""
 
 
 class TlsConfig(Strict):
-    """PEM files of the server's identity, and of whom it lets in. What is written anew serves the next connections."""
+    """PEM files: the server's identity, and the authorities of its clients. A changed file serves new connections."""
 
     certificate: Path
-    """The certificate, and those between it and its root."""
+    """The certificate, and those between it and its root authority."""
     key: Path
-    """Its private key."""
+    """The private key of the certificate."""
     client_ca: Path | None = None
-    """Authorities of which clients must show a certificate (mTLS); by default clients need none."""
+    """Authorities that clients' certificates must come from (mTLS); by default clients need no certificate."""
 
 
 class AuthConfig(Strict):
-    """Of whom calls are taken."""
+    """Which clients may call."""
 
     tokens: Path
     """Bearer tokens, one a line; read again when the file changes."""
@@ -108,20 +108,20 @@ class ConnectionsConfig(Strict):
     """What one client's connection may do."""
 
     max_concurrent_streams: Count = 1024
-    """Calls at once on one connection, a Watch of its health among them; clients keep back more."""
+    """Calls at once on one connection, a Watch of its health included; a client's further calls wait."""
     max_connections: Count | None = None
     """gRPC connections at once; more are closed as they come. By default as many as there may be open files."""
     max_age: Annotated[Duration, Field(gt=0)] | None = None
-    """When to have a client connect anew, give or take a tenth, so that balancers can move it; by default never."""
+    """Age at which a client has to reconnect, give or take a tenth, so that balancers can move it; by default never."""
     max_age_grace: Duration = 30.0
     """How long calls on such a connection, streams included, may take to end."""
 
 
 class ServerConfig(Strict):
-    """Everything a server is told."""
+    """All settings of a server."""
 
     listen: Address = "0.0.0.0:8500"
-    """gRPC host:port; port 0 picks a free one."""
+    """gRPC host:port; port 0 takes a free one."""
     metrics: AddressOrOff = "0.0.0.0:8501"
     """Prometheus host:port; off or null serves none."""
     rest: bool | None = None
@@ -131,11 +131,11 @@ class ServerConfig(Strict):
     models: tuple[ModelConfig, ...] = (ModelConfig(),)
     """The first answers requests that name no model. Where there is a repository, none by default."""
     memory_budget: Size | None = None
-    """What the weights of all models may take together; one that goes beyond isn't loaded. By default no limit."""
+    """Memory for the weights of all models together; a model that needs more isn't loaded. By default no limit."""
     device: Annotated[str, BeforeValidator(parse_device, json_schema_input_type=_DeviceText)] = "auto"
     """auto, cpu, cuda or cuda:N"""
-    cuda_graph_memory: SizeOrNone = 2**30
-    """What the CUDA graphs of one model may take of a GPU's memory; 0 for no graphs."""
+    cuda_graph_memory: SizeOrZero = 2**30
+    """GPU memory that the CUDA graphs of one model may take; 0 for no graphs."""
     threads: Count | None = None
     """CPU threads for the model; by default one, or as many as the process may use CPUs, as measured at start."""
     policy: Policy = "price"
@@ -149,18 +149,18 @@ class ServerConfig(Strict):
     tls: TlsConfig | None = None
     """Serve over TLS; by default plain text."""
     auth: AuthConfig | None = None
-    """Take calls only with a bearer token; by default of anybody."""
+    """Accept only calls with a bearer token; by default all calls."""
     connections: ConnectionsConfig = ConnectionsConfig()
     reflection: bool = Field(default=True, strict=True)
-    """Tell clients the services and messages there are."""
+    """Serve gRPC reflection, by which clients learn the services and messages."""
     model_control: bool = Field(default=False, strict=True)
     """Let clients load and unload models."""
     log_format: Literal["auto", "json", "text"] = "auto"
-    """How log lines are written: json, text, or auto, which is text for people at a terminal."""
+    """Format of log lines: json, text, or auto, which is text at a terminal and json elsewhere."""
     traces: Annotated[str, Field(pattern="^https?://[^/]+$")] | None = None
-    """OTLP collector that gets traces over gRPC, such as http://localhost:4317; by default none are made."""
+    """OTLP collector that receives traces over gRPC, such as http://localhost:4317; by default there are no traces."""
     reply_margin: Duration = 0.001
-    """The least kept back from each deadline for the answer's way to the client; more where that is measured."""
+    """The least time kept back from each deadline for the answer's way to the client; more if measured to take longer."""
     drain_timeout: Duration = 30.0
     """How long requests in flight may take after SIGTERM."""
 

@@ -17,12 +17,12 @@ from tome_server.config.text_file import read_text
 from tome_server.errors import ConfigError
 
 _SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-# pydantic's context for values that stand as they do in a file, and not as our own code has them.
+# pydantic's context for values that come from a file, and not from code.
 FROM_FILE: Final = {"from": "file"}
-# In one file. Aliases of aliases can stand for more than any memory holds.
+# The most values in one file. Aliases of aliases can stand for more than any memory holds.
 MOST_VALUES = 100_000
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
-# Where pydantic's words are about Python.
+# In place of pydantic's messages that speak of Python.
 _WORDS = {
     "model_type": "must be a mapping, `setting: value`",
     "tuple_type": "must be a list",
@@ -39,7 +39,7 @@ _BOUNDS = {
 def parse_duration(value: object, info: ValidationInfo) -> object:
     """Turn "50ms", "1.5s" or "2m" into seconds; raises ValueError for other text.
 
-    A number is seconds, but not in a file, where nothing says so: there it raises ValueError unless it is 0.
+    A number in code is in seconds. In a file a number needs a unit: unless it is 0 it raises ValueError there.
     """
     if isinstance(value, str | bool):
         return durations.parse_duration(str(value))
@@ -49,7 +49,7 @@ def parse_duration(value: object, info: ValidationInfo) -> object:
 
 
 def parse_budget(value: object, info: ValidationInfo) -> object:
-    """As `parse_duration`, and turn "none" into infinity: no deadline. Raises ValueError for other text, and for 0."""
+    """Turn a duration into seconds, and "none" into infinity: no deadline. Raises ValueError for 0 and other text."""
     if isinstance(value, str | bool):
         return durations.parse_budget(str(value))
     return parse_duration(value, info)
@@ -66,9 +66,9 @@ def parse_size(value: object) -> object:
 
 
 Count = Annotated[int, Field(ge=1, strict=True)]
-# More than any device gains by, and less than a mistyped number that would take all of its memory.
+# The limit is more than any device gains from, and less than a mistyped number that would take all of its memory.
 BatchSize = Annotated[int, Field(ge=1, le=4096, strict=True)]
-# What may be written, for the JSON Schema; the functions decide.
+# The JSON Schema checks these patterns; the server itself calls the functions.
 _DurationText = Annotated[str, Field(pattern=rf"^\s*(?:{durations.PATTERN})\s*$")]
 _SizeText = Annotated[str, Field(pattern=r"^\s*[0-9]+\s*(KiB|MiB|GiB)\s*$")]
 _PolicyText = Annotated[str, Field(pattern=f"^({POLICY_PATTERN})$")]
@@ -82,7 +82,7 @@ Budget = Annotated[float, BeforeValidator(parse_budget, json_schema_input_type=_
 Size = Annotated[
     int, BeforeValidator(parse_size, json_schema_input_type=Annotated[int, Field(gt=0)] | _SizeText), Field(gt=0)
 ]
-SizeOrNone = Annotated[
+SizeOrZero = Annotated[
     int, BeforeValidator(parse_size, json_schema_input_type=Annotated[int, Field(ge=0)] | _SizeText), Field(ge=0)
 ]
 
@@ -90,7 +90,7 @@ Policy = Annotated[str, BeforeValidator(parse_policy, json_schema_input_type=_Po
 
 
 class Strict(BaseModel):
-    """Settings, of which none may be misspelt."""
+    """Settings in which an unknown name is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -99,7 +99,7 @@ Settings = TypeVar("Settings", bound=Strict)
 
 
 def read_settings(path: Path, kind: type[Settings]) -> Settings:
-    """Read a YAML file; an empty one leaves everything at its default. Paths in it stay as they are written.
+    """Read a YAML file; an empty file leaves all settings at their defaults. Paths in it are not resolved.
 
     Raises ConfigError with file, line and, for an unknown key, the nearest valid one.
     """
@@ -132,17 +132,17 @@ def _place(error: Exception) -> str:
 
 
 def _problem(error: Exception) -> str:
-    """Return what is wrong in one line: PyYAML's own text draws it below."""
+    """Return what is wrong in one line; PyYAML's own message has several."""
     said = [getattr(error, "context", None), getattr(error, "problem", None)]
     return ", ".join(part for part in said if part) or str(error).partition("\n")[0]
 
 
 def faults(error: ValidationError) -> Iterator[tuple[tuple[str | int, ...], str | None]]:
-    """Yield where each fault lies and what is wrong there: None for a setting that doesn't exist."""
+    """Yield where each fault is and what is wrong there: None for a setting that doesn't exist."""
     found = error.errors()
     for fault in found:
         location = fault["loc"]
-        # A list is reported as too short when none of its items is right.
+        # pydantic also reports a list as too short if none of its items is valid.
         if any(len(other["loc"]) > len(location) and other["loc"][: len(location)] == location for other in found):
             continue
         what = _WORDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
@@ -167,7 +167,7 @@ def _values(node: yaml.Node, known: dict[int, float]) -> float:
 
 
 def _wrong_keys(node: yaml.Node, seen: set[int]) -> Iterator[tuple[yaml.Node, str]]:
-    """Find keys that YAML would let pass: given twice, where the last would win, and others than text."""
+    """Find keys that YAML accepts and settings don't: keys given twice, of which the last would win, and keys not text."""
     if id(node) in seen:  # an anchor may hold itself
         return
     seen.add(id(node))
@@ -197,7 +197,7 @@ def _explain(path: Path, root: yaml.Node, kind: type[Strict], location: tuple[st
 
 
 def _line(node: yaml.Node, location: tuple[str | int, ...]) -> int:
-    """Line, from 1, of the key at `location`."""
+    """Return the line, from 1, of the key at `location`."""
     line = node.start_mark.line
     for step in location:
         if isinstance(node, yaml.MappingNode):
@@ -212,7 +212,7 @@ def _line(node: yaml.Node, location: tuple[str | int, ...]) -> int:
 
 
 def _keys(kind: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
-    """Return the settings that there are at `location`."""
+    """Return the names of the settings at `location`."""
     for step in location:
         if isinstance(step, str) and step in kind.model_fields:
             kind = next(_sections(kind.model_fields[step].annotation), kind)
