@@ -1,4 +1,4 @@
-"""`tome-server demo`: the main job once through, with a real server process, a real channel and the bundled model."""
+"""`tome-server demo`: run a real server of the bundled model and send it images over a real channel."""
 
 import argparse
 import json
@@ -7,7 +7,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,19 +22,17 @@ if TYPE_CHECKING:
     from tome_client import Client, PredictOptions, StreamItem
 
 SAMPLES = BUNDLED / "fashion" / "samples"
-# How often to say what the server is busy with, in seconds, until it is ready: for as long as it is alive.
+# Seconds between reports of what the server does until it is ready.
 REPORT_EVERY = 10.0
 STOP_TIMEOUT = 120.0
-# Of one call: a machine that is busy with other work must not fail the demo.
+# Seconds for one call: the demo must not fail on a machine that is busy with other work.
 CALL_TIMEOUT = 120.0
-# Streams are the samples this many times over, so that they last about a second.
+# Streams send all samples this many times, so that they last about a second.
 ROUNDS = 3
-# The budget, in seconds, of what has none to speak of.
-PATIENCE = 60.0
-# Those of the last part, as shares of what all take at r = 0: ample, tight, and not enough for all.
+# The budget, in seconds, of images that are not meant to be short of time.
+AMPLE_BUDGET = 60.0
+# The budgets of the last part, as shares of the time of all images at r = 0: ample, tight, and not enough for all.
 BUDGETS = (2.0, 0.9, 0.5)
-# urllib's own would ask a proxy of the environment for what is on this machine.
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
@@ -44,9 +41,9 @@ class Row:
 
     image: str
     label: str
-    """what the image is"""
+    """The class of the image."""
     prediction: str
-    """what the model says"""
+    """The class that the model predicts."""
     score: float
     r: int
     tokens_in: int
@@ -54,7 +51,7 @@ class Row:
     flops: int
     flops_saved: int
     latency_ms: float
-    """the server's time, arrival to answer"""
+    """The server's time, from arrival to answer."""
 
 
 def add_to(commands: Commands) -> None:
@@ -69,7 +66,7 @@ def add_to(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo and print what came back. Returns the exit status: 0 only if all of it worked."""
+    """Run the demo and print the results. Returns the exit status: 0 only if all of it worked."""
     from tome_client import Client, TomeError
 
     _tell("starting a server of the bundled model; at its first start it measures how fast the model is here")
@@ -121,13 +118,13 @@ class Race:
     images: int
     answered: int
     refused: int
-    """told at once, or as soon as it was clear, that there would not be time"""
+    """Refused on arrival, or as soon as it was clear that there would not be time."""
     mean_r: float | None
     flops_saved: int
 
 
 def _tell(what: str) -> None:
-    """Say what takes so long, beside what is shown in the end."""
+    """Print what the demo is doing, on standard error."""
     print(f"tome-server demo: {what}", file=sys.stderr, flush=True)
 
 
@@ -137,8 +134,8 @@ class _DemoError(Exception):
 
 @contextmanager
 def _server() -> Iterator[dict[str, Any]]:
-    """Run a server of the bundled model in its own process, on free ports; yields its line of readiness."""
-    # Where this machine was never measured, roughly will do. In bfloat16, merging gains this small model little.
+    """Run a server of the bundled model in a process of its own; yields what its ready line says."""
+    # On a machine without a profile a rough one will do. In bfloat16, this small model gains little from merging.
     flags = ("--model", "bundled:fashion", "--profile-time", "2s", "--dtype", "float32")
     with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as log:
         with Path(log.name).open("w", encoding="utf-8") as written:
@@ -166,7 +163,7 @@ def _server() -> Iterator[dict[str, Any]]:
 
 
 def _report(ready: threading.Event, log: IO[str]) -> None:
-    """Say every now and then what the server that isn't ready yet is busy with."""
+    """Report from time to time what the server does until it is ready."""
     began, last = time.monotonic(), "starting"
     while not ready.wait(REPORT_EVERY):
         last = next((event for _, event in reversed(_events(log))), last)
@@ -174,7 +171,7 @@ def _report(ready: threading.Event, log: IO[str]) -> None:
 
 
 def _events(log: IO[str]) -> list[tuple[str, str]]:
-    """Return the level and the text of each line of a server's log; a line that isn't of the log has no level."""
+    """Return the level and the text of each line of a server's log; a line that is no log entry has no level."""
     log.seek(0)
     events = []
     for line in log.read().splitlines():
@@ -187,11 +184,11 @@ def _events(log: IO[str]) -> list[tuple[str, str]]:
 
 
 def _complaint(log: IO[str]) -> str:
-    """Return what a server that has ended said of it: its last words, or errors of its log."""
+    """Return why a server ended: the lines that it printed, or else the errors in its log."""
     events = _events(log)
-    words = [event for level, event in events if not level]
+    printed = [event for level, event in events if not level]
     errors = [event for level, event in events if level in ("error", "critical")]
-    return "\n".join(words or errors) or "it said nothing"
+    return "\n".join(printed or errors) or "it said nothing"
 
 
 def _classify(client: "Client", grid: Sequence[int]) -> Iterator[Row]:
@@ -216,7 +213,7 @@ def _classify(client: "Client", grid: Sequence[int]) -> Iterator[Row]:
 
 def _stream(client: "Client", r: int) -> Throughput:
     """Send every sample `ROUNDS` times at once."""
-    items = _items({"r": r, "budget": PATIENCE, "top_k": 1})
+    items = _items({"r": r, "budget": AMPLE_BUDGET, "top_k": 1})
     start = time.perf_counter()
     results = [answer.result for answer in client.predict_stream(items, in_flight=len(items)) if answer.result]
     seconds = time.perf_counter() - start
@@ -226,7 +223,7 @@ def _stream(client: "Client", r: int) -> Throughput:
 
 
 def _race(client: "Client", budget: float) -> Race:
-    """Send them again, naming no r but `budget`, in seconds."""
+    """Send every sample `ROUNDS` times at once, with a `budget` in seconds in place of an r."""
     items = _items({"budget": budget, "top_k": 1})
     results = [answer.result for answer in client.predict_stream(items, in_flight=len(items)) if answer.result]
     return Race(
@@ -247,21 +244,25 @@ def _items(options: "PredictOptions") -> "list[StreamItem]":
 
 
 def _spread(grid: Sequence[int]) -> list[int]:
-    """First, middle and last of the grid."""
+    """Return the first, the middle and the last r of the grid."""
     return sorted({grid[0], grid[len(grid) // 2], grid[-1]})
 
 
 def _counters(url: str) -> dict[str, float]:
     """Read the counters of work done and saved from the metrics endpoint."""
+    import urllib.request
+
     from prometheus_client.parser import text_string_to_metric_families
 
-    with DIRECT.open(url, timeout=CALL_TIMEOUT) as response:
+    # urllib's own opener would connect to this machine through a proxy of the environment.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(url, timeout=CALL_TIMEOUT) as response:
         text = response.read().decode()
     wanted = ("tome_requests", "tome_tokens_input", "tome_tokens_merged", "tome_flops", "tome_flops_saved")
     counters: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples if family.name in wanted else ():
-            if sample.name.endswith("_total"):  # one for each code of requests
+            if sample.name.endswith("_total"):  # requests have a sample for each code
                 counters[sample.name] = counters.get(sample.name, 0.0) + sample.value
     return counters
 

@@ -191,7 +191,7 @@ def add_profile_time(command: Parser, default: int, what: str) -> None:
 
 
 def _with_unit(seconds: str) -> str:
-    """Turn a number of seconds, which old flags take, into a duration; leave any other text as it is."""
+    """Turn a number of seconds into a duration with a unit; leave any other text as it is."""
     try:
         value = float(seconds)
     except ValueError:
@@ -220,7 +220,7 @@ def add_tuning(command: Parser) -> None:
     command.add_old_name("--images", "--limit")
     command.add_argument(
         "--held-out", type=positive, metavar="N",
-        help="how many of them to measure on, at least 30 (default: half): more tell smaller gains from chance",
+        help="how many of them to measure on, at least 30 (default: half); with more, smaller gains are significant",
     )  # fmt: skip
     command.add_argument(
         "--trials", type=positive, default=48, metavar="N",

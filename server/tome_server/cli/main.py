@@ -26,8 +26,8 @@ EPILOG = """examples:
   tome-server plan --rate 200 --budget 150ms            how many replicas that takes, and at what quality
 """
 
-# oneDNN keeps 1,024, fewer than a model has in batches of 1 to 8 at the r of its grid (about 1,400), and makes those
-# that it dropped anew: some 25 ms a batch of the bundled model, twice what a single image takes.
+# How many kernels oneDNN caches. Its default of 1,024 is fewer than a model needs for batches of 1 to 8 at the r of its
+# grid (about 1,400). Making dropped ones again takes some 25 ms a batch of the bundled model, twice that of one image.
 KERNELS_KEPT = "8192"
 
 
@@ -42,18 +42,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(argv: Sequence[str] | None) -> int | str:
-    """Run the command; returns its exit status, or why it failed."""
+    """Run the command; returns its exit status, or a sentence that says why it failed."""
     args = _parser().parse_args(argv)
-    # Before torch is imported: its idle threads would otherwise spin, and starve whatever shares the CPU.
+    # This must come before torch is imported. Otherwise its idle threads spin, and take the CPU from other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # And before any kernel is made: each is for one number of tokens, and batch sizes times r make thousands.
+    # This must come before any kernel is made. Each is for one number of tokens; batch sizes times r make thousands.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS_KEPT)
     try:
         status: int = args.run(args)
     except (ConfigError, DatasetError, DeviceDiedError, ModelLoadError, PortInUseError) as error:
         return f"tome-server: {error}"
     except ModuleNotFoundError as error:
-        # The plain install is the client alone, and still has this command.
+        # The plain install has this command too, but only the client's packages.
         return f"tome-server: {error}; the server needs: pip install 'tome-serving[server]'"
     except OSError as error:
         if error.filename is None:
@@ -78,7 +78,7 @@ class _Version(argparse.Action):
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="tome-server",
-        description="Serves Vision Transformers over gRPC, merging tokens (ToMe) as far as each deadline asks.",
+        description="Serves Vision Transformers over gRPC, merging tokens (ToMe) as far as each deadline requires.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -92,13 +92,13 @@ class Tuning:
     """How `tune_model` searches."""
 
     rs: Sequence[int] | None = None
-    """The r values to find schedules for; None: all of the model's grid."""
+    """The r values to find schedules for; None: those of the model's grid."""
     target_macs: float | None = None
-    """In place of them, the first r of the grid that leaves no more than this share of the work."""
+    """In place of `rs`, the first r of the grid that leaves no more than this share of the work."""
     images: int | None = 512
-    """How many images to use, to search on and to measure on; None: all."""
+    """How many images to use, for the search and the measurement together; None: all."""
     held_out: int | None = None
-    """How many of them to measure on; None: half."""
+    """How many of the images to measure on; None: half."""
     trials: int = 48
     """Schedules to run for the largest r; half as many for each other."""
     blocks: int | None = None

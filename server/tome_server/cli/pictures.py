@@ -15,7 +15,7 @@ FORMATS = (".png", ".svg", ".pdf")
 
 
 def draw_profile(profile: Profile, title: str, path: Path) -> None:
-    """Draw latency and throughput by batch size and r, in the format, of FORMATS, that `path` ends in.
+    """Draw latency and throughput by batch size and r. The suffix of `path`, one of FORMATS, is the format.
 
     Raises OSError if it can't be written.
     """
@@ -30,7 +30,7 @@ def draw_profile(profile: Profile, title: str, path: Path) -> None:
 
 
 def _heat_map(axes: Axes, profile: Profile, values: np.ndarray, title: str, colours: str) -> None:
-    # Batches of 1 and of 32 are far apart; what r does to each would drown on a linear scale.
+    # Latencies of batches of 1 and of 32 are far apart: on a linear scale the effect of r would not be seen.
     norm = LogNorm(values.min(), max(values.max(), 1.01 * values.min()))
     image = axes.imshow(values, cmap=colours, norm=norm, aspect="auto")
     axes.set_title(title)
@@ -44,11 +44,17 @@ def _heat_map(axes: Axes, profile: Profile, values: np.ndarray, title: str, colo
         axes.text(column, row, f"{value:.3g}", ha="center", va="center", color=colour, fontsize=9)
 
 
-def draw_plan(points: Mapping[str, Sequence[Point]], asked: float, attainment: float, path: Path) -> None:
-    """Draw attainment and effective accuracy against rate, a line for each policy, in the format that `path` ends in.
+def draw_plan(points: Mapping[str, Sequence[Point]], planned: float, attainment: float, path: Path) -> None:
+    """Draw attainment and effective accuracy against rate, a line for each policy. The suffix of `path` is the format.
 
-    `asked` is the rate planned for, `attainment` what is to be attained; both are marked. Raises OSError if it can't be
-    written.
+    Args:
+        points: By policy.
+        planned: The rate planned for, which is marked.
+        attainment: The share of requests to be answered in time, which is marked.
+        path: The file, whose suffix is one of FORMATS.
+
+    Raises:
+        OSError: The file can't be written.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     shares, quality = figure.subplots(1, 2)
@@ -60,7 +66,7 @@ def draw_plan(points: Mapping[str, Sequence[Point]], asked: float, attainment: f
     shares.set_ylabel("answered in time, %")
     quality.set_ylabel("effective accuracy, %")
     for axes in (shares, quality):
-        axes.axvline(asked, color="grey", linewidth=0.8, linestyle="--")
+        axes.axvline(planned, color="grey", linewidth=0.8, linestyle="--")
         axes.set_xlabel("requests per second, all replicas")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)

@@ -21,9 +21,9 @@ def add_to(commands: Commands) -> None:
         "serve",
         usage="%(prog)s [options]",
         help="serve models until SIGTERM",
-        description="Serve models until SIGTERM: the bundled one unless told otherwise. A line of JSON on standard "
-        "output says when it is ready, and at which addresses. What has no flag is set in --config's file, see "
-        "tome-server settings.",
+        description="Serve models until SIGTERM: the bundled one unless flags name others. A line of JSON on standard "
+        "output says when the server is ready, and at which addresses. Settings without a flag are set in --config's "
+        "file, see tome-server settings.",
     )
     add_model_flags(serve)
     serve.add_argument("--listen", metavar="HOST:PORT", help="gRPC address (default: 0.0.0.0:8500; port 0: a free one)")
@@ -44,13 +44,13 @@ def add_to(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve; returns the exit status."""
-    with stopping_at_once():  # before anything is imported that takes long
+    with stopping_at_once():  # before the imports, which take seconds
         import asyncio
 
         from tome_server.config.flags import configured
 
         config = configured(args.config, vars(args))
-        # The C core of gRPC writes lines of its own among ours, about connections that end and handshakes that fail.
+        # Without this, the C core of gRPC writes lines about closed connections and failed handshakes into the log.
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         from tome_server.app import serve
         from tome_server.observability import logs

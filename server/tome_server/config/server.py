@@ -160,7 +160,7 @@ class ServerConfig(Strict):
     traces: Annotated[str, Field(pattern="^https?://[^/]+$")] | None = None
     """OTLP collector that receives traces over gRPC, such as http://localhost:4317; by default there are no traces."""
     reply_margin: Duration = 0.001
-    """The least time kept back from each deadline for the answer's way to the client; more if measured to take longer."""
+    """The least time kept back from each deadline for the answer's way to the client; more where that is measured."""
     drain_timeout: Duration = 30.0
     """How long requests in flight may take after SIGTERM."""
 

@@ -167,7 +167,7 @@ def _values(node: yaml.Node, known: dict[int, float]) -> float:
 
 
 def _wrong_keys(node: yaml.Node, seen: set[int]) -> Iterator[tuple[yaml.Node, str]]:
-    """Find keys that YAML accepts and settings don't: keys given twice, of which the last would win, and keys not text."""
+    """Find keys that YAML accepts and settings don't: keys that are given twice or are not text."""
     if id(node) in seen:  # an anchor may hold itself
         return
     seen.add(id(node))

@@ -39,7 +39,7 @@ def add_to(commands: Commands) -> None:
     )
     add.add_argument(
         "--kwargs", type=_mapping, default={}, metavar="YAML",
-        help="arguments of timm's create_model, such as '{img_size: 224}' (default: as the weights tell)",
+        help="arguments of timm's create_model, such as '{img_size: 224}' (default: those that fit the weights)",
     )  # fmt: skip
     add.add_argument(
         "--input", type=_mapping, default={}, metavar="YAML",
@@ -49,7 +49,7 @@ def add_to(commands: Commands) -> None:
         "--default-budget", type=budget, metavar="TIME", help="budget of requests that set none, or none (default: 1s)"
     )
     add.add_argument("--license", default="", help="the weights' licence, to be kept with them")
-    add.add_argument("--description", default="", help="told to clients")
+    add.add_argument("--description", default="", help="a text for clients")
     add_profiling(add)
     add.add_argument("--no-profile", action="store_true", help="don't measure latencies")
     add.set_defaults(run=run)
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _recipe(args: argparse.Namespace) -> "Recipe":
-    """Return what the folder is made of. Raises for what is wrong with it, as far as can be told before any work."""
+    """Return what the folder is made of. Raises ConfigError, ModelLoadError or DatasetError."""
     from tome_server.models.checkpoint_header import check_header
     from tome_server.models.spec import BUNDLED_PREFIX
     from tome_server.models.timm_names import check_architecture

@@ -12,7 +12,8 @@ def add_to(commands: Commands) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="measure a stored model's quality at each r",
-        description="Do what `tome-server evaluate` does with a stored model, and keep the result with it.",
+        description="Measure top-1 (where images are labelled) and agreement with r = 0 of a stored model at each r of "
+        "its grid, and keep the report with it.",
     )
     add_stored_model(evaluate)
     evaluate.add_argument("--data", type=Path, required=True, metavar="PATH", help="images, as of evaluate")

@@ -17,7 +17,7 @@ from tome_server.models.checkpoint_header import SUFFIX, read_header
 from tome_server.models.repository import Repository
 from tome_server.models.spec import ModelSpec, quality_file
 
-# torch takes seconds to import, and what is wrong is said before.
+# These modules import torch, which takes seconds: faults are reported before.
 if TYPE_CHECKING:
     from tome_server.cli.offline import Machine
     from tome_server.scheduling.profile import Profile
@@ -136,6 +136,6 @@ def print_quality(spec: ModelSpec) -> None:
 
 
 def log_progress() -> None:
-    """Have what the server would log, and warnings of others, written to standard error as plain lines."""
+    """Write the server's log, and warnings of other libraries, to standard error as plain lines."""
     logging.basicConfig(level="WARNING", stream=sys.stderr, format="%(message)s")
     logging.getLogger("tome_server").setLevel("INFO")

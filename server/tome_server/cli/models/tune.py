@@ -12,7 +12,8 @@ def add_to(commands: Commands) -> None:
     tune = commands.add_parser(
         "tune",
         help="find how much each block of a stored model should merge at each r",
-        description="Do what `tome-server tune` does with a stored model, and keep the result with it.",
+        description="Search how many tokens each block of a stored model should merge at each r, as described by "
+        "`tome-server tune --help`, and keep the report, with the schedules that are better, with the model.",
     )
     add_stored_model(tune)
     add_tuning(tune)
