@@ -1,11 +1,11 @@
-"""The chart's autoscaling against traffic that rises, jumps and falls, in simulation; beside it one by utilisation.
+"""The chart's autoscaling under traffic that rises, jumps and falls, in simulation, and beside it one by utilisation.
 
-Kubernetes' HorizontalPodAutoscaler is played by its documented algorithm: every 15 s each metric proposes pods in the
-ratio of value to target, unless that is within 10 % of 1; the largest proposal counts; going down, the largest of the
-stabilisation window; and both ways no faster than the policies allow. Targets, window and policies are read from the
-chart's values.yaml. A new pod serves after 45 s. What so many pods do with a rate is what `tome-server plan` simulates
-for them, 1,500 requests for each pair of rate and pods: here each 15 s are as the steady state at their rate, so that
-a queue that builds up for longer isn't seen.
+Kubernetes' HorizontalPodAutoscaler is simulated by its documented algorithm. Every 15 s each metric proposes a number
+of pods in the ratio of value to target, unless that is within 10 % of 1. The largest proposal counts; going down, the
+largest within the stabilisation window. Both ways the policies bound how fast pods change. Targets, window and policies
+are read from the chart's values.yaml. A new pod serves after 45 s. The state of a number of pods at a rate is that of
+`tome-server plan`, with 1,500 requests for each pair. Each 15 s are thus in the steady state of their rate: a queue
+that builds up for longer is not simulated.
 
 The model is the bundled one as measured on a CPU (benchmarks/profiles/fashion.json); budgets are 120 ms.
 """
@@ -85,7 +85,7 @@ class Autoscaler:
 
 @dataclass(frozen=True)
 class State:
-    """What so many pods do with a rate."""
+    """The state of a number of pods at a rate."""
 
     rShare: float  # noqa: N815
     refusedShare: float  # noqa: N815
@@ -95,7 +95,7 @@ class State:
 
 @dataclass
 class Pods:
-    """What numbers of pods do, each simulated once."""
+    """The states of numbers of pods at rates, each simulated once."""
 
     known: dict[tuple[int, int], State] = field(default_factory=dict)
 
@@ -105,7 +105,7 @@ class Pods:
         return profile, quality
 
     def state(self, rate: int, pods: int) -> State:
-        """Return what `pods` do with `rate` requests a second."""
+        """Return the state of `pods` at `rate` requests a second."""
         if (rate, pods) not in self.known:
             profile, quality = self._replica
             question = Question(rate=rate, budgets=(BUDGET,), attainment=0.99, requests=REQUESTS)
@@ -126,13 +126,13 @@ class Moment:
     at: int
     rate: int
     wanted: int
-    """Pods that there shall be."""
+    """The number of pods that the autoscaler wants."""
     serving: int
     state: State
 
 
 def run(autoscaler: Autoscaler, traffic: Callable[[int], int], pods: int, known: Pods) -> list[Moment]:
-    """Return what becomes of `pods` under the traffic."""
+    """Return the moments of a run that begins with `pods`."""
     moments: list[Moment] = []
     proposals: list[tuple[int, int]] = []
     changes: list[tuple[int, int]] = []
@@ -152,7 +152,7 @@ def run(autoscaler: Autoscaler, traffic: Callable[[int], int], pods: int, known:
         if wanted != pods:
             changes.append((at, wanted - pods))
             starting += [at + START] * (wanted - pods)
-            # Who goes first hasn't served yet.
+            # Pods that are still starting go first.
             starting = starting[: len(starting) + min(0, wanted - pods)]
             pods = wanted
     return moments
@@ -212,7 +212,7 @@ def outcome(traffic: str, autoscaler: str, moments: Sequence[Moment]) -> Outcome
 
 
 def autoscalers() -> dict[str, Autoscaler]:
-    """Return the chart's, and two that only see how busy devices are, at the same pace."""
+    """Return the chart's autoscaler, and two by how busy devices are alone, at the same pace."""
     chart = Autoscaler.of_the_chart()
     pace = {"window": chart.window, "up": chart.up, "down": chart.down}
     return {

@@ -1,4 +1,4 @@
-"""What torch.compile would gain: our forward pass compiled, and timm's own, against ours as it is served.
+"""What torch.compile would gain: our compiled forward pass, and timm's own, against ours as it is served.
 
 For each batch size and r, in turn in one process: milliseconds a batch, and `gain` = time of ours as it is served over
 the compiled one's, median of the rounds with its quartiles. `compiling` is the CPU time, in seconds, that it took

@@ -1,6 +1,6 @@
-"""Overload where decoding is the limit: progressive JPEGs of 12 megapixels, beside what decoding alone can do.
+"""Overload of decoding: a server that gets progressive JPEGs of 12 megapixels, compared with decoding alone.
 
-First a bare loop (as many threads as CPUs, no server) decodes and prepares photographs as fast as it goes: that is the
+First a bare loop (as many threads as CPUs, no server) decodes and prepares photographs as fast as it can: that is the
 capacity. Then, in each round and at 1.6 and 5 times that rate, the load generator drives in turn
 
 - a bare gRPC server that refuses every request once it has read it, in one process with the bare loop: what decoding
@@ -102,7 +102,7 @@ def _numbers(text: str) -> list[float]:
 
 @contextmanager
 def _bare() -> Iterator[tuple[str, Callable[[], int]]]:
-    """Run the bare loop and server; yields its address, and a function that ends it and says how many it decoded."""
+    """Run the bare loop and server; yields its address, and a function that ends both and returns the images decoded."""
     command = [sys.executable, "-m", "benchmarks.decoding", "--bare"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin
@@ -133,7 +133,7 @@ class _Refusing(inference_pb2_grpc.InferenceServicer):
 
 
 async def _bare_loop() -> None:
-    """Decode until standard input ends; prints the address of a server that refuses, and in the end how many."""
+    """Decode until standard input ends. Prints the address of a server that refuses, and then the images decoded."""
     from tome_server.models.preprocess import Limits, Preprocess
     from tome_server.models.transform import ImageSettings
 

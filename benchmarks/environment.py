@@ -1,4 +1,4 @@
-"""To be imported before torch: the environment that `tome-server` runs models in, and its import of timm."""
+"""The environment that `tome-server` runs models in, and its import of timm. It must be imported before torch."""
 
 import os
 

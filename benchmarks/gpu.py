@@ -126,7 +126,7 @@ def _sides(
             compiled()
             sides["timm compiled"] = compiled
         except Exception as error:
-            # A machine without a compiler still has all the rest to tell.
+            # Without a compiler, the other sides can still be timed.
             print(f"timm compiled is left out: {error}".partition("\n")[0], file=sys.stderr)
     ours: dict[str, Side] = {f"ours {r}": partial(model.run, images, r) for r in rs}
     if device.type == "cuda":
@@ -146,7 +146,7 @@ def _sides(
 
 @contextmanager
 def _without_cudnn() -> Iterator[None]:
-    """Have torch attend as in a server, which `choose_device` sees to there."""
+    """Leave out cuDNN's attention, which `choose_device` does in a server."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:

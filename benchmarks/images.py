@@ -1,8 +1,8 @@
-"""What one picture may cost: the worst files of each format that we know of and that the server accepts.
+"""The cost of one picture: the most expensive files known of each format that the server accepts.
 
-Each file has as many pixels as are accepted of its kind, within 16 MiB. A process of its own decodes and prepares it.
-Its CPU time is taken, and its peak memory: what was resident at most, less what was before. `foretold` is the memory
-that the server reckons with when it has read the first bytes of the file.
+Each file has the most pixels that are accepted of its kind, within 16 MiB. A process of its own decodes and prepares
+it. Its CPU time is measured, and its peak memory: the most that was resident, less what was resident before. `foretold`
+is the memory that the server reckons with when it has read the first bytes of the file.
 """
 
 import argparse

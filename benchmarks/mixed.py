@@ -1,8 +1,8 @@
-"""What it costs that images of one batch merge differently: in one call, in one call for each r, and ideally.
+"""The time of batches whose images have different r: in one call, in one call for each r, and ideally.
 
-For each mix of r values: `packed`, the batch in one call of the model; `split`, in one call for each r; and `ideal`,
-the mean over the batch's images of what a whole batch of their r takes. All are timed in turn in one run. Ratios are
-medians over the rounds, with their quartiles; below 1, the first is the faster.
+For each mix of r values: `packed`, the batch in one call of the model; `split`, one call for each r; and `ideal`, the
+mean, over the images, of the time of a whole batch of the image's r. All are timed in turn in one run. Ratios are
+medians over the rounds, with their quartiles; below 1, the first is faster.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def merged_model(name: str, device: torch.device) -> tuple[MergedModel, tuple[in
 
 
 def _mixes(grid: Sequence[int], batch: int) -> dict[str, tuple[int, ...]]:
-    """Return the r of each image of some batches, as the requests of a queue would come: in no order."""
+    """Return the r of each image of some batches: in no order, like the requests of a queue."""
     middle = len(grid) // 2
     chosen = {
         "one": grid[middle : middle + 1],

@@ -1,14 +1,14 @@
-"""What a request costs a server besides its model, and so how many a second one server can take.
+"""The cost of a request to a server besides its model, which bounds the requests a second of one server.
 
-Two servers, each in a process of its own and in turn asked by the same client: `tome`, which hosts a model so small
-that all else counts, and `bare`, a gRPC server in Python that reads the same message and answers the same reply at
-once. Each takes encoded images of several sizes and ready pixels, `--callers` at a time.
+One client sends requests in turn to two servers, each in a process of its own: `tome`, whose model is so small that all
+else counts, and `bare`, a gRPC server in Python that reads the same message and sends the same reply at once. The
+requests are encoded images of several sizes and ready pixels, `--callers` at a time.
 
-`requests/s` is what the client got answered; it has one core at most. `loop` is the time that the server's event loop
-had a processor for, in ms a request, which is what bounds a server; `process` that of all its threads, those that
-decode among them; `models` that of the process that runs the models. Medians over rounds, least and most beside them.
+`requests/s` is the rate of answers; the client has one core at most. `loop` is the CPU time of the server's event loop
+in ms a request, which bounds a server; `process` that of all its threads, those that decode included; `models` that of
+the process that runs the models. Figures are medians over rounds, with the least and the most.
 
-Needs Linux, and cores that nobody else uses: a shared one makes everything dearer.
+Needs Linux, and cores without other work: on a shared core all times are longer.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from tome_client import AsyncClient
 PATIENCE = 120.0
 # A ViT of two blocks, 64 wide.
 MODEL = {"img_size": 64, "depth": 2, "embed_dim": 64, "num_heads": 2}
-# Width and height of the images, and what they are sent as.
+# Width and height of the images, by the format that they are sent in.
 KINDS = {"PNG 28x28": (28, 28), "JPEG 224x224": (224, 224), "JPEG 500x375": (500, 375), "pixels 64x64": (64, 64)}
 
 # An encoded image, or its pixels [H, W, 3].
@@ -114,7 +114,7 @@ async def _cost(name: str, server: Server, kind: str, image: Picture, calls: int
 
 
 def _used(pid: int) -> tuple[float, float, float]:
-    """Return the seconds of processor that a server's first thread had, all its threads, and those of its children."""
+    """Return the CPU seconds of a server's first thread, of all its threads, and of those of its children."""
 
     def of(process: int) -> dict[int, float]:
         threads = Path(f"/proc/{process}/task").iterdir()
@@ -160,7 +160,7 @@ def _tome(folder: Path, callers: int) -> AbstractContextManager[Server]:
 
 
 async def _serve_bare() -> None:
-    """Answer every prediction with the same reply, until ended."""
+    """Answer every prediction with the same reply, until the process is ended."""
     reply = pb.PredictResponse(
         model="small",
         predictions=[pb.Prediction(class_id=place, score=0.1) for place in range(5)],

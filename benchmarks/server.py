@@ -1,12 +1,12 @@
 """The server itself: how long it takes to start, what memory it holds, and how it stops with calls in flight.
 
-Each run starts a server twice with one new folder of profiles: `cold`, it measures its model; `warm`, it finds that.
-The time counts from the command to the line that says ready. Resident memory of the process that answers requests
-(`front`) and of the one that runs the models (`device`) is read then, from /proc. Into the warm one go calls that
-don't merge and have all the time in the world; once all have arrived it is told to stop (SIGTERM), and timed until it
-has exited. A call that wasn't answered, or an exit status other than 0, fails the benchmark.
+Each run starts a server twice with one new folder of profiles: `cold`, where it measures its model, and `warm`, where
+it finds the profile. The time counts from the command to the ready line. Then the resident memory of the process that
+answers requests (`front`) and of the one that runs the models (`device`) is read from /proc. The warm server gets calls
+without merging and with ample budgets. Once all have arrived it is stopped (SIGTERM), and timed until it has exited. A
+call without an answer, or an exit status other than 0, fails the benchmark.
 
-Needs Linux. Flags of `tome-server serve` may follow `--`. On a machine whose cores are busy otherwise times say little.
+Needs Linux. Flags of `tome-server serve` may follow `--`. On a machine that is busy with other work, times say little.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from tome_client import AsyncClient
 from tome_client.load import read_samples
 
 SAMPLES = Path(__file__).parents[1] / "server/tome_server/models/bundled/fashion/samples"
-# Seconds, for a call and for a server to stop.
+# Seconds: of each call, and for the calls to arrive and the server to stop.
 BUDGET = 600.0
-PATIENCE = 600.0
+TIMEOUT = 600.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Run:
     device_cold: float
     device_warm: float
     in_flight: int
-    """calls in the server when it was told to stop"""
+    """calls in the server at SIGTERM"""
     answered: int
     """of those sent"""
     stop: float
@@ -95,23 +95,23 @@ def _memory(server: Server) -> dict[str, float]:
 
 
 async def _stop_under_load(server: Server, calls: int) -> tuple[int, int, float]:
-    """Return how many calls were in the server when told to stop, how many were answered, and how long it took."""
+    """Stop the server; returns how many calls it held, how many calls were answered, and the seconds to its exit."""
     images = [sample.data for sample in read_samples(SAMPLES)]
-    async with AsyncClient(server.target, timeout=PATIENCE, retries=False) as client:
-        asked = [
+    async with AsyncClient(server.target, timeout=TIMEOUT, retries=False) as client:
+        calls_made = [
             asyncio.create_task(client.predict(images[turn % len(images)], r=0, top_k=1, budget=BUDGET))
             for turn in range(calls)
         ]
         in_flight, arrived = 0, 0
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             while arrived < calls:
                 in_flight, ended = await asyncio.to_thread(_counts, server)
                 arrived = in_flight + ended
         began = time.perf_counter()
         server.process.send_signal(signal.SIGTERM)
-        await asyncio.to_thread(server.process.wait, PATIENCE)
+        await asyncio.to_thread(server.process.wait, TIMEOUT)
         seconds = time.perf_counter() - began
-        ends = await asyncio.gather(*asked, return_exceptions=True)
+        ends = await asyncio.gather(*calls_made, return_exceptions=True)
     return in_flight, sum(not isinstance(end, BaseException) for end in ends), seconds
 
 

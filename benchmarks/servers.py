@@ -58,7 +58,7 @@ def python_server(module: str, *flags: str) -> Iterator[Server]:
 
 @contextmanager
 def ready(process: "subprocess.Popen[str]", began: float) -> Iterator[Server]:
-    """Wait until the server of a process is ready; it is told to stop (SIGTERM) when the block ends."""
+    """Wait until the server of a process is ready; it is stopped (SIGTERM) when the block ends."""
     try:
         said: dict[str, Any] | None = when_ready(process)
         if said is None:

@@ -1,16 +1,16 @@
 """Deadlines on a real server: the default policy beside fixed r, on the same arrivals, over loopback.
 
-One server of the bundled model for each policy runs all the while; for each load, they are driven in turn, open-loop,
-with the same Poisson arrivals and images. Loads are shares of the capacity at r = 0, which the bare model's loop (no
-server: full batches of ready tensors, one after the other) measures first. `effective accuracy` is the measured top-1
-of each answer's r, averaged over all requests, those unanswered or late counting 0.
+Each policy has a server of the bundled model, which runs all the time. For each load the servers are driven in turn,
+open-loop, with the same Poisson arrivals and images. Loads are shares of the capacity at r = 0. The bare model's loop
+(no server: full batches of ready tensors, one after the other) measures that first. `effective accuracy` is the
+measured top-1 of each answer's r, averaged over all requests; those unanswered or late count 0.
 
 Budgets are --budget full batches, and --images times one image's time at r = 0 as the server measured it: a few images
 leave time for one short batch after the one that is running.
 
-At last each fixed r is driven to saturation, for what the server itself costs: its images a second over the bare
-loop's, in turn. And of the default policy's batches, how many took no longer than was promised of 95 in
-100. On a machine whose cores are busy otherwise none of this says much.
+At last each fixed r is driven to saturation, to show the cost of the server itself: its images a second over those of
+the bare loop, in turn. And it counts how many batches of the default policy took no longer than promised, which 95 in
+100 should. On a machine that is busy with other work none of this says much.
 """
 
 import argparse
@@ -179,7 +179,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _saturation(target: str, r: int, args: argparse.Namespace) -> Saturation:
-    # In turn: over minutes a machine's clock changes by more than what is measured.
+    # In turn, since over minutes the speed of a machine changes by more than what is measured.
     rounds = [(_saturate(target, r, args), _bare(r, args)) for _ in range(ROUNDS)]
     server, bare = (statistics.median(speeds) for speeds in zip(*rounds, strict=True))
     return Saturation(r, server, bare, statistics.median(ours / alone for ours, alone in rounds))
@@ -228,7 +228,7 @@ def _bare(r: int, args: argparse.Namespace) -> float:
 
 
 def _bare_loop(r: int, args: argparse.Namespace) -> float:
-    # Here because the load generator's process must stay light: torch is for the loop's own.
+    # Imported here to keep the load generator's process light: only the loop's own process needs torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import tome_server.merging.timm_import  # noqa: F401  isort: skip
     import torch

@@ -1,11 +1,11 @@
-"""What more threads gain, and what it costs how they wait for work: a model's forward pass, beside other work or none.
+"""CPU threads: what more of them gain, and what their way of waiting costs, with and without other work on the CPUs.
 
-Each way is a process of its own, because how OpenMP's threads wait is read from the environment when torch is imported:
-`asleep` (OMP_WAIT_POLICY=PASSIVE, what `tome-server` sets), `briefly` (they spin for 10,000 rounds before they sleep:
-GOMP_SPINCOUNT=10000) or `spinning` (OMP_WAIT_POLICY=ACTIVE). One thread waits for nobody. A few threads share out the
-images of a batch; what is left over, a single image above all, has one of them (`images`) or all of them for each block
-(`blocks`). `busy` is how many processes that do nothing but run share the CPUs. The ways take turns, as often as
---rounds says; a time is the median over the rounds of each one's median call, beside it the least and the most.
+Each variant runs a model's forward pass in a process of its own, because OpenMP reads how its threads wait when torch
+is imported: `asleep` (OMP_WAIT_POLICY=PASSIVE, which `tome-server` sets), `briefly` (they spin for 10,000 rounds before
+they sleep: GOMP_SPINCOUNT=10000) or `spinning` (OMP_WAIT_POLICY=ACTIVE). A single thread never waits. Several threads
+divide the images of a batch. Images left over, above all a single image, are run by one thread (`images`), or by all
+threads block by block (`blocks`). `busy` is the number of other processes that keep a CPU busy. The variants take
+turns, --rounds times. A time is the median over the rounds of the median call, with the least and the most beside it.
 """
 
 import argparse
@@ -43,11 +43,11 @@ DIVIDED = {"measured": None, "images": False, "blocks": True}
 
 @dataclass(frozen=True)
 class Row:
-    """One way to run one batch size at one r. Milliseconds, over the rounds."""
+    """One variant at one batch size and r. Milliseconds, over the rounds."""
 
     threads: int
     divided: str
-    """as asked for"""
+    """The value of --divided."""
     waiting: str
     busy: int
     batch: int
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _ways(args: argparse.Namespace) -> list[tuple[int, str, str, int]]:
     """Threads, what they divide, how they wait, and how many busy processes are beside them."""
-    # With one thread there is nothing to divide or to wait for.
+    # A single thread has nothing to divide or to wait for.
     return [
         (threads, divided, waiting, busy)
         for threads, divided, waiting, busy in itertools.product(args.threads, args.divided, args.waiting, args.busy)
@@ -96,7 +96,7 @@ def _measure(args: argparse.Namespace) -> list[Row]:
 
 
 def _turn(threads: int, divided: str, waiting: str, busy: int, args: argparse.Namespace) -> dict[str, float]:
-    """Run `_time` in a process that waits in the given way."""
+    """Run `_time` in a process whose threads wait in the given way."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     environment |= WAITING[waiting] | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192"}
     command = [sys.executable, "-m", "benchmarks.threads", "--timed", str(threads), "--model", args.model]
@@ -110,7 +110,7 @@ def _turn(threads: int, divided: str, waiting: str, busy: int, args: argparse.Na
 
 @contextmanager
 def _busy(count: int) -> Iterator[None]:
-    """Have so many processes run for nothing meanwhile."""
+    """Keep this many other processes busy while the block lasts."""
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield

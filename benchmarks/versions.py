@@ -1,8 +1,8 @@
 """The merged model of this checkout against that of another, timed in turn in one run.
 
 Each side is a process of its own that imports its own checkout's `tome_server.merging`, packs the same kind of model
-and runs it when told to: a commit to compare with comes from `git worktree add ../before COMMIT`. Weights are random:
-they don't change the time.
+and runs it on command. `git worktree add ../before COMMIT` makes a checkout of a commit to compare with. Weights are
+random, which does not change the time.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def side(checkout: Path, model: str, batch: int, threads: int) -> Iterator[Side]
 
 
 def run_side(model: str, batch: int, threads: int) -> None:
-    """Time what each line of the standard input asks for, until it ends."""
+    """Time the calls that each line of standard input names, until it ends."""
     import tome_server.merging  # noqa: F401  isort: skip  (makes timm importable; of any commit)
 
     import timm

@@ -1,9 +1,9 @@
-"""Asks for known vulnerabilities of the versions in constraints.txt.
+"""Looks up known vulnerabilities of the versions in constraints.txt.
 
     python deploy/audit.py
 
-Exits with 0 if there are none, 1 if there are, and 3 if nobody could be asked: a network without the package index's
-own reports, which mirrors seldom have.
+Exits with 0 if there are none, 1 if there are, and 3 if the package index here has no reports: mirrors seldom have
+them.
 """
 
 import json
@@ -17,12 +17,12 @@ CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 FOUND, UNKNOWN = 1, 3
 
 
-class NobodyToAskError(Exception):
-    """The index gives no reports here."""
+class NoReportsError(Exception):
+    """The package index here has no reports."""
 
 
-def ask(pins: list[str]) -> list[dict[str, Any]]:
-    """Return what is known of pinned packages. Raises NobodyToAskError, with a reason, if nothing could be asked."""
+def reports(pins: list[str]) -> list[dict[str, Any]]:
+    """Return pip-audit's report of each pinned package. Raises NoReportsError, with a reason, if there are none."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(pins))
         file.flush()
@@ -33,9 +33,9 @@ def ask(pins: list[str]) -> list[dict[str, Any]]:
         packages: list[dict[str, Any]] = json.loads(done.stdout)["dependencies"]
     except ValueError:
         lines = done.stderr.strip().splitlines() or ["pip-audit said nothing"]
-        raise NobodyToAskError(lines[-1]) from None
+        raise NoReportsError(lines[-1]) from None
     if all("skip_reason" in package for package in packages):
-        raise NobodyToAskError(packages[0]["skip_reason"])
+        raise NoReportsError(packages[0]["skip_reason"])
     return packages
 
 
@@ -43,10 +43,10 @@ def main() -> int:
     """Print what is known, a line for each vulnerability."""
     pins = [line for line in CONSTRAINTS.read_text().splitlines() if "==" in line and not line.startswith("#")]
     try:
-        # Of one first, one that every index has: where that is unknown the others would be asked in vain.
-        ask([pin for pin in pins if pin.startswith("numpy==")])
-        packages = ask(pins)
-    except NobodyToAskError as error:
+        # First of one package that every index has: if there is no report of it, there are none of the others.
+        reports([pin for pin in pins if pin.startswith("numpy==")])
+        packages = reports(pins)
+    except NoReportsError as error:
         print(f"nothing could be asked: {error}")
         return UNKNOWN
     asked = [package for package in packages if "skip_reason" not in package]

@@ -25,9 +25,9 @@ from tome_server.cli import serve
 
 CONFIGURATION = Path(__file__).parent / "prometheus"
 INSTALL = "apt-get install -y --no-install-recommends prometheus"
-# Longer than the server's own time for requests in flight.
-PATIENCE = 40.0
-# urllib's own would ask a proxy of the environment for what is on this machine.
+# Seconds; longer than the server's own drain timeout.
+STOP_TIMEOUT = 40.0
+# urllib's own opener would connect to this machine through a proxy of the environment.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -56,7 +56,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="tome-stack-") as folder:
         try:
             print("starting the server; the first start measures the model for some seconds …", flush=True)
-            # Ctrl-C reaches neither of the two programs: each gets one signal, and that from this one.
+            # In sessions of their own, Ctrl-C reaches neither of the two programs: each gets one signal, from this one.
             flags = ("--listen", args.listen, "--metrics", args.metrics, *args.serve)
             running.append(serve.start(*flags, start_new_session=True))
             ready = when_ready(running[0], stopping)
@@ -65,12 +65,13 @@ def main() -> int:
             configure(Path(folder), urlsplit(ready["metrics"]).netloc)
             command = [program, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
             command += [f"--web.listen-address={args.prometheus}", "--enable-feature=exemplar-storage"]
-            running.append(subprocess.Popen([*command, "--log.level=error"], text=True, start_new_session=True))
+            command += ["--log.level=error"]
+            running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, text=True, start_new_session=True))
             url = f"http://{args.prometheus}"
             while not answers(f"{url}/-/ready") and running[1].poll() is None and not stopping.is_set():
                 time.sleep(0.1)
             if running[1].poll() is None and not stopping.is_set():
-                print(told(ready, url), flush=True)
+                print(summary(ready, url), flush=True)
             while not stopping.wait(0.2):
                 for name, process in zip(("the server", "Prometheus"), running, strict=True):
                     if process.poll() is not None:
@@ -83,7 +84,7 @@ def main() -> int:
 
 
 def in_use(address: str) -> bool:
-    """Whether another program listens at an address, host:port; one that is wrong is left to who is to listen there."""
+    """Whether another program listens at an address, host:port; False for one that is wrong."""
     host, _, port = address.rpartition(":")
     try:
         found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
@@ -115,7 +116,7 @@ def configure(folder: Path, metrics: str) -> None:
 
 
 def answers(url: str) -> bool:
-    """Whether something at `url` says that all is well."""
+    """Whether a GET of `url` is answered with 200."""
     try:
         with DIRECT.open(url, timeout=1) as response:
             return bool(response.status == 200)
@@ -123,8 +124,8 @@ def answers(url: str) -> bool:
         return False
 
 
-def told(ready: dict[str, str], url: str) -> str:
-    """Return what the operator is told."""
+def summary(ready: dict[str, str], url: str) -> str:
+    """Return the addresses of the stack, and what to try, as text for the operator."""
     return f"""
 gRPC         {ready["grpc"]}
 metrics      {ready["metrics"]}
@@ -142,11 +143,11 @@ Ctrl-C ends both.
 
 
 def stop(running: "list[subprocess.Popen[str]]") -> None:
-    """End what runs, the server first: it answers what is in flight, and is watched while it does."""
+    """End what runs, the server first, so that Prometheus watches it while it answers requests in flight."""
     for process in running:
         process.terminate()
         try:
-            process.wait(PATIENCE)
+            process.wait(STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -11,8 +11,8 @@ def add_to(commands: Commands) -> None:
     profile = commands.add_parser(
         "profile",
         help="measure how long a stored model's batches take here",
-        description="Measure how long batches of each size of a stored model take on this machine at each r of its grid, "
-        "and keep the profile with the model.",
+        description="Measure how long batches of each size of a stored model take on this machine at each r of its "
+        "grid, and keep the profile with the model.",
     )
     add_stored_model(profile)
     add_profiling(profile)
