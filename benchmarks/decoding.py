@@ -102,7 +102,7 @@ def _numbers(text: str) -> list[float]:
 
 @contextmanager
 def _bare() -> Iterator[tuple[str, Callable[[], int]]]:
-    """Run the bare loop and server; yields its address, and a function that ends both and returns the images decoded."""
+    """Run the bare loop and server; yields its address, and what ends both and returns the images decoded."""
     command = [sys.executable, "-m", "benchmarks.decoding", "--bare"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin

@@ -47,14 +47,14 @@ def main() -> int:
         reports([pin for pin in pins if pin.startswith("numpy==")])
         packages = reports(pins)
     except NoReportsError as error:
-        print(f"nothing could be asked: {error}")
+        print(f"the package index gives no reports: {error}")
         return UNKNOWN
-    asked = [package for package in packages if "skip_reason" not in package]
-    found = [(package, one) for package in asked for one in package["vulns"]]
+    reported = [package for package in packages if "skip_reason" not in package]
+    found = [(package, one) for package in reported for one in package["vulns"]]
     for package, one in found:
         fixed = ", ".join(one["fix_versions"]) or "no version yet"
         print(f"{package['name']} {package['version']}: {one['id']}, fixed in {fixed}")
-    print(f"{len(asked)} of {len(packages)} packages asked about: {len(found)} known vulnerabilities")
+    print(f"{len(reported)} of {len(packages)} packages have reports: {len(found)} known vulnerabilities")
     return FOUND if found else 0
 
 

@@ -123,7 +123,8 @@ def test_a_load_without_any_deadline_is_measured_without_a_verdict(
     assert lines["sent"] == "20 in 0.4 s, 50.0/s; 20 answered"
     assert lines["attainment"] == "- (no request had a deadline)"
     assert lines["goodput"] == "-"
-    assert lines["verdict"] == "INVALID: no request had a deadline"
+    assert lines["verdict"].startswith("INVALID: ")
+    assert "no request had a deadline" in lines["verdict"]
     assert all((call.time_remaining or 1e9) > 1e6 for call in peer.calls[1:])
 
 
