@@ -97,58 +97,19 @@ class AsyncClient:
 
         Arguments and errors are those of Client.predict_stream. `items` is read in this loop and may be asynchronous.
         """
-        arrived: asyncio.Queue[StreamResult | Exception | None] = asyncio.Queue()
-        room = asyncio.Semaphore(in_flight)
-        closed = asyncio.Event()
-        sent = answered = 0
-        exhausted = False
-
-        async def requests() -> AsyncIterator[inference_pb2.PredictStreamRequest]:
-            nonlocal sent, exhausted
-            waiting = aiter(_asynchronous(items))
-            while await room.acquire() and not closed.is_set():
-                try:
-                    item = await anext(waiting)
-                except StopAsyncIteration:
-                    exhausted = True
-                    return
-                except Exception as error:  # gRPC would swallow the error.
-                    arrived.put_nowait(error)
-                    return
-                try:
-                    request = (
-                        await asyncio.to_thread(stream_request, item, self._max_send_bytes)
-                        if is_path(item.image)
-                        else stream_request(item, self._max_send_bytes)
-                    )
-                except TomeError as error:
-                    arrived.put_nowait(StreamResult(item.id, error=error))
-                else:
-                    sent += 1
-                    yield request
-
-        async def receive() -> None:
-            nonlocal answered
-            try:
-                async for response in call:
-                    answered += 1
-                    arrived.put_nowait(stream_result(response))
-            except grpc.RpcError as error:
-                arrived.put_nowait(error_from_rpc(error, self._target))
-            else:
-                arrived.put_nowait(_END if exhausted and answered == sent else ended_early(self._target))
-
-        call = self._stub.PredictStream(requests(), timeout=timeout, metadata=self._metadata())
-        receiving = asyncio.create_task(receive())
+        exchange = _Exchange(in_flight)
+        requests = exchange.requests(items, self._max_send_bytes)
+        call = self._stub.PredictStream(requests, timeout=timeout, metadata=self._metadata())
+        receiving = asyncio.create_task(exchange.receive(call, self._target))
         try:
-            while (result := await arrived.get()) is not _END:
+            while (result := await exchange.arrived.get()) is not _END:
                 if isinstance(result, Exception):
                     raise result
-                room.release()
+                exchange.room.release()
                 yield result
         finally:
-            closed.set()
-            room.release()
+            exchange.closed.set()
+            exchange.room.release()
             call.cancel()
             receiving.cancel()
 
@@ -192,3 +153,53 @@ async def _asynchronous(items: Iterable[StreamItem] | AsyncIterable[StreamItem])
     else:
         for item in items:
             yield item
+
+
+class _Exchange:
+    """One stream: its requests, which gRPC reads, and its results, which a task queues."""
+
+    def __init__(self, in_flight: int) -> None:
+        self.arrived: asyncio.Queue[StreamResult | Exception | None] = asyncio.Queue()
+        """Results; an exception that ends the stream; `_END` when there are no more."""
+        self.room = asyncio.Semaphore(in_flight)
+        self.closed = asyncio.Event()
+        self._sent = self._answered = 0
+        self._exhausted = False
+
+    async def requests(
+        self, items: Iterable[StreamItem] | AsyncIterable[StreamItem], max_bytes: int
+    ) -> AsyncIterator[inference_pb2.PredictStreamRequest]:
+        """Yields the messages of the items, as far as there is room."""
+        waiting = aiter(_asynchronous(items))
+        while await self.room.acquire() and not self.closed.is_set():
+            try:
+                item = await anext(waiting)
+            except StopAsyncIteration:
+                self._exhausted = True
+                return
+            except Exception as error:  # gRPC would swallow the error.
+                self.arrived.put_nowait(error)
+                return
+            try:
+                request = (
+                    await asyncio.to_thread(stream_request, item, max_bytes)
+                    if is_path(item.image)
+                    else stream_request(item, max_bytes)
+                )
+            except TomeError as error:
+                self.arrived.put_nowait(StreamResult(item.id, error=error))
+            else:
+                self._sent += 1
+                yield request
+
+    async def receive(self, call: AsyncIterable[inference_pb2.PredictStreamResponse], target: str) -> None:
+        """Queues the results of a call until it ends."""
+        try:
+            async for response in call:
+                self._answered += 1
+                self.arrived.put_nowait(stream_result(response))
+        except grpc.RpcError as error:
+            self.arrived.put_nowait(error_from_rpc(error, target))
+        else:
+            complete = self._exhausted and self._answered == self._sent
+            self.arrived.put_nowait(_END if complete else ended_early(target))

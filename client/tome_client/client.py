@@ -140,56 +140,23 @@ class Client:
             TomeError: The stream as a whole failed.
             Exception: Whatever `items` raises.
         """
-        arrived: SimpleQueue[StreamResult | Exception | None] = SimpleQueue()
-        room = threading.Semaphore(in_flight)
-        closed = threading.Event()
-        sent = answered = 0
-        exhausted = False
-
-        def requests() -> Iterator[inference_pb2.PredictStreamRequest]:
-            nonlocal sent, exhausted
-            waiting = iter(items)
-            while room.acquire() and not closed.is_set():
-                try:
-                    item = next(waiting)
-                except StopIteration:
-                    exhausted = True
-                    return
-                except Exception as error:  # gRPC's thread would swallow the error.
-                    arrived.put(error)
-                    return
-                try:
-                    request = stream_request(item, self._max_send_bytes)
-                except TomeError as error:
-                    arrived.put(StreamResult(item.id, error=error))
-                else:
-                    sent += 1
-                    yield request
-
-        def receive() -> None:
-            nonlocal answered
-            try:
-                for response in call:
-                    answered += 1
-                    arrived.put(stream_result(response))
-            except grpc.RpcError as error:
-                arrived.put(error_from_rpc(error, self._target))
-            else:
-                arrived.put(_END if exhausted and answered == sent else ended_early(self._target))
-
-        call = self._stub.PredictStream(requests(), timeout=timeout, metadata=self._metadata())
-        # Waiting for the server in a thread of its own lets errors from before sending overtake.
-        receiving = threading.Thread(target=receive, name="tome-client-stream", daemon=True)
+        exchange = _Exchange(in_flight)
+        requests = exchange.requests(items, self._max_send_bytes)
+        call = self._stub.PredictStream(requests, timeout=timeout, metadata=self._metadata())
+        # Reading in a thread of its own lets errors of items that are not sent overtake the server's answers.
+        receiving = threading.Thread(
+            target=exchange.receive, args=(call, self._target), name="tome-client-stream", daemon=True
+        )
         receiving.start()
         try:
-            while (result := arrived.get()) is not _END:
+            while (result := exchange.arrived.get()) is not _END:
                 if isinstance(result, Exception):
                     raise result
-                room.release()
+                exchange.room.release()
                 yield result
         finally:
-            closed.set()
-            room.release()
+            exchange.closed.set()
+            exchange.room.release()
             call.cancel()
             # A thread that still reads the call when Python exits holds a lock that the call's own end then waits for.
             if receiving is not threading.current_thread():  # the garbage collector may run this on any thread
@@ -230,3 +197,47 @@ class Client:
             return method(request, timeout=self._timeout if timeout is None else timeout, metadata=self._metadata())
         except grpc.RpcError as error:
             raise error_from_rpc(error, self._target) from error
+
+
+class _Exchange:
+    """One stream: its requests, which gRPC's thread reads, and its results, which another thread queues."""
+
+    def __init__(self, in_flight: int) -> None:
+        self.arrived: SimpleQueue[StreamResult | Exception | None] = SimpleQueue()
+        """Results; an exception that ends the stream; `_END` when there are no more."""
+        self.room = threading.Semaphore(in_flight)
+        self.closed = threading.Event()
+        self._sent = self._answered = 0
+        self._exhausted = False
+
+    def requests(self, items: Iterable[StreamItem], max_bytes: int) -> Iterator[inference_pb2.PredictStreamRequest]:
+        """Yields the messages of the items, as far as there is room."""
+        waiting = iter(items)
+        while self.room.acquire() and not self.closed.is_set():
+            try:
+                item = next(waiting)
+            except StopIteration:
+                self._exhausted = True
+                return
+            except Exception as error:  # gRPC's thread would swallow the error.
+                self.arrived.put(error)
+                return
+            try:
+                request = stream_request(item, max_bytes)
+            except TomeError as error:
+                self.arrived.put(StreamResult(item.id, error=error))
+            else:
+                self._sent += 1
+                yield request
+
+    def receive(self, call: Iterable[inference_pb2.PredictStreamResponse], target: str) -> None:
+        """Queues the results of a call until it ends."""
+        try:
+            for response in call:
+                self._answered += 1
+                self.arrived.put(stream_result(response))
+        except grpc.RpcError as error:
+            self.arrived.put(error_from_rpc(error, target))
+        else:
+            complete = self._exhausted and self._answered == self._sent
+            self.arrived.put(_END if complete else ended_early(target))
