@@ -3,8 +3,9 @@
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from tome_api.durations import (
     BudgetClass,
@@ -19,6 +20,8 @@ from tome_api.parser import Parser
 if TYPE_CHECKING:
     from tome_server.config.server import ServerConfig
     from tome_server.models.spec import ModelSpec
+
+_Value = TypeVar("_Value")
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 """What `add_subparsers` returns: the commands that another is added to."""
@@ -62,10 +65,7 @@ def share(text: str) -> float:
 
 def budgets(text: str) -> tuple[BudgetClass, ...]:
     """One latency budget or a mix of several, each of them finite."""
-    try:
-        classes = parse_budgets(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    classes = _parsed(parse_budgets, text)
     if any(math.isinf(one.budget) for one in classes):
         raise argparse.ArgumentTypeError("requests without a deadline take no part in a plan; leave out none")
     return classes
@@ -73,37 +73,33 @@ def budgets(text: str) -> tuple[BudgetClass, ...]:
 
 def budget(text: str) -> float:
     """A latency budget, in seconds; infinite for `none`."""
-    try:
-        return parse_budget(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return _parsed(parse_budget, text)
 
 
 def time(text: str) -> float:
     """A duration, in seconds."""
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return _parsed(parse_duration, text)
 
 
 def positive_time(text: str) -> float:
     """A duration above 0, in seconds."""
-    try:
-        return parse_positive_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return _parsed(parse_positive_duration, text)
 
 
 def device(text: str) -> str:
     """The name of a device, whether or not this machine has it."""
     from tome_server.config.server import parse_device
 
+    _parsed(parse_device, text)
+    return text
+
+
+def _parsed(parse: Callable[[str], _Value], text: str) -> _Value:
+    """Have argparse show the message of the ValueError that `parse` raises."""
     try:
-        parse_device(text)
+        return parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return text
 
 
 # Flags that several commands have.
