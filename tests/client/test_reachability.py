@@ -83,7 +83,7 @@ def test_of_a_server_that_closes_connections_nothing_is_said(tls: bool) -> None:
 
 
 def test_of_one_that_says_nothing_neither(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tome_client.reachability._PATIENCE", 0.1)
+    monkeypatch.setattr("tome_client.reachability._TIMEOUT", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         assert advice(f"127.0.0.1:{listener.getsockname()[1]}", tls=True) is None
 
