@@ -38,7 +38,7 @@ from tqdm import tqdm
 from benchmarks.merging import integers, repeats, seconds
 from tome_server.device.prefetch import Prefetcher
 from tome_server.device.shared_images import SharedImages
-from tome_server.execution.batch import BatchItem
+from tome_server.execution.batch import BatchItem, Outputs
 from tome_server.execution.cuda_graphs import CudaRecorder, GraphedModel
 from tome_server.execution.executor import run_batch
 from tome_server.merging import merge
@@ -118,7 +118,7 @@ def _sides(
     shape = model.preprocess.settings.input_size
     pixels = torch.randint(256, (batch, *shape), dtype=torch.uint8)
     images = model.input(pixels, device)
-    works = [BatchItem(each, top_k=5) for each in pixels]
+    works = [BatchItem(each, Outputs(top_k=5)) for each in pixels]
     sides: dict[str, Side] = {"timm": partial(plain, images)}
     if mode != "none":
         compiled = partial(torch.compile(plain, mode=mode, dynamic=False), images)
@@ -175,7 +175,7 @@ def _ahead(model: LoadedModel, pixels: torch.Tensor, r: int, device: torch.devic
     def run() -> None:
         nonlocal following
         now, following = following, next(turns)
-        works = [BatchItem(uploads.take(slot.place), top_k=5) for slot in now]
+        works = [BatchItem(uploads.take(slot.place), Outputs(top_k=5)) for slot in now]
         bringing = [thread.submit(uploads.prefetch, slot.place) for slot in following]
         run_batch(model, works, r, device)
         for brought in bringing:

@@ -233,7 +233,7 @@ def _bare_loop(r: int, args: argparse.Namespace) -> float:
     import tome_server.merging.timm_import  # noqa: F401  isort: skip
     import torch
 
-    from tome_server.execution.batch import BatchItem
+    from tome_server.execution.batch import BatchItem, Outputs
     from tome_server.execution.executor import run_batch
     from tome_server.models.loading import load
     from tome_server.models.spec import bundled_spec
@@ -243,7 +243,7 @@ def _bare_loop(r: int, args: argparse.Namespace) -> float:
     model = load(bundled_spec("fashion", args.dtype), device)
     samples = sorted(SAMPLES.glob("*.png"))[: args.max_batch]
     images = [model.preprocess.encoded(path.read_bytes()) for path in samples]
-    works = [BatchItem(torch.from_numpy(image), top_k=1) for image in images]
+    works = [BatchItem(torch.from_numpy(image), Outputs(top_k=1)) for image in images]
     for _ in range(5):
         run_batch(model, works, r, device)
     began, count = time.perf_counter(), 0

@@ -20,7 +20,7 @@ from tome_server.errors import InfeasibleError
 from tome_server.scheduling.policy import policy_named
 from tome_server.scheduling.profile import Latency, Profile
 from tome_server.scheduling.queue import Waiting
-from tome_server.scheduling.scheduler import Scheduler
+from tome_server.scheduling.scheduler import Scheduler, share_device
 from tome_server.simulation.workload import Arrival, Steady, draw
 
 LOADS = (0.55, 0.97, 1.2, 1.4)
@@ -74,8 +74,7 @@ class _Device:
             Scheduler(Latency(model.profile), policy_named(policy, model.profile, model.quality)) for model in models
         ]
         if together:
-            for scheduler in self.schedulers:
-                scheduler.sharing = self.schedulers
+            share_device(self.schedulers)
         self.running = False
         self.ends = -math.inf
         """When the batch that runs will end, or the last one ended."""

@@ -79,7 +79,7 @@ async def serve(config: ServerConfig) -> int:
             stack.push_async_callback(http.stop)
             await http.start()
         await rpc.start()
-        log.info("listening on %s, loading %s", rpc.address, ", ".join(engine.names))
+        log.info("listening on %s, loading %s", rpc.address, ", ".join(engine.registry.names))
         loading = asyncio.create_task(models.start(wanted))
         _on_hangup(models.refresh)
         dispatching = asyncio.create_task(engine.run())

@@ -17,7 +17,7 @@ from tome_server.api.rest.routes import application
 from tome_server.api.rpc import health, oip_servicer
 from tome_server.api.rpc.server import SERVICE
 from tome_server.config.server import ServerConfig, read_config
-from tome_server.observability.metrics import MISSED, Metrics
+from tome_server.observability.metrics import Metrics, Missed
 
 from .chart import CHART, EVERYTHING, FULL, ROOT, Values, container, helm, render, settings_text, the
 from .promql import SERVED, selected
@@ -319,7 +319,7 @@ def test_autoscalers_ask_for_metrics_that_the_server_has() -> None:
     # Of the reasons for a miss, those that more replicas would help.
     (missed, _) = selected(asked["refusedShare"])["tome_slo_missed_total"]
     (reasons,) = (matcher.value for matcher in missed.matchers.matchers if matcher.name == "reason")
-    assert set(reasons.split("|")) <= set(MISSED)
+    assert set(reasons.split("|")) <= set(Missed)
 
 
 def test_the_adapter_for_hpas_answers_with_kedas_queries() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tome_server.observability.metrics import MISSED, REJECTED
+from tome_server.observability.metrics import Missed, Rejected
 
 from .promql import SERVED, selected
 
@@ -43,7 +43,7 @@ def test_a_rule_reads_series_that_are_served_or_recorded(name: str) -> None:
         for matcher in (matcher for selector in selectors for matcher in selector.matchers.matchers):
             assert matcher.name in ("reason", "job", "policy")
             if matcher.name == "reason":
-                assert matcher.value in {"tome_slo_missed_total": MISSED, "tome_rejected_total": REJECTED}[series]
+                assert matcher.value in set({"tome_slo_missed_total": Missed, "tome_rejected_total": Rejected}[series])
 
 
 @pytest.mark.parametrize("alert", ALERTS.values(), ids=ALERTS.keys())

@@ -18,7 +18,8 @@ from tome_server.models.transform import ImageSettings
 from tome_server.scheduling.policy.view import Policy
 from tome_server.scheduling.profile import Latency, Profile
 from tome_server.serving import served as served_module
-from tome_server.serving.engine import EncodedImage, Engine, Reply, Request
+from tome_server.serving.engine import Engine
+from tome_server.serving.requests import EncodedImage, Reply, Request
 
 # Passes while the test waits for it to pass, on any machine.
 SOON = 0.05
@@ -224,7 +225,7 @@ class Bench:
     @property
     def settled(self) -> bool:
         """Whether no model's predictions are in doubt."""
-        return all(served.scheduler.latency.settled for served in self.engine.models.values())
+        return all(served.scheduler.latency.settled for served in self.engine.registry.models.values())
 
     def assert_idle(self) -> None:
         assert self.gauge("tome_requests_pending") == 0

@@ -72,9 +72,9 @@ async def start(bundled: HostedModel, clock: Clock) -> AsyncIterator[Callable[..
             decode_threads=threads,
             decode_memory=1000,
             names=["first", "second", "third"],
-            models=models,
         )
         for name, served in models.items():
+            engine.registry.serve(served)
             engine.metrics.serving(name, "vit", "cpu", "float32", "price", RS, served.model.largest_r)
         benches.append((Bench(engine, device, decoder), asyncio.create_task(engine.run())))
         return benches[-1][0]

@@ -29,5 +29,6 @@ def counted(engine: Engine, model: str) -> Iterator[None]:
 
 def count(engine: Engine, model: str, code: str) -> None:
     """Count an answer. A model's name is the caller's text until it is known, and no label for metrics."""
-    name = model or engine.default_name
-    engine.metrics.requests.labels(name if name in engine.names else "unknown", code).inc()
+    registry = engine.registry
+    name = model or registry.default_name
+    engine.metrics.requests.labels(name if name in registry.names else "unknown", code).inc()

@@ -14,7 +14,7 @@ from tome_server.calibration.profiling import Run, batch_sizes
 from tome_server.calibration.speedups import model_speedups
 from tome_server.config.dtypes import Dtype
 from tome_server.errors import ModelLoadError
-from tome_server.execution.batch import BatchItem
+from tome_server.execution.batch import BatchItem, Outputs
 from tome_server.execution.cuda_graphs import with_one_graph
 from tome_server.execution.executor import run_batch
 from tome_server.execution.out_of_memory import lacks_memory
@@ -146,7 +146,7 @@ def measure_gain(
     grid = models["float32"].grid
     r = grid[len(grid) // 2].r
     image = torch.randint(256, models["float32"].preprocess.settings.input_size, dtype=torch.uint8)
-    work = BatchItem(image, top_k=1)
+    work = BatchItem(image, Outputs(top_k=1))
 
     def once(size: int) -> dict[Dtype, float]:
         return {dtype: run(model, [work] * size, r, device, packed=True).seconds for dtype, model in models.items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tome_server.calibration.speedups import Speedups, model_speedups, speed_key
-from tome_server.execution.batch import BatchItem
+from tome_server.execution.batch import BatchItem, Outputs
 from tome_server.execution.cpus import available_cpus
 from tome_server.execution.executor import run_batch
 from tome_server.models.loaded import LoadedModel
@@ -64,7 +64,7 @@ def _seconds(spec: ModelSpec, max_batch: int, most: int, folder: Path | None, an
 
 
 def _run(model: LoadedModel, max_batch: int) -> None:
-    work = BatchItem(torch.zeros(model.preprocess.settings.input_size, dtype=torch.uint8), top_k=1)
+    work = BatchItem(torch.zeros(model.preprocess.settings.input_size, dtype=torch.uint8), Outputs(top_k=1))
     for size in (1, max_batch):
         run_batch(model, [work] * size, model.grid[len(model.grid) // 2].r, CPU)
 

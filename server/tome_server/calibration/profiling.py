@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tome_server.calibration.cpu_load import LoadMeter
-from tome_server.execution.batch import BatchItem, BatchResult
+from tome_server.execution.batch import BatchItem, BatchResult, Outputs
 from tome_server.execution.executor import run_batch
 from tome_server.models.loaded import LoadedModel
 from tome_server.scheduling.measured import LEAST_ROUNDS, Measured
@@ -223,7 +223,7 @@ def _measure(
 def _timer(model: LoadedModel, device: torch.device, run: Run, stop: threading.Event) -> Callable[[_Kind], float]:
     """Return a function that runs a batch and returns the seconds it took. Raises InterruptedError if `stop` is set."""
     image = torch.randint(256, model.preprocess.settings.input_size, dtype=torch.uint8)
-    work = BatchItem(image, top_k=min(5, model.num_classes))
+    work = BatchItem(image, Outputs(top_k=min(5, model.num_classes)))
 
     def timed(kind: _Kind) -> float:
         if stop.is_set():

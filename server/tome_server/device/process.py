@@ -27,7 +27,7 @@ from tome_server.device.fair_lock import FairLock
 from tome_server.device.prefetch import Prefetcher
 from tome_server.device.shared_images import Place, receive
 from tome_server.errors import OutOfMemoryError
-from tome_server.execution.batch import BatchItem, BatchResult
+from tome_server.execution.batch import BatchItem, BatchResult, Outputs
 from tome_server.execution.choose_device import choose_device
 from tome_server.execution.cpus import available_cpus
 from tome_server.execution.cuda_graphs import with_graphs
@@ -113,7 +113,7 @@ class DeviceProcess:
         model = self._models[key]
         image = torch.zeros(model.preprocess.settings.input_size, dtype=torch.uint8)
         with self._running:
-            return run_batch(model, [BatchItem(image, top_k=1)], r, self._device).seconds
+            return run_batch(model, [BatchItem(image, Outputs(top_k=1))], r, self._device).seconds
 
     def share(self, key: str, shape: Sequence[int], slots: int) -> None:
         """Take the memory that a model's images will lie in."""
@@ -221,7 +221,7 @@ class DeviceProcess:
 
     def _run_empty(self, model: LoadedModel, size: int, r: int) -> None:
         image = torch.zeros(model.preprocess.settings.input_size, dtype=torch.uint8)
-        run = partial(run_batch, model, [BatchItem(image, top_k=1)] * size, r, self._device)
+        run = partial(run_batch, model, [BatchItem(image, Outputs(top_k=1))] * size, r, self._device)
         if self._device.type == "cuda":
             # CUDA's libraries set themselves up in each thread anew.
             self._batches.submit(run).result()

@@ -7,22 +7,35 @@ I = TypeVar("I")  # noqa: E741
 J = TypeVar("J")
 
 
+# Classes of a prediction, unless the request names another number.
+DEFAULT_TOP_K = 5
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What is wanted of an image besides its best class."""
+
+    top_k: int = DEFAULT_TOP_K
+    """The most probable classes; all of them where the model has fewer."""
+    features: bool = False
+    token_map: bool = False
+    logits: bool = False
+    """Whether the logits of all classes are wanted."""
+    patches: bool = False
+    """Whether the features of each patch are wanted."""
+
+
 @dataclass(frozen=True)
 class BatchItem(Generic[I]):
     """One image of a batch and what is wanted of it."""
 
     image: I
     """[C, H, W], uint8 or normalised float32, as the model's Preprocess made it, or where that lies"""
-    top_k: int
-    features: bool = False
-    token_map: bool = False
-    logits: bool = False
-    patches: bool = False
-    """Whether the features of each patch are wanted."""
+    outputs: Outputs
 
     def on(self, image: J) -> "BatchItem[J]":
-        """The same, wanted of `image`."""
-        return BatchItem(image, self.top_k, self.features, self.token_map, self.logits, self.patches)
+        """Return the item that wants the same of `image`."""
+        return BatchItem(image, self.outputs)
 
 
 @dataclass(frozen=True)

@@ -44,15 +44,16 @@ def _run(
     model: LoadedModel, batch: Sequence[BatchItem[Tensor]], r: int | Sequence[int], device: torch.device
 ) -> list[ItemResult]:
     images = _input(model, [work.image for work in batch], device)
-    patches = any(work.patches for work in batch)
-    mapped = patches or any(work.token_map for work in batch)
+    asked = [work.outputs for work in batch]
+    patches = any(outputs.patches for outputs in asked)
+    mapped = patches or any(outputs.token_map for outputs in asked)
     output = model.run(images, r, return_tokens=patches, return_token_map=mapped)
     logits = output.logits.float()
-    scores, class_ids = logits.softmax(dim=-1).topk(max(work.top_k for work in batch))
+    scores, class_ids = logits.softmax(dim=-1).topk(min(logits.shape[-1], max(outputs.top_k for outputs in asked)))
     wanted = {"scores": scores, "class_ids": class_ids}
-    if any(work.features for work in batch):
+    if any(outputs.features for outputs in asked):
         wanted["features"] = output.features.float()
-    if any(work.logits for work in batch):
+    if any(outputs.logits for outputs in asked):
         wanted["logits"] = logits
     if output.token_map is not None:
         wanted["token_map"] = output.token_map
@@ -64,14 +65,14 @@ def _run(
     rows = {name: values.numpy().astype(_WIRE[name], copy=False) for name, values in given.items()}
     return [
         ItemResult(
-            class_ids=tuple(all_ids[i][: work.top_k]),
-            scores=tuple(all_scores[i][: work.top_k]),
-            features=rows["features"][i].tobytes() if work.features else None,
-            token_map=rows["token_map"][i].tobytes() if work.token_map else None,
-            logits=rows["logits"][i].tobytes() if work.logits else None,
-            patches=rows["patches"][i].tobytes() if work.patches else None,
+            class_ids=tuple(all_ids[i][: outputs.top_k]),
+            scores=tuple(all_scores[i][: outputs.top_k]),
+            features=rows["features"][i].tobytes() if outputs.features else None,
+            token_map=rows["token_map"][i].tobytes() if outputs.token_map else None,
+            logits=rows["logits"][i].tobytes() if outputs.logits else None,
+            patches=rows["patches"][i].tobytes() if outputs.patches else None,
         )
-        for i, work in enumerate(batch)
+        for i, outputs in enumerate(asked)
     ]
 
 

@@ -7,13 +7,14 @@ import math
 import sys
 from collections import Counter
 from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, TextIO, TypeAlias
 
 import structlog
 
 from tome_server.errors import InfeasibleError
 from tome_server.observability import request_context
-from tome_server.observability.ended import Answered, RequestOutcome
+from tome_server.observability.request_outcome import RequestOutcome
 
 Format: TypeAlias = Literal["auto", "json", "text"]
 
@@ -73,92 +74,117 @@ def _first_keys(_logger: object, _method: str, event: MutableMapping[str, Any]) 
     return {key: event[key] for key in first if key in event} | {k: v for k, v in event.items() if k not in first}
 
 
-def log_request(ended: RequestOutcome) -> None:
+def log_request(outcome: RequestOutcome) -> None:
     """Write a line about a request, at debug."""
     if not logging.getLogger(__name__).isEnabledFor(logging.DEBUG):
         return
-    facts: dict[str, object] = {"model": ended.model[:NAME_SHOWN], "client": request_context.client.get()}
-    if traceparent := request_context.traceparent.get():
-        facts["traceparent"] = traceparent
-    if ended.budget is not None:
-        facts["budget_ms"] = _ms(ended.budget) if math.isfinite(ended.budget) else None
-    facts["total_ms"] = _ms(ended.seconds)
-    if answer := ended.answer:
+    facts: dict[str, object] = {"model": outcome.model[:NAME_SHOWN], "client": request_context.client.get()}
+    if trace := request_context.trace.get():
+        facts["traceparent"] = trace.traceparent
+    if outcome.budget is not None:
+        facts["budget_ms"] = _ms(outcome.budget) if math.isfinite(outcome.budget) else None
+    facts["total_ms"] = _ms(outcome.seconds)
+    if reply := outcome.reply:
+        timing = reply.timing
         facts |= {
-            "outcome": "answered",
-            "r": answer.r,
-            "tokens_in": answer.tokens_in,
-            "tokens_out": answer.tokens_out,
-            "batch_size": answer.batch_size,
-            "decode_ms": _ms(answer.decode),
-            "queue_ms": _ms(answer.queue),
-            "compute_ms": _ms(answer.compute),
+            "outcome": outcome_word(outcome),
+            "r": reply.r,
+            "tokens_in": reply.cost.tokens_in,
+            "tokens_out": reply.cost.tokens[-1],
+            "batch_size": timing.batch_size,
+            "decode_ms": _ms(timing.decode),
+            "queue_ms": _ms(timing.queue),
+            "compute_ms": _ms(timing.compute),
         }
-        if answer.slack is not None:
-            facts["slack_ms"] = _ms(answer.slack)
+        if timing.slack is not None:
+            facts["slack_ms"] = _ms(timing.slack)
     else:
-        facts |= {"outcome": outcome(ended), "why": str(ended.error)}
-        if isinstance(ended.error, InfeasibleError):
-            facts["smallest_latency_ms"] = ended.error.smallest_ms
+        facts |= {"outcome": outcome_word(outcome), "why": str(outcome.error)}
+        if isinstance(outcome.error, InfeasibleError):
+            facts["smallest_latency_ms"] = outcome.error.smallest_ms
     log.debug("request", **facts)
 
 
-def outcome(ended: RequestOutcome) -> str:
+def outcome_word(outcome: RequestOutcome) -> str:
     """Return how a request ended in a word: answered, cancelled, or its error's, such as infeasible."""
-    if ended.answer:
+    if outcome.reply:
         return "answered"
-    if isinstance(ended.error, asyncio.CancelledError):
+    if isinstance(outcome.error, asyncio.CancelledError):
         return "cancelled"
-    name = type(ended.error).__name__.removesuffix("Error")
+    name = type(outcome.error).__name__.removesuffix("Error")
     return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")
 
 
 class Summary:
-    """Sums up what was answered since the first request after the last summary, at info; silent when nobody asks."""
+    """Sums up, at info, the requests that ended in some seconds from the first one on; silent if there are none."""
 
     def __init__(self, seconds: float = SUMMARY_SECONDS) -> None:
         self._seconds = seconds
-        self._answers: list[Answered] = []
-        # How many ended otherwise. Not the errors: they hold the frames, and these the image, of each request.
-        self._others: Counter[str] = Counter()
         self._timer: asyncio.TimerHandle | None = None
+        self._sums = _Sums()
 
-    def __call__(self, ended: RequestOutcome) -> None:
+    def __call__(self, outcome: RequestOutcome) -> None:
         """Count a request."""
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._seconds, self.write)
-        if ended.answer:
-            self._answers.append(ended.answer)
-        else:
-            self._others[outcome(ended)] += 1
+        self._sums.add(outcome)
 
     def write(self) -> None:
-        """Write the line, if there is anything to tell, and begin anew."""
+        """Write the line if a request ended since the last one, and start anew."""
         if self._timer is None:
             return
         self._timer.cancel()
-        answers, others = self._answers, self._others
-        self._answers, self._others, self._timer = [], Counter(), None
-        facts: dict[str, object] = {"requests": len(answers) + others.total(), "answered": len(answers)}
-        if answers:
-            # A batch of three is told of by three members, each of whom makes a third of it.
-            batches = sum(1 / answer.batch_size for answer in answers)
-            done, saved = sum(answer.flops for answer in answers), sum(answer.flops_saved for answer in answers)
-            totals = sorted(answer.total for answer in answers)
+        sums, self._sums, self._timer = self._sums, _Sums(), None
+        log.info("served", **sums.facts())
+
+
+@dataclass
+class _Sums:
+    """What a summary says. Sums only: replies hold what was asked for, and errors the frames with each image."""
+
+    totals: list[float] = field(default_factory=list)
+    """Seconds from arrival to answer, of each request answered."""
+    late: int = 0
+    batches: float = 0.0
+    r: int = 0
+    flops: int = 0
+    flops_saved: int = 0
+    others: Counter[str] = field(default_factory=Counter)
+    """How many ended otherwise, by how."""
+
+    def add(self, outcome: RequestOutcome) -> None:
+        reply = outcome.reply
+        if reply is None:
+            self.others[outcome_word(outcome)] += 1
+            return
+        timing = reply.timing
+        self.totals.append(timing.total)
+        self.late += timing.slack is not None and timing.slack < 0
+        self.batches += 1 / timing.batch_size  # a batch of three has three members, each of which adds a third
+        self.r += reply.r
+        self.flops += reply.flops
+        self.flops_saved += reply.flops_saved
+
+    def facts(self) -> dict[str, object]:
+        """Return the line's keys and values."""
+        answered = len(self.totals)
+        facts: dict[str, object] = {"requests": answered + self.others.total(), "answered": answered}
+        if answered:
+            totals = sorted(self.totals)
             facts |= {
-                "late": sum(answer.slack is not None and answer.slack < 0 for answer in answers),
-                "batches": round(batches),
-                "mean_batch": round(len(answers) / batches, 2),
-                "mean_r": round(sum(answer.r for answer in answers) / len(answers), 2),
-                "flops_saved_share": round(saved / (done + saved), 4),
+                "late": self.late,
+                "batches": round(self.batches),
+                "mean_batch": round(answered / self.batches, 2),
+                "mean_r": round(self.r / answered, 2),
+                "flops_saved_share": round(self.flops_saved / (self.flops + self.flops_saved), 4),
                 "p50_ms": _ms(_percentile(totals, 50)),
                 "p99_ms": _ms(_percentile(totals, 99)),
             }
-        log.info("served", **facts, **others)
+        return {**facts, **self.others}
 
 
 def _percentile(ascending: Sequence[float], percent: int) -> float:
-    """Return the least value that `percent` % of all do not exceed, as the load generator reckons it."""
+    """Return the least value that `percent` % of all do not exceed, the load generator's definition."""
     return ascending[-(-percent * len(ascending) // 100) - 1]
 
 

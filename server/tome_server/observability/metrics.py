@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric
 from prometheus_client.exposition import choose_encoder
@@ -11,12 +12,7 @@ from tome_server.observability import buckets
 from tome_server.observability.buckets import Buckets
 
 NAMESPACE = "tome"
-# Why a request was not answered inside its deadline, and which of these were refused before they cost anything.
-MISSED = ("infeasible", "expired", "queue_full", "failed", "late")
-REJECTED = ("infeasible", "queue_full", "client_limit")
-PROMISES = ("kept", "broken")
 _EXPIRY = "Unix time at which the first of the server's certificates ends; only with TLS"
-STAGES = ("decode", "queue", "compute", "reply")
 # What a series is called besides its family's own name.
 _SUFFIXES = {
     "counter": ("_total",),
@@ -26,9 +22,43 @@ _SUFFIXES = {
 }  # fmt: skip
 
 
+class Missed(StrEnum):
+    """Why a request was not answered inside its deadline."""
+
+    INFEASIBLE = "infeasible"
+    EXPIRED = "expired"
+    QUEUE_FULL = "queue_full"
+    FAILED = "failed"
+    LATE = "late"
+
+
+class Rejected(StrEnum):
+    """Why a request was refused before it cost anything."""
+
+    INFEASIBLE = "infeasible"
+    QUEUE_FULL = "queue_full"
+    CLIENT_LIMIT = "client_limit"
+
+
+class Promise(StrEnum):
+    """Whether a batch took no longer than what 95 of 100 should."""
+
+    KEPT = "kept"
+    BROKEN = "broken"
+
+
+class Stage(StrEnum):
+    """What a request is in, from its arrival on."""
+
+    DECODE = "decode"
+    QUEUE = "queue"
+    COMPUTE = "compute"
+    REPLY = "reply"
+
+
 @dataclass(frozen=True)
 class Family:
-    """What is known of a metric without asking a server."""
+    """What is known of a metric before a server runs."""
 
     name: str
     """Without the type's suffix."""
@@ -160,6 +190,13 @@ class Metrics:
         labels = ("model", "architecture", "device", "dtype", "policy")
         self._family("model", "info", labels, "1 for each model in service")
         self._family("tls_certificate_expiry_timestamp_seconds", "gauge", (), _EXPIRY)
+        self._models: dict[str, ModelMetrics] = {}
+
+    def of_model(self, model: str) -> "ModelMetrics":
+        """Return the metrics of one model."""
+        if model not in self._models:
+            self._models[model] = ModelMetrics(self, model)
+        return self._models[model]
 
     def serving(
         self, model: str, architecture: str, device: str, dtype: str, policy: str, rs: Sequence[int], largest_r: int
@@ -172,30 +209,15 @@ class Metrics:
             {"architecture": architecture, "device": device, "dtype": dtype, "policy": policy}
         )
         self.merge_r.declare(model, (*rs, largest_r))
-        self.merge_r.labels(model)
         self.merge_r_limit.labels(model).set(rs[-1])
-        self.drift.labels(model).set(1)
-        self.queue_depth.labels(model).set(0)
         self.requests.labels(model, "OK")
-        for reason in MISSED:
-            self.slo_missed.labels(model, reason)
-        for reason in REJECTED:
-            self.rejected.labels(model, reason)
-        for promise in PROMISES:
-            self.promises.labels(model, promise)
-        for stage in STAGES:
-            self.stage_duration.labels(model, stage)
-        for counter in (self.slo_met, self.halved_batches, self.compute_seconds, self.wasted_seconds):
-            counter.labels(model)
-        for counter in (self.policy_failures, self.tokens_input, self.tokens_merged, self.flops, self.flops_saved):
-            counter.labels(model)
-        for histogram in (self.request_duration, self.deadline_slack, self.batch_size, self.speedup_ratio):
-            histogram.labels(model)
-        for histogram in (self.prediction_ratio, self.quality_ratio):
-            histogram.labels(model)
+        self._models[model] = ModelMetrics(self, model)
+        self._models[model].drift.set(1)
+        self._models[model].queue_depth.set(0)
 
     def retired(self, model: str) -> None:
-        """Forget what a model is and how it does, once it is out of service; what was counted stays."""
+        """Remove the gauges of a model that is out of service; what was counted stays."""
+        self._models.pop(model, None)
         for gauge in (self.model_info, self.merge_r_limit, self.drift, self.queue_depth):
             gauge.remove(model)
 
@@ -233,6 +255,34 @@ class Metrics:
 
     def _family(self, name: str, kind: str, labels: Sequence[str], text: str, bounds: Buckets | None = None) -> None:
         self.families.append(Family(f"{NAMESPACE}_{name}", kind, tuple(labels), text, bounds))
+
+
+class ModelMetrics:
+    """The metrics of one model: the children of its label, each looked up once. All of them then stand at 0."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self.request_duration = metrics.request_duration.labels(model)
+        self.stage_duration = {stage: metrics.stage_duration.labels(model, stage) for stage in Stage}
+        self.slo_met = metrics.slo_met.labels(model)
+        self.slo_missed = {reason: metrics.slo_missed.labels(model, reason) for reason in Missed}
+        self.deadline_slack = metrics.deadline_slack.labels(model)
+        self.rejected = {reason: metrics.rejected.labels(model, reason) for reason in Rejected}
+        self.queue_depth = metrics.queue_depth.labels(model)
+        self.batch_size = metrics.batch_size.labels(model)
+        self.halved_batches = metrics.halved_batches.labels(model)
+        self.compute_seconds = metrics.compute_seconds.labels(model)
+        self.wasted_seconds = metrics.wasted_seconds.labels(model)
+        self.speedup_ratio = metrics.speedup_ratio.labels(model)
+        self.prediction_ratio = metrics.prediction_ratio.labels(model)
+        self.promises = {promise: metrics.promises.labels(model, promise) for promise in Promise}
+        self.drift = metrics.drift.labels(model)
+        self.policy_failures = metrics.policy_failures.labels(model)
+        self.merge_r = metrics.merge_r.labels(model)
+        self.quality_ratio = metrics.quality_ratio.labels(model)
+        self.tokens_input = metrics.tokens_input.labels(model)
+        self.tokens_merged = metrics.tokens_merged.labels(model)
+        self.flops = metrics.flops.labels(model)
+        self.flops_saved = metrics.flops_saved.labels(model)
 
 
 def exemplar(trace_id: str | None) -> dict[str, str] | None:

@@ -10,17 +10,29 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, format_trace_id, set_span_in_context
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    Span,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+    Tracer,
+    format_trace_id,
+    set_span_in_context,
+)
 
 from tome_api.targets import is_this_machine
 from tome_server.observability import request_context
-from tome_server.observability.ended import Answered, RequestOutcome
-from tome_server.observability.logs import outcome
+from tome_server.observability.logs import outcome_word
+from tome_server.observability.request_outcome import Prediction, RequestOutcome
+from tome_server.observability.trace_context import ParentSpan
 
 # How long a collector may take. Its absence must not keep a server from stopping.
 EXPORT_SECONDS = 3.0
@@ -45,7 +57,6 @@ class Traces:
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("tome_server")
-        self._incoming = TraceContextTextMapPropagator()
 
     def begin(self, since: float) -> "RequestTrace":
         """Begin the span of a request that arrived `since` seconds ago.
@@ -53,14 +64,20 @@ class Traces:
         Its caller decides whether the trace is recorded, and else the sampler.
         """
         start = time.time_ns() - round(since * _NS)
-        traceparent = request_context.traceparent.get()
-        parent = self._incoming.extract({"traceparent": traceparent} if traceparent else {})
+        context = request_context.trace.get()
+        parent = _within(context.parent) if context and context.parent else Context()
         span = self._tracer.start_span("predict", parent, SpanKind.SERVER, start_time=start)
         return RequestTrace(self._tracer, span, start)
 
     def close(self) -> None:
         """Send what is left. Takes some seconds if the collector can't be reached."""
         self._provider.shutdown()
+
+
+def _within(parent: ParentSpan) -> Context:
+    flags = TraceFlags(TraceFlags.SAMPLED if parent.sampled else TraceFlags.DEFAULT)
+    context = SpanContext(int(parent.trace_id, 16), int(parent.span_id, 16), is_remote=True, trace_flags=flags)
+    return set_span_in_context(NonRecordingSpan(context), Context())
 
 
 @dataclass(frozen=True)
@@ -78,36 +95,29 @@ class RequestTrace:
         context = self.span.get_span_context()
         return format_trace_id(context.trace_id) if context.trace_flags.sampled else None
 
-    def end(self, ended: RequestOutcome) -> None:
+    def end(self, outcome: RequestOutcome) -> None:
         """End the span, and make those of the stages if there was an answer."""
         if not self.span.is_recording():
             return
-        self.span.set_attributes({"tome.model": ended.model, "tome.outcome": outcome(ended)})
-        if ended.answer:
-            self._stages(ended.answer)
+        self.span.set_attributes({"tome.model": outcome.model, "tome.outcome": outcome_word(outcome)})
+        if outcome.reply:
+            self._stages(outcome.reply)
         else:
-            self.span.set_status(Status(StatusCode.ERROR, str(ended.error)))
-        self.span.end(self.start + round(ended.seconds * _NS))
+            self.span.set_status(Status(StatusCode.ERROR, str(outcome.error)))
+        self.span.end(self.start + round(outcome.seconds * _NS))
 
-    def _stages(self, answer: Answered) -> None:
-        self.span.set_attributes(
-            {
-                "tome.r": answer.r,
-                "tome.tokens_in": answer.tokens_in,
-                "tome.tokens_out": answer.tokens_out,
-                "tome.flops_saved": answer.flops_saved,
-                "tome.batch_size": answer.batch_size,
-            }
-        )
-        if answer.slack is not None:
-            self.span.set_attribute("tome.slack_seconds", answer.slack)
+    def _stages(self, reply: Prediction) -> None:
+        timing = reply.timing
+        # Of the compute stage too, since its time depends on them.
+        batch = {"tome.r": reply.r, "tome.tokens_in": reply.cost.tokens_in, "tome.batch_size": timing.batch_size}
+        self.span.set_attributes(batch)
+        self.span.set_attributes({"tome.tokens_out": reply.cost.tokens[-1], "tome.flops_saved": reply.flops_saved})
+        if timing.slack is not None:
+            self.span.set_attribute("tome.slack_seconds", timing.slack)
         within, start = set_span_in_context(self.span), self.start
-        for name, seconds in (("decode", answer.decode), ("queue", answer.queue), ("compute", answer.compute)):
+        for name, seconds in (("decode", timing.decode), ("queue", timing.queue), ("compute", timing.compute)):
             stage = self.tracer.start_span(name, within, start_time=start)
             if name == "compute":
-                # Here too, since it is what this stage's time depends on.
-                stage.set_attributes(
-                    {"tome.r": answer.r, "tome.tokens_in": answer.tokens_in, "tome.batch_size": answer.batch_size}
-                )
+                stage.set_attributes(batch)
             start += round(seconds * _NS)
             stage.end(start)

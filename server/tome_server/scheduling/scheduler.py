@@ -40,12 +40,12 @@ class Scheduler(Generic[T]):
         self.latency = latency
         self.policy_failures = 0
         """Decisions that the policy raised on, and that were made without it."""
-        self.sharing: Sequence[Scheduler[Any]] = ()
-        """The schedulers of all models on the device; this may be among them."""
+        self.others: Sequence[Scheduler[Any]] = ()
+        """The schedulers of the other models on the device: see `share_device`."""
         self._policy = policy
         self._queue: DeadlineQueue[T] = DeadlineQueue()
         # Admitted, and still being decoded.
-        self._coming: DeadlineQueue[None] = DeadlineQueue()
+        self._coming: DeadlineQueue[T] = DeadlineQueue()
         self._fastest = _fastest(latency.profile)
         # A rate is that of several requests, however long each takes.
         self._traffic = TrafficMeter(max(HORIZON, _IMAGES_IN_HORIZON * latency.profile.p50[0][0]))
@@ -91,11 +91,11 @@ class Scheduler(Generic[T]):
         """How many requests were admitted and are still being decoded."""
         return len(self._coming)
 
-    def expect(self, request: Waiting[None]) -> None:
-        """Reckon with a request that was admitted and is still being decoded, until `submit` or `forget`."""
+    def expect(self, request: Waiting[T]) -> None:
+        """Count a request that was admitted and is still being decoded as load, until `forget`."""
         self._coming.push(request)
 
-    def forget(self, request: Waiting[None]) -> None:
+    def forget(self, request: Waiting[T]) -> None:
         """Expect a request no longer."""
         self._coming.remove(request)
 
@@ -152,7 +152,7 @@ class Scheduler(Generic[T]):
         """Return when a request ends if all due by its `deadline` are merged the most, and run from `start` on."""
         size, top = self._size, self.latency.levels - 1
         batches, rest = divmod(self._due_by(deadline), size)
-        for other in self._others():
+        for other in self.others:
             start += other._work(deadline)
         begins = max(start + batches * self.latency.expected(size, top), ready(deadline))
         return begins + self.latency.promised(rest + 1, high)
@@ -168,9 +168,6 @@ class Scheduler(Generic[T]):
         seconds = batches * self.latency.expected(size, top)
         return seconds + self.latency.expected(rest, top) if rest else seconds
 
-    def _others(self) -> list["Scheduler[Any]"]:
-        return [other for other in self.sharing if other is not self]
-
     def _view(self, now: float) -> tuple[View, dict[int, Waiting[T]]]:
         """Return what the policy sees and, where that isn't those who wait themselves, whom its members stand for.
 
@@ -178,10 +175,9 @@ class Scheduler(Generic[T]):
         by what is left of it once the others' requests due before are done, and of that of theirs due after.
         """
         traffic, waiting = self._traffic.at(now), list(self._queue)
-        others = self._others()
-        if others:
-            traffic = together(traffic, [(other._traffic.at(now), other._image / self._image) for other in others])
-        if not any(map(len, others)):
+        if self.others:
+            traffic = together(traffic, [(other._traffic.at(now), other._image / self._image) for other in self.others])
+        if not any(map(len, self.others)):
             return View(now, waiting, self.latency, traffic), {}
         seen = [
             Waiting(one.item, one.arrival, due, one.low, one.high)
@@ -210,7 +206,7 @@ class Scheduler(Generic[T]):
         least = now + self.latency.promised(1, waiting[0].high)
         limits: list[tuple[float, float, float]] = []
         work = 0.0
-        for deadline, expected, promised in sorted(chunk for other in self._others() for chunk in other._chunks()):
+        for deadline, expected, promised in sorted(chunk for other in self.others for chunk in other._chunks()):
             if (latest := deadline - work - promised) >= least:
                 work += expected
                 limits.append((deadline, latest, work))
@@ -243,6 +239,12 @@ class Scheduler(Generic[T]):
             return decision
         batch, shed = ([places[id(one)] for one in part] for part in (decision.batch, decision.shed))
         return Decision(batch, decision.levels, shed)
+
+
+def share_device(schedulers: Sequence[Scheduler[Any]]) -> None:
+    """Have each of these schedulers account for the load of the others; they are all that the device has."""
+    for scheduler in schedulers:
+        scheduler.others = [other for other in schedulers if other is not scheduler]
 
 
 def _fastest(profile: Profile) -> list[int]:

@@ -1,7 +1,6 @@
-"""Forms batches of the requests that wait, runs them on the device, and gives each request its share.
+"""Forms batches of queued requests, runs them on the device, and gives each request its result.
 
-Knows nothing of what a request asked for but its place in the queue and its bounds: `engine` admits, decodes and
-replies.
+`engine` does the rest: it admits requests, has their images decoded, and replies.
 """
 
 import asyncio
@@ -9,8 +8,8 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from tome_server.device.client import Device
 from tome_server.device.shared_images import Slot
@@ -22,11 +21,11 @@ from tome_server.errors import (
     OutOfMemoryError,
     UnavailableError,
 )
-from tome_server.execution.batch import BatchItem, ItemResult
-from tome_server.observability.metrics import Metrics
+from tome_server.execution.batch import BatchItem, ItemResult, Outputs
+from tome_server.observability.metrics import Metrics, Promise, Stage
 from tome_server.scheduling.policy.view import Decision
 from tome_server.scheduling.queue import Waiting
-from tome_server.scheduling.scheduler import Scheduler, at_once
+from tome_server.scheduling.scheduler import at_once, share_device
 from tome_server.serving.overhead import Margin
 from tome_server.serving.served import ServedModel
 
@@ -45,91 +44,95 @@ DOUBT_AGAIN = 2.0
 
 @dataclass(eq=False)
 class Job:
-    """A decoded request on its way through queue and device."""
+    """A request on its way through decoding, queue and device."""
 
     served: "Served"
+    outputs: Outputs
     exact: int | None
-    """The r to run at, where the request names it."""
-    work: BatchItem[Slot]
-    answer: "asyncio.Future[Answer]"
-    queued: float
-    """when it entered the queue"""
+    """The r to run at, if the request names one."""
     ready: Callable[[float], float]
-    """when a request like it, of a given deadline, would be decoded if it came now"""
-    taken: bool = False
-    """whether it left the queue for the device, which then gives the slot back"""
+    """Returns when an image of this size would be decoded if it came now with a given deadline."""
+    stage: Stage = Stage.DECODE
+    """From COMPUTE on, its batch drops the slot."""
+    slot: Slot = field(init=False)
+    """Where its image lies, once that is decoded."""
+    queued: float = field(init=False)
+    """When it entered the queue."""
+    result: "asyncio.Future[BatchedResult]" = field(init=False)
 
 
 Served: TypeAlias = ServedModel[Job]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A job's share of its batch."""
+class BatchedResult:
+    """A request's result, and the batch that it ran in."""
 
     result: ItemResult
     r: int
     started: float
-    """when the batch started"""
+    """When the batch started."""
     seconds: float
-    """what the whole batch took"""
+    """What the whole batch took."""
     predicted: float
+    """What it was expected to take."""
     batch_size: int
 
 
 class Batcher:
-    """What waits for one device, and what runs on it. `run` must be running while `answer` is called.
-
-    `max_delay` is how many seconds requests may wait for batch-mates while the device is idle, unless their model says
-    otherwise; `margin` is what a request that is given up is told to allow for.
-    """
+    """The queues of all models of one device, and the batch that runs on it. `submit` needs `run` to be running."""
 
     def __init__(self, device: Device, metrics: Metrics, max_delay: float, margin: Margin) -> None:
+        """`max_delay` is how many seconds requests may wait for batch-mates while the device is idle, unless their
+        model says otherwise; `margin` is added to the smallest latency that a refusal names.
+        """
         self._device = device
         self._metrics = metrics
         self._max_delay = max_delay
         self._margin = margin
-        # All models that have requests, or may have some, and their schedulers.
+        # All models that have requests, or may have some.
         self._models: list[Served] = []
-        self._schedulers: list[Scheduler[Job]] = []
         self._arrived = asyncio.Event()
         self._unanswered: set[Job] = set()
         self._ended = False
-        # The key of the model on the device, and when the batch there should end; without one, when the last did.
+        # Key of the model whose batch is running, and when it should end; if none runs, None and when the last ended.
         self._on_device: str | None = None
         self._free_at = -math.inf
         self._device_left = asyncio.Event()
         # Until when an idle device's slowness has been forgotten, and when it may run its next empty image.
         self._forgotten = -math.inf
         self._rested_at = -math.inf
-        # By model: empty images since its last batch, and when predictions were last doubted because they refused.
+        # By model: empty images since its last batch, and when a refusal last put its predictions in doubt.
         self._probes: Counter[str] = Counter()
         self._doubted: dict[str, float] = {}
         self._in_doubt: set[str] = set()
 
     def add(self, served: Served) -> None:
-        """Have a model's scheduler reckon with those of the others, and the others with it."""
+        """Register a model. Its scheduler and the others' now account for each other's load."""
         self._models.append(served)
-        self._schedulers.append(served.scheduler)
-        served.scheduler.sharing = self._schedulers
+        share_device([each.scheduler for each in self._models])
 
     async def remove(self, served: Served) -> None:
-        """Forget a model that nobody waits for any more, once it has left the device."""
+        """Forget a model without requests, once it has left the device."""
         while self._on_device == served.key:
             self._device_left.clear()
             await self._device_left.wait()
         self._models.remove(served)
-        self._schedulers.remove(served.scheduler)
+        share_device([each.scheduler for each in self._models])
         self._probes.pop(served.key, None)
         self._doubted.pop(served.key, None)
         self._in_doubt.discard(served.key)
 
-    def longest_delay(self, served: Served) -> float:
+    def max_delay_of(self, served: Served) -> float:
         """Return how many seconds a model's requests may wait for batch-mates while the device is idle."""
         return self._max_delay if served.own.max_delay is None else served.own.max_delay
 
-    def check(self, served: Served, waiting: Waiting[Any], ready: Callable[[float], float] = at_once) -> None:
-        """Raise InfeasibleError if a request can't be met; `ready` says when one of a given deadline is decoded."""
+    def check(self, waiting: Waiting[Job], ready: Callable[[float], float] = at_once) -> None:
+        """Raise InfeasibleError if a deadline can't be met.
+
+        `ready` returns when a request of a given deadline would be decoded; without it, the request is decoded.
+        """
+        served = waiting.item.served
         try:
             served.scheduler.check(waiting, _now(), self._free_at, ready)
         except InfeasibleError:
@@ -137,20 +140,23 @@ class Batcher:
                 raise
             served.scheduler.check(waiting, _now(), self._free_at, ready)
 
-    def earliest(self, served: Served, high: int, ready: Callable[[float], float] = at_once) -> float:
-        """Return the earliest deadline that `check` would let pass now, for a highest level of `high`."""
-        return served.scheduler.earliest(_now(), self._free_at, high, ready=ready)
+    def infeasible(self, waiting: Waiting[Job]) -> InfeasibleError:
+        """Return what a request that is given up is told: the smallest latency that would be admitted now."""
+        now, job = _now(), waiting.item
+        earliest = job.served.scheduler.earliest(now, self._free_at, waiting.high, ready=job.ready)
+        return InfeasibleError(earliest - now + self._margin.at(now))
 
-    async def answer(self, waiting: Waiting[Job]) -> Answer:
-        """Return a request's share of the batch that it came into. Raises a RequestError if it gets none.
+    async def submit(self, waiting: Waiting[Job]) -> BatchedResult:
+        """Queue a request whose image is decoded, and return its result. Raises a RequestError if there is none.
 
-        When the caller is cancelled, it leaves the queue; a batch already on the device runs to its end.
+        When the caller is cancelled, the request leaves the queue; a batch already on the device runs to its end.
         """
         job = waiting.item
         scheduler = job.served.scheduler
+        job.stage, job.queued, job.result = Stage.QUEUE, _now(), asyncio.get_running_loop().create_future()
         if self._ended:
             raise _stopped()
-        self.check(job.served, waiting)
+        self.check(waiting)
         if not len(scheduler):
             job.served.waiting_since = job.queued
         scheduler.submit(waiting, job.queued, self._free_at)
@@ -158,7 +164,7 @@ class Batcher:
         self._queue_changed(job.served)
         self._arrived.set()
         try:
-            return await job.answer
+            return await job.result
         finally:
             self._unanswered.discard(job)
             if scheduler.cancel(waiting):
@@ -167,21 +173,21 @@ class Batcher:
     async def run(self) -> None:
         """Run batches until cancelled. Raises DeviceDiedError if there is no device any more.
 
-        However it ends, who still waits for an answer is told that there will be none.
+        However it ends, every request without a result then fails with UnavailableError.
         """
         try:
             while True:
                 served, decision = await self._next()
                 for waiting in decision.shed:
-                    self._give_up(served, waiting)
+                    self._give_up(waiting)
                 if decision.batch:
                     await self._run_batch(served, [waiting.item for waiting in decision.batch], decision.levels)
         finally:
             self._ended = True
             for job in self._unanswered:
-                if not job.answer.done():
-                    job.answer.set_exception(_stopped())
-                    job.answer.exception()  # who waited may have been cancelled with this
+                if not job.result.done():
+                    job.result.set_exception(_stopped())
+                    job.result.exception()  # its caller may have been cancelled together with this task
 
     def _doubt(self, served: Served) -> bool:
         """Doubt predictions that refuse a request though the device is idle; returns whether they were changed.
@@ -202,13 +208,14 @@ class Batcher:
             return False
         served.scheduler.latency.forget_slowness(now - since)
         self._forgotten = now
-        self._metrics.drift.labels(served.model.name).set(served.scheduler.latency.drift)
+        self._drifted(served)
         return True
 
     @property
     def _idle(self) -> bool:
         """Whether the device does nothing, and nothing is on its way to it."""
-        return self._on_device is None and not any(len(one) or one.expected for one in self._schedulers)
+        schedulers = (served.scheduler for served in self._models)
+        return self._on_device is None and not any(len(each) or each.expected for each in schedulers)
 
     def _probe_next(self) -> Served | None:
         """Return a model whose predictions an idle device had better find out about."""
@@ -240,7 +247,7 @@ class Batcher:
             self._rested_at = self._free_at + (LONG_REST if enough else PROBE_REST) * (self._free_at - began)
             self._device_left.set()
         latency.observe([level], seconds)
-        self._metrics.drift.labels(served.model.name).set(latency.drift)
+        self._drifted(served)
 
     async def _next(self) -> tuple[Served, Decision]:
         """Return the next decision: that of the model whose earliest deadline is the earliest."""
@@ -272,34 +279,33 @@ class Batcher:
             return -math.inf
         # The time that those who wait would take if the most were merged, and they had the mates they wait for.
         needed = latency.promised(latency.max_batch, latency.levels - 1)
-        return min(served.waiting_since + self.longest_delay(served), scheduler.deadline - needed)
+        return min(served.waiting_since + self.max_delay_of(served), scheduler.deadline - needed)
 
     def _decide(self, served: Served, now: float) -> Decision | None:
         scheduler = served.scheduler
         failures = scheduler.policy_failures
         decision = scheduler.next(now)
-        self._metrics.policy_failures.labels(served.model.name).inc(scheduler.policy_failures - failures)
+        self._metrics.of_model(served.model.name).policy_failures.inc(scheduler.policy_failures - failures)
         self._queue_changed(served)
         return decision
 
-    def _give_up(self, served: Served, waiting: Waiting[Job]) -> None:
-        now, answer = _now(), waiting.item.answer
-        if not answer.done():
-            earliest = self.earliest(served, waiting.high, waiting.item.ready)
-            answer.set_exception(InfeasibleError(earliest - now + self._margin.at(now)))
+    def _give_up(self, waiting: Waiting[Job]) -> None:
+        if not waiting.item.result.done():
+            waiting.item.result.set_exception(self.infeasible(waiting))
 
     async def _run_batch(self, served: Served, batch: Sequence[Job], levels: Sequence[int]) -> None:
-        """Run a batch, or if it fails its parts, and answer its members."""
-        model, latency = served.model, served.scheduler.latency
+        """Run a batch, or if it fails its parts, and set the results of its members."""
+        latency = served.scheduler.latency
         rs = [served.rs[level] if job.exact is None else job.exact for job, level in zip(batch, levels, strict=True)]
         for job in batch:
-            job.taken = True
+            job.stage = Stage.COMPUTE
         failure: Exception | None = None
         started, predicted = _now(), latency.of_batch(levels)
         promised = latency.of_batch(levels, promised=True)
         self._on_device, self._free_at = served.key, started + promised
         try:
-            done = await self._device.run(served.key, [job.work for job in batch], rs, served.profile.packed)
+            items = [BatchItem(job.slot, job.outputs) for job in batch]
+            done = await self._device.run(served.key, items, rs, served.profile.packed)
         except DeviceDiedError:
             raise
         except Exception as error:
@@ -314,39 +320,42 @@ class Batcher:
         unmerged = latency.expected(len(batch), 0)
         self._probes[served.key] = 0
         ratio = latency.observe(levels, done.seconds)
-        metrics = self._metrics
-        metrics.batch_size.labels(model.name).observe(len(batch))
-        metrics.prediction_ratio.labels(model.name).observe(ratio)
-        metrics.promises.labels(model.name, "kept" if done.seconds <= promised else "broken").inc()
-        metrics.drift.labels(model.name).set(latency.drift)
-        metrics.compute_seconds.labels(model.name).inc(done.seconds)
-        metrics.speedup_ratio.labels(model.name).observe(unmerged / done.seconds)
+        metrics = self._metrics.of_model(served.model.name)
+        metrics.batch_size.observe(len(batch))
+        metrics.prediction_ratio.observe(ratio)
+        metrics.promises[Promise.KEPT if done.seconds <= promised else Promise.BROKEN].inc()
+        metrics.drift.set(latency.drift)
+        metrics.compute_seconds.inc(done.seconds)
+        metrics.speedup_ratio.observe(unmerged / done.seconds)
         for job, r, result in zip(batch, rs, done.results, strict=True):
-            job.work.image.drop()
-            if job.answer.done():  # its caller has gone, or its deadline passed
-                metrics.wasted_seconds.labels(model.name).inc(done.seconds / len(batch))
+            job.slot.drop()
+            if job.result.done():  # its caller has gone, or its deadline passed
+                metrics.wasted_seconds.inc(done.seconds / len(batch))
             else:
-                job.answer.set_result(Answer(result, r, started, done.seconds, predicted, len(batch)))
+                job.result.set_result(BatchedResult(result, r, started, done.seconds, predicted, len(batch)))
 
     async def _run_parts(self, served: Served, batch: Sequence[Job], levels: Sequence[int], failure: Exception) -> None:
-        """Run a batch that failed in halves if memory ran out, else one by one; who fails alone is told so."""
+        """Retry a failed batch: in halves if memory ran out, else one image at a time.
+
+        A request that fails alone gets the error.
+        """
         name, no_memory = served.model.name, isinstance(failure, OutOfMemoryError)
         if len(batch) == 1:
             [job] = batch
-            job.work.image.drop()
+            job.slot.drop()
             if no_memory:
                 log.error("model %s lacks memory for one image: %s", name, failure)
             else:
                 log.error("model %s failed", name, exc_info=failure)
-            if not job.answer.done():
-                job.answer.set_exception(
+            if not job.result.done():
+                job.result.set_exception(
                     NoMemoryError(f"model {name} has no memory left on the device for this image")
                     if no_memory
                     else ModelFailedError(f"model {name} failed on this input")
                 )
             return
         if no_memory:
-            self._metrics.halved_batches.labels(name).inc()
+            self._metrics.of_model(name).halved_batches.inc()
             served.scheduler.latency.allow(math.ceil(len(batch) / 2))
             log.warning(
                 "model %s lacks memory for a batch of %d; running its halves, and from now on no more than %d at once, "
@@ -361,8 +370,8 @@ class Batcher:
             part = served.scheduler.latency.max_batch if no_memory else 1
             rest: list[tuple[Job, int]] = []
             for job, level in zip(batch[first : first + part], levels[first : first + part], strict=True):
-                if job.answer.done():  # its caller has gone
-                    job.work.image.drop()
+                if job.result.done():  # its caller has gone
+                    job.slot.drop()
                 else:
                     rest.append((job, level))
             first += part
@@ -370,7 +379,10 @@ class Batcher:
                 await self._run_batch(served, [job for job, _ in rest], [level for _, level in rest])
 
     def _queue_changed(self, served: Served) -> None:
-        self._metrics.queue_depth.labels(served.model.name).set(len(served.scheduler))
+        self._metrics.of_model(served.model.name).queue_depth.set(len(served.scheduler))
+
+    def _drifted(self, served: Served) -> None:
+        self._metrics.of_model(served.model.name).drift.set(served.scheduler.latency.drift)
 
 
 def _stopped() -> UnavailableError:

@@ -1,4 +1,4 @@
-"""The life of a request between the wire and the device: admit, decode, have it batched, reply.
+"""The life of a request between the wire and the device: it is admitted, decoded, batched and answered.
 
 Asyncio throughout; images are decoded in threads (see `decode_queue`) and batches (see `batcher`) run in the device's
 process, so that nothing blocks the event loop.
@@ -6,14 +6,10 @@ process, so that nothing blocks the event loop.
 
 import asyncio
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field
 from functools import partial
-
-import numpy as np
-from numpy.typing import NDArray
 
 from tome_server.device.client import Device
 from tome_server.device.shared_images import Slot
@@ -27,122 +23,22 @@ from tome_server.errors import (
     OverloadedError,
     RequestError,
     UnavailableError,
-    UnknownModelError,
 )
-from tome_server.execution.batch import BatchItem, ItemResult
-from tome_server.mac_count import MacCount
-from tome_server.models.hosted import HostedModel
-from tome_server.models.preprocess import InputSize, Preprocess
-from tome_server.observability.ended import Answered, Observer, RequestOutcome, Trace, Tracer
-from tome_server.observability.metrics import Metrics, exemplar
-from tome_server.observability.request_context import Shares
+from tome_server.models.preprocess import InputSize
+from tome_server.observability import request_context
+from tome_server.observability.metrics import Metrics, Missed, Rejected, Stage, exemplar
+from tome_server.observability.request_outcome import Observer, RequestOutcome, Timing, Trace, Tracer
 from tome_server.scheduling.queue import Waiting
-from tome_server.serving.batcher import Answer, Batcher, Job, Served
+from tome_server.serving.batcher import BatchedResult, Batcher, Job, Served
+from tome_server.serving.client_limit import ClientLimit
 from tome_server.serving.decode_queue import Decode, Decoders, HopelessError
 from tome_server.serving.overhead import DecodeTimes, Margin
+from tome_server.serving.registry import ModelRegistry
+from tome_server.serving.requests import ImageInput, Reply, Request
 from tome_server.serving.served import Bounds
 
-FLOPS_PER_MAC = 2
-# What a refused client is told to wait: about the time that a few batches take.
+# Seconds that a refused client is told to wait: about the time that a few batches take.
 RETRY_AFTER = 0.1
-DEFAULT_TOP_K = 5
-# Characters of an unknown model's name that its refusal repeats.
-NAME_SHOWN = 100
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """A JPEG, PNG, WebP or BMP file."""
-
-    data: bytes
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """[H, W, 3] uint8 RGB."""
-
-    shape: Sequence[int]
-    data: bytes
-
-
-@dataclass(frozen=True)
-class Normalised:
-    """[C, H, W] float32, the model's own input."""
-
-    shape: Sequence[int]
-    data: bytes
-
-
-@dataclass(frozen=True)
-class Request:
-    """One image to classify. Times are in seconds of the event loop's clock."""
-
-    model: str
-    """Empty for the first model."""
-    input: EncodedImage | Pixels | Normalised
-    arrival: float
-    deadline: float | None = None
-    """None for the model's default budget; infinite for a request that may wait for any time."""
-    r: int | None = None
-    min_r: int | None = None
-    max_r: int | None = None
-    min_quality: float | None = None
-    top_k: int | None = None
-    features: bool = False
-    token_map: bool = False
-    logits: bool = False
-    """Whether the reply holds the logits of all classes."""
-    patches: bool = False
-    """Whether the reply holds the features of each patch."""
-    trace_id: str | None = None
-    """Of the recorded trace it belongs to, as 32 hexadecimal digits: metrics name it as their exemplar.
-    What an engine that makes traces says of that itself comes in its place."""
-
-
-def deadline_of(arrival: float, budget: float | None, time_remaining: float | None) -> float | None:
-    """Return a request's deadline: `arrival` plus the lesser of its budget and the call's own time limit, in seconds.
-
-    `budget` is None where the request names none, infinite where it says that it has no deadline. Returns None for the
-    model's default budget, infinity for no deadline.
-    """
-    limits = [seconds for seconds in (budget, time_remaining) if seconds is not None]
-    return arrival + min(limits) if limits else None
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Where a request's time went, in seconds."""
-
-    decode: float
-    queue: float
-    compute: float
-    predicted: float
-    """what the batch was expected to take"""
-    total: float
-    slack: float | None
-    """Deadline less the time of the answer; None without a deadline."""
-    batch_size: int
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A prediction and what was done for it."""
-
-    model: HostedModel
-    result: ItemResult
-    r: int
-    cost: MacCount
-    timing: Timing
-
-    @property
-    def flops(self) -> int:
-        """Operations done, those of merging included."""
-        return FLOPS_PER_MAC * self.cost.total
-
-    @property
-    def flops_saved(self) -> int:
-        """Operations the unmerged model would have done, less those done."""
-        return FLOPS_PER_MAC * (self.cost.dense - self.cost.total)
 
 
 @dataclass
@@ -154,138 +50,54 @@ class Engine:
     max_delay: float
     """Seconds that requests may wait for batch-mates while the device is idle, unless their model says otherwise."""
     max_pending: int
-    """Requests held at once; one more is refused. A model may allow itself less."""
+    """Requests in the server at once; one more is refused. A model may allow itself fewer."""
     reply_margin: float
     """The least that is kept back from each deadline for the way back, in seconds; more where measured."""
     decode_threads: int
     """Images decoded at once."""
-    names: list[str] = field(default_factory=list)
-    """Of all models that are or will be served, the one for requests that name none first."""
-    models: dict[str, Served] = field(default_factory=dict)
-    """Those that are loaded, by name."""
+    names: InitVar[Sequence[str]]
+    """Of the models that will be served, the one for requests that name none first."""
     decode_memory: int = 512 * 2**20
     """Bytes that decoding may take at once; a single image that needs more is decoded alone."""
     max_client_requests: int | None = None
-    """Requests held at once for one client; one more is refused."""
+    """Requests of one client in the server at once; one more is refused."""
     observers: Sequence[Observer] = ()
-    """Told of each request's end."""
+    """Called at each request's end."""
     tracer: Tracer | None = None
     """Makes traces of requests; metrics then name these as exemplars, those begun here too."""
+    registry: ModelRegistry = field(init=False)
+    """The models in service."""
     draining: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     """Set once new requests are refused because the server is stopping."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, names: Sequence[str]) -> None:
         self._margin = Margin(self.reply_margin)
         self._decoders = Decoders(self.decode_threads, self.decode_memory, DecodeTimes())
         self._batcher = Batcher(self.device, self.metrics, self.max_delay, self._margin)
-        for served in self.models.values():
-            self._batcher.add(served)
-        self._shares = Shares(self.max_client_requests, RETRY_AFTER)
-        self.leaving: list[Served] = []
-        """Models that have been replaced or retired, and still have requests to answer."""
-        # Requests in the engine: all, and by the model's key.
+        self.registry = ModelRegistry(self._batcher, names)
+        self._client_limit = ClientLimit(self.max_client_requests, RETRY_AFTER)
         self._pending = 0
-        self._held: Counter[str] = Counter()
-        self._released = asyncio.Event()
         self._last_left = -math.inf
         self.metrics.pending_limit.set(self.max_pending)
         self.metrics.decode_queue_depth.set_function(lambda: len(self._decoders))
-
-    def model(self, name: str) -> Served:
-        """Return a model in service, the first if unnamed.
-
-        Raises UnknownModelError, or UnavailableError if it is loading or there is none at all.
-        """
-        name = name or self.default_name
-        if not name:
-            raise UnavailableError("no model is in service")
-        if name not in self.names:
-            # The caller's text goes into the status, and gRPC drops statuses of more than a few kilobytes.
-            raise UnknownModelError(name if len(name) <= NAME_SHOWN else f"{name[:NAME_SHOWN]}…", self.names)
-        if name not in self.models:
-            raise UnavailableError(f"model {name} is loading")
-        return self.models[name]
 
     @property
     def idle_since(self) -> float:
         """When the last request left the server; infinite while one is there."""
         return math.inf if self._pending else self._last_left
 
-    @property
-    def default_name(self) -> str:
-        """Name of the model for requests that name none; empty if there is no model."""
-        return self.names[0] if self.names else ""
-
-    def expect(self, name: str) -> None:
-        """Answer requests for a model with UnavailableError until it is served."""
-        self.names.append(name)
-
-    def forget(self, name: str) -> None:
-        """Answer requests for a model that was expected with UnknownModelError again."""
-        self.names.remove(name)
-
-    def serve(self, served: Served) -> Served | None:
-        """Answer new requests for a model that was expected, or is served; returns what was, to wait for by `left`."""
-        before = self.models.get(served.model.name)
-        self.models[served.model.name] = served
-        self._batcher.add(served)
-        if before:
-            self.leaving.append(before)
-        return before
-
-    def retire(self, name: str) -> Served:
-        """Refuse new requests for a model, which is returned, to wait for by `left`. Raises what `model` does."""
-        served = self.model(name)
-        self.names.remove(served.model.name)
-        self.leaving.append(self.models.pop(served.model.name))
-        return served
-
-    def most_pending(self, served: Served) -> int:
-        """Return how many requests for a model are held at once; one more is refused."""
+    def max_pending_of(self, served: Served) -> int:
+        """Return how many requests for a model may be in the server at once."""
         return self.max_pending if served.own.max_pending is None else min(served.own.max_pending, self.max_pending)
 
-    def longest_delay(self, served: Served) -> float:
+    def max_delay_of(self, served: Served) -> float:
         """Return how many seconds a model's requests may wait for batch-mates while the device is idle."""
-        return self._batcher.longest_delay(served)
-
-    async def left(self, served: Served) -> None:
-        """Wait until a model that was replaced or retired has answered the requests that it still had."""
-        while self._held[served.key]:
-            self._released.clear()
-            await self._released.wait()
-        await self._batcher.remove(served)
-        self.leaving.remove(served)
-
-    @contextmanager
-    def holding(self, served: Served) -> Iterator[None]:
-        """Keep a model, replaced or retired meanwhile, until requests that name it to `predict` are answered."""
-        self._held[served.key] += 1
-        try:
-            yield
-        finally:
-            self._held[served.key] -= 1
-            self._released.set()
-
-    async def predict(self, request: Request, served: Served | None = None) -> Reply:
-        """Answer one request, by `served` if that is held. Raises a RequestError that says why it can't be answered.
-
-        When the caller is cancelled, the request leaves the queue; a batch already on the device runs to its end.
-        """
-        trace = self.tracer(_now() - request.arrival) if self.tracer else None
-        if trace:
-            request = replace(request, trace_id=trace.id)
-        try:
-            reply = await self._predict(request, served)
-        except BaseException as error:
-            self._tell(request, trace, None, error)
-            raise
-        self._tell(request, trace, reply, None)
-        return reply
+        return self._batcher.max_delay_of(served)
 
     async def run(self) -> None:
         """Run batches until cancelled. Raises DeviceDiedError if there is no device any more.
 
-        However it ends, who still waits for an answer is told that there will be none.
+        However it ends, every request without an answer then fails with UnavailableError.
         """
         await self._batcher.run()
 
@@ -293,115 +105,87 @@ class Engine:
         """Refuse new requests from now on; those already here are answered."""
         self.draining.set()
 
-    async def answered(self) -> None:
-        """Wait until nobody waits for an answer any more."""
-        while any(self._held.values()):
-            self._released.clear()
-            await self._released.wait()
+    async def drained(self) -> None:
+        """Wait until every request that was admitted has been answered."""
+        await self.registry.unheld()
 
     def close(self) -> None:
         """End the threads, after what they are doing."""
         self._decoders.close()
 
-    def _tell(self, request: Request, trace: Trace | None, reply: Reply | None, error: BaseException | None) -> None:
-        answer = None
-        if reply is not None:
-            answer = Answered(
-                r=reply.r,
-                tokens_in=reply.cost.tokens_in,
-                tokens_out=reply.cost.tokens[-1],
-                flops=reply.flops,
-                flops_saved=reply.flops_saved,
-                decode=reply.timing.decode,
-                queue=reply.timing.queue,
-                compute=reply.timing.compute,
-                total=reply.timing.total,
-                slack=reply.timing.slack,
-                batch_size=reply.timing.batch_size,
-            )
-        model = request.model or self.default_name
-        ended = RequestOutcome(model, _now() - request.arrival, answer, error, self._budget(request))
-        for observer in self.observers:
-            observer(ended)
-        if trace:
-            trace.end(ended)
+    async def predict(self, request: Request, served: Served | None = None) -> Reply:
+        """Answer one request, with the model `served` if the caller holds one. Raises a RequestError that says why not.
 
-    def _budget(self, request: Request) -> float | None:
-        if request.deadline is not None:
-            return request.deadline - request.arrival
-        served = self.models.get(request.model or self.default_name)
-        return served.default_budget if served else None
-
-    async def _predict(self, request: Request, served: Served | None) -> Reply:
-        if self.draining.is_set():
-            raise UnavailableError("the server is shutting down")
-        served = served or self.model(request.model)
-        bounds = served.bounds(request.r, request.min_r, request.max_r, request.min_quality)
-        top_k = _top_k(served.model, request)
-        deadline = request.arrival + served.default_budget if request.deadline is None else request.deadline
+        When the caller is cancelled, the request leaves the queue; a batch already on the device runs to its end.
+        """
+        trace = self.tracer(_now() - request.arrival) if self.tracer else None
+        trace_id = trace.id if trace else _callers_trace()
         try:
-            with self.holding(served), self._shares.hold():
-                reply = await self._answer(served, bounds, top_k, request, deadline)
-        except ClientLimitError:
-            self.metrics.rejected.labels(served.model.name, "client_limit").inc()
+            reply = await self._predict(request, served, trace_id)
+        except BaseException as error:
+            self._notify(request, trace, error)
             raise
-        except asyncio.CancelledError:
-            # gRPC ends calls at their deadline, which on a busy machine may be before we get to it.
-            if _now() >= deadline - self.reply_margin:
-                self.metrics.slo_missed.labels(served.model.name, "expired").inc(exemplar=exemplar(request.trace_id))
-            raise
-        except Exception as error:
-            if missed := _MISSED.get(type(error)) if isinstance(error, RequestError) else "failed":
-                self.metrics.slo_missed.labels(served.model.name, missed).inc(exemplar=exemplar(request.trace_id))
-            raise
-        if reply.timing.slack is None:
-            pass  # no deadline, and so none that was met
-        elif reply.timing.slack >= 0:
-            self.metrics.slo_met.labels(served.model.name).inc()
-        else:
-            self.metrics.slo_missed.labels(served.model.name, "late").inc(exemplar=exemplar(request.trace_id))
+        self._notify(request, trace, reply)
         return reply
 
-    async def _answer(self, served: Served, bounds: Bounds, top_k: int, request: Request, deadline: float) -> Reply:
-        name = served.model.name
-        for held, most in ((self._pending, self.max_pending), (served.pending, self.most_pending(served))):
-            if held >= most:
-                self.metrics.rejected.labels(name, "queue_full").inc()
-                raise OverloadedError(held, RETRY_AFTER)
+    async def _predict(self, request: Request, served: Served | None, trace_id: str | None) -> Reply:
+        """Resolve what the request names, answer it, and count how that went."""
+        if self.draining.is_set():
+            raise UnavailableError("the server is shutting down")
+        served = served or self.registry.model(request.model)
+        bounds = served.bounds(request.r, request.min_r, request.max_r, request.min_quality)
+        if request.outputs.top_k < 1:
+            raise InvalidRequestError("top_k", f"must be at least 1, and is {request.outputs.top_k}")
+        deadline = request.arrival + served.default_budget if request.deadline is None else request.deadline
+        try:
+            with self.registry.holding(served), self._client_limit.hold(), self._pending_place(served):
+                reply = await self._answer(request, served, bounds, deadline)
+        except BaseException as error:
+            self._count_failure(served, error, deadline, trace_id)
+            raise
+        self._count_reply(served, reply, trace_id)
+        return reply
+
+    async def _answer(self, request: Request, served: Served, bounds: Bounds, deadline: float) -> Reply:
+        """Admit a request, have its image decoded, and have it batched."""
+        size = request.input.size(served.model.preprocess)
+        job = Job(served, request.outputs, bounds.exact, partial(self._decoded_at, size))
+        # As the scheduler sees it: the budget must allow for the margin as well.
+        margin = self._margin.at(_now())
+        waiting = Waiting(job, request.arrival - margin, deadline - margin, bounds.low, bounds.high)
+        served.scheduler.arrived(request.arrival, deadline - request.arrival)
+        # Before decoding: what can't be met is refused before it costs anything.
+        self._batcher.check(waiting, job.ready)
+        slot = None
+        try:
+            async with asyncio.timeout_at(None if math.isinf(deadline) else deadline - self.reply_margin):
+                job.slot = slot = await self._decode(waiting, request.input, size)
+                self.device.prefetch(served.key, slot)
+                result = await self._batcher.submit(waiting)
+        except TimeoutError:
+            raise ExpiredError(job.stage, deadline - request.arrival) from None
+        finally:
+            # Once a job is taken, its batch drops the slot.
+            if slot is not None and job.stage is not Stage.COMPUTE:
+                slot.drop()
+        return self._reply(job, result, request.arrival, deadline)
+
+    @contextmanager
+    def _pending_place(self, served: Served) -> Iterator[None]:
+        """Count a request in the server. Raises OverloadedError if the server or the model has too many."""
+        for pending, limit in ((self._pending, self.max_pending), (served.pending, self.max_pending_of(served))):
+            if pending >= limit:
+                raise OverloadedError(pending, RETRY_AFTER)
         self._pending += 1
         served.pending += 1
         self.metrics.pending.set(self._pending)
-        job = slot = None
         try:
-            size = _size(served.model.preprocess, request.input)
-            margin = self._margin.at(_now())
-            # As the scheduler sees it: the budget must allow for the margin as well.
-            limits = (request.arrival - margin, deadline - margin, bounds.low, bounds.high)
-            served.scheduler.arrived(request.arrival, deadline - request.arrival)
-            ready = partial(self._decoded_at, size)
-            # Before decoding: what can't be met is refused before it costs anything.
-            self._batcher.check(served, Waiting(None, *limits), ready)
-            async with asyncio.timeout_at(None if math.isinf(deadline) else deadline - self.reply_margin):
-                slot = await self._decode(served, request.input, size, Waiting(None, *limits), ready)
-                self.device.prefetch(served.key, slot)
-                work = BatchItem(slot, top_k, request.features, request.token_map, request.logits, request.patches)
-                answered = asyncio.get_running_loop().create_future()
-                job = Job(served, bounds.exact, work, answered, _now(), ready)
-                answer = await self._batcher.answer(Waiting(job, *limits))
-        except TimeoutError:
-            stage = "decode" if job is None else "compute" if job.taken else "queue"
-            raise ExpiredError(stage, deadline - request.arrival) from None
-        except InfeasibleError:
-            self.metrics.rejected.labels(name, "infeasible").inc()
-            raise
+            yield
         finally:
             self._pending -= 1
             served.pending -= 1
             self._last_left = _now()
             self.metrics.pending.set(self._pending)
-            if slot is not None and not (job and job.taken):
-                slot.drop()
-        return self._reply(job, answer, request, deadline)
 
     def _decoded_at(self, size: InputSize, deadline: float) -> float:
         """Return when an image of that size would be decoded if it came now with this deadline."""
@@ -409,18 +193,12 @@ class Engine:
         seconds = self._decoders.times.seconds(now, size.kind, size.megapixels)
         return self._decoders.done_at(now, deadline, seconds)
 
-    async def _decode(
-        self,
-        served: Served,
-        source: EncodedImage | Pixels | Normalised,
-        size: InputSize,
-        waiting: Waiting[None],
-        ready: Callable[[float], float],
-    ) -> Slot:
+    async def _decode(self, waiting: Waiting[Job], source: ImageInput, size: InputSize) -> Slot:
         """Prepare an image where the device finds it.
 
-        Raises InfeasibleError if it can't be begun soon enough: those that came before took longer than expected.
+        Raises InfeasibleError if it can't be begun soon enough, because earlier images took longer than expected.
         """
+        served = waiting.item.served
         alone = served.scheduler.latency.promised(1, waiting.high)
         decode = Decode(
             work=partial(self._prepare, served, source),
@@ -435,89 +213,105 @@ class Engine:
         try:
             return await self._decoders.run(decode)
         except HopelessError:
-            now = _now()
-            earliest = self._batcher.earliest(served, waiting.high, ready)
-            raise InfeasibleError(earliest - now + self._margin.at(now)) from None
+            raise self._batcher.infeasible(waiting) from None
         finally:
             served.scheduler.forget(waiting)
 
-    def _prepare(self, served: Served, source: EncodedImage | Pixels | Normalised) -> Slot:
-        return self.device.put(served.key, _prepared(served.model.preprocess, source))
+    def _prepare(self, served: Served, source: ImageInput) -> Slot:
+        """Decode an image, in a thread."""
+        return self.device.put(served.key, source.prepare(served.model.preprocess))
 
-    def _reply(self, job: Job, answer: Answer, request: Request, deadline: float) -> Reply:
-        now = _now()
-        model = job.served.model
-        name, cost = model.name, model.cost(answer.r)
+    def _reply(self, job: Job, result: BatchedResult, arrival: float, deadline: float) -> Reply:
+        now, model = _now(), job.served.model
+        self._margin.add(now, now - result.started - result.seconds)
         timing = Timing(
-            decode=job.queued - request.arrival,
-            queue=answer.started - job.queued,
-            compute=answer.seconds,
-            predicted=answer.predicted,
-            total=now - request.arrival,
+            decode=job.queued - arrival,
+            queue=result.started - job.queued,
+            compute=result.seconds,
+            predicted=result.predicted,
+            total=now - arrival,
             slack=None if math.isinf(deadline) else deadline - now,
-            batch_size=answer.batch_size,
+            batch_size=result.batch_size,
         )
-        way_back = now - answer.started - answer.seconds
-        self._margin.add(now, way_back)
-        reply = Reply(model, answer.result, answer.r, cost, timing)
-        metrics, trace = self.metrics, exemplar(request.trace_id)
-        metrics.request_duration.labels(name).observe(timing.total, trace)
-        metrics.stage_duration.labels(name, "decode").observe(timing.decode, trace)
-        metrics.stage_duration.labels(name, "queue").observe(timing.queue, trace)
-        metrics.stage_duration.labels(name, "compute").observe(timing.compute, trace)
-        metrics.stage_duration.labels(name, "reply").observe(way_back, trace)
+        return Reply(model, result.result, result.r, model.cost(result.r), timing)
+
+    def _count_failure(self, served: Served, error: BaseException, deadline: float, trace_id: str | None) -> None:
+        metrics = self.metrics.of_model(served.model.name)
+        if rejected := _REJECTED.get(type(error)):
+            metrics.rejected[rejected].inc()
+        if isinstance(error, asyncio.CancelledError):
+            # gRPC ends calls at their deadline, which on a busy machine may be before we get to it.
+            missed = Missed.EXPIRED if _now() >= deadline - self.reply_margin else None
+        elif isinstance(error, RequestError):
+            missed = _MISSED.get(type(error))
+        else:
+            missed = Missed.FAILED if isinstance(error, Exception) else None
+        if missed:
+            metrics.slo_missed[missed].inc(exemplar=exemplar(trace_id))
+
+    def _count_reply(self, served: Served, reply: Reply, trace_id: str | None) -> None:
+        metrics, trace = self.metrics.of_model(served.model.name), exemplar(trace_id)
+        timing, cost = reply.timing, reply.cost
+        metrics.request_duration.observe(timing.total, trace)
+        metrics.stage_duration[Stage.DECODE].observe(timing.decode, trace)
+        metrics.stage_duration[Stage.QUEUE].observe(timing.queue, trace)
+        metrics.stage_duration[Stage.COMPUTE].observe(timing.compute, trace)
+        metrics.stage_duration[Stage.REPLY].observe(timing.reply, trace)
         if timing.slack is not None:
-            metrics.deadline_slack.labels(name).observe(timing.slack, trace)
-        metrics.merge_r.labels(name).observe(answer.r)
-        metrics.tokens_input.labels(name).inc(cost.tokens_in)
-        metrics.tokens_merged.labels(name).inc(cost.tokens_in - cost.tokens[-1])
-        metrics.flops.labels(name).inc(reply.flops)
-        metrics.flops_saved.labels(name).inc(max(0, reply.flops_saved))
-        if model.relative_quality is not None and answer.r in job.served.rs:
-            quality = model.relative_quality[job.served.rs.index(answer.r)]
-            metrics.quality_ratio.labels(name).observe(quality)
-        return reply
+            metrics.deadline_slack.observe(timing.slack, trace)
+            if timing.slack >= 0:
+                metrics.slo_met.inc()
+            else:
+                metrics.slo_missed[Missed.LATE].inc(exemplar=trace)
+        metrics.merge_r.observe(reply.r)
+        metrics.tokens_input.inc(cost.tokens_in)
+        metrics.tokens_merged.inc(cost.tokens_in - cost.tokens[-1])
+        metrics.flops.inc(reply.flops)
+        metrics.flops_saved.inc(max(0, reply.flops_saved))
+        quality = served.model.relative_quality
+        if quality is not None and reply.r in served.rs:
+            metrics.quality_ratio.observe(quality[served.rs.index(reply.r)])
+
+    def _notify(self, request: Request, trace: Trace | None, end: Reply | BaseException) -> None:
+        """Tell the observers, and the trace, how a request ended."""
+        outcome = RequestOutcome(
+            model=request.model or self.registry.default_name,
+            seconds=_now() - request.arrival,
+            reply=end if isinstance(end, Reply) else None,
+            error=None if isinstance(end, Reply) else end,
+            budget=self._budget(request),
+        )
+        for observer in self.observers:
+            observer(outcome)
+        if trace:
+            trace.end(outcome)
+
+    def _budget(self, request: Request) -> float | None:
+        if request.deadline is not None:
+            return request.deadline - request.arrival
+        served = self.registry.models.get(request.model or self.registry.default_name)
+        return served.default_budget if served else None
 
 
-# What is wrong with the request itself, an image that can't be decoded for one, is no miss; nor is one client's excess.
-_MISSED: dict[type[RequestError], str] = {
-    InfeasibleError: "infeasible",
-    ExpiredError: "expired",
-    OverloadedError: "queue_full",
-    ModelFailedError: "failed",
-    NoMemoryError: "failed",
+_REJECTED: dict[type[BaseException], Rejected] = {
+    InfeasibleError: Rejected.INFEASIBLE,
+    OverloadedError: Rejected.QUEUE_FULL,
+    ClientLimitError: Rejected.CLIENT_LIMIT,
+}
+# The caller's own mistakes (an undecodable image, too many requests) don't count as missed deadlines.
+_MISSED: dict[type[RequestError], Missed] = {
+    InfeasibleError: Missed.INFEASIBLE,
+    ExpiredError: Missed.EXPIRED,
+    OverloadedError: Missed.QUEUE_FULL,
+    ModelFailedError: Missed.FAILED,
+    NoMemoryError: Missed.FAILED,
 }
 
 
-def _top_k(model: HostedModel, request: Request) -> int:
-    if request.top_k is None:
-        return min(DEFAULT_TOP_K, model.num_classes)
-    if request.top_k < 1:
-        raise InvalidRequestError("top_k", f"must be at least 1, and is {request.top_k}")
-    return min(request.top_k, model.num_classes)
-
-
-def _prepared(
-    preprocess: Preprocess, source: EncodedImage | Pixels | Normalised
-) -> NDArray[np.uint8] | NDArray[np.float32]:
-    match source:
-        case EncodedImage(data):
-            return preprocess.encoded(data)
-        case Pixels(shape, data):
-            return preprocess.pixels(shape, data)
-        case Normalised(shape, data):
-            return preprocess.normalised(shape, data)
-
-
-def _size(preprocess: Preprocess, source: EncodedImage | Pixels | Normalised) -> InputSize:
-    """Return what preparing an input takes. Raises InvalidRequestError for what is refused before it is decoded."""
-    match source:
-        case EncodedImage(data):
-            return preprocess.encoded_size(data)
-        case Pixels(shape, data):
-            return preprocess.pixels_size(shape, data)
-        case Normalised(shape, data):
-            return preprocess.normalised_size(shape, data)
+def _callers_trace() -> str | None:
+    """Return the id of the caller's trace, if the caller records it."""
+    trace = request_context.trace.get()
+    return trace.recorded_id if trace else None
 
 
 def _now() -> float:

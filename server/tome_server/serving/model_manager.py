@@ -148,7 +148,7 @@ class ModelManager:
         except (ConfigError, ModelLoadError) as error:
             if spec.name in wanted.configured:
                 raise
-            self._engine.forget(spec.name)
+            self._engine.registry.forget(spec.name)
             _tell(spec.name, error)
 
     async def _outlined(self, spec: ModelSpec) -> ModelSpec:
@@ -173,20 +173,20 @@ class ModelManager:
                 return _checked(spec, self._config)
         repository = Repository(self._config.repository) if self._config.repository else None
         if repository is None or name not in repository.names():
-            known = dict.fromkeys([*self._engine.names, *(repository.names() if repository else ())])
+            known = dict.fromkeys([*self._engine.registry.names, *(repository.names() if repository else ())])
             raise UnknownModelError(name[:100], list(known))
         return _checked(repository.spec(name), self._config)
 
     async def _replace(self, source: "_Source") -> None:
         name, spec = source.spec.name, await self._outlined(source.spec)
-        new = name not in self._engine.names
+        new = name not in self._engine.registry.names
         if new:
-            self._engine.expect(name)
+            self._engine.registry.expect(name)
         try:
             await self._serve(source, await self._measured(*await self._load(spec)))
         except BaseException:
             if new:
-                self._engine.forget(name)
+                self._engine.registry.forget(name)
             raise
 
     async def _load(self, spec: ModelSpec) -> tuple[str, ModelSpec, HostedModel]:
@@ -232,14 +232,14 @@ class ModelManager:
 
     async def _serve(self, source: "_Source", served: Served) -> None:
         model = served.model
-        before = self._engine.serve(served)
+        before = self._engine.registry.serve(served)
         self._engine.metrics.serving(
             model.name, model.architecture, self._device.name, model.dtype, served.policy, served.rs, model.largest_r
         )
         self._sources[model.name] = source
         log.info("%s is in service%s", model.name, ", in the place of the one before" if before else "")
         if before:
-            await self._engine.left(before)
+            await self._engine.registry.left(before)
             await self._forget(before.key)
 
     async def _forget(self, key: str) -> None:
@@ -247,9 +247,9 @@ class ModelManager:
         await self._device.unload(key)
 
     async def _take_out(self, name: str) -> None:
-        served = self._engine.retire(name)
+        served = self._engine.registry.retire(name)
         del self._sources[served.model.name]
-        await self._engine.left(served)
+        await self._engine.registry.left(served)
         self._engine.metrics.retired(served.model.name)
         await self._forget(served.key)
         log.info("unloaded %s", served.model.name)

@@ -31,7 +31,7 @@ async def remeasure(device: Device, engine: Engine, seconds: float) -> None:
     looks, tried = Counter[str](), Counter[str]()
     while True:
         await asyncio.sleep(LOOK_EVERY)
-        for served in list(engine.models.values()):
+        for served in list(engine.registry.models.values()):
             looks[served.key] += 1
             pause = min(2 ** tried[served.key], MOST_LOOKS)
             quiet = _now() - engine.idle_since >= QUIET_FOR and not engine.draining.is_set()
@@ -61,7 +61,7 @@ async def _measure_again(device: Device, engine: Engine, served: Served, seconds
     if not _is_served(engine, served):
         return
     served.adopt(profile, latency)
-    engine.metrics.drift.labels(served.model.name).set(latency.drift)
+    engine.metrics.of_model(served.model.name).drift.set(latency.drift)
 
 
 async def observed(device: Device, key: str, latency: Latency) -> None:
@@ -73,7 +73,7 @@ async def observed(device: Device, key: str, latency: Latency) -> None:
 
 def _is_served(engine: Engine, served: Served) -> bool:
     """Return whether a model has been neither replaced nor retired meanwhile."""
-    return engine.models.get(served.model.name) is served
+    return engine.registry.models.get(served.model.name) is served
 
 
 def _now() -> float:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tome_server.calibration.cpu_load import LoadMeter
 from tome_server.calibration.profiling import MOST_ROUNDS, TRIAL, batch_sizes, load_of_single_images, measure, monotone
-from tome_server.execution.batch import BatchItem, BatchResult
+from tome_server.execution.batch import BatchItem, BatchResult, Outputs
 from tome_server.execution.executor import run_batch
 from tome_server.models.loaded import LoadedModel
 from tome_server.scheduling.measured import LEAST_ROUNDS
@@ -392,7 +392,7 @@ def _cpu_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("_cpu_time")
 def test_predictions_follow_a_real_device_that_takes_twice_as_long(model: LoadedModel) -> None:
     def seconds(r: int) -> float:
-        return run_batch(model, [BatchItem(image, top_k=1)] * 8, r, CPU).seconds
+        return run_batch(model, [BatchItem(image, Outputs(top_k=1))] * 8, r, CPU).seconds
 
     image = torch.rand(model.preprocess.settings.input_size)
     latency = Latency(measure(model, CPU, max_batch=8, budget=2))

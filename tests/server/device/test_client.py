@@ -24,7 +24,7 @@ from tome_server.device.client import Device
 from tome_server.device.process import _sendable, is_usable
 from tome_server.device.shared_images import Slot
 from tome_server.errors import DeviceDiedError, ModelLoadError, OutOfMemoryError
-from tome_server.execution.batch import BatchItem
+from tome_server.execution.batch import BatchItem, Outputs
 from tome_server.execution.cpus import available_cpus
 from tome_server.execution.executor import run_batch
 from tome_server.merging.cpu.packing import MAX_WORKERS
@@ -51,7 +51,10 @@ async def device() -> AsyncIterator[Device]:
 
 
 def put(device: Device, images: torch.Tensor) -> list[BatchItem[Slot]]:
-    return [BatchItem(device.put("fashion", image.numpy()), top_k=3, features=True, token_map=True) for image in images]
+    return [
+        BatchItem(device.put("fashion", image.numpy()), Outputs(top_k=3, features=True, token_map=True))
+        for image in images
+    ]
 
 
 @pytest.fixture

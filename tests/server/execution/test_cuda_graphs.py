@@ -16,7 +16,7 @@ import torch
 
 from tome_server.calibration.profile_store import profile_key
 from tome_server.errors import OutOfMemoryError
-from tome_server.execution.batch import BatchItem
+from tome_server.execution.batch import BatchItem, Outputs
 from tome_server.execution.cuda_graphs import GraphedModel, recorded, recorded_sizes, with_graphs
 from tome_server.execution.executor import run_batch
 from tome_server.merging.model import MergedOutput
@@ -104,7 +104,7 @@ def test_batches_get_what_they_get_without_graphs(model: LoadedModel, count: int
     recorder = Again()
     graphed = made(model, recorder)
     images = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-    works = [BatchItem(image, top_k=4, features=True, logits=True) for image in images]
+    works = [BatchItem(image, Outputs(top_k=4, features=True, logits=True)) for image in images]
     for level in model.grid:
         before = recorder.replays
         given = run_batch(graphed, works, level.r, CPU).results
@@ -175,7 +175,7 @@ def test_more_images_than_recorded_of_another_size_or_type_run_as_ever(model: Lo
 def test_several_groups_of_one_r_each_run_by_graphs(model: LoadedModel) -> None:
     recorder = Again()
     graphed = made(model, recorder)
-    works = [BatchItem(image, top_k=2) for image in torch.rand(3, 3, 16, 16)]
+    works = [BatchItem(image, Outputs(top_k=2)) for image in torch.rand(3, 3, 16, 16)]
     last = model.grid[-1].r
     before = recorder.replays
     given = run_batch(graphed, works, [0, last, 0], CPU, packed=False).results

@@ -17,7 +17,7 @@ from tome_server.config.dtypes import Dtype, DtypeSetting
 from tome_server.device.client import Device
 from tome_server.device.prefetch import Prefetcher
 from tome_server.device.shared_images import SharedImages
-from tome_server.execution.batch import BatchItem
+from tome_server.execution.batch import BatchItem, Outputs
 from tome_server.execution.choose_device import choose_device
 from tome_server.execution.cuda_graphs import CudaRecorder, GraphedModel, recorded_sizes, with_graphs
 from tome_server.execution.executor import run_batch
@@ -316,7 +316,9 @@ def test_the_bundled_model_classifies_its_samples_as_on_the_cpu() -> None:
     spec = bundled_spec("fashion")
     on_cpu, on_cuda = load(spec, torch.device("cpu")), load(spec, CUDA)
     samples = sorted((BUNDLED / "fashion" / "samples").glob("*.png"))
-    works = [BatchItem(torch.from_numpy(on_cpu.preprocess.encoded(path.read_bytes())), top_k=1) for path in samples]
+    works = [
+        BatchItem(torch.from_numpy(on_cpu.preprocess.encoded(path.read_bytes())), Outputs(top_k=1)) for path in samples
+    ]
     for r in (0, on_cpu.grid[-1].r):
         expected = run_batch(on_cpu, works, r, torch.device("cpu"))
         given = run_batch(on_cuda, works, r, CUDA)
@@ -339,7 +341,7 @@ def test_the_process_of_a_gpu_loads_records_measures_and_runs(dtype: DtypeSettin
             profile = await device.profile("fashion", spec, max_batch=most, budget=1.0, folder=tmp_path)
             assert profile.max_batch == most
             await device.warm("fashion", max_batch=most, seconds=1.0)
-            works = [BatchItem(device.put("fashion", image), top_k=1) for image in images]
+            works = [BatchItem(device.put("fashion", image), Outputs(top_k=1)) for image in images]
             for work in works:
                 device.prefetch("fashion", work.image)
             alike = await device.run("fashion", works, [rs[0]] * most, True)
@@ -352,7 +354,7 @@ def test_the_process_of_a_gpu_loads_records_measures_and_runs(dtype: DtypeSettin
         finally:
             await device.close()
 
-    works = [BatchItem(torch.from_numpy(image), top_k=1) for image in images]
+    works = [BatchItem(torch.from_numpy(image), Outputs(top_k=1)) for image in images]
     alike, mixed = (run_batch(on_cpu, works, each, torch.device("cpu")).results for each in (rs[0], rs))
     given, expected = asyncio.run(run()), [result.class_ids for result in (*alike, *mixed, *mixed)]
     # One may be classified otherwise: it takes but the last bit to have another token merged.
@@ -377,11 +379,11 @@ def test_images_brought_ahead_give_what_those_give_that_go_with_their_batch() ->
         slots = [shared.put(image.numpy()) for image in pixels]
         for slot in slots:
             prefetcher.prefetch(slot.place)
-        given = run_batch(model, [BatchItem(prefetcher.take(slot.place), top_k=3) for slot in slots], 4, CUDA)
+        given = run_batch(model, [BatchItem(prefetcher.take(slot.place), Outputs(top_k=3)) for slot in slots], 4, CUDA)
         # Once more: none of them lies on the device any more, as far as `take` knows, and then one of three does.
         prefetcher.prefetch(slots[1].place)
-        mixed = run_batch(model, [BatchItem(prefetcher.take(slot.place), top_k=3) for slot in slots], 4, CUDA)
-        expected = run_batch(model, [BatchItem(image, top_k=3) for image in pixels], 4, CUDA)
+        mixed = run_batch(model, [BatchItem(prefetcher.take(slot.place), Outputs(top_k=3)) for slot in slots], 4, CUDA)
+        expected = run_batch(model, [BatchItem(image, Outputs(top_k=3)) for image in pixels], 4, CUDA)
         assert given.results == expected.results
         assert mixed.results == expected.results
         for slot in slots:

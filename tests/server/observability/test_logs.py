@@ -14,8 +14,11 @@ import pytest
 import structlog
 
 from tome_server.errors import ClientLimitError, InfeasibleError
+from tome_server.mac_count import MacCount
 from tome_server.observability import logs, request_context
-from tome_server.observability.ended import Answered, RequestOutcome
+from tome_server.observability.request_outcome import RequestOutcome, Timing
+from tome_server.observability.trace_context import trace_context
+from tome_server.serving.requests import Reply
 
 
 class Terminal(io.StringIO):
@@ -40,20 +43,11 @@ def lines(stream: io.StringIO) -> list[dict[str, Any]]:
 
 
 def answered(r: int = 4, total: float = 0.02, batch_size: int = 1, slack: float = 0.03) -> RequestOutcome:
-    answer = Answered(
-        r=r,
-        tokens_in=197,
-        tokens_out=149,
-        flops=750,
-        flops_saved=250,
-        decode=0.001,
-        queue=0.002,
-        compute=0.016,
-        total=total,
-        slack=slack,
-        batch_size=batch_size,
+    cost = MacCount(dense=500, merged=375, overhead=0, tokens_in=197, tokens=(173, 149))
+    timing = Timing(
+        decode=0.001, queue=0.002, compute=0.016, predicted=0.016, total=total, slack=slack, batch_size=batch_size
     )
-    return RequestOutcome("vit", total, answer, None)
+    return RequestOutcome("vit", total, Reply(None, None, r, cost, timing), None)
 
 
 def test_a_line_is_an_object_of_json_where_nobody_watches() -> None:
@@ -124,7 +118,7 @@ def test_a_request_is_a_line_at_debug() -> None:
     stream = io.StringIO()
     logs.configure("debug", "json", stream)
     request_context.client.set("ipv4:10.0.0.1")
-    request_context.traceparent.set("00-" + "a" * 32 + "-" + "b" * 16 + "-01")
+    request_context.trace.set(trace_context(["00-" + "a" * 32 + "-" + "b" * 16 + "-01"]))
     logs.log_request(answered())
     logs.log_request(RequestOutcome("vit", 0.001, None, InfeasibleError(0.0492), budget=0.02))
     logs.log_request(RequestOutcome("x" * 1000, 0.001, None, asyncio.CancelledError()))
@@ -143,7 +137,7 @@ def test_a_request_is_a_line_at_debug() -> None:
     assert "budget_ms" not in third
     assert len(third["model"]) == 100
     request_context.client.set("")
-    request_context.traceparent.set(None)
+    request_context.trace.set(None)
 
 
 def test_a_request_is_no_line_at_info() -> None:

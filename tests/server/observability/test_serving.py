@@ -21,3 +21,26 @@ def test_a_model_out_of_service_is_no_longer_described_but_its_counts_stay() -> 
     assert value("tome_merge_r_bucket", {"model": "one", "le": "2.0"}) is None
     assert value("tome_merge_r_limit", {"model": "one"}) == 3
     assert value("tome_slo_met_total", {"model": "one"}) == 1
+
+
+def test_what_a_replaced_model_still_answers_is_counted_in_its_successors_buckets() -> None:
+    metrics = Metrics()
+    metrics.serving("vit", "vit", "cpu", "float32", "price", (0, 2, 4), 8)
+    metrics.of_model("vit").merge_r.observe(2)
+    metrics.serving("vit", "vit", "cpu", "float32", "price", (0, 3), 6)
+    metrics.of_model("vit").merge_r.observe(3)
+
+    def within(r: int) -> float | None:
+        return metrics.registry.get_sample_value("tome_merge_r_bucket", {"model": "vit", "le": f"{r}.0"})
+
+    assert [within(r) for r in (0, 2, 3, 6)] == [0, None, 1, 1]
+
+
+def test_a_model_that_is_loaded_again_has_gauges_again() -> None:
+    metrics = Metrics()
+    for depth in (5, 7):
+        metrics.serving("vit", "vit", "cpu", "float32", "price", (0, 2), 8)
+        metrics.of_model("vit").queue_depth.set(depth)
+        assert metrics.registry.get_sample_value("tome_queue_depth", {"model": "vit"}) == depth
+        metrics.retired("vit")
+        assert metrics.registry.get_sample_value("tome_queue_depth", {"model": "vit"}) is None

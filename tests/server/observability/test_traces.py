@@ -15,25 +15,17 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from tome_server.errors import InfeasibleError
+from tome_server.mac_count import MacCount
 from tome_server.observability import request_context
-from tome_server.observability.ended import Answered, RequestOutcome
+from tome_server.observability.request_outcome import RequestOutcome, Timing
+from tome_server.observability.trace_context import trace_context
 from tome_server.observability.traces import Traces, otlp_processor
+from tome_server.serving.requests import Reply
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-ANSWER = Answered(
-    r=4,
-    tokens_in=197,
-    tokens_out=149,
-    flops=750,
-    flops_saved=250,
-    decode=0.001,
-    queue=0.002,
-    compute=0.016,
-    total=0.0195,
-    slack=0.03,
-    batch_size=3,
-)
-ENDED = RequestOutcome("vit", 0.02, ANSWER, None)
+COST = MacCount(dense=500, merged=375, overhead=0, tokens_in=197, tokens=(173, 149))
+TIMING = Timing(decode=0.001, queue=0.002, compute=0.016, predicted=0.016, total=0.0195, slack=0.03, batch_size=3)
+ENDED = RequestOutcome("vit", 0.02, Reply(None, None, 4, COST, TIMING), None)
 
 
 @pytest.fixture
@@ -51,9 +43,9 @@ def traces(exporter: InMemorySpanExporter) -> Iterator[Traces]:
 @pytest.fixture
 def called_with() -> Iterator[Any]:
     """Returns what sets the present call's traceparent."""
-    token = request_context.traceparent.set(None)
-    yield request_context.traceparent.set
-    request_context.traceparent.reset(token)
+    token = request_context.trace.set(None)
+    yield lambda traceparent: request_context.trace.set(trace_context([traceparent]))
+    request_context.trace.reset(token)
 
 
 def record(traces: Traces, ended: RequestOutcome = ENDED) -> str | None:

@@ -11,7 +11,7 @@ from tome_server.errors import InfeasibleError
 from tome_server.scheduling.policy.view import Decision, Traffic, View, uniform
 from tome_server.scheduling.profile import Latency, Profile
 from tome_server.scheduling.queue import Waiting
-from tome_server.scheduling.scheduler import Scheduler
+from tome_server.scheduling.scheduler import Scheduler, share_device
 from tome_server.scheduling.traffic import together
 
 from .cases import NAMES, QUALITY, RS, Asked, asked, device, named, profiles
@@ -22,8 +22,7 @@ TOP = len(RS) - 1
 def schedulers(*of: Profile, policy: str = "max_batch") -> list[Scheduler[int]]:
     """Those of models that share a device."""
     made = [Scheduler[int](Latency(profile), named(policy)(profile, QUALITY)) for profile in of]
-    for one in made:
-        one.sharing = made
+    share_device(made)
     return made
 
 

@@ -13,7 +13,7 @@ from tome_server.errors import ModelFailedError, NoMemoryError
 from tome_server.models.hosted import HostedModel
 from tome_server.models.spec import Own
 from tome_server.scheduling.policy.view import Decision, Policy, View, uniform
-from tome_server.serving.engine import Reply
+from tome_server.serving.requests import Reply
 from tome_server.serving.served import ServedModel
 
 # Formed
@@ -205,9 +205,9 @@ async def test_a_size_that_memory_was_too_small_for_is_not_tried_again(bench: Be
     assert await sizes(30, "second") == 8 * [8]
     profile = profile_of(QUICK, 8)
     anew = replace(bundled, name="first", preprocess=bench.decoder, default_budget=LATE)
-    before = bench.engine.serve(ServedModel(anew, profile, "max_batch", "anew"))
+    before = bench.engine.registry.serve(ServedModel(anew, profile, "max_batch", "anew"))
     assert before
-    await bench.engine.left(before)
+    await bench.engine.registry.left(before)
     assert await sizes(40, "first") == 8 * [8]
 
 

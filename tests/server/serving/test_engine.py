@@ -46,14 +46,16 @@ from tome_server.errors import (
     UnavailableError,
     UnknownModelError,
 )
+from tome_server.execution.batch import Outputs
 from tome_server.models.hosted import HostedModel
 from tome_server.models.preprocess import InputSize
 from tome_server.models.spec import Own
 from tome_server.observability.metrics import Metrics
 from tome_server.scheduling.policy.view import Decision, View
 from tome_server.serving.batcher import PROBE_AFTER
-from tome_server.serving.engine import Engine, Reply
+from tome_server.serving.engine import Engine
 from tome_server.serving.overhead import FRESH
+from tome_server.serving.requests import Reply
 from tome_server.serving.served import ServedModel
 
 # The plain way
@@ -219,7 +221,13 @@ async def test_one_request_too_many_is_refused_until_another_is_answered(start: 
 
 async def test_a_request_refused_for_its_own_sake_takes_no_place(start: Callable[..., Bench]) -> None:
     bench = start(max_pending=1)
-    for fields in ({"model": "nothing"}, {"model": "third"}, {"r": -1}, {"min_quality": 2.0}, {"top_k": 0}):
+    for fields in (
+        {"model": "nothing"},
+        {"model": "third"},
+        {"r": -1},
+        {"min_quality": 2.0},
+        {"outputs": Outputs(top_k=0)},
+    ):
         await refused(bench.predict(1, **fields))
         bench.assert_idle()
     await bench.predict(1)
@@ -779,11 +787,11 @@ async def test_every_request_ends_in_exactly_one_answer_within_its_bounds(
 
 
 async def test_all_are_answered_once_the_last_is(bench: Bench) -> None:
-    await bench.engine.answered()
+    await bench.engine.drained()
     holding = await bench.hold_device()
     queued = await bench.in_order(1, 2)
     bench.engine.drain()
-    answered = asyncio.create_task(bench.engine.answered())
+    answered = asyncio.create_task(bench.engine.drained())
     assert isinstance(await refused(bench.predict(3)), UnavailableError)
     bench.device.step()
     await holding
@@ -798,7 +806,7 @@ async def test_all_are_answered_once_the_last_is(bench: Bench) -> None:
 
 
 async def retire(bench: Bench, name: str) -> None:
-    await bench.engine.left(bench.engine.retire(name))
+    await bench.engine.registry.left(bench.engine.registry.retire(name))
 
 
 async def test_a_retired_model_answers_what_it_has_and_refuses_the_rest(bench: Bench) -> None:
@@ -812,18 +820,18 @@ async def test_a_retired_model_answers_what_it_has_and_refuses_the_rest(bench: B
     assert image_of(await other) == 4
     assert [image_of(reply) for reply in await asyncio.gather(holding, *queued)] == [0, 1, 2]
     await retiring
-    assert "first" not in bench.engine.models
-    assert not bench.engine.leaving
-    assert bench.engine.default_name == "second"
+    assert "first" not in bench.engine.registry.models
+    assert not bench.engine.registry.leaving
+    assert bench.engine.registry.default_name == "second"
 
 
 async def test_a_replaced_model_answers_what_it_has_and_its_successor_the_rest(bench: Bench) -> None:
     holding = await bench.hold_device()
     queued = await bench.in_order(1, 2)
-    before = bench.engine.models["first"]
+    before = bench.engine.registry.models["first"]
     after = ServedModel(before.model, before.profile, "max_batch", "first#2")
-    assert bench.engine.serve(after) is before
-    leaving = asyncio.create_task(bench.engine.left(before))
+    assert bench.engine.registry.serve(after) is before
+    leaving = asyncio.create_task(bench.engine.registry.left(before))
     later = bench.predict(3)
     bench.device.gate.set()
     assert [image_of(reply) for reply in await asyncio.gather(holding, *queued, later)] == [0, 1, 2, 3]
@@ -831,31 +839,31 @@ async def test_a_replaced_model_answers_what_it_has_and_its_successor_the_rest(b
     assert {image: key for key, _, images in bench.device.batches for image in images} == {
         0: "first", 1: "first", 2: "first", 3: "first#2",
     }  # fmt: skip
-    assert not bench.engine.leaving
+    assert not bench.engine.registry.leaving
 
 
 @pytest.mark.parametrize("change", ["replaced", "retired"])
 async def test_requests_of_a_model_that_is_held_are_answered_by_it_whatever_becomes_of_it(
     bench: Bench, change: str
 ) -> None:
-    before = bench.engine.models["first"]
-    with bench.engine.holding(before):
+    before = bench.engine.registry.models["first"]
+    with bench.engine.registry.holding(before):
         if change == "replaced":
-            bench.engine.serve(ServedModel(before.model, before.profile, "max_batch", "first#2"))
+            bench.engine.registry.serve(ServedModel(before.model, before.profile, "max_batch", "first#2"))
         else:
-            bench.engine.retire("first")
-        leaving = asyncio.create_task(bench.engine.left(before))
+            bench.engine.registry.retire("first")
+        leaving = asyncio.create_task(bench.engine.registry.left(before))
         assert image_of(await bench.engine.predict(bench.request(7), before)) == 7
         assert bench.device.batches[-1][0] == before.key
         assert not leaving.done()
     await leaving
-    assert not bench.engine.leaving
+    assert not bench.engine.registry.leaving
 
 
 async def test_all_images_of_a_request_are_answered_by_one_model_though_it_is_replaced_before_they_start(
     bench: Bench,
 ) -> None:
-    before = bench.engine.models["first"]
+    before = bench.engine.registry.models["first"]
     images = InferRequest("first", Tensor("image", "BYTES", (2,), [b"1", b"2"]), outputs=[RequestedOutput("class_id")])
     arrival = asyncio.get_running_loop().time()
     answering = asyncio.create_task(OpenInference(bench.engine).infer(images, arrival, None))
@@ -863,8 +871,8 @@ async def test_all_images_of_a_request_are_answered_by_one_model_though_it_is_re
     await asyncio.sleep(0)
     assert bench.gauge("tome_requests_pending") == 0
     successor = replace(before.model, version=2)
-    bench.engine.serve(ServedModel(successor, before.profile, "max_batch", "first#2"))
-    leaving = asyncio.create_task(bench.engine.left(before))
+    bench.engine.registry.serve(ServedModel(successor, before.profile, "max_batch", "first#2"))
+    leaving = asyncio.create_task(bench.engine.registry.left(before))
     response = await answering
     assert response.version == "1"
     assert {key for key, *_ in bench.device.batches} == {before.key}
@@ -886,19 +894,19 @@ async def test_a_retired_model_is_let_go_only_after_a_batch_whose_callers_have_g
 
 
 async def test_a_model_that_is_expected_is_unavailable_until_it_is_served(bench: Bench) -> None:
-    served = bench.engine.models["first"]
+    served = bench.engine.registry.models["first"]
     await retire(bench, "first")
     assert isinstance(await refused(bench.predict(1, model="first")), UnknownModelError)
-    bench.engine.expect("first")
+    bench.engine.registry.expect("first")
     assert isinstance(await refused(bench.predict(1, model="first")), UnavailableError)
-    assert bench.engine.serve(served) is None
+    assert bench.engine.registry.serve(served) is None
     assert image_of(await bench.predict(1, model="first")) == 1
 
 
 async def test_without_any_model_requests_are_refused(bench: Bench) -> None:
-    for name in list(bench.engine.models):
+    for name in list(bench.engine.registry.models):
         await retire(bench, name)
-    bench.engine.forget("third")
+    bench.engine.registry.forget("third")
     assert isinstance(await refused(bench.predict(1)), UnavailableError)
     assert isinstance(await refused(bench.predict(1, model="first")), UnknownModelError)
 
@@ -910,8 +918,9 @@ async def test_when_the_device_dies_everybody_gets_a_status(clock: Clock, bundle
     served = ServedModel(replace(bundled, name="first", preprocess=decoder, default_budget=LATE), profile, "max_batch")
     engine = Engine(
         device, Metrics(), max_delay=0.0, max_pending=100, reply_margin=0.0001, decode_threads=1,
-        names=["first"], models={"first": served},
+        names=["first"],
     )  # fmt: skip
+    engine.registry.serve(served)
     running = asyncio.create_task(engine.run())
     bench = Bench(engine, device, decoder)
     on_device = await bench.hold_device()

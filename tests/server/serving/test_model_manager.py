@@ -170,7 +170,7 @@ async def test_whatever_goes_wrong_with_a_model_is_its_own_fault(
         assert caplog.text.count(f"{name} isn't loaded: {tmp_path}/{name}: {what}") == 2
         with pytest.raises(ModelLoadError, match=f"^{tmp_path}/{name}: {what}"):
             await manager.load(name)
-    assert engine.names == []
+    assert engine.registry.names == []
     engine.close()
 
 

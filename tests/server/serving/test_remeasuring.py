@@ -28,7 +28,7 @@ GOOD = Measured(rounds=5, load=0.0, spread=1.1)
 def make_provisional(bench: Bench, factor: float = 8.0) -> None:
     """Have the first model's profile be so many times too long, for it was measured on a busy machine."""
     profile = replace(profile_of(factor * UNIT, 8), measured=BUSY)
-    bench.engine.models["first"].adopt(profile, Latency(profile))
+    bench.engine.registry.models["first"].adopt(profile, Latency(profile))
 
 
 @asynccontextmanager
@@ -63,7 +63,7 @@ async def test_a_provisional_profile_is_measured_again_and_the_better_one_takes_
     bench: Bench, stopped: Clock
 ) -> None:
     make_provisional(bench)
-    first = bench.engine.models["first"]
+    first = bench.engine.registry.models["first"]
     assert first.scheduler.latency.expected(1, 0) == pytest.approx(16 * UNIT)
     bench.device.slowness = 1.5
     async with remeasuring(bench):
@@ -81,7 +81,7 @@ async def test_a_provisional_profile_is_measured_again_and_the_better_one_takes_
 async def test_a_good_profile_is_left_alone_and_so_is_one_of_which_nothing_is_known(
     bench: Bench, stopped: Clock
 ) -> None:
-    first = bench.engine.models["first"]
+    first = bench.engine.registry.models["first"]
     async with remeasuring(bench):
         for measured in (None, GOOD):
             first.adopt(replace(first.profile, measured=measured), first.scheduler.latency)
@@ -115,7 +115,7 @@ async def test_where_a_request_comes_it_is_tried_again_at_the_next_look(bench: B
             await look(stopped)
             await until(lambda count=count: len(bench.device.remeasured) == count)
     assert bench.device.remeasured == [("first", 2.0)] * 3
-    assert bench.engine.models["first"].profile.provisional
+    assert bench.engine.registry.models["first"].profile.provisional
 
 
 @pytest.mark.parametrize("outcome", [None, ValueError("no kernel")])
@@ -144,9 +144,9 @@ async def test_a_model_that_was_replaced_meanwhile_keeps_the_profile_that_it_cam
     bench: Bench, stopped: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_provisional(bench)
-    old, new = bench.engine.models["first"], bench.engine.models["second"]
+    old, new = bench.engine.registry.models["first"], bench.engine.registry.models["second"]
     async with remeasuring(bench):
-        monkeypatch.setitem(bench.engine.models, "first", new)
+        monkeypatch.setitem(bench.engine.registry.models, "first", new)
         await look(stopped)
         assert bench.device.remeasured == []
     assert old.profile.provisional
@@ -164,7 +164,7 @@ async def test_when_the_device_dies_it_ends(bench: Bench, stopped: Clock) -> Non
 
 async def test_requests_that_wait_while_the_profile_changes_are_answered(bench: Bench) -> None:
     make_provisional(bench)
-    first = bench.engine.models["first"]
+    first = bench.engine.registry.models["first"]
     held = await bench.hold_device()
     waiting = await bench.in_order(1, 2, 3, within=LATE)
     profile = replace(profile_of(UNIT, 8), measured=GOOD)

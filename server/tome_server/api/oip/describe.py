@@ -65,7 +65,7 @@ def model_config(served: Served, engine: Engine) -> dict[str, Any]:
         "image_datatypes": "FP32 [N, C, H, W], UINT8 [N, H, W, 3], BYTES [N]",
         "max_image_bytes": str(limits.max_bytes),
         "max_image_pixels": str(limits.max_pixels),
-        "max_pending": str(engine.most_pending(served)),
+        "max_pending": str(engine.max_pending_of(served)),
         "outputs_by_name": ", ".join(
             f"{output.name} {output.datatype} [{', '.join(map(str, ('N', *output.dims)))}]"
             for output in outputs_of(model).values()
@@ -98,7 +98,7 @@ def model_config(served: Served, engine: Engine) -> dict[str, Any]:
             for output in outputs_of(model).values()
             if not output.by_name
         ],
-        "dynamic_batching": {"max_queue_delay_microseconds": round(engine.longest_delay(served) * 1e6)},
+        "dynamic_batching": {"max_queue_delay_microseconds": round(engine.max_delay_of(served) * 1e6)},
         "parameters": {name: {"string_value": value} for name, value in about.items()},
         "model_transaction_policy": {"decoupled": False},
     }
@@ -106,9 +106,9 @@ def model_config(served: Served, engine: Engine) -> dict[str, Any]:
 
 def repository_index(engine: Engine, ready_only: bool) -> list[dict[str, Any]]:
     """Return RepositoryIndexResponse's models; which version loads isn't known yet."""
-    states = {(served.model.name, version_of(served)): "UNLOADING" for served in engine.leaving}
-    for name in engine.names:
-        served = engine.models.get(name)
+    states = {(served.model.name, version_of(served)): "UNLOADING" for served in engine.registry.leaving}
+    for name in engine.registry.names:
+        served = engine.registry.models.get(name)
         states[name, version_of(served) if served else ""] = "READY" if served else "LOADING"
     return [
         {"name": name, "version": version, "state": state, "reason": ""}

@@ -4,7 +4,7 @@ import math
 
 from tome_server.api.oip.messages import BYTES, DTYPES, MOST_DIMENSIONS, Tensor, check_count, check_datatype, shown
 from tome_server.errors import InvalidRequestError, TooLargeError
-from tome_server.serving.engine import EncodedImage, Normalised, Pixels
+from tome_server.serving.requests import EncodedImage, Normalised, Pixels
 
 INPUT = "image"
 

@@ -11,7 +11,7 @@ from tome_server.api.oip.messages import BYTES, DTYPES, MOST_TYPED, AsBytes, Par
 from tome_server.api.oip.parameters import Terms
 from tome_server.errors import InvalidRequestError, TooLargeError
 from tome_server.models.hosted import HostedModel
-from tome_server.serving.engine import Reply
+from tome_server.serving.requests import Reply
 
 CLASSIFICATION = "classification"
 FEATURES = ("features", "patch_features")

@@ -11,9 +11,11 @@ from tome_server.api.oip.messages import InferRequest, InferResponse, Parameter
 from tome_server.api.oip.outputs import check_size, is_wanted, parameters_of, tensors_of, wanted_of
 from tome_server.api.oip.parameters import terms_of
 from tome_server.errors import InvalidRequestError, UnknownVersionError, UnsupportedError
+from tome_server.execution.batch import Outputs
 from tome_server.serving.batcher import Served
 from tome_server.serving.control import ModelControl
-from tome_server.serving.engine import Engine, Reply, Request, deadline_of
+from tome_server.serving.engine import Engine
+from tome_server.serving.requests import Reply, Request, deadline_of
 
 
 class OpenInference:
@@ -27,14 +29,14 @@ class OpenInference:
     @property
     def ready(self) -> bool:
         """Whether every model is in service and the server isn't stopping."""
-        names = self.engine.names
+        names = self.engine.registry.names
         return bool(names) and all(self.model_ready(name) for name in names)
 
     def model_ready(self, name: str, version: str = "") -> bool:
         """Return whether a model answers now; not if there is none of that name."""
-        engine, name = self.engine, name or self.engine.default_name
-        served = engine.models.get(name)
-        return served is not None and version in ("", describe.version_of(served)) and not engine.draining.is_set()
+        registry, draining = self.engine.registry, self.engine.draining.is_set()
+        served = registry.models.get(name or registry.default_name)
+        return served is not None and version in ("", describe.version_of(served)) and not draining
 
     def metadata(self, name: str, version: str = "") -> dict[str, Any]:
         """Describe a model's inputs and outputs."""
@@ -46,7 +48,7 @@ class OpenInference:
 
     def statistics(self, name: str = "", version: str = "") -> list[dict[str, Any]]:
         """Say what a model has answered; every model in service if unnamed."""
-        chosen = [self._served(name, version)] if name else self.engine.models.values()
+        chosen = [self._served(name, version)] if name else self.engine.registry.models.values()
         return [
             describe.model_statistics(self.engine.metrics, served, self._last_inference.get(served.model.name, 0))
             for served in chosen
@@ -64,9 +66,7 @@ class OpenInference:
         """Take a model out of service."""
         await self._controlled().unload(name)
 
-    async def infer(
-        self, request: InferRequest, arrival: float, time_remaining: float | None, trace_id: str | None = None
-    ) -> InferResponse:
+    async def infer(self, request: InferRequest, arrival: float, time_remaining: float | None) -> InferResponse:
         """Answer a request's images, all or none.
 
         Its deadline is `arrival`, on the event loop's clock, plus the lesser of `time_remaining` (seconds) and what its
@@ -76,9 +76,16 @@ class OpenInference:
         served = self._served(request.model, request.version)
         terms = terms_of(request.parameters)
         wanted = wanted_of(served.model, request.outputs, terms, request.as_bytes)
-        images = images_of(request.input, self.engine.most_pending(served))
+        images = images_of(request.input, self.engine.max_pending_of(served))
         check_size(wanted, len(images), request.as_bytes)
         deadline = deadline_of(arrival, terms.budget, time_remaining)
+        outputs = Outputs(
+            top_k=1,
+            features=is_wanted(wanted, "features"),
+            token_map=is_wanted(wanted, "token_map"),
+            logits=is_wanted(wanted, "logits", "probabilities"),
+            patches=is_wanted(wanted, "patch_features"),
+        )
         requests = [
             Request(
                 model=served.model.name,
@@ -89,25 +96,20 @@ class OpenInference:
                 min_r=terms.min_r,
                 max_r=terms.max_r,
                 min_quality=terms.min_quality,
-                top_k=1,
-                logits=is_wanted(wanted, "logits", "probabilities"),
-                features=is_wanted(wanted, "features"),
-                token_map=is_wanted(wanted, "token_map"),
-                patches=is_wanted(wanted, "patch_features"),
-                trace_id=trace_id,
+                outputs=outputs,
             )
             for image in images
         ]
-        with self.engine.holding(served):
+        with self.engine.registry.holding(served):
             replies = await self._predict(requests, served)
         self._last_inference[served.model.name] = time.time_ns() // 1_000_000
         parameters: dict[str, Parameter] = parameters_of(replies)
         if terms.mark_final:
             parameters["triton_final_response"] = True
         # Megabytes, where they are wanted.
-        patches = is_wanted(wanted, "patch_features")
-        outputs = await asyncio.to_thread(tensors_of, replies, wanted) if patches else tensors_of(replies, wanted)
-        return InferResponse(served.model.name, describe.version_of(served), request.id, parameters, outputs)
+        in_thread = outputs.patches
+        tensors = await asyncio.to_thread(tensors_of, replies, wanted) if in_thread else tensors_of(replies, wanted)
+        return InferResponse(served.model.name, describe.version_of(served), request.id, parameters, tensors)
 
     def _controlled(self) -> ModelControl:
         if self._control is None:
@@ -115,7 +117,7 @@ class OpenInference:
         return self._control
 
     def _served(self, name: str, version: str) -> Served:
-        served = self.engine.model(name)
+        served = self.engine.registry.model(name)
         if version not in ("", describe.version_of(served)):
             raise UnknownVersionError(served.model.name, version[:20], served.model.version)
         return served

@@ -6,6 +6,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tome_server.api.tokens import Tokens
 from tome_server.observability import request_context
 from tome_server.observability.metrics import Metrics
+from tome_server.observability.trace_context import trace_context
 
 PROTOCOL = "/v2"
 # Probes of orchestrators and load balancers have no tokens.
@@ -39,8 +40,9 @@ class Access:
                 await refused(scope, receive, send)
                 return
         request_context.client.set(holder or _address(scope))
-        traces = [value for name, value in scope.get("headers", ()) if name == b"traceparent"]
-        request_context.traceparent.set(traces[0].decode("latin-1") if len(traces) == 1 else None)
+        headers = scope.get("headers", ())
+        traceparents = [value.decode("latin-1") for name, value in headers if name == b"traceparent"]
+        request_context.trace.set(trace_context(traceparents))
         await self._app(scope, receive, send)
 
 

@@ -24,7 +24,6 @@ from tome_server.api.rest.body import ClientGoneError, read_body
 from tome_server.api.rest.errors import refusal
 from tome_server.api.tokens import Tokens
 from tome_server.errors import InvalidRequestError, OverloadedError, RequestError, UnavailableError, UnsupportedError
-from tome_server.observability.trace_context import sampled_trace_id
 from tome_server.serving.engine import RETRY_AFTER
 
 T = TypeVar("T")
@@ -155,8 +154,7 @@ class Protocol:
         json_length = _json_length(headers)
         body = await read_body(request, self._max_bytes)
         asked = convert.request_from(body, json_length, name, version)
-        trace = sampled_trace_id(headers.get("traceparent"))
-        response = await _unless_gone(request.receive, self._service.infer(asked, arrival, time_remaining, trace))
+        response = await _unless_gone(request.receive, self._service.infer(asked, arrival, time_remaining))
         if convert.takes_long(response):
             content, json_length = await asyncio.to_thread(convert.response_to, response, asked.as_bytes)
         else:

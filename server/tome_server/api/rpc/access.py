@@ -11,6 +11,7 @@ from tome_server.api.rpc import health
 from tome_server.api.tokens import Tokens
 from tome_server.observability import request_context
 from tome_server.observability.metrics import Metrics
+from tome_server.observability.trace_context import trace_context
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -40,8 +41,8 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
                 self._metrics.requests.labels("unknown", "UNAUTHENTICATED").inc()
                 # As a stream, whatever the method is: it reads nothing before it answers.
                 return grpc.stream_stream_rpc_method_handler(_refuse)
-        given = [value for key, value in details.invocation_metadata or () if key == "traceparent"]
-        request_context.traceparent.set(given[0] if len(given) == 1 and isinstance(given[0], str) else None)
+        traceparents = [str(value) for key, value in details.invocation_metadata or () if key == "traceparent"]
+        request_context.trace.set(trace_context(traceparents))
         handler = await continuation(details)
         return _known(handler, holder) if handler else None
 

@@ -8,18 +8,17 @@ from google.protobuf.duration_pb2 import Duration
 from tome_api.v1 import inference_pb2 as pb
 from tome_server.api.embeddings import embeddings
 from tome_server.errors import InvalidRequestError
+from tome_server.execution.batch import DEFAULT_TOP_K, Outputs
 from tome_server.models.hosted import HostedModel, MergeLevel
 from tome_server.serving.batcher import Served
-from tome_server.serving.engine import EncodedImage, Normalised, Pixels, Reply, Request, deadline_of
+from tome_server.serving.requests import EncodedImage, ImageInput, Normalised, Pixels, Reply, Request, deadline_of
 
 # As the protobuf specification bounds a Duration: about 10,000 years.
 _LONGEST = 315_576_000_000
 _MOST_DIMENSIONS = 8
 
 
-def request_from(
-    message: pb.PredictRequest, arrival: float, time_remaining: float | None, trace_id: str | None = None
-) -> Request:
+def request_from(message: pb.PredictRequest, arrival: float, time_remaining: float | None) -> Request:
     """Return the engine's request for `message`.
 
     Its deadline is `arrival` plus the lesser of its budget and the gRPC deadline's `time_remaining`, in seconds. Raises
@@ -34,11 +33,12 @@ def request_from(
         min_r=message.min_r if message.HasField("min_r") else None,
         max_r=message.max_r if message.HasField("max_r") else None,
         min_quality=message.min_quality if message.HasField("min_quality") else None,
-        top_k=message.top_k if message.HasField("top_k") else None,
-        features=message.return_features,
-        token_map=message.return_token_map,
-        patches=message.return_patch_features,
-        trace_id=trace_id,
+        outputs=Outputs(
+            top_k=message.top_k if message.HasField("top_k") else DEFAULT_TOP_K,
+            features=message.return_features,
+            token_map=message.return_token_map,
+            patches=message.return_patch_features,
+        ),
     )
 
 
@@ -135,7 +135,7 @@ def _level(level: MergeLevel, seconds: float) -> pb.MergeLevel:
     return message
 
 
-def _input(message: pb.PredictRequest) -> EncodedImage | Pixels | Normalised:
+def _input(message: pb.PredictRequest) -> ImageInput:
     kind = message.WhichOneof("input")
     if kind == "image":
         return EncodedImage(message.image)

@@ -14,7 +14,7 @@ from tome_server.api.counting import counted
 from tome_server.api.oip.describe import server_metadata
 from tome_server.api.oip.service import OpenInference
 from tome_server.api.rpc import oip_convert
-from tome_server.api.rpc.streams import Context, answered, trace_id
+from tome_server.api.rpc.streams import Context, answered
 from tome_server.api.status import abort, code_name, status_of
 from tome_server.errors import RequestError, UnsupportedError
 
@@ -139,7 +139,7 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
         arrival = asyncio.get_running_loop().time()
         with counted(self._service.engine, message.model_name):
             request = oip_convert.request_from(message)
-            response = await self._service.infer(request, arrival, context.time_remaining(), trace_id(context))
+            response = await self._service.infer(request, arrival, context.time_remaining())
             raw = request.as_bytes.every
             if oip_convert.takes_long(response, raw=raw):
                 return await asyncio.to_thread(oip_convert.response_to, response, raw=raw)

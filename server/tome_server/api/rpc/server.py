@@ -107,7 +107,7 @@ class RpcServer:
         # refused; but who holds on to this connection isn't refused for as long as a long answer takes.
         with suppress(TimeoutError):
             async with asyncio.timeout_at(min(end, loop.time() + REFUSING)):
-                await self._engine.answered()
+                await self._engine.drained()
                 await asyncio.sleep(SETTLE)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._server.stop(max(0.0, end - loop.time())))

@@ -8,7 +8,7 @@ from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
 from tome_server.api.counting import count, counted
 from tome_server.api.rpc import convert
-from tome_server.api.rpc.streams import Context, answered, trace_id
+from tome_server.api.rpc.streams import Context, answered
 from tome_server.api.status import abort, code_name, status_of
 from tome_server.errors import InvalidRequestError, RequestError
 from tome_server.serving.engine import Engine
@@ -58,17 +58,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, _request: pb.ListModelsRequest, _context: Context
     ) -> pb.ListModelsResponse:
         """List the hosted models, those still loading included."""
-        engine = self._engine
+        registry = self._engine.registry
         summaries = [
-            convert.summary_of(name, engine.models[name].model if name in engine.models else None)
-            for name in engine.names
+            convert.summary_of(name, registry.models[name].model if name in registry.models else None)
+            for name in registry.names
         ]
         return pb.ListModelsResponse(models=summaries)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
         """Describe one model."""
         try:
-            return pb.GetModelResponse(model=convert.model_to(self._engine.model(request.model)))
+            return pb.GetModelResponse(model=convert.model_to(self._engine.registry.model(request.model)))
         except RequestError as error:
             await abort(context, status_of(error))
 
@@ -76,5 +76,5 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """Answer one message and count how that went."""
         arrival = asyncio.get_running_loop().time()
         with counted(self._engine, message.model):
-            request = convert.request_from(message, arrival, context.time_remaining(), trace_id(context))
+            request = convert.request_from(message, arrival, context.time_remaining())
             return convert.response_to(await self._engine.predict(request), message)

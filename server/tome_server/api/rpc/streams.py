@@ -1,4 +1,4 @@
-"""What the calls of all services share: how they are traced, and how a stream is answered."""
+"""How the streams of all services are answered."""
 
 import asyncio
 import logging
@@ -8,7 +8,6 @@ from typing import TypeAlias, TypeVar
 import grpc
 
 from tome_server.errors import InvalidRequestError, RequestError, UnavailableError
-from tome_server.observability.trace_context import sampled_trace_id
 
 log = logging.getLogger(__name__)
 
@@ -18,12 +17,6 @@ A = TypeVar("A")
 
 # Messages of one stream that may be in the server at once; more are left in the transport, which slows the sender down.
 STREAM_WINDOW = 64
-
-
-def trace_id(context: Context) -> str | None:
-    """Return the id of the trace that the call's metadata names, if it is recorded."""
-    given = next((value for key, value in context.invocation_metadata() or () if key == "traceparent"), None)
-    return sampled_trace_id(given) if isinstance(given, str) else None
 
 
 async def answered(

@@ -4,7 +4,7 @@ import pytest
 from tome_server.api.oip.images import images_of
 from tome_server.api.oip.messages import Tensor
 from tome_server.errors import InvalidRequestError, TooLargeError
-from tome_server.serving.engine import EncodedImage, Normalised, Pixels
+from tome_server.serving.requests import EncodedImage, Normalised, Pixels
 
 
 def test_each_kind_of_tensor_becomes_one_image_for_each_row() -> None:

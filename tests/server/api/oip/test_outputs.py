@@ -15,7 +15,8 @@ from tome_server.mac_count import MacCount
 from tome_server.models.hosted import HostedModel
 from tome_server.models.preprocess import Limits, Preprocess
 from tome_server.models.transform import ImageSettings
-from tome_server.serving.engine import Reply, Timing
+from tome_server.observability.request_outcome import Timing
+from tome_server.serving.requests import Reply
 
 PATCHES, DIM = (2, 3), 4
 SETTINGS = ImageSettings((3, 4, 6), (0.0,) * 3, (1.0,) * 3, "bicubic", 1.0, "center")
