@@ -33,11 +33,11 @@ QUICK, SLOW = 1e-5, 1.0
 POLICIES = ("price", "fixed:0", "fixed:8", "fixed:14", "max_accuracy", "max_batch", "slackfit")
 
 
-def profile_of(unit: float, max_batch: int, *, packed: bool = True) -> Profile:
+def profile_of(unit: float, max_batch: int, *, one_call: bool = True) -> Profile:
     """One image takes 2 units at r = 0 and 1.5 at the most; promised is a tenth more."""
     p50 = tuple(tuple(unit * (1 + size * (1 - level / 14)) for level in range(8)) for size in range(1, max_batch + 1))
     p95 = tuple(tuple(1.1 * value for value in row) for row in p50)
-    return Profile(tuple(range(1, max_batch + 1)), RS, p50, p95, packed=packed)
+    return Profile(tuple(range(1, max_batch + 1)), RS, p50, p95, one_call=one_call)
 
 
 @dataclass

@@ -50,10 +50,10 @@ async def start(bundled: HostedModel, clock: Clock) -> AsyncIterator[Callable[..
         max_delay: float = 0.0,
         max_pending: int = 1000,
         threads: int = 2,
-        packed: bool = True,
+        one_call: bool = True,
         second: Own = Own(),  # noqa: B008  (frozen)
     ) -> Bench:
-        profile = profile_of(unit, max_batch, packed=packed)
+        profile = profile_of(unit, max_batch, one_call=one_call)
         device, decoder = ScriptedDevice(profile), ScriptedDecoder(bundled.preprocess.settings)
         device.gate.set()
         decoder.gate.set()

@@ -147,7 +147,7 @@ def profile_text(key: ProfileKey, profile: Profile) -> str:
         "p50_seconds": [[_short(value) for value in row] for row in profile.p50],
         "p95_seconds": [[_short(value) for value in row] for row in profile.p95],
         "extra_group_seconds": _short(profile.extra_group),
-        "packed": profile.packed,
+        "packed": profile.one_call,
     }
     if profile.measured:
         measured = asdict(profile.measured)
@@ -290,7 +290,7 @@ def _doubts(profile: Profile) -> str:
 
 
 def _mixed(profile: Profile) -> str:
-    return f"batches of several r run {'packed' if profile.packed else 'split'}"
+    return f"batches of several r run {'packed' if profile.one_call else 'split'}"
 
 
 def keep_profile(folder: Path | None, name: str, key: ProfileKey, profile: Profile) -> Path | None:
@@ -341,8 +341,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _profile(document: dict[str, Any], key: ProfileKey) -> Profile:
     """Raises KeyError, TypeError or ValueError if it is none."""
-    sizes, packed = document["batch_sizes"], document["packed"]
-    if type(packed) is not bool or any(type(size) is not int for size in sizes):
+    sizes, one_call = document["batch_sizes"], document["packed"]
+    if type(one_call) is not bool or any(type(size) is not int for size in sizes):
         raise TypeError("packed must be true or false, and batch sizes whole numbers")
     profile = Profile(
         sizes=tuple(sizes),
@@ -350,7 +350,7 @@ def _profile(document: dict[str, Any], key: ProfileKey) -> Profile:
         p50=tuple(map(tuple, document["p50_seconds"])),
         p95=tuple(map(tuple, document["p95_seconds"])),
         extra_group=document["extra_group_seconds"],
-        packed=packed,
+        one_call=one_call,
         measured=_measured(document.get("measured")),
     )
     if profile.max_batch != key.max_batch:

@@ -328,7 +328,7 @@ def _profile(
         p50=tuple(tuple(value * level for value in row) for row in table),
         p95=tuple(tuple(value * level * spread for value in row) for row in table),
         extra_group=_extra_group(plan, usual, predicted) * level,
-        packed=sum(usual[_Kind(mix)] for mix in plan.mixes) <= sum(usual[_Kind(mix, False)] for mix in plan.mixes),
+        one_call=sum(usual[_Kind(mix)] for mix in plan.mixes) <= sum(usual[_Kind(mix, False)] for mix in plan.mixes),
         measured=Measured(rounds, load, scattered, extrapolated),
     )
 

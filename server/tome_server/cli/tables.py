@@ -25,7 +25,7 @@ def profile_table(profile: Profile) -> str:
         lines.append(
             "where neighbours are equal, the larger r was no faster, and is predicted to take as long as the smaller"
         )
-    if profile.packed:
+    if profile.one_call:
         more = f"{profile.extra_group * 1e3:.1f} ms"
         lines.append(f"batches of several r are faster packed; each further r adds {more}")
     else:

@@ -40,9 +40,9 @@ class Profile:
     p95: tuple[tuple[float, ...], ...]
     """95th percentile, likewise."""
     extra_group: float = 0.0
-    """What each further r in a packed batch adds to the mean of its members' uniform batches."""
-    packed: bool = True
-    """Whether members of several r run faster together than in one call for each r."""
+    """What each further r in one call adds to the mean of its members' uniform batches."""
+    one_call: bool = True
+    """Whether a batch with several r runs faster in one call of the model than in one call for each r."""
     measured: Measured | None = field(default=None, compare=False)
     """How it was measured, where that was recorded."""
 
@@ -175,14 +175,14 @@ class Latency:
     def of_batch(self, levels: Sequence[int], *, promised: bool = False) -> float:
         """Return the seconds of a batch whose members have these levels.
 
-        Packed, that is the mean of their uniform batches and something for each further level; split, the sum of a
-        smaller batch for each level.
+        In one call, that is the mean of their uniform batches and something for each further level; in one call for
+        each level, the sum of the smaller batches.
         """
         predict, size = self.promised if promised else self.expected, len(levels)
         if levels.count(levels[0]) == size:
             return predict(size, levels[0])
         counts = Counter(levels)
-        if not self.profile.packed:
+        if not self.profile.one_call:
             return sum(predict(count, level) for level, count in counts.items())
         mean = sum(predict(size, level) * count for level, count in counts.items()) / size
         slowness = max(self._drift, self._worst) if promised else self._drift

@@ -305,7 +305,7 @@ class Batcher:
         self._on_device, self._free_at = served.key, started + promised
         try:
             items = [BatchItem(job.slot, job.outputs) for job in batch]
-            done = await self._device.run(served.key, items, rs, served.profile.packed)
+            done = await self._device.run(served.key, items, rs, served.profile.one_call)
         except DeviceDiedError:
             raise
         except Exception as error:

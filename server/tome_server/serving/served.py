@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -142,7 +141,3 @@ class ServedModel(Generic[T]):
         while good + 1 < len(quality) and quality[good + 1] >= min_quality:
             good += 1
         return self.rs[good]
-
-    def rs_of(self, levels: Sequence[int]) -> list[int]:
-        """Return the r of each level."""
-        return [self.rs[level] for level in levels]

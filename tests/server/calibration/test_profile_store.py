@@ -41,7 +41,7 @@ PROFILE = Profile(
     p50=((0.0135123456, 0.0121), (0.02, 0.015), (0.03, 0.02)),
     p95=((0.0142, 0.0129), (0.021, 0.016), (0.0311, 0.022)),
     extra_group=0.00123456789,
-    packed=False,
+    one_call=False,
 )
 GOOD = Measured(rounds=5, load=0.0123456789, spread=1.06)
 BUSY = Measured(rounds=5, load=0.374, spread=1.3)
@@ -76,12 +76,21 @@ def path(tmp_path: Path, key: ProfileKey) -> Path:
 
 def test_what_is_read_is_what_was_stored_to_six_digits(path: Path, key: ProfileKey) -> None:
     read = load_profile(path, key)
-    assert (read.sizes, read.rs, read.packed) == (PROFILE.sizes, PROFILE.rs, PROFILE.packed)
+    assert (read.sizes, read.rs, read.one_call) == (PROFILE.sizes, PROFILE.rs, PROFILE.one_call)
     for given, stored in ((read.p50, PROFILE.p50), (read.p95, PROFILE.p95)):
         assert [list(row) for row in given] == [pytest.approx(row, rel=1e-5) for row in stored]
     assert read.extra_group == pytest.approx(PROFILE.extra_group, rel=1e-5)
     save_profile(path, key, read)
     assert load_profile(path, key) == read
+
+
+@pytest.mark.parametrize("one_call", [True, False])
+def test_a_file_keeps_the_key_that_earlier_versions_wrote(tmp_path: Path, key: ProfileKey, one_call: bool) -> None:
+    """Profiles are shipped from machine to machine, and outlive a name in the code."""
+    path = tmp_path / "profile.json"
+    save_profile(path, key, replace(PROFILE, one_call=one_call))
+    assert json.loads(path.read_text())["packed"] is one_call
+    assert load_profile(path, key).one_call is one_call
 
 
 def test_a_file_says_what_it_holds_and_in_which_unit(path: Path) -> None:
@@ -143,8 +152,8 @@ def test_what_does_not_say_how_it_was_measured_is_damaged(
 
 
 def test_a_file_is_replaced_whole_and_nothing_else_is_left(path: Path, key: ProfileKey) -> None:
-    save_profile(path, key, replace(PROFILE, packed=True))
-    assert load_profile(path, key).packed
+    save_profile(path, key, replace(PROFILE, one_call=True))
+    assert load_profile(path, key).one_call
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -156,8 +165,8 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(ProfileError, match=f"{path} can't be written: No space left on device"):
-        save_profile(path, key, replace(PROFILE, packed=True))
-    assert load_profile(path, key).packed is False
+        save_profile(path, key, replace(PROFILE, one_call=True))
+    assert load_profile(path, key).one_call is False
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 

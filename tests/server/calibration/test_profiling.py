@@ -128,7 +128,7 @@ def test_on_a_quiet_machine_a_profile_is_exact(model: LoadedModel, device: Devic
     assert worst(profile.p50, device.truth(profile)) < 1e-9
     assert profile.p95[2][1] == pytest.approx(1.05 * profile.p50[2][1])
     assert profile.extra_group == pytest.approx(0.001)
-    assert profile.packed
+    assert profile.one_call
 
 
 def test_every_batch_is_warmed_up_and_timed_as_often(model: LoadedModel, device: Device) -> None:
@@ -148,7 +148,7 @@ def test_batches_of_several_r_will_run_as_was_faster(
 ) -> None:
     device.group = group  # split, each further r costs another 2 ms
     profile = measure(model, CPU, max_batch=8, budget=1000, run=device)
-    assert profile.packed is packed
+    assert profile.one_call is packed
     assert profile.extra_group == pytest.approx(group)
     mixed = [0, 0, 1, 2, 2]
     rs = [profile.rs[level] for level in mixed]
@@ -166,7 +166,7 @@ def test_a_profile_of_small_batches(model: LoadedModel, device: Device, max_batc
     assert profile.max_batch == max_batch
     assert worst(profile.p50, device.truth(profile)) < 1e-9
     if max_batch == 1:
-        assert (profile.extra_group, profile.packed) == (0, True)
+        assert (profile.extra_group, profile.one_call) == (0, True)
 
 
 @pytest.mark.parametrize("budget", [0.5, 1, 2, 5, 10, 20, 40])

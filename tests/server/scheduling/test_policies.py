@@ -73,7 +73,7 @@ NEARLY_FLAT = (
 def test_price_runs_nobody_too_late(profile: Profile, requests: list[Asked], traffic: Traffic) -> None:
     seen = view(profile, requests, traffic)
     decision = policy_named("price", profile, QUALITY)(seen)
-    if len({*decision.levels}) == 1 or profile.packed:
+    if len({*decision.levels}) == 1 or profile.one_call:
         ends = seen.now + seen.latency.of_batch(decision.levels, promised=True)
         assert all(ends <= request.deadline for request in decision.batch)
 

@@ -16,11 +16,11 @@ from .cases import steps
 SIZES, RS = (1, 2, 4, 8), (0, 4, 8, 16)
 
 
-def profile(spread: float = 1.1, extra_group: float = 0.0, packed: bool = True) -> Profile:
+def profile(spread: float = 1.1, extra_group: float = 0.0, one_call: bool = True) -> Profile:
     """2 ms and 10 ms an image at r = 0, half of that at the last r."""
     p50 = tuple(tuple(0.002 + 0.010 * size * (1 - level / 6) for level in range(len(RS))) for size in SIZES)
     p95 = tuple(tuple(value * spread for value in row) for row in p50)
-    return Profile(SIZES, RS, p50, p95, extra_group, packed)
+    return Profile(SIZES, RS, p50, p95, extra_group, one_call)
 
 
 @st.composite
@@ -105,8 +105,10 @@ def test_an_r_between_two_levels_costs_what_the_dearer_does(r: int, level: int) 
 
 
 @given(profiles(), st.data())
-def test_a_packed_batch_costs_something_between_its_members_and_more_for_each_r(profile: Profile, data: Any) -> None:
-    profile = replace(profile, packed=True)
+def test_a_batch_in_one_call_costs_something_between_its_members_and_more_for_each_r(
+    profile: Profile, data: Any
+) -> None:
+    profile = replace(profile, one_call=True)
     levels = data.draw(st.lists(st.integers(0, len(profile.rs) - 1), min_size=1, max_size=profile.max_batch))
     latency = Latency(profile)
     for promised in (False, True):
@@ -118,7 +120,7 @@ def test_a_packed_batch_costs_something_between_its_members_and_more_for_each_r(
 
 @given(profiles(), st.data())
 def test_a_split_batch_costs_the_sum_of_its_parts(profile: Profile, data: Any) -> None:
-    profile = replace(profile, packed=False)
+    profile = replace(profile, one_call=False)
     levels = data.draw(st.lists(st.integers(0, len(profile.rs) - 1), min_size=1, max_size=profile.max_batch))
     latency = Latency(profile)
     parts = [latency.expected(levels.count(level), level) for level in set(levels)]
@@ -135,8 +137,8 @@ def test_a_uniform_batch_costs_the_same_however_mixed_ones_run(profile: Profile,
 
 
 def test_the_order_of_members_does_not_matter() -> None:
-    for packed in (True, False):
-        latency = Latency(profile(extra_group=0.001, packed=packed))
+    for one_call in (True, False):
+        latency = Latency(profile(extra_group=0.001, one_call=one_call))
         assert latency.of_batch([0, 3, 0, 3]) == pytest.approx(latency.of_batch([3, 3, 0, 0]))
 
 
@@ -201,9 +203,9 @@ def late_tail(rng: random.Random) -> float:
 class Machine:
     """Runs batches of any size and level, and counts how predictions hold."""
 
-    def __init__(self, noise: Noise, *, spread: float = 1.1, seed: int = 0, packed: bool = True) -> None:
-        self.truth = Latency(profile(packed=packed))
-        self.latency = Latency(profile(spread, packed=packed))
+    def __init__(self, noise: Noise, *, spread: float = 1.1, seed: int = 0, one_call: bool = True) -> None:
+        self.truth = Latency(profile(one_call=one_call))
+        self.latency = Latency(profile(spread, one_call=one_call))
         self.noise, self.rng = noise, random.Random(seed)
         self.slowness = 1.0
         self.cells: dict[tuple[int, int], float] = {}
@@ -254,11 +256,11 @@ def test_promises_are_not_much_longer_than_they_need_be(noise: Noise) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("factor", [2, 0.5, 4], ids="times {}".format)
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "split"])
+@pytest.mark.parametrize("one_call", [True, False], ids=["one call", "split"])
 def test_within_20_batches_predictions_follow_a_machine_whose_speed_changes(
-    factor: float, seed: int, packed: bool
+    factor: float, seed: int, one_call: bool
 ) -> None:
-    machine = Machine(scatter(0.03), seed=seed, packed=packed)
+    machine = Machine(scatter(0.03), seed=seed, one_call=one_call)
     for slowness in (factor, 1.0):
         machine.many(300)
         machine.slowness = slowness

@@ -269,7 +269,7 @@ async def test_a_model_may_wait_for_mates_where_others_do_not(start: Callable[..
 
 @pytest.mark.parametrize("packed", [True, False])
 async def test_members_of_one_batch_get_an_r_each_in_one_call(start: Callable[..., Bench], packed: bool) -> None:
-    bench = start("fixed:8", packed=packed)
+    bench = start("fixed:8", one_call=packed)
     await bench.hold_device()
     tasks = await bench.in_order(1)
     for image, bounds in enumerate(({"max_r": 2}, {"min_r": 12}, {"r": 5}, {"min_r": 3, "max_r": 5}, {"r": 98}), 2):

@@ -170,7 +170,7 @@ def test_every_setting_in_range_gives_bounds_that_hold_it(served: ServedModel[ob
     for least in range(20):
         for most in range(least, 22):
             bounds = served.bounds(min_r=least, max_r=most)
-            rs = [bounds.exact] if bounds.exact is not None else served.rs_of(range(bounds.low, bounds.high + 1))
+            rs = [bounds.exact] if bounds.exact is not None else served.rs[bounds.low : bounds.high + 1]
             assert rs
             assert all(least <= r <= most for r in rs)
 
