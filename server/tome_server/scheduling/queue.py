@@ -27,8 +27,13 @@ class Waiting(Generic[T]):
     """The least it may be merged."""
     high: int
     """The most it may be merged."""
+    due: float = field(init=False)
+    """By when a policy is to have it done: the deadline or, on a shared device, earlier. Set at each decision."""
     serial: int = field(default=-1, init=False)
     """Its place among requests of equal deadline; -1 outside of a queue."""
+
+    def __post_init__(self) -> None:
+        self.due = self.deadline
 
 
 class DeadlineQueue(Generic[T]):

@@ -129,14 +129,14 @@ class Scheduler(Generic[T]):
         shed = self._drop_hopeless(now)
         if not self._queue:
             return Decision((), (), shed) if shed else None
-        view, places = self._view(now)
+        view = self._view(now)
         try:
-            decision = self._named(self._policy(view), places)
+            decision = self._policy(view)
             _check(decision, self._queue, self.latency.max_batch)
         except Exception:
             self.policy_failures += 1
             log.exception("the policy failed; running the earliest deadlines at their most merging")
-            decision = self._named(_without_policy(view), places)
+            decision = _without_policy(view)
         self._queue.take((*decision.batch, *decision.shed))
         return Decision(decision.batch, decision.levels, (*shed, *decision.shed))
 
@@ -168,23 +168,17 @@ class Scheduler(Generic[T]):
         seconds = batches * self.latency.expected(size, top)
         return seconds + self.latency.expected(rest, top) if rest else seconds
 
-    def _view(self, now: float) -> tuple[View, dict[int, Waiting[T]]]:
-        """Return what the policy sees and, where that isn't those who wait themselves, whom its members stand for.
+    def _view(self, now: float) -> View:
+        """Return what the policy sees.
 
-        Of a device that is shared, it sees the traffic of all; and who waits is due earlier than by the own deadline:
-        by what is left of it once the others' requests due before are done, and of that of theirs due after.
+        On a shared device that is the traffic of all models, and requests that are due before their deadlines.
         """
         traffic, waiting = self._traffic.at(now), list(self._queue)
         if self.others:
             traffic = together(traffic, [(other._traffic.at(now), other._image / self._image) for other in self.others])
-        if not any(map(len, self.others)):
-            return View(now, waiting, self.latency, traffic), {}
-        seen = [
-            Waiting(one.item, one.arrival, due, one.low, one.high)
-            for one, due in zip(waiting, self._due(now, waiting), strict=True)
-        ]
-        places = dict(zip(map(id, seen), waiting, strict=True))
-        return View(now, seen, self.latency, traffic), places
+        for request, due in zip(waiting, self._dues(now, waiting), strict=True):
+            request.due = due
+        return View(now, waiting, self.latency, traffic)
 
     @property
     def _image(self) -> float:
@@ -196,13 +190,15 @@ class Scheduler(Generic[T]):
         """The size of batches that work is reckoned in."""
         return self._fastest[self.latency.max_batch - 1]
 
-    def _due(self, now: float, waiting: Sequence[Waiting[T]]) -> list[float]:
-        """Return by when each of those who wait must be done so that it and the other models' requests are in time.
+    def _dues(self, now: float, waiting: Sequence[Waiting[T]]) -> list[float]:
+        """Return by when each request must be done so that it and the other models' requests are in time.
 
-        By their own deadline less the others' work due before; and before the latest moment at which those of others
-        that are due later can begin, all merged the most in the fastest batches. Whoever of the others can't be met
-        even if this model runs one image alone before, is left out.
+        That is its deadline less the others' work due before it; and before the latest moment at which the others'
+        requests that are due after it can begin, all merged the most in the fastest batches. Those of the others' that
+        can't be met even if this model only runs one image before them don't count.
         """
+        if not any(map(len, self.others)):
+            return [request.deadline for request in waiting]
         least = now + self.latency.promised(1, waiting[0].high)
         limits: list[tuple[float, float, float]] = []
         work = 0.0
@@ -232,13 +228,6 @@ class Scheduler(Generic[T]):
             (waiting[first].deadline, self.latency.expected(size, top), self.latency.promised(size, top))
             for first, size in sizes
         ]
-
-    def _named(self, decision: Decision, places: dict[int, Waiting[T]]) -> Decision:
-        """Return a decision on those who wait themselves. Raises KeyError if it names others."""
-        if not places:
-            return decision
-        batch, shed = ([places[id(one)] for one in part] for part in (decision.batch, decision.shed))
-        return Decision(batch, decision.levels, shed)
 
 
 def share_device(schedulers: Sequence[Scheduler[Any]]) -> None:

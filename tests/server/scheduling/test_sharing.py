@@ -156,7 +156,7 @@ def test_a_model_beside_others_that_have_no_requests_decides_as_if_alone(
     assert [member.item for member in first.shed] == [member.item for member in second.shed]
 
 
-def test_policies_see_deadlines_from_which_the_others_time_is_taken() -> None:
+def test_requests_are_due_before_their_deadlines_by_the_others_time() -> None:
     views: list[View] = []
 
     def policy(view: View) -> Decision:
@@ -176,8 +176,13 @@ def test_policies_see_deadlines_from_which_the_others_time_is_taken() -> None:
     # What is due later must leave it time; what is due after it comes after it.
     latest = 0.202 - latency.promised(1, TOP)
     assert latest < 0.2
-    assert [one.deadline for one in views[0].waiting] == pytest.approx([0.1, latest, 0.3 - latency.expected(1, TOP)])
+    assert [one.due for one in views[0].waiting] == pytest.approx([0.1, latest, 0.3 - latency.expected(1, TOP)])
     assert [one.deadline for one in mine] == [0.1, 0.2, 0.3]
+    # Once the other model has no more requests, or has left the device, deadlines hold again.
+    share_device([second])
+    share_device([first])
+    first.next(0.0)
+    assert [one.due for one in views[1].waiting] == [0.2, 0.3]
 
 
 def test_a_policy_that_names_a_stranger_beside_others_is_done_without() -> None:

@@ -38,7 +38,7 @@ class Lookahead:
         `merged` is what batches take that are merged the most.
         """
         latency, largest, top = view.latency, view.latency.max_batch, len(quality) - 1
-        self.slacks = [request.deadline - view.now for request in waiting[: _BATCHES * largest]]
+        self.slacks = [request.due - view.now for request in waiting[: _BATCHES * largest]]
         """Seconds that each of the first requests has left."""
         self._total = len(self.slacks)
         image = price * latency.drift / typical

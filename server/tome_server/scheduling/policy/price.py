@@ -95,7 +95,7 @@ class Price:
 
     def __call__(self, view: View) -> Decision:
         """Return the batch and the levels that make the most of the time they take."""
-        due = bisect_left(view.waiting, math.inf, key=_deadline)
+        due = bisect_left(view.waiting, math.inf, key=_due)
         if not due:
             return self._in_a_gap(view)
         waiting = view.waiting[:due]
@@ -152,12 +152,12 @@ class Price:
         shortest = burden * min(expected[1 : unit + 1])
         share, backlog, room, start, lost = _LEAST_SHARE * min(1.0, traffic.rate * image), 0.0, math.inf, 0, 0
         for budget, part in (*traffic.budgets, (math.inf, 0.0)):
-            due = bisect_right(waiting, view.now + budget, lo=start, key=_deadline)
+            due = bisect_right(waiting, view.now + budget, lo=start, key=_due)
             while start < due:
-                slack = waiting[start].deadline - view.now - backlog
+                slack = waiting[start].due - view.now - backlog
                 if slack < shortest:
                     # In a deep overload these are many, and counted at once.
-                    met = bisect_left(waiting, view.now + backlog + shortest, lo=start + 1, hi=due, key=_deadline)
+                    met = bisect_left(waiting, view.now + backlog + shortest, lo=start + 1, hi=due, key=_due)
                     lost += met - start
                     start = met
                     continue
@@ -185,7 +185,7 @@ class Price:
 
     def _chunk(self, view: View, queue: Sequence[Waiting[Any]], start: float, unit: int) -> int:
         """Return how many of the first of `queue`, at most `unit`, can run together from `start` on; at least one."""
-        slack, size = queue[0].deadline - start, min(unit, len(queue))
+        slack, size = queue[0].due - start, min(unit, len(queue))
         while size > 1 and view.latency.promised(size, self._top) > slack:
             size -= 1
         return size
@@ -195,7 +195,7 @@ class Price:
         latency, place = view.latency, 0
         while place < len(queue):
             size = self._chunk(view, queue[place : place + unit], start, unit)
-            if start + latency.promised(size, self._top) > queue[place].deadline:
+            if start + latency.promised(size, self._top) > queue[place].due:
                 return True
             start += latency.expected(size, self._top)
             place += size
@@ -286,12 +286,12 @@ def _sizes(most: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-_deadline = attrgetter("deadline")
+_due = attrgetter("due")
 
 
 def _in_time(view: View, batch: Sequence[Waiting[Any]], level: int) -> Decision:
     """Return `batch` at `level`, less its last where members whose bounds forbid that level would make it late."""
-    slack, decision = batch[0].deadline - view.now, uniform(batch, level)
+    slack, decision = batch[0].due - view.now, uniform(batch, level)
     while len(batch) > 1 and view.latency.of_batch(decision.levels, promised=True) > slack:
         batch = batch[:-1]
         decision = uniform(batch, level)

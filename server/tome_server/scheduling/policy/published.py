@@ -30,7 +30,7 @@ class Fixed:
 
     def _makes(self, request: Waiting[Any], view: View) -> bool:
         level = min(max(self.level, request.low), request.high)
-        return view.now + view.latency.promised(1, level) <= request.deadline
+        return view.now + view.latency.promised(1, level) <= request.due
 
 
 def max_accuracy(view: View) -> Decision:
@@ -54,7 +54,7 @@ class SlackFit:
 
     def __call__(self, view: View) -> Decision:
         """Return the largest batch, then the least merging, of the slowest bucket that the earliest deadline allows."""
-        latency, slack = view.latency, view.waiting[0].deadline - view.now
+        latency, slack = view.latency, view.waiting[0].due - view.now
         shortest = latency.promised(1, latency.levels - 1)
         width = (latency.promised(latency.max_batch, 0) - shortest) / self.buckets
         choices = (
@@ -69,5 +69,5 @@ class SlackFit:
 
 def _fitting(view: View, size: int) -> Iterator[int]:
     """Yield the levels at which a batch of `size` ends by the earliest deadline, least merging first."""
-    slack = view.waiting[0].deadline - view.now
+    slack = view.waiting[0].due - view.now
     return (level for level in range(view.latency.levels) if view.latency.promised(size, level) <= slack)

@@ -51,7 +51,7 @@ class Policy(Protocol):
 
 def largest(view: View, queue: Sequence[Waiting[Any]], level: int) -> int:
     """Return how many of the queue's first can end together at `level` by the earliest deadline; at least one."""
-    slack, size = queue[0].deadline - view.now, 1
+    slack, size = queue[0].due - view.now, 1
     while size < min(len(queue), view.latency.max_batch) and view.latency.promised(size + 1, level) <= slack:
         size += 1
     return size
