@@ -87,7 +87,7 @@ def plan_table(plan: Plan) -> str:
     budgets = ", ".join(f"{1e3 * budget:g} ms" for budget in sorted(set(question.budgets)))
     goal = f"{question.attainment:.4g} of {question.rate:g} requests/s within {budgets}, CV² {question.cv2:g}"
     if enough is None:
-        lines = [f"{goal}: no number of replicas does that; an all but idle one answers {plan.most:.3%}"]
+        lines = [f"{goal}: no number of replicas does that; an all but idle one answers {plan.best_attainment:.3%}"]
     else:
         best = plan.point(question.policy, enough).result
         lines = [

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Buckets:
-    """Upper bounds, ascending; the one of +Inf goes without saying."""
+    """Upper bounds, ascending, without +Inf."""
 
     bounds: tuple[float, ...]
     reason: str

@@ -1,4 +1,4 @@
-"""Logs: a line a request at debug, a summary of some seconds at info; as JSON, or as text for people at a terminal."""
+"""Logs: a line for each request at debug, a summary of some seconds at info; as JSON, or as text on a terminal."""
 
 import asyncio
 import codecs
@@ -19,30 +19,30 @@ from tome_server.observability.request_outcome import RequestOutcome
 Format: TypeAlias = Literal["auto", "json", "text"]
 
 SUMMARY_SECONDS = 10.0
-# Characters of a model's name that was asked for and isn't there.
+# Characters of a requested model's name that a line repeats; the name may be of no model.
 NAME_SHOWN = 100
 
 log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(__name__)
 
 
 def configure(level: str, form: Format, stream: TextIO = sys.stderr) -> None:
-    """Send the server's logs to `stream`: JSON, a line each, unless `form` is text, or auto and a person is watching.
+    """Send the server's logs to `stream`: a line of JSON each; as text if `form` is text, or auto and it is a terminal.
 
-    Libraries say only what is wrong.
+    Libraries log only warnings and errors.
     """
-    watched = stream.isatty()
-    # Where a stream can't hold other letters, JSON has a way to write them that its readers undo.
+    terminal = stream.isatty()
+    # JSON can escape the letters that the stream's encoding lacks.
     ascii_only = codecs.lookup(stream.encoding or "utf-8").name != "utf-8"
-    as_text = form == "text" or (form == "auto" and watched)
-    # What both structlog's loggers and the standard library's go through.
+    as_text = form == "text" or (form == "auto" and terminal)
+    # Applied to records of structlog's loggers and of the standard library's.
     common: list[Any] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    # Plain tracebacks in both: others show the values of variables, images and tokens among them.
+    # Plain tracebacks in both: rich ones would show the values of variables, among them images and tokens.
     last: list[Any] = (
-        [structlog.dev.ConsoleRenderer(colors=watched, exception_formatter=structlog.dev.plain_traceback)]
+        [structlog.dev.ConsoleRenderer(colors=terminal, exception_formatter=structlog.dev.plain_traceback)]
         if as_text
         else [
             structlog.processors.format_exc_info,
@@ -69,7 +69,7 @@ def configure(level: str, form: Format, stream: TextIO = sys.stderr) -> None:
 
 
 def _first_keys(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Put what every line has before what only some have."""
+    """Put the keys that every line has before those that only some have."""
     first = ("timestamp", "level", "logger", "event")
     return {key: event[key] for key in first if key in event} | {k: v for k, v in event.items() if k not in first}
 

@@ -13,7 +13,7 @@ from tome_server.observability.buckets import Buckets
 
 NAMESPACE = "tome"
 _EXPIRY = "Unix time at which the first of the server's certificates ends; only with TLS"
-# What a series is called besides its family's own name.
+# What the names of a family's series end in, by the family's type.
 _SUFFIXES = {
     "counter": ("_total",),
     "gauge": ("",),
@@ -75,7 +75,7 @@ class Family:
 
 
 class GridHistogram(Collector):
-    """A histogram by model, with buckets that are each model's own."""
+    """A histogram by model, with buckets for each model."""
 
     def __init__(self, name: str, text: str, default: Sequence[float]) -> None:
         self._name = name
@@ -84,7 +84,7 @@ class GridHistogram(Collector):
         self._models: dict[str, tuple[tuple[float, ...], Histogram]] = {}
 
     def declare(self, model: str, bounds: Sequence[float]) -> None:
-        """Count `model` in these buckets from now on; what was counted in others is forgotten."""
+        """Count `model` in these buckets from now on; its counts in other buckets are dropped."""
         bounds = tuple(sorted(set(bounds)))
         if model not in self._models or self._models[model][0] != bounds:
             histogram = Histogram(self._name, self._text, ["model"], registry=None, buckets=bounds)
@@ -110,7 +110,7 @@ class GridHistogram(Collector):
 
 
 class Metrics:
-    """One set of metrics in a registry of its own, so that two servers in one process don't share counts."""
+    """All metrics of one server, in their own registry, so that two servers in one process don't share counts."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -201,9 +201,9 @@ class Metrics:
     def serving(
         self, model: str, architecture: str, device: str, dtype: str, policy: str, rs: Sequence[int], largest_r: int
     ) -> None:
-        """Announce a model in service: its r grid becomes merge_r's buckets, and what may be counted starts at 0.
+        """Announce a model in service: its r grid becomes merge_r's buckets, and its counters start at 0.
 
-        A counter that first appears with its first event has, to Prometheus, never risen.
+        Prometheus sees no rise in a counter that only appears with its first event.
         """
         self.model_info.labels(model).info(
             {"architecture": architecture, "device": device, "dtype": dtype, "policy": policy}
@@ -222,15 +222,15 @@ class Metrics:
             gauge.remove(model)
 
     def certificate(self, expiry: Callable[[], float]) -> None:
-        """Tell from now on, at each scrape, the Unix time at which the certificate in use ends."""
-        # Not there without one, since a gauge that nobody set is 0: a certificate that ended in 1970.
+        """Report at each scrape from now on the Unix time at which the certificate in use ends."""
+        # Only with TLS: a gauge that is never set is 0, which would be a certificate that ended in 1970.
         gauge = Gauge("tls_certificate_expiry_timestamp_seconds", _EXPIRY, (), NAMESPACE, registry=self.registry)
         gauge.set_function(expiry)
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
-        """Return what a scrape is answered, and its content type: OpenMetrics where the Accept header asks for it.
+        """Return the body of a scrape and its content type: OpenMetrics if the Accept header lists it.
 
-        Exemplars are in OpenMetrics only.
+        Only OpenMetrics has exemplars.
         """
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type

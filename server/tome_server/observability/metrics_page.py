@@ -40,7 +40,7 @@ Of histograms, and why these.
 
 
 def page() -> str:
-    """Return the page: a row for each family, and one for each choice of buckets."""
+    """Return the page: a row for each metric, and one for each set of buckets."""
     families = Metrics().families
     rows = "\n".join(map(_row, families))
     chosen: dict[tuple[float, ...], list[Family]] = {}

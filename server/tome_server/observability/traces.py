@@ -1,7 +1,7 @@
-"""Traces: a span a request, with one for each stage, sent to a collector over OTLP. Needs the extra `tracing`.
+"""Traces: a span for each request, with one for each of its stages, sent to a collector over OTLP.
 
-A request's own span begins with it, since metrics have exemplars of what is recorded; those of its stages are made from
-the finished request's times, so that the request itself does nothing for them.
+Needs the extra `tracing`. A request's span begins at its arrival, since the exemplars of metrics name the trace. The
+spans of its stages are made from the times of the finished request.
 """
 
 import os
@@ -34,22 +34,22 @@ from tome_server.observability.logs import outcome_word
 from tome_server.observability.request_outcome import Prediction, RequestOutcome
 from tome_server.observability.trace_context import ParentSpan
 
-# How long a collector may take. Its absence must not keep a server from stopping.
+# Seconds that a collector may take: an unreachable one must not keep a server from stopping.
 EXPORT_SECONDS = 3.0
 _NS = 1_000_000_000
 
 
 def otlp_processor(endpoint: str) -> SpanProcessor:
-    """Return what sends spans to a collector, in a thread of its own: https for TLS, http for plain text."""
-    # Of a collector on this machine a proxy knows nothing; for any other, the environment's holds. The exporter's own
-    # type has strings only, which gRPC doesn't take for a switch.
+    """Return a processor that sends spans to a collector from its own thread: by TLS to https, plain text to http."""
+    # A proxy can't reach a collector on this machine; for any other, the environment's proxy settings hold.
+    # `Any`, since the exporter types options as strings, which gRPC doesn't accept for a switch.
     here = is_this_machine(urlsplit(endpoint).hostname or "")
     options: Any = (("grpc.enable_http_proxy", 0),) if here else None
     return BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_SECONDS, channel_options=options))
 
 
 class Traces:
-    """Makes a trace's spans of each request. The SDK's variables hold, such as OTEL_TRACES_SAMPLER."""
+    """Makes the spans of each request. The SDK's environment variables hold, such as OTEL_TRACES_SAMPLER."""
 
     def __init__(self, processor: SpanProcessor) -> None:
         named = "OTEL_SERVICE_NAME" in os.environ or "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
@@ -61,7 +61,7 @@ class Traces:
     def begin(self, since: float) -> "RequestTrace":
         """Begin the span of a request that arrived `since` seconds ago.
 
-        Its caller decides whether the trace is recorded, and else the sampler.
+        If the caller sent a trace context, that decides whether the trace is recorded, else the sampler.
         """
         start = time.time_ns() - round(since * _NS)
         context = request_context.trace.get()
@@ -70,7 +70,7 @@ class Traces:
         return RequestTrace(self._tracer, span, start)
 
     def close(self) -> None:
-        """Send what is left. Takes some seconds if the collector can't be reached."""
+        """Send the remaining spans. Takes some seconds if the collector can't be reached."""
         self._provider.shutdown()
 
 
@@ -87,11 +87,11 @@ class RequestTrace:
     tracer: Tracer
     span: Span
     start: int
-    """Nanoseconds of the wall clock."""
+    """Nanoseconds since the epoch."""
 
     @property
     def id(self) -> str | None:
-        """Of the trace, 32 hexadecimal digits; None if it isn't recorded."""
+        """The trace's id, 32 hexadecimal digits; None if it isn't recorded."""
         context = self.span.get_span_context()
         return format_trace_id(context.trace_id) if context.trace_flags.sampled else None
 

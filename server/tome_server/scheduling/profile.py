@@ -1,4 +1,4 @@
-"""What a batch costs: measured latencies by batch size and r, and predictions that follow the machine as it drifts."""
+"""What a batch costs: measured latencies by batch size and r, and predictions that follow the machine's drift."""
 
 import math
 from bisect import bisect_left
@@ -9,19 +9,19 @@ from itertools import pairwise
 
 from tome_server.scheduling.measured import Measured
 
-# Batches that say how fast the machine is now. Their median shrugs off stalls, and turns over within five batches when
-# the machine's speed really changes; a promise heeds the second slowest of them, and so changes within two.
+# The latest batches, which show how fast the machine is now. Drift is their median, which ignores stalls and follows a
+# real change of speed within five batches. Promises follow the second slowest, and so a change within two.
 _RECENT = 9
-# The share of batches to be late; a little less than 5 %, so that 95 % are in time while it is being approached.
+# The share of batches that may break their promise: a little less than 5 %, so that 95 % keep it while this is learned.
 _MISSES = 0.04
-# How far one miss raises the margin of promises; 24 batches in time lower it by as much.
+# How far one broken promise raises the margin of promises; 24 kept ones lower it by as much.
 _MARGIN_RATE = 0.02
 _MARGIN_MOST = math.log(2)
-# How far one batch moves its cell, the share of a correction it forgets, and how far a cell may go.
+# How far one batch moves the correction of its cell, the share of it that is forgotten, and the largest correction.
 _CELL_STEP = 0.005
 _CELL_LEAK = 0.002
 _CELL_MOST = math.log(2)
-# Seconds in which half of what an idle machine was slower by is forgotten.
+# Seconds of idleness after which half of a machine's slowness is forgotten.
 _HALF_LIFE = 0.5
 # Predictions that are further above the profile than this share are doubted.
 _DOUBTED = 0.1
@@ -47,7 +47,7 @@ class Profile:
     """How it was measured, where that was recorded."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what no measurement gives."""
+        """Raise ValueError for values that no measurement gives."""
         shape = (len(self.sizes), len(self.rs))
         if not self.sizes or self.sizes[0] != 1 or list(self.sizes) != sorted(set(self.sizes)):
             raise ValueError(f"batch sizes must ascend from 1, not {self.sizes}")
@@ -74,7 +74,7 @@ class Profile:
 
     @property
     def provisional(self) -> bool:
-        """Whether it was measured under circumstances that call for measuring it again."""
+        """Whether it should be measured again: see `Measured.provisional`."""
         return self.measured is not None and self.measured.provisional
 
     def every_size(self, table: Sequence[Sequence[float]]) -> list[list[float]]:
@@ -91,25 +91,25 @@ class Profile:
         return rows
 
     def level_of(self, r: int) -> int:
-        """Return the level whose cost is that of `r` or, between two, the dearer one's."""
+        """Return the level that costs what `r` does or, if `r` is between two levels, the more expensive one."""
         return max(0, bisect_left(self.rs, r + 1) - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class BySize:
-    """Seconds of uniform batches at one level, by size: from 0, which takes none, to the largest."""
+    """Seconds of uniform batches at one level, by size from 0 (no time) to the largest."""
 
     expected: Sequence[float]
     """Medians."""
     promised: Sequence[float]
-    """Within which 95 of 100 end."""
+    """Times within which 95 of 100 batches end."""
 
 
 class Latency:
-    """Predicts how long batches take, from a profile and from how the latest batches went.
+    """Predicts how long batches take, from a profile and from the latest batches.
 
-    Three things are learned, from fast to slow: how fast the machine is now (drift), how far latencies scatter above
-    what is expected (the margin of promises), and where single cells differ from what was measured.
+    It learns three things, from fast to slow: how fast the machine is now (drift), how far latencies scatter above what
+    is expected (the margin of promises), and where single cells, a size and a level, differ from the profile.
     """
 
     def __init__(self, profile: Profile) -> None:
@@ -123,30 +123,30 @@ class Latency:
             for rows in zip(profile.every_size(profile.p95), self._median, strict=True)
         ]
         self._cells: dict[tuple[int, int], float] = {}
-        # As log factors on the profile rather than on the prediction, so that the past stays comparable as drift moves.
+        # As log factors on the profile rather than on the prediction, so that old ones stay comparable as drift moves.
         self._recent: deque[float] = deque([0.0] * _RECENT, maxlen=_RECENT)
-        # The cell of each of those, of level -1 for batches of several r; None for those that never ran.
+        # The cell of each, with level -1 for batches of several r; None for initial values, of no batch.
         self._recent_cells: deque[tuple[int, int] | None] = deque([None] * _RECENT, maxlen=_RECENT)
         self._drift = 1.0
         self._worst = 1.0
         self._log_margin = 0.0
         self._margin = 1.0
-        # Where the margin takes all of the measured spread back.
+        # With this margin, promises equal the profile's medians.
         self._least_margin = -math.log(max(map(max, self._spread)))
 
     def allow(self, size: int) -> None:
-        """Predict, and so have policies run, no larger batches than these from now on; at least of one image."""
+        """Predict no batches larger than `size`, but at least of one image, so that policies run none."""
         self.max_batch = max(1, min(self.max_batch, size))
 
     @property
     def drift(self) -> float:
-        """How much longer batches take now than when they were profiled, as a factor."""
+        """Time that batches take now over the time they were profiled at."""
         return self._drift
 
     def expected(self, size: int, level: int) -> float:
         """Return the median seconds of a uniform batch of 1 to `max_batch` images.
 
-        Unlike the profile's, these need not fall with every level: each follows what was observed of it.
+        Unlike the profile's, these may rise with the level, since each follows its own observations.
         """
         return self._median[size][level] * self._drift
 
@@ -156,9 +156,9 @@ class Latency:
         return self._median[size][level] * max(self._drift * spread, self._worst)
 
     def by_size(self, level: int) -> BySize:
-        """Return `expected` and `promised` of every size at `level`, faster than they are predicted one by one."""
+        """Return `expected` and `promised` of every size at `level`, faster than one by one."""
         drift, margin, end = self._drift, self._margin, self.max_batch + 1
-        # The least factor on a median: that of a cell without spread.
+        # The smallest factor on a median: that of a cell without spread.
         slowest = max(drift, self._worst)
         medians = [row[level] for row in self._median[:end]]
         spreads = [row[level] for row in self._spread[:end]]
@@ -204,14 +204,14 @@ class Latency:
 
     @property
     def observed(self) -> bool:
-        """Whether so many batches were observed that predictions rest on nothing but these and the profile."""
+        """Whether enough batches were observed for predictions to follow them."""
         return None not in self._recent_cells
 
     @property
     def settled(self) -> bool:
-        """Whether enough batches were observed, and what they say is about what the profile does or less.
+        """Whether enough batches were observed, and predictions are at most slightly above the profile.
 
-        If not, an idle device had better find out: predictions that are too high refuse the requests that would correct
+        If not, an idle device should run probes: predictions that are too high refuse the requests that would correct
         them.
         """
         if not self.observed:
@@ -221,10 +221,10 @@ class Latency:
         return self.promised(1, top) <= (1 + _DOUBTED) * measured
 
     def forget_slowness(self, seconds: float) -> None:
-        """Forget by half, for each half second, by how much batches were slower than the profile says.
+        """Forget by how much batches were slower than the profile, by half for each half second.
 
-        For times in which no batch ran because none was expected to be in time: they alone would never show that the
-        machine has recovered. By how much batches were faster is kept: what that lets in corrects it.
+        For times in which no batch ran because none was expected to be in time, so that none could show that the
+        machine has recovered. By how much batches were faster is kept, since the requests it admits correct it.
         """
         kept = 0.5 ** (seconds / _HALF_LIFE)
         self._recent.extend([min(log, log * kept) for log in self._recent])
@@ -235,11 +235,11 @@ class Latency:
         self._weigh()
 
     def _correct(self, cell: tuple[int, int], ratio: float) -> None:
-        """Move a cell that differs from what was measured, as the others around it in time don't."""
+        """Correct a cell that differs from the profile while other recent cells don't."""
         size, level = cell
         if level < 0 or sum(other not in (cell, None) for other in self._recent_cells) <= _RECENT // 2:
-            return  # where the others are too few, drift is this very cell's, and explains it
-        # A step of one length towards where it fell: the median, unlike the mean, heeds no stalls.
+            return  # with too few other cells, drift comes from this very cell, and already explains the difference
+        # A step of fixed length towards the observation follows the median, which ignores stalls as the mean doesn't.
         log = (1 - _CELL_LEAK) * self._cells.get(cell, 0.0) + math.copysign(_CELL_STEP, ratio - 1)
         self._cells[cell] = min(max(log, -_CELL_MOST), _CELL_MOST)
         self._median[size][level] = self._measured[size][level] * math.exp(self._cells[cell])

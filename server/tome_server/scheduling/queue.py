@@ -1,7 +1,4 @@
-"""The requests that wait for the device: earliest deadline first.
-
-Pure: it reads no clock and starts nothing.
-"""
+"""The queue of requests for the device: earliest deadline first. Pure: it reads no clock and starts nothing."""
 
 import itertools
 import sys
@@ -24,9 +21,9 @@ class Waiting(Generic[T]):
     deadline: float
     """The device must be done with it by then; infinite for never."""
     low: int
-    """The least it may be merged."""
+    """The lowest level that it may run at."""
     high: int
-    """The most it may be merged."""
+    """The highest level that it may run at."""
     due: float = field(init=False)
     """By when a policy is to have it done: the deadline or, on a shared device, earlier. Set at each decision."""
     serial: int = field(default=-1, init=False)
@@ -48,16 +45,16 @@ class DeadlineQueue(Generic[T]):
 
     def __iter__(self) -> Iterator[Waiting[T]]:
         """Iterate in order of deadlines."""
-        # Thrice as fast as values(): policies look at all who wait, each time.
+        # Three times as fast as values(), and policies iterate over the whole queue at each decision.
         return map(self._sorted.__getitem__, self._sorted)
 
     def holds(self, requests: Iterable[Waiting[T]]) -> bool:
-        """Return whether all of these very requests wait."""
+        """Return whether all of these very requests are in the queue."""
         waiting = self._sorted.get
         return all(waiting((request.deadline, request.serial)) is request for request in requests)
 
     def first(self) -> Waiting[T] | None:
-        """Return the request of the earliest deadline, None if nobody waits."""
+        """Return the request with the earliest deadline, None if the queue is empty."""
         return self._sorted.peekitem(0)[1] if self._sorted else None
 
     def push(self, request: Waiting[T]) -> None:
@@ -66,16 +63,16 @@ class DeadlineQueue(Generic[T]):
         self._sorted[request.deadline, request.serial] = request
 
     def remove(self, request: Waiting[T]) -> bool:
-        """Take a request out; returns whether it still waited."""
+        """Take a request out; returns whether it was in the queue."""
         if not self.holds((request,)):
             return False
         self.take((request,))
         return True
 
     def take(self, requests: Iterable[Waiting[T]]) -> None:
-        """Take out requests that are known to wait."""
+        """Take out requests that are known to be in the queue."""
         taken = list(requests)
-        if taken == list(islice(self, len(taken))):  # as it nearly always is, and faster
+        if taken == list(islice(self, len(taken))):  # nearly always, and then popping is faster
             for _ in taken:
                 self._sorted.popitem(0)
             return
@@ -83,5 +80,5 @@ class DeadlineQueue(Generic[T]):
             del self._sorted[request.deadline, request.serial]
 
     def due_by(self, deadline: float) -> int:
-        """Return how many must be done no later than `deadline`."""
+        """Return how many requests have this deadline or an earlier one."""
         return int(self._sorted.bisect_right((deadline, sys.maxsize)))

@@ -1,7 +1,7 @@
-"""One model's requests from arrival to the device: admitted, ordered, decided on. Pure: the caller knows the time.
+"""One model's requests from arrival to the device: admission, queue, and decisions. Pure: the caller knows the time.
 
-Several models may share a device. Then each scheduler knows the others: what they have due before a request is ahead of
-it, at admission and when a batch is decided on, and no batch takes time that the others' requests were promised.
+Several models may share a device. Then each scheduler accounts for the others: their requests that are due earlier go
+before its own, at admission and at each decision, and no batch takes time that their requests were promised.
 """
 
 import logging
@@ -21,17 +21,17 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _IMAGES_IN_HORIZON = 20
-# Deadlines that are tried one after the other to find the earliest that could be met.
+# Deadlines to try in turn when looking for the earliest that could be met.
 _MOST_TRIED = 16
 
 
 def at_once(_: float) -> float:
-    """Say of a request of any deadline that it can begin as soon as the device is free."""
+    """Return when a decoded request, of whatever deadline, is ready to run: at once."""
     return -math.inf
 
 
 class Scheduler(Generic[T]):
-    """Holds the requests that wait and says, whenever the device is free, what it does next.
+    """Holds the queue of one model, and decides what runs next whenever the device is free.
 
     Times are seconds of the caller's clock, which must not run backwards.
     """
@@ -39,7 +39,7 @@ class Scheduler(Generic[T]):
     def __init__(self, latency: Latency, policy: Policy) -> None:
         self.latency = latency
         self.policy_failures = 0
-        """Decisions that the policy raised on, and that were made without it."""
+        """Decisions that were made without the policy, because it raised or broke a bound."""
         self.others: Sequence[Scheduler[Any]] = ()
         """The schedulers of the other models on the device: see `share_device`."""
         self._policy = policy
@@ -47,11 +47,11 @@ class Scheduler(Generic[T]):
         # Admitted, and still being decoded.
         self._coming: DeadlineQueue[T] = DeadlineQueue()
         self._fastest = _fastest(latency.profile)
-        # A rate is that of several requests, however long each takes.
+        # Long enough to hold several requests, however long each takes.
         self._traffic = TrafficMeter(max(HORIZON, _IMAGES_IN_HORIZON * latency.profile.p50[0][0]))
 
     def decide_by(self, latency: Latency, policy: Policy) -> None:
-        """Predict and decide by these from now on; those who wait go on waiting."""
+        """Predict and decide by these from now on; queued requests stay queued."""
         self.latency = latency
         self._policy = policy
 
@@ -60,35 +60,35 @@ class Scheduler(Generic[T]):
 
     @property
     def deadline(self) -> float:
-        """The earliest deadline of those who wait, infinite if nobody does."""
+        """The earliest deadline in the queue, infinite if it is empty."""
         first = self._queue.first()
         return first.deadline if first else math.inf
 
     @property
     def urgency(self) -> tuple[float, float]:
-        """Deadline and arrival of the request that is due first, both infinite without one."""
+        """Deadline and arrival of the first request in the queue, both infinite if it is empty."""
         first = self._queue.first()
         return (first.deadline, first.arrival) if first else (math.inf, math.inf)
 
     def arrived(self, now: float, budget: float) -> None:
-        """Count an arrival that allows `budget` seconds, whatever becomes of it: policies look at the traffic."""
+        """Count an arrival with a budget of `budget` seconds as traffic, whether it is admitted or not."""
         self._traffic.add(now, budget)
 
     def check(
         self, request: Waiting[Any], now: float, free_at: float, ready: Callable[[float], float] = at_once
     ) -> None:
-        """Raise InfeasibleError if a deadline can't be met though all with an earlier one be merged the most.
+        """Raise InfeasibleError if a deadline can't be met even if all earlier ones run at the most merging.
 
-        The device will be free at `free_at`; `ready` says when a request of a given deadline is decoded, and does not
-        fall as that rises. Takes O(log n) for each model, besides what `ready` takes.
+        The device will be free at `free_at`. `ready` returns when a request of a given deadline is decoded, and must
+        not fall as the deadline rises. Takes O(log n) for each model, besides what `ready` takes.
         """
         if self._ends(max(now, free_at), request.deadline, request.high, ready) > request.deadline:
-            # Sooner might do, ahead of others who would then be late; that is no answer to who asks for later.
+            # An earlier deadline might fit by jumping the queue; don't offer it, since others would be late.
             raise InfeasibleError(self.earliest(now, free_at, request.high, request.deadline, ready) - request.arrival)
 
     @property
     def expected(self) -> int:
-        """How many requests were admitted and are still being decoded."""
+        """How many requests are admitted and still being decoded."""
         return len(self._coming)
 
     def expect(self, request: Waiting[T]) -> None:
@@ -96,20 +96,20 @@ class Scheduler(Generic[T]):
         self._coming.push(request)
 
     def forget(self, request: Waiting[T]) -> None:
-        """Expect a request no longer."""
+        """Stop counting a request as expected."""
         self._coming.remove(request)
 
     def submit(self, request: Waiting[T], now: float, free_at: float) -> None:
-        """Let a request wait. Raises InfeasibleError as `check` does."""
+        """Queue a request. Raises InfeasibleError if its deadline can't be met: see `check`."""
         self.check(request, now, free_at)
         self._queue.push(request)
 
     def earliest(
         self, now: float, free_at: float, high: int, after: float = -math.inf, ready: Callable[[float], float] = at_once
     ) -> float:
-        """Return the earliest deadline from `after` on that `check` would let pass, for a highest level of `high`.
+        """Return the earliest deadline from `after` on that `check` would admit, for a highest level of `high`.
 
-        Where very many deadlines would have to be tried, a later one that it lets pass as well.
+        If finding it takes too many tries, returns a later one that `check` would admit too.
         """
         start = max(now, free_at)
         deadline = max(self._ends(start, -math.inf, high, ready), after)
@@ -117,15 +117,18 @@ class Scheduler(Generic[T]):
             if (later := self._ends(start, deadline, high, ready)) <= deadline:
                 return deadline
             deadline = later
-        # The latest deadline there is: requests without one give way.
+        # The latest deadline there is: only requests without one come after it.
         return max(deadline, self._ends(start, sys.float_info.max, high, ready))
 
     def cancel(self, request: Waiting[T]) -> bool:
-        """Take out a request; returns whether it still waited."""
+        """Take a request out of the queue; returns whether it was there."""
         return self._queue.remove(request)
 
     def next(self, now: float) -> Decision | None:
-        """Take out and return what the free device runs next and who is given up; None if nobody waits."""
+        """Return what the free device runs next and which requests are given up, and take both out of the queue.
+
+        None if the queue is empty.
+        """
         shed = self._drop_hopeless(now)
         if not self._queue:
             return Decision((), (), shed) if shed else None
@@ -141,7 +144,7 @@ class Scheduler(Generic[T]):
         return Decision(decision.batch, decision.levels, (*shed, *decision.shed))
 
     def _drop_hopeless(self, now: float) -> list[Waiting[T]]:
-        """Take out those that would be late even if they ran alone, now, merged the most."""
+        """Take out the requests that would be late even if each ran alone, now, at its highest level."""
         dropped = []
         while (first := self._queue.first()) and now + self.latency.promised(1, first.high) > first.deadline:
             self._queue.remove(first)
@@ -149,7 +152,7 @@ class Scheduler(Generic[T]):
         return dropped
 
     def _ends(self, start: float, deadline: float, high: int, ready: Callable[[float], float]) -> float:
-        """Return when a request ends if all due by its `deadline` are merged the most, and run from `start` on."""
+        """Return when a request ends if all due by its `deadline` run from `start` on, at the most merging."""
         size, top = self._size, self.latency.levels - 1
         batches, rest = divmod(self._due_by(deadline), size)
         for other in self.others:
@@ -158,11 +161,11 @@ class Scheduler(Generic[T]):
         return begins + self.latency.promised(rest + 1, high)
 
     def _due_by(self, deadline: float) -> int:
-        """Return how many must be done no later than `deadline`, of those that wait and those still being decoded."""
+        """Return how many requests are due by `deadline`, queued or still being decoded."""
         return self._queue.due_by(deadline) + self._coming.due_by(deadline)
 
     def _work(self, deadline: float) -> float:
-        """Return the seconds that those due by `deadline` take, merged the most."""
+        """Return the seconds that the requests due by `deadline` take, at the most merging."""
         size, top = self._size, self.latency.levels - 1
         batches, rest = divmod(self._due_by(deadline), size)
         seconds = batches * self.latency.expected(size, top)
@@ -182,20 +185,20 @@ class Scheduler(Generic[T]):
 
     @property
     def _image(self) -> float:
-        """Seconds that an image takes in the fastest batch, merged the most."""
+        """Seconds that an image takes in the fastest batch, at the most merging."""
         return self.latency.expected(self._size, self.latency.levels - 1) / self._size
 
     @property
     def _size(self) -> int:
-        """The size of batches that work is reckoned in."""
+        """The batch size with the most images a second, in which work is counted."""
         return self._fastest[self.latency.max_batch - 1]
 
     def _dues(self, now: float, waiting: Sequence[Waiting[T]]) -> list[float]:
         """Return by when each request must be done so that it and the other models' requests are in time.
 
-        That is its deadline less the others' work due before it; and before the latest moment at which the others'
-        requests that are due after it can begin, all merged the most in the fastest batches. Those of the others' that
-        can't be met even if this model only runs one image before them don't count.
+        It must be done before its deadline, less the others' work that is due earlier, and before the latest moment at
+        which the others' later requests can still start in time, all at the most merging in the fastest batches. Those
+        of the others that would be late even if this model ran only one image before them don't count.
         """
         if not any(map(len, self.others)):
             return [request.deadline for request in waiting]
@@ -213,7 +216,7 @@ class Scheduler(Generic[T]):
             due = min(due, request.deadline - (limits[-1][2] if limits else 0.0))
             dues.append(due)
         dues.reverse()
-        # Policies count on it that each could be met alone, and comes in order.
+        # Policies rely on this: each request could be met if it ran alone, and they come in order.
         before = -math.inf
         for place, request in enumerate(waiting):
             alone = min(now + self.latency.promised(1, request.high), request.deadline)
@@ -221,7 +224,7 @@ class Scheduler(Generic[T]):
         return dues
 
     def _chunks(self) -> list[tuple[float, float, float]]:
-        """Return the batches of those who wait: the first's deadline, seconds expected, and promised."""
+        """Return the batches that the queue makes: the first member's deadline, seconds expected, and promised."""
         full, top, waiting = self._size, self.latency.levels - 1, list(self._queue)
         sizes = ((first, min(full, len(waiting) - first)) for first in range(0, len(waiting), full))
         return [
@@ -237,9 +240,9 @@ def share_device(schedulers: Sequence[Scheduler[Any]]) -> None:
 
 
 def _fastest(profile: Profile) -> list[int]:
-    """Return, for each limit to batches from 1 on, the size within it that does the most images a second.
+    """Return, for each largest batch size from 1 on, the size up to it that does the most images a second.
 
-    Where batches are steep in their size, several small ones are done before a large one.
+    Where latency rises steeply with the size, several small batches take less time than a large one.
     """
     sizes, best = list[int](), 0.0
     for size, row in enumerate(profile.every_size(profile.p50)[1:], 1):
@@ -250,10 +253,10 @@ def _fastest(profile: Profile) -> list[int]:
 
 
 def _check(decision: Decision, queue: DeadlineQueue[T], largest: int) -> None:
-    """Raise ValueError if the decision breaks a bound, the batch's limit, or names somebody who doesn't wait."""
+    """Raise ValueError if a decision breaks bounds or the batch limit, or names a request that isn't in the queue."""
     batch, levels, named = decision.batch, decision.levels, [*decision.batch, *decision.shed]
     if not named or len(set(map(id, named))) != len(named) or not queue.holds(named):
-        raise ValueError("a decision must name some of those who wait, each once")
+        raise ValueError("a decision must name requests in the queue, at least one, and each once")
     if len(batch) > largest or len(batch) != len(levels):
         raise ValueError(f"a batch of {len(batch)} with {len(levels)} levels, of at most {largest}")
     if not all(request.low <= level <= request.high for request, level in zip(batch, levels, strict=True)):
@@ -261,6 +264,6 @@ def _check(decision: Decision, queue: DeadlineQueue[T], largest: int) -> None:
 
 
 def _without_policy(view: View) -> Decision:
-    """Return as many of the earliest deadlines as are in time together, merged the most."""
+    """Return as many of the earliest deadlines as are in time together, at the most merging."""
     top = view.latency.levels - 1
     return uniform(view.waiting[: largest(view, view.waiting, top)], top)

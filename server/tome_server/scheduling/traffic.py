@@ -1,4 +1,4 @@
-"""How requests come in: how fast, in what bursts, and how hasty."""
+"""How requests arrive: at what rate, in what bursts, and with what budgets."""
 
 import math
 from bisect import bisect_right
@@ -7,22 +7,23 @@ from collections.abc import Sequence
 
 from tome_server.scheduling.policy.view import Traffic
 
-# Seconds over which the rate is taken: short enough to follow a ramp, while bursts show in the queue itself.
+# Seconds over which the rate is measured: short enough to follow a ramp; bursts show in the queue itself.
 HORIZON = 2.0
-# Arrivals over which the dispersion is taken.
+# Arrivals over which the dispersion is measured.
 _GAPS = 256
 _BUDGETS = 64
 _CLASSES = 4
 _MOST_DISPERSED = 16.0
-# Gaps that temper the rate of the first arrivals.
+# Gaps by which the rate of the first arrivals is damped.
 _TEMPERED = 16
 
 
 def together(own: Traffic, others: Sequence[tuple[Traffic, float]]) -> Traffic:
-    """Return the traffic of a device that serves others as well: each with what an image of it takes of one's own.
+    """Return the traffic of a shared device, in images of the model of `own`.
 
-    In one's own images rates add up, and so do the variances of independent streams. Budgets stay one's own: a price
-    that is to keep room for the hasty of another model was found to cost more than it gains where batches are long.
+    `others` are the other models' traffic, each with the cost of one of its images as a multiple of one of `own`. In
+    that unit rates add up, and so do the variances of independent streams. Budgets stay those of `own`: keeping room
+    for another model's short budgets was found to cost more than it gains where batches are long.
     """
     streams = [(own, 1.0), *((other, weight) for other, weight in others if other.rate > 0)]
     rate = sum(one.rate * weight for one, weight in streams)
@@ -33,10 +34,10 @@ def together(own: Traffic, others: Sequence[tuple[Traffic, float]]) -> Traffic:
 
 
 class TrafficMeter:
-    """Watches arrivals."""
+    """Measures the traffic of one model from its arrivals."""
 
     def __init__(self, horizon: float = HORIZON) -> None:
-        """`horizon` is the time, in seconds, over which the rate is taken: an arrival weighs exp(-age / horizon)."""
+        """`horizon` is in seconds: an arrival counts for the rate with a weight of exp(-age / horizon)."""
         self._horizon = horizon
         self._began = math.inf
         self._last = -math.inf
@@ -48,7 +49,7 @@ class TrafficMeter:
         self._budgets: deque[float] = deque(maxlen=_BUDGETS)
 
     def add(self, now: float, budget: float) -> None:
-        """Count an arrival at `now` that allows `budget` seconds. One without a deadline is no traffic: it can wait."""
+        """Count an arrival at `now` with a budget in seconds. One without a deadline can wait, and doesn't count."""
         if math.isinf(budget):
             return
         if math.isinf(self._began):
@@ -64,11 +65,11 @@ class TrafficMeter:
         self._budgets.append(budget)
 
     def at(self, now: float) -> Traffic:
-        """Return what has been seen until `now`."""
+        """Return the traffic measured until `now`."""
         if math.isinf(self._began):
             return Traffic()
-        # Until the horizon is full, what has been seen stands for a shorter time. The first few are tempered: by an
-        # eighth of the horizon, or by some of their gaps where they come faster than that.
+        # Until the horizon is full, the arrivals stand for a shorter time. The rate of the first few is damped, as if
+        # they had taken longer: by an eighth of the horizon, or by some of their gaps if they come faster than that.
         age, eighth = now - self._began, self._horizon / 8
         age += min(eighth, max(eighth, _TEMPERED * age) / self._count)
         seen = self._horizon * -math.expm1(-age / self._horizon)

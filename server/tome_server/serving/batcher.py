@@ -31,14 +31,14 @@ from tome_server.serving.served import ServedModel
 
 log = logging.getLogger(__name__)
 
-# An idle device whose predictions are in doubt runs empty images to correct them: the first so many seconds after it
-# became idle, the next when it has rested for so many times what the last one took. Once so many have said the same, it
-# rests longer.
+# An idle device whose predictions are in doubt runs empty images, called probes, to correct them: the first PROBE_AFTER
+# seconds after it became idle, each next one after a pause of PROBE_REST times what the last one took. After
+# ENOUGH_PROBES the pauses become LONG_REST times as long as a probe.
 PROBE_AFTER = 0.1
 PROBE_REST = 4.0
 ENOUGH_PROBES = 9
 LONG_REST = 100.0
-# A refusal puts predictions in doubt again after so many seconds.
+# Seconds from one refusal that puts predictions in doubt to the next that does.
 DOUBT_AGAIN = 2.0
 
 
@@ -99,10 +99,10 @@ class Batcher:
         self._on_device: str | None = None
         self._free_at = -math.inf
         self._device_left = asyncio.Event()
-        # Until when an idle device's slowness has been forgotten, and when it may run its next empty image.
+        # Until when an idle device's slowness has been forgotten, and when it may run its next probe.
         self._forgotten = -math.inf
         self._rested_at = -math.inf
-        # By model: empty images since its last batch, and when a refusal last put its predictions in doubt.
+        # By model: probes since its last batch, and when a refusal last put its predictions in doubt.
         self._probes: Counter[str] = Counter()
         self._doubted: dict[str, float] = {}
         self._in_doubt: set[str] = set()
@@ -141,7 +141,7 @@ class Batcher:
             served.scheduler.check(waiting, _now(), self._free_at, ready)
 
     def infeasible(self, waiting: Waiting[Job]) -> InfeasibleError:
-        """Return what a request that is given up is told: the smallest latency that would be admitted now."""
+        """Return the error for a request that is given up: it names the smallest latency that would be admitted now."""
         now, job = _now(), waiting.item
         earliest = job.served.scheduler.earliest(now, self._free_at, waiting.high, ready=job.ready)
         return InfeasibleError(earliest - now + self._margin.at(now))
@@ -190,10 +190,10 @@ class Batcher:
                     job.result.exception()  # its caller may have been cancelled together with this task
 
     def _doubt(self, served: Served) -> bool:
-        """Doubt predictions that refuse a request though the device is idle; returns whether they were changed.
+        """Doubt predictions that refuse a request while the device is idle; returns whether they were changed.
 
-        While all is refused, no request's batch would ever correct them. So what is slow is forgotten with the time
-        that the device has been idle, and the device soon runs images of its own to find out.
+        As long as every request is refused, no batch corrects the predictions. So the longer the device has been idle,
+        the more of the slowness they learned is forgotten, and the device soon runs a probe.
         """
         now = _now()
         if not self._idle:
@@ -213,12 +213,12 @@ class Batcher:
 
     @property
     def _idle(self) -> bool:
-        """Whether the device does nothing, and nothing is on its way to it."""
+        """Whether no batch runs, and no request is queued or being decoded."""
         schedulers = (served.scheduler for served in self._models)
         return self._on_device is None and not any(len(each) or each.expected for each in schedulers)
 
     def _probe_next(self) -> Served | None:
-        """Return a model whose predictions an idle device had better find out about."""
+        """Return a model whose predictions an idle device should probe; None if there is none, or it isn't idle."""
         if not self._idle:
             return None
         doubtful = [
@@ -227,7 +227,7 @@ class Batcher:
         return min(doubtful, key=lambda served: self._probes[served.key], default=None)
 
     async def _probe(self, served: Served) -> None:
-        """Run one empty image, merged the most, and learn from it."""
+        """Run one empty image at the most merging, and learn from it."""
         latency, level = served.scheduler.latency, served.scheduler.latency.levels - 1
         self._probes[served.key] += 1
         enough = self._probes[served.key] >= ENOUGH_PROBES
@@ -250,7 +250,7 @@ class Batcher:
         self._drifted(served)
 
     async def _next(self) -> tuple[Served, Decision]:
-        """Return the next decision: that of the model whose earliest deadline is the earliest."""
+        """Wait until a batch should start, and return the decision of the model with the earliest deadline."""
         while True:
             waiting = [served for served in self._models if len(served.scheduler)]
             start = min(map(self._start, waiting), default=None)
@@ -268,16 +268,16 @@ class Batcher:
             try:
                 async with asyncio.timeout_at(start):
                     await self._arrived.wait()
-            except TimeoutError:  # requests have waited long enough for batch-mates, or there are none
+            except TimeoutError:  # requests have waited long enough for batch-mates, or it is time for a probe
                 if doubtful and self._idle:
                     await self._probe(doubtful)
 
     def _start(self, served: Served) -> float:
-        """Return when the device need idle no longer: after `max_delay`, at once if a batch is full or time short."""
+        """Return when a model's next batch should start: after its `max_delay`, or before if it is full or urgent."""
         scheduler, latency = served.scheduler, served.scheduler.latency
         if len(scheduler) >= latency.max_batch:
             return -math.inf
-        # The time that those who wait would take if the most were merged, and they had the mates they wait for.
+        # What a full batch takes at the most merging: the earliest deadline must leave time for that.
         needed = latency.promised(latency.max_batch, latency.levels - 1)
         return min(served.waiting_since + self.max_delay_of(served), scheduler.deadline - needed)
 

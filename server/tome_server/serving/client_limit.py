@@ -1,4 +1,4 @@
-"""The most requests that one client may have in the server."""
+"""Bounds how many requests one client has in the server."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ class ClientLimit:
     """Counts the requests of each client, and refuses those beyond `limit`; None for any number."""
 
     def __init__(self, limit: int | None, retry_after: float) -> None:
-        """`retry_after` is how many seconds a refused client is told to wait."""
+        """`retry_after` is the number of seconds after which a refused client may retry."""
         self._limit = limit
         self._retry_after = retry_after
         self._held: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Models go into and out of service by name, when a client asks for it."""
+"""Clients load and unload models by name."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -13,14 +13,14 @@ _SHOWN = 1000
 
 @dataclass(frozen=True)
 class ModelControl:
-    """Loads and unloads what the settings and the repository name."""
+    """Loads and unloads models that the settings or the repository name."""
 
     models: ModelManager
 
     async def load(self, name: str) -> None:
-        """Take a model into service as it is stored now, in the place of what is served under its name.
+        """Take a model into service as it is stored now, replacing the one of its name. Cancelling won't stop it.
 
-        Raises UnknownModelError, or ModelFailedError if it can't be loaded. Goes on when the caller is cancelled.
+        Raises UnknownModelError, or ModelFailedError if it can't be loaded.
         """
         try:
             await _to_its_end(self.models.load(_given(name)))
@@ -28,7 +28,7 @@ class ModelControl:
             raise ModelFailedError(f"{name} can't be loaded: {error}"[:_SHOWN]) from error
 
     async def unload(self, name: str) -> None:
-        """Take a model out of service, once it has answered what it has. Goes on when the caller is cancelled.
+        """Take a model out of service and wait until it has answered its requests. Cancelling won't stop it.
 
         Raises UnknownModelError if it isn't there, UnavailableError while it loads.
         """
@@ -42,7 +42,8 @@ def _given(name: str) -> str:
 
 
 async def _to_its_end(work: Coroutine[None, None, None]) -> None:
-    """Wait for `work`, which half done would leave a model neither in nor out of service."""
+    """Wait for `work`, and let it finish when the caller is cancelled: a model must not be left half loaded."""
     task = asyncio.create_task(work)
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # the caller may have gone
+    # If the caller was cancelled, nothing else retrieves the exception, and asyncio would log it.
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
     await asyncio.shield(task)

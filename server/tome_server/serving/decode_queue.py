@@ -1,8 +1,8 @@
-"""Decoding is a stage with a queue of its own: earliest deadline first, within a bound of memory, and known in advance.
+"""The queue of images to decode: earliest deadline first, within a bound of memory.
 
-Images are decoded by a few threads. A request is told on arrival when its image would be decoded, from what is decoded
-now, what is queued before it and how long such images took (`overhead.DecodeTimes`). One that can't be decoded in time
-any more is given up before a thread is spent on it.
+A few threads decode. When an image would be decoded is predicted on arrival, from the images that are being decoded,
+those queued before it, and how long such images took (`overhead.DecodeTimes`). An image that can't be decoded in time
+any more is given up before a thread starts on it.
 """
 
 import asyncio
@@ -20,9 +20,9 @@ from tome_server.serving.overhead import DecodeTimes
 
 T = TypeVar("T")
 
-# A decode is begun if it may take longer than expected by this share and still be in time.
+# A decode begins only if it would still be in time after taking longer than expected by this share.
 RESERVE = 0.25
-# Images in the queue are judged anew when such as they take longer or less than was thought, by this factor.
+# The times predicted for queued images are renewed once an image of their kind differs from its own by this factor.
 _CHANGED = 1.5
 
 
@@ -37,12 +37,12 @@ class Decode(Generic[T]):
     work: Callable[[], T]
     """Decodes it, in a thread."""
     discard: Callable[[T], None]
-    """Takes the result of a decode that was cancelled while it ran."""
+    """Called with the result of a decode whose caller was cancelled while it ran."""
     kind: str
     """What sort of input it is; see `DecodeTimes`."""
     megapixels: float
     memory: int
-    """Bytes that decoding it takes at most."""
+    """An upper bound of the bytes that decoding takes."""
     deadline: float
     """Its place in the queue."""
     due: float
@@ -56,10 +56,10 @@ class Decode(Generic[T]):
 
 
 class Decoders:
-    """Threads that decode, and the images that wait for one. To be used on one event loop.
+    """Threads that decode, and the queue of images for them. To be used on one event loop.
 
-    `threads` images are decoded at once, or fewer where together they would take more than `memory` bytes. `times`
-    learns what each took.
+    `threads` images are decoded at once, or fewer if together they would take more than `memory` bytes. `times` learns
+    how long each took.
     """
 
     def __init__(self, threads: int, memory: int, times: DecodeTimes) -> None:
@@ -72,7 +72,7 @@ class Decoders:
         self._running: set[Decode[Any]] = set()
 
     def __len__(self) -> int:
-        """Return how many images wait for a thread."""
+        """Return how many images are queued."""
         return len(self._queue)
 
     @property
@@ -89,10 +89,10 @@ class Decoders:
         return now + _level(free, before) + (1 + RESERVE) * seconds
 
     async def run(self, decode: Decode[T]) -> T:
-        """Return what `decode.work` does, or raise what it raises.
+        """Return the result of `decode.work`, or raise what it raises.
 
         Raises HopelessError if it could not begin soon enough to be done when it is due. When the caller is cancelled,
-        a decode that has not begun leaves the queue; one that has runs to its end, for a thread can't be stopped.
+        a decode that hasn't begun leaves the queue; one that has runs to its end, since a thread can't be stopped.
         """
         loop = asyncio.get_running_loop()
         decode.serial, decode.done = next(self._serials), loop.create_future()
@@ -102,7 +102,7 @@ class Decoders:
         try:
             return await decode.done
         except asyncio.CancelledError:
-            # The result may have come in the moment before.
+            # The result may have come just before.
             if not decode.done.cancelled() and decode.done.exception() is None:
                 decode.discard(decode.done.result())
             raise
@@ -114,7 +114,7 @@ class Decoders:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self) -> None:
-        """Begin what may begin now."""
+        """Begin as many decodes as threads and memory allow."""
         loop = asyncio.get_running_loop()
         while self._queue and len(self._running) < self.threads:
             decode, now = self._queue[0], loop.time()
@@ -123,7 +123,8 @@ class Decoders:
                 if not decode.done.done():
                     decode.done.set_exception(HopelessError())
                 continue
-            # In order, so that a large image is not passed over for ever; one that is larger than all there is, alone.
+            # Always the first one, so that small images can't keep a large one waiting for ever. An image that needs
+            # more than all memory is decoded alone.
             if self._running and sum(one.memory for one in self._running) + decode.memory > self.memory:
                 return
             self._queue.pop(0)
@@ -141,7 +142,7 @@ class Decoders:
                 decode.done.set_exception(error)
         else:
             result = ran.result()
-            # An image whose caller has gone says as much about the next one.
+            # The time counts even if the caller was cancelled.
             self._learn(decode, result)
             if decode.done.done():
                 decode.discard(result.value)
@@ -182,9 +183,10 @@ def _place(decode: Decode[Any]) -> tuple[float, float]:
 
 
 def _level(free: list[float], work: float) -> float:
-    """Return in how many seconds a thread is free, after `work` seconds have been shared out among all of them.
+    """Return in how many seconds a thread is free once `work` seconds have been given to the threads, earliest first.
 
-    `free` is when each is free, ascending. The work goes to the first that are free, as water fills the lowest places.
+    `free` is in how many seconds each thread is free now, ascending. Work fills the threads as water fills a vessel
+    whose floor has these heights.
     """
     for count in range(1, len(free)):
         room = count * free[count] - sum(free[:count])

@@ -37,7 +37,7 @@ from tome_server.serving.registry import ModelRegistry
 from tome_server.serving.requests import ImageInput, Reply, Request
 from tome_server.serving.served import Bounds
 
-# Seconds that a refused client is told to wait: about the time that a few batches take.
+# Seconds after which a refused client may retry: about what a few batches take.
 RETRY_AFTER = 0.1
 
 
@@ -52,7 +52,7 @@ class Engine:
     max_pending: int
     """Requests in the server at once; one more is refused. A model may allow itself fewer."""
     reply_margin: float
-    """The least that is kept back from each deadline for the way back, in seconds; more where measured."""
+    """Seconds that are at least kept back from each deadline for the reply; more where replies were slower."""
     decode_threads: int
     """Images decoded at once."""
     names: InitVar[Sequence[str]]
@@ -64,7 +64,7 @@ class Engine:
     observers: Sequence[Observer] = ()
     """Called at each request's end."""
     tracer: Tracer | None = None
-    """Makes traces of requests; metrics then name these as exemplars, those begun here too."""
+    """Begins a trace for each request. Exemplars then name that trace, and not only one that the caller began."""
     registry: ModelRegistry = field(init=False)
     """The models in service."""
     draining: asyncio.Event = field(default_factory=asyncio.Event, init=False)

@@ -1,7 +1,7 @@
-"""Which models are in service: those configured at the start, and single ones after that.
+"""Loads models and takes them into and out of service: all configured ones at the start, single ones after that.
 
-A model's fault is that model's. Whatever is wrong with one of the repository is logged with where it lies, and the
-others are served. What the settings themselves name must be served, or the server doesn't start.
+A faulty model of the repository is logged, with the path of its folder, and the others are served. A faulty model that
+the settings name keeps the server from starting.
 """
 
 import asyncio
@@ -31,18 +31,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Wanted:
-    """The models that the settings and the repository ask for."""
+    """The models that the settings and the repository name."""
 
     specs: list[ModelSpec]
-    """In the order in which they are told: the first answers requests that name no model."""
+    """In the order of the settings, then the repository's: the first answers requests that name no model."""
     configured: frozenset[str]
     """Names of those that the settings name; the others are the repository's."""
     faults: dict[str, ConfigError]
-    """What keeps others of the repository from being loaded, by name."""
+    """Why others of the repository can't be loaded, by name."""
 
 
 class ModelManager:
-    """Brings models from where they are stored through the device into the engine, and back."""
+    """Loads stored models onto the device, measures them, and registers them with the engine; and the reverse."""
 
     def __init__(self, device: Device, engine: Engine, config: ServerConfig) -> None:
         self._device = device
@@ -51,7 +51,7 @@ class ModelManager:
         self._versions = itertools.count(1)
         # Bytes of weights of each model on the device, by its key there.
         self._loaded: dict[str, int] = {}
-        # Of each model in service, what it was loaded from.
+        # What each model in service was loaded from, by name.
         self._sources: dict[str, _Source] = {}
         self._changing = asyncio.Lock()
 
@@ -65,18 +65,18 @@ class ModelManager:
             await self._start(wanted)
 
     async def load(self, name: str) -> None:
-        """Take a model into service as it is stored now; if it is in service, in the place of what is.
+        """Take a model into service as it is stored now, replacing the one of its name.
 
-        No request is dropped: until the new one is ready the old one answers, or if there is none UnavailableError is
-        given. Raises UnknownModelError if neither the configuration nor the repository has it, ConfigError or
-        ModelLoadError if it can't be loaded; what was in service stays so.
+        No request is dropped: until the new model is ready, the old one answers; without an old one, requests get
+        UnavailableError. Raises UnknownModelError if neither the configuration nor the repository has the model,
+        ConfigError or ModelLoadError if it can't be loaded; the old one then stays in service.
         """
         async with self._changing:
             spec = await asyncio.to_thread(self._stored, name)
             await self._replace(_Source(spec))
 
     async def unload(self, name: str) -> None:
-        """Take a model out of service: new requests are refused at once, those already here are answered first.
+        """Take a model out of service: new requests are refused at once, and those it has are answered first.
 
         Raises UnknownModelError if it isn't there, UnavailableError if it is loading.
         """
@@ -84,9 +84,9 @@ class ModelManager:
             await self._take_out(name)
 
     async def refresh(self) -> None:
-        """Serve what the configuration and the repository hold now: what is new, changed or gone since.
+        """Load models that are new or changed in the configuration and the repository, and unload those that are gone.
 
-        What can't be loaded is logged, and what was in service in its place stays so.
+        A model that can't be loaded is logged, and its predecessor stays in service.
         """
         async with self._changing:
             try:
@@ -95,31 +95,31 @@ class ModelManager:
                 log.error("models stay as they are: %s", error)  # noqa: TRY400  (in words for the operator)
                 return
             for name, fault in wanted.faults.items():
-                _tell(name, fault, kept=name in self._sources)
+                _log_fault(name, fault, kept=name in self._sources)
             for spec in wanted.specs:
                 try:
                     source = _Source(spec)
                     if self._sources.get(spec.name) != source:
                         await self._replace(source)
                 except (ConfigError, ModelLoadError) as error:
-                    _tell(spec.name, error, kept=spec.name in self._sources)
-                except DeviceDiedError:  # and the server ends
+                    _log_fault(spec.name, error, kept=spec.name in self._sources)
+                except DeviceDiedError:  # the server is ending
                     return
-            there = {spec.name for spec in wanted.specs} | wanted.faults.keys()
-            for name in self._sources.keys() - there:
+            present = {spec.name for spec in wanted.specs} | wanted.faults.keys()
+            for name in self._sources.keys() - present:
                 await self._take_out(name)
 
     async def _start(self, wanted: Wanted) -> None:
         log.info("starting the process that runs the models")
         await self._device.open(self._config.device)
         for name, fault in wanted.faults.items():
-            _tell(name, fault)
-        # What is wrong with a model is said before anything is measured, as far as that can be told by then.
+            _log_fault(name, fault)
+        # Before anything is measured, so that faults that don't need a measurement show at once.
         outlined: list[tuple[_Source, ModelSpec]] = []
         for spec in wanted.specs:
             with self._left_out(spec, wanted):
                 outlined.append((_Source(spec), await self._outlined(spec)))
-        # First, since models are made, and what else is chosen is measured, for so many.
+        # First, since models are prepared for this number of threads, and all else is measured with it.
         if self._config.threads:
             await self._device.set_threads(self._config.threads)
         elif self._device.name == "cpu" and outlined:
@@ -136,23 +136,23 @@ class ModelManager:
                 measured.append((source, await self._measured(*each)))
         if not measured:
             raise ConfigError(f"repository {self._config.repository} holds no model that can be served: see the log")
-        # All at once: requests for the first would disturb what is measured of the second.
+        # Only now, since requests for one model would disturb the measurements of the next.
         for source, served in measured:
             await self._serve(source, served)
 
     @contextmanager
     def _left_out(self, spec: ModelSpec, wanted: Wanted) -> Iterator[None]:
-        """Log what is wrong with a model of the repository, and go on without it; raise it for a configured one."""
+        """Log a fault of a model of the repository and leave the model out; raise the fault of a configured one."""
         try:
             yield
         except (ConfigError, ModelLoadError) as error:
             if spec.name in wanted.configured:
                 raise
             self._engine.registry.forget(spec.name)
-            _tell(spec.name, error)
+            _log_fault(spec.name, error)
 
     async def _outlined(self, spec: ModelSpec) -> ModelSpec:
-        """Return what to load for `spec`, checked as far as that goes without loading it.
+        """Return the spec to load for `spec`, checked as far as possible without loading weights.
 
         Raises ModelLoadError or ConfigError.
         """
@@ -167,7 +167,7 @@ class ModelManager:
         return outline.spec
 
     def _stored(self, name: str) -> ModelSpec:
-        """Return what a model is loaded from. Raises UnknownModelError, or ConfigError for a faulty one."""
+        """Return the spec of a stored model. Raises UnknownModelError, or ConfigError for a faulty one."""
         for model in self._config.models:
             if (spec := _spec(model)).name == name:
                 return _checked(spec, self._config)
@@ -193,7 +193,7 @@ class ModelManager:
         log.info("loading %s", spec.name)
         key, limits, own = f"{spec.name}#{next(self._versions)}", self._config.limits, spec.own
         bounds = Limits(own.max_image_bytes or limits.max_image_bytes, own.max_image_pixels or limits.max_image_pixels)
-        # Room for images that wait, and for those whose callers have gone while they are decoded or run.
+        # Room for the images of pending requests, and for those of cancelled ones that are still decoded or run.
         pending = min(own.max_pending or self._engine.max_pending, self._engine.max_pending)
         slots = pending + self._engine.decode_threads + self._max_batch(spec)
         with _its_fault(spec), _fits(spec.name):
@@ -270,7 +270,7 @@ def _fits(what: str) -> Iterator[None]:
 
 @contextmanager
 def _its_fault(spec: ModelSpec) -> Iterator[None]:
-    """Raises ModelLoadError, which says where the model lies, for whatever else goes wrong with a model."""
+    """Raises ModelLoadError, naming the model's folder, for an error that isn't one of ours."""
     try:
         yield
     except (ConfigError, ModelLoadError, DeviceDiedError, OutOfMemoryError):
@@ -281,15 +281,15 @@ def _its_fault(spec: ModelSpec) -> Iterator[None]:
         raise ModelLoadError(f"{where}: {type(error).__name__}: {error}") from error
 
 
-def _tell(name: str, error: Exception, *, kept: bool = False) -> None:
+def _log_fault(name: str, error: Exception, *, kept: bool = False) -> None:
     log.error("%s isn't loaded%s: %s", name, ", and stays as it was" if kept else "", error)
 
 
 class _Source:
-    """What a model is loaded from, and when the files of that were written."""
+    """What a model is loaded from: its spec, and when its files were last written."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        """Raises ModelLoadError if a file has gone meanwhile."""
+        """Raises ModelLoadError if a file is gone."""
         self.spec = spec
         with _its_fault(spec):
             self._written = [(path, path.stat().st_mtime_ns) for path in _files(spec)]
@@ -306,11 +306,11 @@ def _files(spec: ModelSpec) -> Iterator[Path]:
 
 
 def find_models(config: ServerConfig, *, strict: bool = True) -> Wanted:
-    """Return what to load: the configured models, then those of the repository in order of name.
+    """Return the models to load: the configured ones, then those of the repository in order of name.
 
-    Faults are found as far as that goes without torch, whose import takes seconds. Raises ConfigError or ModelLoadError
-    for a fault of a configured model if `strict`, if two have one name, if the repository can't be read, and if there
-    is nothing to load.
+    Finds the faults that can be found without torch, whose import takes seconds. Raises ConfigError or ModelLoadError
+    if a configured model is faulty and `strict` is set, if two configured models have one name, if the repository can't
+    be read, and if there is nothing to load.
     """
     names = [_name(model) for model in config.models]
     for name in names:
@@ -343,23 +343,23 @@ def find_models(config: ServerConfig, *, strict: bool = True) -> Wanted:
 
 
 def model_specs(config: ServerConfig) -> list[ModelSpec]:
-    """Return what can be loaded of what `find_models` finds. Raises what that raises."""
+    """Return the models that `find_models` finds no fault with. Raises ConfigError or ModelLoadError."""
     return find_models(config).specs
 
 
 def _checked(spec: ModelSpec, config: ServerConfig) -> ModelSpec:
-    """Return `spec`. Raises ConfigError or ModelLoadError for what can be told to be wrong with it without torch."""
+    """Return `spec`. Raises ConfigError or ModelLoadError for a fault that can be found without torch."""
     check_architecture(spec.architecture)
     if spec.checkpoint is not None:
         check_header(spec.checkpoint)
-    own, most = spec.own.max_image_bytes, config.limits.max_image_bytes
-    if own is not None and own > most:
-        what = f"{own:,} bytes is more than the server's {most:,}, by which messages are bounded"
+    own, limit = spec.own.max_image_bytes, config.limits.max_image_bytes
+    if own is not None and own > limit:
+        what = f"{own:,} bytes is more than the server's {limit:,}, by which messages are bounded"
         raise spec.own.fault(spec.name, "limits.max_image_bytes", what)
     return spec
 
 
-# Settings of a model that `Own` holds.
+# The settings of a model that override the server's.
 _OWN = {"policy", "batching", "limits", "default_min_r", "default_max_r", "default_min_quality"}
 
 

@@ -1,4 +1,4 @@
-"""A profile that was measured while the machine was busy is measured again while the server has nothing to do."""
+"""Profiles that were measured on a busy machine are measured again while the server is idle."""
 
 import asyncio
 import logging
@@ -12,14 +12,14 @@ from tome_server.serving.engine import Engine
 
 log = logging.getLogger(__name__)
 
-# Seconds for which empty images are run before a model is predicted by a profile.
+# Seconds for which empty images are run before a new profile is used.
 OBSERVED_FOR = 2.0
 # Seconds from one look at the profiles to the next.
 LOOK_EVERY = 30.0
-# Seconds without a request after which the server counts as having nothing to do.
+# Seconds without a request after which the server counts as idle.
 QUIET_FOR = 5.0
-# A model whose profile stays provisional is left alone for twice as many looks each time, and then measured for twice
-# as long: at most for so many.
+# Each time that a model's profile stays provisional, twice as many looks pass before the next measurement, which takes
+# twice as long: up to this many looks, and this many times as long.
 MOST_LOOKS = 16
 
 
@@ -65,14 +65,14 @@ async def _measure_again(device: Device, engine: Engine, served: Served, seconds
 
 
 async def observed(device: Device, key: str, latency: Latency) -> None:
-    """Have predictions start from what batches take now, and not when the profile was measured."""
+    """Let predictions start from what batches take now, rather than when the profile was measured."""
     level, end = latency.levels - 1, _now() + OBSERVED_FOR
     while not latency.observed and _now() < end:
         latency.observe([level], await device.probe(key, latency.profile.rs[level]))
 
 
 def _is_served(engine: Engine, served: Served) -> bool:
-    """Return whether a model has been neither replaced nor retired meanwhile."""
+    """Return whether a model is still in service: neither replaced nor retired meanwhile."""
     return engine.registry.models.get(served.model.name) is served
 
 

@@ -1,4 +1,4 @@
-"""A model in service: what is hosted, how long it takes here, and who decides on r."""
+"""A model in service: its profile on this machine, its scheduler, and what a request's settings allow."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-# Without a budget of its own, a model's requests get this, or many times what one image takes, if that is more.
+# The default budget of a model whose settings have none: so many seconds, or what so many images take if that is more.
 LEAST_DEFAULT_BUDGET = 1.0
 IMAGES_IN_DEFAULT_BUDGET = 10
 FIXED = "fixed:"
@@ -40,13 +40,13 @@ class ServedModel(Generic[T]):
     def __init__(
         self, model: HostedModel, profile: Profile, policy: str, key: str | None = None, own: Own = _NOTHING
     ) -> None:
-        """`policy` is the server's, `own` what the model's settings say in the place of that and others.
+        """`policy` is the server's; `own` holds the model's settings, which override it and others.
 
-        Raises ConfigError if the policy isn't the name of one, or that or a default doesn't fit the model.
+        Raises ConfigError if there is no such policy, or if the policy or a default doesn't fit the model.
         """
         self.model = model
         self.key = key or model.name
-        """What the device calls it: what replaces a model under its name has another."""
+        """Identifies it on the device. A model that replaces another of its name has a key of its own."""
         self.own = own
         self.policy = own.policy or policy
         self.rs = profile.rs
@@ -55,21 +55,21 @@ class ServedModel(Generic[T]):
         self.scheduler: Scheduler[T] = Scheduler(Latency(profile), self._decided_by(profile))
         self._predict_by(profile)
         self.pending = 0
-        """Requests for it in the server, not answered yet."""
+        """Requests for it in the server that aren't answered yet."""
         self.waiting_since = -math.inf
-        """When the first of those who wait came."""
-        # What a fixed policy wouldn't do can't be promised either.
+        """When its queue last stopped being empty."""
+        # With a fixed policy every request runs at that level if its bounds allow it, so admission must count on it.
         fixed = self.policy.startswith(FIXED)
-        self._only = self.rs.index(int(self.policy.removeprefix(FIXED))) if fixed else None
+        self._fixed_level = self.rs.index(int(self.policy.removeprefix(FIXED))) if fixed else None
         try:
             self._default = self._allowed(None, own.default_min_r, own.default_max_r, own.default_min_quality)
         except InvalidRequestError as error:
             raise own.fault(model.name, f"default_{error.field}", error.description) from error
 
     def adopt(self, profile: Profile, latency: Latency) -> None:
-        """Predict and decide by another profile of the same sizes and r from now on; no request is dropped.
+        """Use another profile of the same sizes and r from now on; queued requests stay queued.
 
-        `latency` is made of it, and may have learned what batches take now.
+        `latency` is made from it, and may already have learned what batches take now.
         """
         latency.allow(self.scheduler.latency.max_batch)
         self.scheduler.decide_by(latency, self._decided_by(profile))
@@ -80,10 +80,10 @@ class ServedModel(Generic[T]):
         self.default_budget = self.model.default_budget or max(
             LEAST_DEFAULT_BUDGET, IMAGES_IN_DEFAULT_BUDGET * profile.p95[0][0]
         )
-        """Seconds that a request has which sets neither budget nor deadline; infinite for any number."""
+        """Seconds for a request that sets neither budget nor deadline; infinite for no deadline."""
 
     def _decided_by(self, profile: Profile) -> Policy:
-        """Return the policy for a profile. Raises ConfigError if there is none of that name for this model."""
+        """Return the policy for a profile. Raises ConfigError if the name is no policy's, or its r not in the grid."""
         try:
             return policy_named(self.policy, profile, self.model.assumed_quality)
         except ValueError as error:
@@ -94,41 +94,45 @@ class ServedModel(Generic[T]):
     def bounds(
         self, r: int | None = None, min_r: int | None = None, max_r: int | None = None, min_quality: float | None = None
     ) -> Bounds:
-        """Return what a request's settings allow: without any, what the model's defaults do.
+        """Return the levels that a request's settings allow; without any settings, those of the model's defaults.
 
-        Raises InvalidRequestError if they are out of range or conflict.
+        Raises InvalidRequestError for settings that are out of range or conflict.
         """
         if r is None and min_r is None and max_r is None and min_quality is None:
             return self._default
         return self._allowed(r, min_r, max_r, min_quality)
 
     def _allowed(self, r: int | None, min_r: int | None, max_r: int | None, min_quality: float | None) -> Bounds:
+        least, most = self._range_of_r(r, min_r, max_r)
+        most = min(most, self._largest_r_keeping(min_quality))
+        if least > most:
+            raise InvalidRequestError("min_quality", f"is {min_quality:g}, which needs r ≤ {most}; asked is ≥ {least}")
+        within = [level for level, value in enumerate(self.rs) if least <= value <= most]
+        if r is not None or not within:
+            level = self.profile.level_of(least)
+            return Bounds(level, level, least)
+        low, high = within[0], within[-1]
+        if self._fixed_level is not None:
+            low = high = min(max(self._fixed_level, low), high)
+        return Bounds(low, high)
+
+    def _range_of_r(self, r: int | None, min_r: int | None, max_r: int | None) -> tuple[int, int]:
+        """Return the least and the largest r that a request's r, min_r and max_r allow."""
         largest = self.model.largest_r
         for name, value in (("r", r), ("min_r", min_r), ("max_r", max_r)):
             if value is not None and not 0 <= value <= largest:
                 raise InvalidRequestError(name, f"must lie in 0..{largest} for {self.model.name}, and is {value}")
-        least, most = min_r or 0, self.rs[-1] if max_r is None else max_r
-        if max_r is None:
-            most = max(most, least)
+        least = min_r or 0
+        most = max(self.rs[-1], least) if max_r is None else max_r
         if least > most:
             raise InvalidRequestError("min_r", f"is {least}, more than max_r, which is {most}")
-        if r is not None and not least <= r <= (largest if max_r is None else most):
+        if r is None:
+            return least, most
+        if not least <= r <= (largest if max_r is None else most):
             raise InvalidRequestError("r", f"is {r}, outside of min_r..max_r, which is {least}..{most}")
-        if r is not None:
-            least = most = r
-        most = min(most, self._most_at(min_quality))
-        if least > most:
-            raise InvalidRequestError("min_quality", f"is {min_quality:g}, which needs r ≤ {most}; asked is ≥ {least}")
-        within = [level for level, value in enumerate(self.rs) if least <= value <= most]
-        if r is None and within:
-            low, high = within[0], within[-1]
-            if self._only is not None:
-                low = high = min(max(self._only, low), high)
-            return Bounds(low, high)
-        level = self.profile.level_of(least)
-        return Bounds(level, level, least)
+        return r, r
 
-    def _most_at(self, min_quality: float | None) -> int:
+    def _largest_r_keeping(self, min_quality: float | None) -> int:
         """Return the largest r up to which every r of the grid keeps `min_quality`."""
         if min_quality is None:
             return self.model.largest_r

@@ -1,4 +1,4 @@
-"""What no policy can beat: an upper bound on effective accuracy, all arrivals and deadlines known beforehand.
+"""An upper bound on the effective accuracy of any policy, even one that knows all arrivals and deadlines beforehand.
 
 Scheduling batches with a choice of r is hard even with foresight, so the bound relaxes it until it is easy, each step
 in the scheduler's favour:

@@ -1,8 +1,8 @@
-"""How many replicas a load takes, and at what quality: the work of `tome-server plan`, by simulation.
+"""How many replicas a load needs, and at what quality: what `tome-server plan` computes, by simulation.
 
-One replica is simulated, with its share of the requests. That they reach it at random, neither more nor less bursty
-than all of them together, errs on the safe side: a balancer that sends each request to whoever is least busy does
-better, and bursts that are spread over many replicas are weaker in each of them.
+One replica is simulated, with its share of the requests, which reach it at random and in bursts as strong as those of
+the whole load. That errs on the safe side: a balancer that sends each request to the least busy replica does better,
+and bursts that are spread over many replicas are weaker in each of them.
 """
 
 import json
@@ -24,9 +24,9 @@ from tome_server.simulation.simulator import Cluster, Result, simulate
 from tome_server.simulation.workload import Steady, draw
 
 BUNDLED_NAME = "fashion"
-# Where a replica has next to nothing to do, more replicas won't help.
+# If a replica is busy for less than this share of the time, more replicas won't help.
 IDLE = 0.01
-# Numbers of replicas to show, over the number that is enough; and rates to plot, over the rate asked for.
+# Numbers of replicas to show, as multiples of the number that is enough; rates to plot, of the rate asked about.
 AROUND = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
 RATES = (0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6, 2.0)
 
@@ -42,19 +42,19 @@ class Question:
     attainment: float
     """Share of all requests to be answered within their budgets."""
     cv2: float = 1.0
-    """Squared coefficient of variation of the gaps between requests, as one replica sees them."""
+    """Squared coefficient of variation of the gaps between one replica's requests."""
     overhead: float = 0.001
-    """Seconds from the end of a batch to the client's having the answer."""
+    """Seconds from the end of a batch until the client has the answer."""
     requests: int = 20_000
     """How many to simulate for each figure."""
     policy: str = "price"
     weights: tuple[float, ...] = ()
-    """How often each budget comes, relative to the others; equally often if there are none."""
+    """How often each budget occurs, relative to the others; equally often if empty."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """What so many replicas do with a load."""
+    """How a number of replicas serve a load."""
 
     policy: str
     replicas: int
@@ -63,7 +63,7 @@ class Point:
     result: Result
 
     def fields(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the point for JSON."""
         values = {name: value for name, value in asdict(self.result).items() if name != "requests"}
         return {
             "policy": self.policy,
@@ -75,16 +75,23 @@ class Point:
 
 
 class Plan:
-    """Answers one question for one kind of replica; simulates as it is asked, and each thing once."""
+    """Answers one question for one kind of replica. Simulates when needed, and each combination once."""
 
     def __init__(
-        self, question: Question, profile: Profile, quality: Sequence[float], told: Callable[[], object] = lambda: None
+        self,
+        question: Question,
+        profile: Profile,
+        quality: Sequence[float],
+        on_progress: Callable[[], object] = lambda: None,
     ) -> None:
-        """`quality` is by level of the profile; `told` is called after each simulation. Raises ConfigError."""
+        """`quality` is by level of the profile; `on_progress` is called after each simulation.
+
+        Raises ConfigError if there is no such policy for the profile.
+        """
         self.question = question
         self.profile = profile
         self.quality = quality
-        self._told = told
+        self._on_progress = on_progress
         self._points: dict[tuple[str, int, float], Point] = {}
         try:
             policy_named(question.policy, profile, quality)
@@ -93,11 +100,11 @@ class Plan:
 
     @cached_property
     def policies(self) -> tuple[str, ...]:
-        """The policy asked for and those to compare it with: no merging, and the most."""
+        """The policy asked about and those to compare it with: no merging, and the most merging."""
         return tuple(dict.fromkeys((self.question.policy, "fixed:0", f"fixed:{self.profile.rs[-1]}")))
 
     def point(self, policy: str, replicas: int, rate: float | None = None, requests: int | None = None) -> Point:
-        """Return what so many replicas do with the load asked about, or with another rate."""
+        """Return how so many replicas serve the load asked about, or the same load at another rate."""
         question = self.question
         rate = question.rate if rate is None else rate
         key = (policy, replicas, rate)
@@ -108,7 +115,7 @@ class Plan:
             made = partial(policy_named, policy)
             result = simulate(arrivals, Cluster(self.profile, self.quality, made, reply=question.overhead))
             self._points[key] = Point(policy, replicas, rate, result)
-            self._told()
+            self._on_progress()
         return self._points[key]
 
     def fewest(self, policy: str) -> int | None:
@@ -129,18 +136,18 @@ class Plan:
         return enough
 
     @property
-    def most(self) -> float:
-        """The largest attainment of the policy asked for, of what was simulated."""
+    def best_attainment(self) -> float:
+        """The largest attainment of the policy asked about, in all simulations so far."""
         points = self._points.values()
         return max(point.result.attainment for point in points if point.policy == self.question.policy)
 
     def around(self, replicas: int) -> list[Point]:
-        """Return what the policy does with fewer and with more replicas, those simulated anyway included."""
+        """Return how fewer and more replicas than this number do, and this number."""
         numbers = {max(1, round(share * replicas)) for share in AROUND} | {replicas}
         return [self.point(self.question.policy, number) for number in sorted(numbers)]
 
     def against_rate(self, replicas: int) -> dict[str, list[Point]]:
-        """Return what each of the policies does with so many replicas as the rate grows: what is to be plotted."""
+        """Return, for the plot, how each of the policies does with so many replicas as the rate grows."""
         fewer = min(self.question.requests, 8_000)
         return {
             policy: [self.point(policy, replicas, share * self.question.rate, fewer) for share in RATES]
@@ -149,9 +156,10 @@ class Plan:
 
 
 def load_replica(profile: Path | None, quality: Path | None) -> tuple[ProfileKey, Profile, tuple[float, ...]]:
-    """Read what a replica is like: a profile, and what answers at each of its r are worth, as shares of images.
+    """Read a replica's profile, and the quality at each of its r, as a share of images.
 
-    Without files it is the bundled model, as last measured on this machine. Raises ConfigError, saying what to run.
+    Without files, these are the bundled model's, as last measured on this machine. Raises ConfigError, saying which
+    command writes a file that is missing.
     """
     path = profile or _latest()
     try:
@@ -163,7 +171,7 @@ def load_replica(profile: Path | None, quality: Path | None) -> tuple[ProfileKey
 
 
 def _latest() -> Path:
-    """Return the file of the bundled model's latest profile."""
+    """Return the path of the bundled model's latest profile."""
     try:
         found = list(default_folder().glob(f"{BUNDLED_NAME}-????????.json"))
     except ProfileError as error:
@@ -177,7 +185,7 @@ def _latest() -> Path:
 
 
 def _quality(path: Path, key: ProfileKey, *, given: bool) -> tuple[float, ...]:
-    """Return top-1, or agreement where it wasn't measured, by r of the profile."""
+    """Return top-1 accuracy by r of the profile; agreement with r = 0 if any r lacks top-1."""
     try:
         report = json.loads(read_text(path))
         levels = {int(level["r"]): level for level in report["levels"]}
@@ -202,7 +210,7 @@ def _same_weights(report: Mapping[str, Any], key: ProfileKey) -> bool:
 
 
 def answer_fields(plan: Plan) -> dict[str, Any]:
-    """Return the plan as JSON has it."""
+    """Return the plan for JSON."""
     enough = {policy: plan.fewest(policy) for policy in plan.policies}
     chosen = enough[plan.question.policy]
     return {

@@ -1,9 +1,8 @@
-"""What would happen: replicas that run the real scheduler on a virtual clock, with the latencies of a profile.
+"""Simulates replicas that run the real scheduler on a virtual clock, with the latencies of a profile.
 
-A discrete-event simulation. Each replica has a `Scheduler` of its own, just as a server has: admission, queue, policy
-and a `Latency` that learns from the batches it sees. Only the device is made up: a batch takes the profile's median,
-times a random factor, times a slowdown if there is one. Nothing here is torch, so a second of a busy server takes
-milliseconds.
+A discrete-event simulation. Each replica has the `Scheduler` of a server: admission, queue, policy, and a `Latency`
+that learns from the batches it sees. Only the device is simulated: a batch takes the profile's median, times a random
+factor, times a slowdown if there is one. Without torch, a second of a busy server takes milliseconds.
 """
 
 import math
@@ -23,28 +22,28 @@ from tome_server.simulation.workload import Arrival
 
 Dispatch = Literal["round_robin", "least_loaded"]
 
-# No batch takes less than this share of its median, however the dice fall.
+# No batch takes less than this share of its median, whatever the random factor.
 _LEAST_JITTER = 0.2
 
-# How requests end. Every one of them ends in just one of these ways.
+# How requests end: each in exactly one of these ways.
 _PENDING, _IN_TIME, _LATE, _REFUSED, _SHED, _LOST = range(6)
 
 
 @dataclass(frozen=True)
 class Slowdown:
-    """A stretch of time in which batches take longer, as beside a noisy neighbour."""
+    """A time in which batches take longer, for instance because of a noisy neighbour."""
 
     start: float
-    """Seconds; batches begun from then on are slow."""
+    """Seconds. Batches that begin from then on are slow."""
     end: float
-    """Seconds; batches begun from then on aren't."""
+    """Seconds. Batches that begin from then on aren't."""
     factor: float
-    """How many times as long they take."""
+    """How many times as long a slow batch takes."""
 
 
 @dataclass(frozen=True)
 class Death:
-    """A replica that dies. What it holds is lost with it, and the balancer sends it nothing more."""
+    """A replica that dies. Its requests are lost, and the balancer sends it no more."""
 
     at: float
     """Seconds."""
@@ -54,32 +53,32 @@ class Death:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What serves the requests: like replicas behind a load balancer. All times are in seconds."""
+    """What serves the requests: equal replicas behind a load balancer. All times are in seconds."""
 
     profile: Profile
     quality: Sequence[float]
-    """What an answer is worth, by level of the profile."""
+    """Quality of an answer, by level of the profile."""
     policy: Callable[[Profile, Sequence[float]], Policy]
     """Makes each replica's policy, from the profile and the quality."""
     replicas: int = 1
     dispatch: Dispatch = "round_robin"
-    """Whom the balancer sends a request: the next in turn, or the one with the fewest that wait or run."""
+    """Which replica gets a request: the next in turn, or the one with the fewest requests queued or running."""
     jitter: float = 0.02
-    """Standard deviation of what a batch takes, as a share of its median."""
+    """Standard deviation of a batch's time, as a share of its median."""
     reply: float = 0.0
-    """From the end of a batch to the client's having the answer. Schedulers know it and aim that much earlier."""
+    """From the end of a batch until the client has the answer. Schedulers know it and aim that much earlier."""
     between_batches: float = 0.0
-    """What a device idles between two batches while the next is decided on and its images are sent there."""
+    """Time that a device idles between two batches, for the decision on the next and the transfer of its images."""
     slowdowns: Sequence[Slowdown] = ()
     deaths: Sequence[Death] = ()
     blind: bool = False
-    """Whether schedulers aren't told of deadlines, so that whoever comes first is served first and nobody is refused or
-    shed: what servers do that know of none. Answers are judged all the same."""
+    """Whether schedulers don't know deadlines, so that requests are served in order of arrival and none is refused or
+    shed, as by servers without deadlines. Answers still count as in time or late."""
     retry: bool = False
-    """Whether what a dying replica holds is sent to another at once, as a client that retries would."""
+    """Whether the requests of a dying replica are sent to another at once, as by a client that retries."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what can't be."""
+        """Raise ValueError for values out of range."""
         if len(self.quality) != len(self.profile.rs):
             raise ValueError(f"{len(self.profile.rs)} levels need as many qualities, not {len(self.quality)}")
         if self.replicas < 1:
@@ -92,7 +91,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of the requests. Each is one of in_time, late, refused, shed and lost."""
+    """How the requests ended. Each counts once, as in_time, late, refused, shed or lost."""
 
     requests: int
     in_time: int
@@ -100,17 +99,17 @@ class Result:
     late: int
     """Answered, but too late."""
     refused: int
-    """Turned away on arrival, because their deadlines could not be met."""
+    """Refused on arrival, because their deadlines could not be met."""
     shed: int
-    """Given up while they waited."""
+    """Given up while they were queued."""
     lost: int
-    """Held by a replica that died, or came when none was left."""
+    """Held by a replica that died, or arrived when none was left."""
     effective_accuracy: float
     """Quality averaged over all requests; one that wasn't answered in time counts 0."""
     mean_r: float
-    """Of those answered; 0 if nobody was."""
+    """Of the requests answered; 0 if there were none."""
     mean_batch: float
-    """Images in a batch; 0 without any."""
+    """Images in a batch; 0 without batches."""
     p50: float
     """Median seconds to an answer, late ones included; NaN if there was none."""
     p99: float
@@ -118,7 +117,7 @@ class Result:
     busy: float
     """Share of the replicas' time, until the last answer, that was spent on batches."""
     wasted: float
-    """Share of that which went into requests that were late or lost."""
+    """Share of that time which went into requests that were late or lost."""
     batches: int
     policy_failures: int
     """Decisions that were made without the policy, because it failed."""
@@ -130,7 +129,7 @@ class Result:
 
 
 def simulate(arrivals: Sequence[Arrival], cluster: Cluster, *, seed: int = 0) -> Result:
-    """Return what becomes of `arrivals`, which are in order of time. `seed` is of the times that batches take."""
+    """Return how `arrivals`, in order of time, end. `seed` determines the times that batches take."""
     return _Simulation(arrivals, cluster, seed).run()
 
 
@@ -157,14 +156,14 @@ class _Simulation:
         self.arrivals = arrivals
         self.cluster = cluster
         self.top = len(cluster.profile.rs) - 1
-        self.true = Latency(cluster.profile)  # never told of a batch, so that it stays as the profile has it
+        self.true = Latency(cluster.profile)  # observes no batch, and so keeps the profile's medians
         self.replicas = [_Replica(cluster) for _ in range(cluster.replicas)]
         self.turns = cycle(self.replicas)
         self.rng = random.Random(seed)
         self.outcomes = bytearray(len(arrivals))
         self.homes = [-1] * len(arrivals)
         """Which replica each request was sent to; kept only where some die."""
-        # (time, serial number so that replicas are never compared, whose batch ends, whether it dies instead)
+        # (time, serial number so that replicas are never compared, replica whose batch ends, whether it dies instead)
         self.events: list[tuple[float, int, _Replica, bool]] = []
         self.serial = 0
         self.latencies: list[float] = []
@@ -182,7 +181,7 @@ class _Simulation:
         coming = arrivals[0].at if arrivals else math.inf
         woken: list[_Replica] = []
         while number < total or events:
-            # Whoever comes at the moment that a device is free is seen by its decision.
+            # An arrival at the very moment that a device becomes free is part of its decision.
             if number < total and (not events or coming <= events[0][0]):
                 now = coming
                 if (replica := self._submit(number, now)) and not replica.running:
@@ -208,7 +207,7 @@ class _Simulation:
         heappush(self.events, (at, self.serial, replica, dies))
 
     def _submit(self, number: int, now: float) -> _Replica | None:
-        """Send a request to a replica; returns which, or None if it isn't waiting there."""
+        """Send a request to a replica; returns the replica, or None if the request isn't queued."""
         replica = self._choose()
         if replica is None:
             self.outcomes[number] = _LOST
@@ -222,7 +221,7 @@ class _Simulation:
             try:
                 scheduler.check(request, now, replica.free_at)
             except InfeasibleError:
-                # As the server does: while all is refused, no batch would show that the machine has recovered.
+                # The server does so too: while every request is refused, no batch shows that the machine has recovered.
                 scheduler.latency.forget_slowness(now - replica.free_at)
                 replica.free_at = now
         try:
@@ -243,7 +242,7 @@ class _Simulation:
         return min(alive, key=lambda one: len(one.scheduler) + len(one.running), default=None)
 
     def _start(self, replica: _Replica, now: float) -> None:
-        """Let a free device begin its next batch, if it has one."""
+        """Begin a free device's next batch, if there is one."""
         scheduler = replica.scheduler
         while decision := scheduler.next(now):
             for request in decision.shed:
@@ -259,7 +258,7 @@ class _Simulation:
             return
 
     def _luck(self, now: float) -> float:
-        """Return how many times its median a batch takes that begins now."""
+        """Return the factor on its median that a batch takes which begins now."""
         factor = max(_LEAST_JITTER, self.rng.gauss(1.0, self.cluster.jitter)) if self.cluster.jitter else 1.0
         for slowdown in self.cluster.slowdowns:
             if slowdown.start <= now < slowdown.end:
@@ -291,7 +290,7 @@ class _Simulation:
         replica.free_at = now
 
     def _die(self, replica: _Replica, now: float) -> list[_Replica]:
-        """Lose what a replica holds, or send it to others; returns those."""
+        """Lose the requests of a replica, or send them to others; returns the replicas that they were sent to."""
         if not replica.alive:
             return []
         replica.alive = False

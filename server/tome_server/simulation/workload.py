@@ -1,8 +1,8 @@
-"""Requests to simulate: when they come, and how long each may take. Drawn from a seed, or read from a file.
+"""Requests to simulate: when they arrive, and their budgets. Drawn from a seed, or read from a file.
 
-A stream of requests is a process of unit rate, stretched so that the rate is at each moment the one wanted (time
-rescaling: Daley and Vere-Jones, An Introduction to the Theory of Point Processes, section 7.4). So ramps and spikes
-come in bursts like any other traffic.
+A stream of requests is a process of unit rate, stretched in time to the rate wanted at each moment (time rescaling:
+Daley and Vere-Jones, An Introduction to the Theory of Point Processes, section 7.4). So ramps and spikes have bursts
+like any other traffic.
 """
 
 import math
@@ -16,24 +16,24 @@ from tome_api import traces
 
 
 class Arrival(NamedTuple):
-    """One request. Both in seconds."""
+    """One request. Times are in seconds."""
 
     at: float
     """Since the start."""
     budget: float
-    """What its answer may take from then on."""
+    """Time that its answer may take from then on."""
 
 
 class Rate(Protocol):
-    """How many requests a second come, over a stretch of time."""
+    """How many requests a second arrive, as a function of time."""
 
     @property
     def duration(self) -> float:
-        """Seconds it lasts."""
+        """How many seconds the stream lasts."""
         ...
 
     def when(self, arrivals: float) -> float:
-        """Return the second by which that many are expected; beyond the duration for more than come in it."""
+        """Return the second by which so many arrivals are expected; beyond the duration if it has fewer."""
         ...
 
 
@@ -49,13 +49,13 @@ class Steady:
         _check(self.duration, self.rate)
 
     def when(self, arrivals: float) -> float:
-        """As `Rate` says."""
+        """Return the second by which so many arrivals are expected."""
         return arrivals / self.rate
 
 
 @dataclass(frozen=True)
 class Ramp:
-    """A rate that grows, or falls, evenly. Raises ValueError for a rate or duration that isn't positive."""
+    """A rate that grows or falls linearly. Raises ValueError for a rate or duration that isn't positive."""
 
     first: float
     """Requests a second at the start."""
@@ -67,7 +67,7 @@ class Ramp:
         _check(self.duration, self.first, self.last)
 
     def when(self, arrivals: float) -> float:
-        """As `Rate` says."""
+        """Return the second by which so many arrivals are expected."""
         # first t + growth t^2 / 2 = arrivals, solved without the cancellation that a small growth would bring. A rate
         # that falls reaches zero some time after the end, and no more come from then on.
         growth = (self.last - self.first) / self.duration
@@ -77,16 +77,16 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Spike:
-    """A steady rate that is several times as high for a while. Raises ValueError for what can't be."""
+    """A steady rate that is several times as high for a while. Raises ValueError for values out of range."""
 
     rate: float
     """Requests a second before and after."""
     times: float
-    """How many times that in between."""
+    """How many times as high it is in between."""
     start: float
-    """Second in which it begins."""
+    """Seconds from the start of the stream to that of the spike."""
     seconds: float
-    """How long it lasts."""
+    """How long the spike lasts."""
     duration: float
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ class Spike:
             raise ValueError(f"a spike from {self.start} s on for {self.seconds} s isn't within {self.duration} s")
 
     def when(self, arrivals: float) -> float:
-        """As `Rate` says."""
+        """Return the second by which so many arrivals are expected."""
         before, during = self.rate * self.start, self.rate * self.times * self.seconds
         if arrivals <= before:
             return arrivals / self.rate
@@ -126,10 +126,10 @@ def draw(
 
 
 def read_trace(path: Path, budget: float | None = None) -> list[Arrival]:
-    """Read recorded requests, as `tome_api.traces` says; `budget` is in seconds, for lines that name none.
+    """Read recorded requests from a file in the format of `tome_api.traces`.
 
-    Raises ValueError for a file that is no trace, and for a request that has no budget or no deadline: what is
-    simulated has one. OSError if the file can't be opened.
+    `budget` is in seconds, for lines without one. Raises ValueError for a file that is no trace, and for a request
+    without a budget or a deadline, since a simulation needs one; OSError if the file can't be opened.
     """
     return [_recorded(path, one, budget) for one in traces.read_trace(path)]
 

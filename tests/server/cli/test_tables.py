@@ -29,7 +29,7 @@ def test_latency_and_throughput_by_batch_size_and_r() -> None:
 
 
 def test_how_batches_of_several_r_run_is_said() -> None:
-    assert profile_table(replace(PROFILE, packed=False)).endswith(
+    assert profile_table(replace(PROFILE, one_call=False)).endswith(
         "\nbatches of several r are faster split, one call for each r\n"
     )
 

@@ -12,7 +12,7 @@ from tome_server.scheduling.profile import Profile
 def policy_named(name: str, profile: Profile, quality: Sequence[float]) -> Policy:
     """Return the policy that settings call `name`; "fixed:8" is r = 8 for all. `quality` is by level of the profile.
 
-    Raises ValueError for a name that isn't one, and for a fixed r that isn't in the profile's grid.
+    Raises ValueError if there is no policy of that name, or if the fixed r isn't in the profile's grid.
     """
     match name.partition(":"):
         case ("price", "", ""):

@@ -1,7 +1,7 @@
-"""The policies of others, to compare with and to choose: a fixed r, and those of SuperServe (NSDI'25, section 4).
+"""Published policies, to compare with or to use: a fixed r, and those of SuperServe (NSDI'25, section 4).
 
-All take the earliest deadlines first and run no batch that would end after its first member's deadline, if any smaller
-batch would not.
+All take the earliest deadlines first, and run a batch that ends after its first member's deadline only if it is of one
+image.
 """
 
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from tome_server.scheduling.queue import Waiting
 
 @dataclass(frozen=True)
 class Fixed:
-    """One r for every request that allows it, as servers do whose model has one cost."""
+    """One r for every request whose bounds allow it, like a server whose model has a single cost."""
 
     level: int
 
     def __call__(self, view: View) -> Decision:
-        """Return as many as are in time together; give up those that this r can't make."""
+        """Return as many requests as are in time together, and give up those that would be late even alone."""
         late = [request for request in view.waiting if not self._makes(request, view)]
         gone = {id(request) for request in late}
         rest = [request for request in view.waiting if id(request) not in gone] if late else view.waiting
@@ -34,13 +34,13 @@ class Fixed:
 
 
 def max_accuracy(view: View) -> Decision:
-    """The least merging that the earliest deadline allows, then the largest batch that it allows at that."""
+    """The least merging that the earliest deadline allows, then the largest batch that it allows at that level."""
     level = next(_fitting(view, 1), view.latency.levels - 1)
     return uniform(view.waiting[: largest(view, view.waiting, level)], level)
 
 
 def max_batch(view: View) -> Decision:
-    """The largest batch that the earliest deadline allows, then the least merging that it allows for that."""
+    """The largest batch that the earliest deadline allows, then the least merging that it allows at that size."""
     top = view.latency.levels - 1
     size = largest(view, view.waiting, top)
     return uniform(view.waiting[:size], next(_fitting(view, size), top))
@@ -48,7 +48,7 @@ def max_batch(view: View) -> Decision:
 
 @dataclass(frozen=True)
 class SlackFit:
-    """Batches and levels sorted into buckets by latency: the slack chooses the bucket, and that its largest batch."""
+    """Batches of each size and level, in buckets by latency: the slack chooses a bucket, then its largest batch."""
 
     buckets: int = 16
 

@@ -1,4 +1,4 @@
-"""What every policy is given, and what it gives back. Levels are indices into the r grid: 0 merges nothing."""
+"""What a policy gets and what it returns. A level is an index into the r grid: 0 merges nothing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from tome_server.scheduling.queue import Waiting
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """How requests have been coming in lately."""
+    """How requests have been arriving lately."""
 
     rate: float = 0.0
     """Arrivals a second."""
     dispersion: float = 1.0
-    """Variance of the arrivals in a stretch of time over their mean: 1 for Poisson arrivals, more for bursts."""
+    """Variance of the number of arrivals in a time over its mean: 1 for Poisson arrivals, more for bursts."""
     budgets: tuple[tuple[float, float], ...] = ()
-    """Latency budgets in seconds, ascending, each with the share of arrivals that allow no more."""
+    """Latency budgets in seconds, ascending, each with the share of arrivals whose budgets are no larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,31 +26,31 @@ class View:
 
     now: float
     waiting: Sequence[Waiting[Any]]
-    """All that wait, at least one, earliest deadline first; each could be met alone at its highest level."""
+    """The queue, of at least one request, by `due`. Each could be met if it ran alone at its highest level."""
     latency: Latency
     traffic: Traffic
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What to run next and whom to give up. Whoever is in neither goes on waiting."""
+    """What to run next and which requests to give up. Those in neither stay in the queue."""
 
     batch: Sequence[Waiting[Any]]
     levels: Sequence[int]
-    """One a member of the batch, within the member's bounds."""
+    """One for each member of the batch, within the member's bounds."""
     shed: Sequence[Waiting[Any]] = ()
 
 
 class Policy(Protocol):
-    """Decides what a free device does: a pure function of the view."""
+    """Decides what a free device does next: a pure function of the view."""
 
     def __call__(self, view: View) -> Decision:
-        """Return a batch, or whom to give up, or both; never neither."""
+        """Return a batch, requests to give up, or both; never neither."""
         ...
 
 
 def largest(view: View, queue: Sequence[Waiting[Any]], level: int) -> int:
-    """Return how many of the queue's first can end together at `level` by the earliest deadline; at least one."""
+    """Return how many of the first of `queue` can run together at `level` by the first one's due; at least one."""
     slack, size = queue[0].due - view.now, 1
     while size < min(len(queue), view.latency.max_batch) and view.latency.promised(size + 1, level) <= slack:
         size += 1
@@ -58,6 +58,6 @@ def largest(view: View, queue: Sequence[Waiting[Any]], level: int) -> int:
 
 
 def uniform(batch: Sequence[Waiting[Any]], level: int) -> Decision:
-    """Return the decision to run `batch` at `level`, each member as near to it as its own bounds allow."""
+    """Return the decision to run `batch` at `level`, each member as near to it as its bounds allow."""
     within = [level if one.low <= level <= one.high else min(max(level, one.low), one.high) for one in batch]
     return Decision(batch, within)
