@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from sortedcontainers import SortedKeyList
 
+from tome_server.models.preprocess import InputSize
 from tome_server.serving.overhead import DecodeTimes
 
 T = TypeVar("T")
@@ -38,11 +39,8 @@ class Decode(Generic[T]):
     """Decodes it, in a thread."""
     discard: Callable[[T], None]
     """Called with the result of a decode whose caller was cancelled while it ran."""
-    kind: str
-    """What sort of input it is; see `DecodeTimes`."""
-    megapixels: float
-    memory: int
-    """An upper bound of the bytes that decoding takes."""
+    size: InputSize
+    """What it takes."""
     deadline: float
     """Its place in the queue."""
     due: float
@@ -96,7 +94,7 @@ class Decoders:
         """
         loop = asyncio.get_running_loop()
         decode.serial, decode.done = next(self._serials), loop.create_future()
-        decode.seconds = self.times.seconds(loop.time(), decode.kind, decode.megapixels)
+        decode.seconds = self.times.seconds(loop.time(), decode.size.kind, decode.size.megapixels)
         self._queue.add(decode)
         self._begin()
         try:
@@ -125,7 +123,8 @@ class Decoders:
                 continue
             # Always the first one, so that small images can't keep a large one waiting for ever. An image that needs
             # more than all memory is decoded alone.
-            if self._running and sum(one.memory for one in self._running) + decode.memory > self.memory:
+            taken = sum(one.size.decode_bytes for one in self._running)
+            if self._running and taken + decode.size.decode_bytes > self.memory:
                 return
             self._queue.pop(0)
             self._running.add(decode)
@@ -152,12 +151,12 @@ class Decoders:
 
     def _learn(self, decode: Decode[Any], took: "_Timed[Any]") -> None:
         now = asyncio.get_running_loop().time()
-        self.times.add(now, decode.kind, decode.megapixels, took.cpu_seconds, took.seconds)
-        seconds = self.times.seconds(now, decode.kind, decode.megapixels)
+        self.times.add(now, decode.size.kind, decode.size.megapixels, took.cpu_seconds, took.seconds)
+        seconds = self.times.seconds(now, decode.size.kind, decode.size.megapixels)
         if not decode.seconds / _CHANGED <= seconds <= decode.seconds * _CHANGED:
             for one in self._queue:
-                if one.kind == decode.kind:
-                    one.seconds = self.times.seconds(now, one.kind, one.megapixels)
+                if one.size.kind == decode.size.kind:
+                    one.seconds = self.times.seconds(now, one.size.kind, one.size.megapixels)
 
 
 @dataclass(frozen=True)

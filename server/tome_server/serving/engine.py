@@ -203,9 +203,7 @@ class Engine:
         decode = Decode(
             work=partial(self._prepare, served, source),
             discard=lambda slot: slot.drop(),
-            kind=size.kind,
-            megapixels=size.megapixels,
-            memory=size.decode_bytes,
+            size=size,
             deadline=waiting.deadline,
             due=waiting.deadline - alone,
         )

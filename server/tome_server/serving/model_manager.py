@@ -9,7 +9,7 @@ import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tome_server.config.server import ModelConfig, ServerConfig
@@ -375,7 +375,7 @@ def _spec(model: ModelConfig) -> ModelSpec:
         if extra := sorted(given.keys() - allowed - {"own"}):
             raise ConfigError(f"model {model.source} is complete as it is; {', '.join(extra)} can't be set")
         spec = bundled_spec(model.source.removeprefix(BUNDLED_PREFIX), model.dtype)
-        return ModelSpec(**{**spec.__dict__, **given})
+        return replace(spec, **given)
     if model.quality and model.dtype == "auto":
         given = qualities(model.quality, "auto") | given
     return ModelSpec(architecture=model.source, **{"name": _name(model), **given})

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 from scripted import until
 
+from tome_server.models.preprocess import InputSize
 from tome_server.serving.decode_queue import RESERVE, Decode, Decoders, HopelessError
 from tome_server.serving.overhead import DecodeTimes
 
@@ -34,7 +35,8 @@ class Stage:
             return image
 
         at = asyncio.get_running_loop().time() + deadline
-        decode = Decode(work, self.dropped.append, kind=kind, megapixels=megapixels, memory=memory, deadline=at, due=at)
+        size = InputSize(kind, megapixels, memory)
+        decode = Decode(work, self.dropped.append, size, deadline=at, due=at)
         return asyncio.create_task(self.decoders.run(decode))
 
     def open(self, *images: int) -> None:
@@ -137,7 +139,7 @@ async def test_a_failure_is_the_callers_and_the_next_goes_on(stage: Callable[...
         raise ValueError("is damaged")
 
     at = asyncio.get_running_loop().time() + 100
-    damaged = Decode(broken, one.dropped.append, kind="JPEG", megapixels=1.0, memory=1, deadline=at, due=at)
+    damaged = Decode(broken, one.dropped.append, InputSize("JPEG", 1.0, 1), deadline=at, due=at)
     task = asyncio.create_task(one.decoders.run(damaged))
     one.open(0)
     with pytest.raises(ValueError, match="is damaged"):
