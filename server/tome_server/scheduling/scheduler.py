@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from tome_server.errors import InfeasibleError
@@ -141,7 +142,7 @@ class Scheduler(Generic[T]):
             log.exception("the policy failed; running the earliest deadlines at their most merging")
             decision = _without_policy(view)
         self._queue.take((*decision.batch, *decision.shed))
-        return Decision(decision.batch, decision.levels, (*shed, *decision.shed))
+        return replace(decision, shed=(*shed, *decision.shed)) if shed else decision
 
     def _drop_hopeless(self, now: float) -> list[Waiting[T]]:
         """Take out the requests that would be late even if each ran alone, now, at its highest level."""

@@ -25,7 +25,7 @@ from tome_server.execution.batch import BatchItem, ItemResult, Outputs
 from tome_server.observability.metrics import Metrics, Promise, Stage
 from tome_server.scheduling.policy.view import Decision
 from tome_server.scheduling.queue import Waiting
-from tome_server.scheduling.scheduler import at_once, share_device
+from tome_server.scheduling.scheduler import share_device
 from tome_server.serving.overhead import Margin
 from tome_server.serving.served import ServedModel
 
@@ -127,18 +127,16 @@ class Batcher:
         """Return how many seconds a model's requests may wait for batch-mates while the device is idle."""
         return self._max_delay if served.own.max_delay is None else served.own.max_delay
 
-    def check(self, waiting: Waiting[Job], ready: Callable[[float], float] = at_once) -> None:
-        """Raise InfeasibleError if a deadline can't be met.
-
-        `ready` returns when a request of a given deadline would be decoded; without it, the request is decoded.
-        """
-        served = waiting.item.served
+    def check(self, waiting: Waiting[Job]) -> None:
+        """Raise InfeasibleError if the deadline of a request that isn't decoded yet can't be met."""
+        job = waiting.item
+        scheduler = job.served.scheduler
         try:
-            served.scheduler.check(waiting, _now(), self._free_at, ready)
+            scheduler.check(waiting, _now(), self._free_at, job.ready)
         except InfeasibleError:
-            if not self._doubt(served):
+            if not self._doubt(job.served):
                 raise
-            served.scheduler.check(waiting, _now(), self._free_at, ready)
+            scheduler.check(waiting, _now(), self._free_at, job.ready)
 
     def infeasible(self, waiting: Waiting[Job]) -> InfeasibleError:
         """Return the error for a request that is given up: it names the smallest latency that would be admitted now."""
@@ -156,10 +154,14 @@ class Batcher:
         job.stage, job.queued, job.result = Stage.QUEUE, _now(), asyncio.get_running_loop().create_future()
         if self._ended:
             raise _stopped()
-        self.check(waiting)
-        if not len(scheduler):
+        try:
+            scheduler.submit(waiting, job.queued, self._free_at)
+        except InfeasibleError:
+            if not self._doubt(job.served):
+                raise
+            scheduler.submit(waiting, job.queued, self._free_at)
+        if len(scheduler) == 1:
             job.served.waiting_since = job.queued
-        scheduler.submit(waiting, job.queued, self._free_at)
         self._unanswered.add(job)
         self._queue_changed(job.served)
         self._arrived.set()

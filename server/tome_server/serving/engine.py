@@ -155,7 +155,7 @@ class Engine:
         waiting = Waiting(job, request.arrival - margin, deadline - margin, bounds.low, bounds.high)
         served.scheduler.arrived(request.arrival, deadline - request.arrival)
         # Before decoding: what can't be met is refused before it costs anything.
-        self._batcher.check(waiting, job.ready)
+        self._batcher.check(waiting)
         slot = None
         try:
             async with asyncio.timeout_at(None if math.isinf(deadline) else deadline - self.reply_margin):
