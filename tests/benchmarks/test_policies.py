@@ -1,4 +1,6 @@
 import json
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,23 @@ def row(*differences: float) -> Row:
 def test_the_verdict_heeds_noise_seed_by_seed(differences: tuple[float, ...], verdict: str) -> None:
     assert row(*differences).first == "r_max"
     assert row(*differences).verdict == verdict
+
+
+def test_a_cell_in_which_another_leads_is_judged_by_further_seeds_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Cell("gpu", 3, 1.2, 4, 2)
+    rows = [row(-0.5, -0.51), replace(row(0.1, 0.1), cell=other)]
+    asked = []
+
+    def run(cells: Iterable[Cell], seeds: Iterable[int], _: int) -> list[Row]:
+        asked.append((list(cells), list(seeds)))
+        return [row(0.4, 0.5, 0.6)]
+
+    monkeypatch.setattr(policies, "run", run)
+    doubtful, sound = policies.confirmed(rows, 3, 1)
+    assert asked == [([CELL], [202, 203, 204])]
+    assert sound is rows[1]
+    assert (len(doubtful.bound), doubtful.verdict) == (5, "first")
+    assert doubtful.ahead("r_max")[0] == pytest.approx(0.098)
 
 
 def test_the_document_is_drawn_and_tabulated(tmp_path: Path) -> None:
