@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from tome_server.errors import InfeasibleError
-from tome_server.scheduling.policy.view import Decision, Policy, View, largest, uniform
+from tome_server.scheduling.policy.view import Decision, Patient, Policy, View, largest, uniform
 from tome_server.scheduling.profile import Latency, Profile
 from tome_server.scheduling.queue import DeadlineQueue, Waiting
 from tome_server.scheduling.traffic import HORIZON, TrafficMeter, together
@@ -43,6 +43,8 @@ class Scheduler(Generic[T]):
         """Decisions that were made without the policy, because it raised or broke a bound."""
         self.others: Sequence[Scheduler[Any]] = ()
         """The schedulers of the other models on the device: see `share_device`."""
+        self.waiting_since = -math.inf
+        """When the queue last stopped being empty."""
         self._policy = policy
         self._queue: DeadlineQueue[T] = DeadlineQueue()
         # Admitted, and still being decoded.
@@ -103,6 +105,8 @@ class Scheduler(Generic[T]):
     def submit(self, request: Waiting[T], now: float, free_at: float) -> None:
         """Queue a request. Raises InfeasibleError if its deadline can't be met: see `check`."""
         self.check(request, now, free_at)
+        if not self._queue:
+            self.waiting_since = now
         self._queue.push(request)
 
     def earliest(
@@ -124,6 +128,23 @@ class Scheduler(Generic[T]):
     def cancel(self, request: Waiting[T]) -> bool:
         """Take a request out of the queue; returns whether it was there."""
         return self._queue.remove(request)
+
+    def start(self, now: float) -> float:
+        """Return when a free device should begin the next batch: later than `now` where the policy waits for mates.
+
+        It waits no longer than until one mate more would make the batch late.
+        """
+        size, top = len(self._queue), self.latency.levels - 1
+        if not 0 < size < self._size or not isinstance(self._policy, Patient):
+            return now
+        view = self._view(now)
+        try:
+            patience = self._policy.patience(view)
+        except Exception:
+            self.policy_failures += 1
+            log.exception("the policy failed; not waiting for batch-mates")
+            return now
+        return min(self.waiting_since + patience, view.waiting[0].due - self.latency.promised(size + 1, top))
 
     def next(self, now: float) -> Decision | None:
         """Return what the free device runs next and which requests are given up, and take both out of the queue.

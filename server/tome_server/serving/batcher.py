@@ -160,8 +160,6 @@ class Batcher:
             if not self._doubt(job.served):
                 raise
             scheduler.submit(waiting, job.queued, self._free_at)
-        if len(scheduler) == 1:
-            job.served.waiting_since = job.queued
         self._unanswered.add(job)
         self._queue_changed(job.served)
         self._arrived.set()
@@ -275,13 +273,17 @@ class Batcher:
                     await self._probe(doubtful)
 
     def _start(self, served: Served) -> float:
-        """Return when a model's next batch should start: after its `max_delay`, or before if it is full or urgent."""
+        """Return when a model's next batch should start: at once if it is full.
+
+        Else after its `max_delay`, unless its first deadline is too near, or when its policy wants it to.
+        """
         scheduler, latency = served.scheduler, served.scheduler.latency
         if len(scheduler) >= latency.max_batch:
             return -math.inf
         # What a full batch takes at the most merging: the earliest deadline must leave time for that.
         needed = latency.promised(latency.max_batch, latency.levels - 1)
-        return min(served.waiting_since + self.max_delay_of(served), scheduler.deadline - needed)
+        delayed = min(scheduler.waiting_since + self.max_delay_of(served), scheduler.deadline - needed)
+        return max(delayed, scheduler.start(_now()))
 
     def _decide(self, served: Served, now: float) -> Decision | None:
         scheduler = served.scheduler

@@ -1,7 +1,6 @@
 """A model in service: its profile on this machine, its scheduler, and what a request's settings allow."""
 
 import logging
-import math
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -56,8 +55,6 @@ class ServedModel(Generic[T]):
         self._predict_by(profile)
         self.pending = 0
         """Requests for it in the server that aren't answered yet."""
-        self.waiting_since = -math.inf
-        """When its queue last stopped being empty."""
         # With a fixed policy every request runs at that level if its bounds allow it, so admission must count on it.
         fixed = self.policy.startswith(FIXED)
         self._fixed_level = self.rs.index(int(self.policy.removeprefix(FIXED))) if fixed else None

@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from heapq import heappop, heappush
 from itertools import cycle
 from typing import Literal
@@ -149,6 +150,16 @@ class _Replica:
         """When it expects to be free or, being free, last was; minus infinity until its first batch."""
 
 
+class _Event(Enum):
+    """What becomes of a replica."""
+
+    ENDS = auto()
+    """Its batch ends, and it is free for the next."""
+    WAITED = auto()
+    """It has waited long enough for batch-mates."""
+    DIES = auto()
+
+
 class _Simulation:
     """The state of one run."""
 
@@ -163,8 +174,8 @@ class _Simulation:
         self.outcomes = bytearray(len(arrivals))
         self.homes = [-1] * len(arrivals)
         """Which replica each request was sent to; kept only where some die."""
-        # (time, serial number so that replicas are never compared, replica whose batch ends, whether it dies instead)
-        self.events: list[tuple[float, int, _Replica, bool]] = []
+        # (time, serial number so that replicas are never compared, replica, what becomes of it)
+        self.events: list[tuple[float, int, _Replica, _Event]] = []
         self.serial = 0
         self.latencies: list[float] = []
         self.by_level = [0] * (self.top + 1)
@@ -176,7 +187,7 @@ class _Simulation:
     def run(self) -> Result:
         arrivals, events = self.arrivals, self.events
         for death in self.cluster.deaths:
-            self._schedule(death.at, self.replicas[death.replica], dies=True)
+            self._schedule(death.at, self.replicas[death.replica], _Event.DIES)
         number, total = 0, len(arrivals)
         coming = arrivals[0].at if arrivals else math.inf
         woken: list[_Replica] = []
@@ -189,11 +200,12 @@ class _Simulation:
                 number += 1
                 coming = arrivals[number].at if number < total else math.inf
             else:
-                now, _, replica, dies = heappop(events)
-                if dies:
+                now, _, replica, event = heappop(events)
+                if event is _Event.DIES:
                     woken += self._die(replica, now)
                 elif replica.alive:
-                    self._finish(replica, now)
+                    if event is _Event.ENDS:
+                        self._finish(replica, now)
                     woken.append(replica)
             if woken and coming > now:
                 for replica in woken:
@@ -202,9 +214,9 @@ class _Simulation:
                 woken.clear()
         return self._result()
 
-    def _schedule(self, at: float, replica: _Replica, *, dies: bool = False) -> None:
+    def _schedule(self, at: float, replica: _Replica, event: _Event) -> None:
         self.serial += 1
-        heappush(self.events, (at, self.serial, replica, dies))
+        heappush(self.events, (at, self.serial, replica, event))
 
     def _submit(self, number: int, now: float) -> _Replica | None:
         """Send a request to a replica; returns the replica, or None if the request isn't queued."""
@@ -242,8 +254,11 @@ class _Simulation:
         return min(alive, key=lambda one: len(one.scheduler) + len(one.running), default=None)
 
     def _start(self, replica: _Replica, now: float) -> None:
-        """Begin a free device's next batch, if there is one."""
+        """Begin a free device's next batch, if there is one and it doesn't wait for mates."""
         scheduler = replica.scheduler
+        if (start := scheduler.start(now)) > now:
+            self._schedule(start, replica, _Event.WAITED)
+            return
         while decision := scheduler.next(now):
             for request in decision.shed:
                 self.outcomes[request.item] = _SHED
@@ -254,7 +269,7 @@ class _Simulation:
             between = self.cluster.between_batches
             replica.ends = now + seconds
             replica.free_at = now + scheduler.latency.of_batch(decision.levels, promised=True) + between
-            self._schedule(replica.ends + between, replica)
+            self._schedule(replica.ends + between, replica, _Event.ENDS)
             return
 
     def _luck(self, now: float) -> float:

@@ -237,3 +237,32 @@ def test_a_decision_takes_few_steps_however_many_wait(waiting: int, most: int, s
     policy, seen = price(), view(Traffic(rate, 4.0, ((slack / 4, 0.5), (slack, 1.0))), waiting, slack)
     policy(seen)  # the curve of this load is solved once
     assert steps(lambda: policy(seen)) < most
+
+
+BURSTS = Traffic(200.0, 4.0, ((0.008, 1.0),))
+
+
+def test_a_free_device_waits_for_the_mates_of_a_burst_where_budgets_are_too_short_for_the_next_batch() -> None:
+    assert price().patience(view(BURSTS, slack=0.008)) == pytest.approx(0.02 * 0.008)
+
+
+@pytest.mark.parametrize(
+    ("seen", "why"),
+    [
+        (view(Traffic(200.0, 1.2, ((0.008, 1.0),)), slack=0.008), "arrivals without bursts"),
+        (view(Traffic(200.0, 4.0, ((0.036, 1.0),))), "the next batch answers those that come during this one"),
+        (view(BURSTS, waiting=30, slack=0.008), "a batch as efficient as any"),
+        (view(Traffic(), slack=0.008), "nothing known of the traffic"),
+        (view(BURSTS, slack=math.inf), "no deadline"),
+    ],
+)
+def test_a_free_device_does_not_wait_in_vain(seen: View, why: str) -> None:
+    assert price().patience(seen) == 0, why
+
+
+def test_a_device_whose_batches_save_no_time_never_waits() -> None:
+    one_by_one = device(batch=0.0)
+    seen = View(
+        0.0, [Waiting(0, 0.0, 0.002, 0, len(RS) - 1)], Latency(one_by_one), Traffic(200.0, 4.0, ((0.002, 1.0),))
+    )
+    assert Price(one_by_one, QUALITY).patience(seen) == 0

@@ -293,3 +293,56 @@ class Accounts(RuleBasedStateMachine):
 
 Accounts.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 TestAccounts = Accounts.TestCase
+
+
+class Waits:
+    """A policy that lets the first request wait for so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __call__(self, view: View) -> Decision:
+        return max_batch(view)
+
+    def patience(self, _: View) -> float:
+        return self.seconds
+
+
+def test_a_policy_without_patience_starts_at_once() -> None:
+    one = scheduler()
+    one.submit(request("a", 1.0), 0.5, 0.0)
+    assert one.start(0.5) == 0.5
+
+
+def test_a_patient_policy_waits_from_the_first_request_on() -> None:
+    one = scheduler(Waits(0.1))
+    one.submit(request("a", 1.0), 0.5, 0.0)
+    one.submit(request("b", 1.0), 0.55, 0.0)
+    assert one.start(0.55) == pytest.approx(0.6)
+    assert one.next(0.6)
+    one.submit(request("c", 2.0), 0.7, 0.0)
+    assert one.start(0.7) == pytest.approx(0.8)
+
+
+def test_waiting_ends_while_one_mate_more_would_still_be_in_time() -> None:
+    one = scheduler(Waits(10.0))
+    one.submit(request("a", 1.0), 0.0, 0.0)
+    assert one.start(0.0) == pytest.approx(1.0 - one.latency.promised(2, TOP))
+
+
+def test_a_full_batch_waits_for_nothing() -> None:
+    one = scheduler(Waits(10.0), largest=2)
+    for name in "ab":
+        one.submit(request(name, 1.0), 0.0, 0.0)
+    assert one.start(0.0) == 0.0
+
+
+def test_a_policy_that_fails_to_say_how_long_to_wait_starts_at_once_and_is_counted() -> None:
+    class Fails(Waits):
+        def patience(self, _: View) -> float:
+            raise ZeroDivisionError
+
+    one = scheduler(Fails(1.0))
+    one.submit(request("a", 1.0), 0.0, 0.0)
+    assert one.start(0.25) == 0.25
+    assert one.policy_failures == 1

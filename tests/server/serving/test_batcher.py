@@ -50,6 +50,28 @@ async def test_a_batch_that_never_fills_starts_after_its_delay(start: Callable[.
     assert image_of(await bench.predict(1)) == 1
 
 
+class Waits:
+    """A policy that lets the first request wait for its mates."""
+
+    def __call__(self, view: View) -> Decision:
+        return uniform(view.waiting, 0)
+
+    def patience(self, _: View) -> float:
+        return SOON
+
+
+async def test_the_device_waits_for_mates_as_long_as_the_policy_wants(
+    start: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, stopped: Clock
+) -> None:
+    use(monkeypatch, Waits())
+    bench = start()
+    tasks = await bench.in_order(1, 2)
+    assert bench.device.batches == []
+    stopped.skip(SOON)
+    await asyncio.gather(*tasks)
+    assert bench.device.batches == [("first", (0, 0), (1, 2))]
+
+
 async def test_a_batch_holds_one_model_and_each_member_its_own_r(bench: Bench) -> None:
     await bench.hold_device()
     tasks = []

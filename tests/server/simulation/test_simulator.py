@@ -254,3 +254,17 @@ def test_an_answer_that_was_ready_outlives_its_replica() -> None:
     ready = cluster(jitter=0.0, between_batches=1.0, deaths=[Death(0.5, 0)])
     result = simulate([Arrival(0.0, 0.1)], ready)
     assert (result.in_time, result.lost) == (1, 0)
+
+
+def test_waiting_a_moment_for_the_mates_of_a_burst_answers_more_than_running_each_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Budgets of two images' time, in bursts of gaps whose CV² is 8."""
+    arrivals = draw(Steady(0.8 * CAPACITY, 20.0), (0.007,), cv2=8, seed=3)
+    patient = simulate(arrivals, cluster())
+    monkeypatch.setattr("tome_server.scheduling.policy.price._PATIENCE", 0.0)
+    hasty = simulate(arrivals, cluster())
+    assert_whole(patient, len(arrivals))
+    assert patient.mean_batch > hasty.mean_batch
+    assert patient.effective_accuracy > 1.03 * hasty.effective_accuracy
+    assert patient.late <= hasty.late + 0.001 * len(arrivals)

@@ -49,6 +49,11 @@ _CHEAP = 0.02
 # that were measured alike, the one that merges less leads by this share.
 _HAIR = 1e-4
 
+# Where the variance of the arrivals is this many times that of Poisson arrivals, mates come in bursts, and the device
+# waits for them, for this share of the tightest budget: `python -m benchmarks.tune_policy _BURSTS _PATIENCE`.
+_BURSTS = 1.5
+_PATIENCE = 0.02
+
 # A batch that takes no more than this share longer costs nothing.
 _FREE = 0.01
 # Up to this many waiting, each size of batch is a candidate; of more, each size this much smaller than the last.
@@ -108,6 +113,19 @@ class Price:
             if self._loses(view, waiting[len(decision.batch) :], ends, unit):
                 decision = _in_time(view, waiting[: self._chunk(view, waiting, view.now, unit)], self._top)
         return self._joined(view, decision, view.waiting[due:])
+
+    def patience(self, view: View) -> float:
+        """Return how long a free device may wait for batch-mates.
+
+        Requests that come right after a batch has begun wait for its end. Where the tightest budget is too short for
+        that and a batch of them, those of a burst would be lost that came together but for an instant.
+        """
+        traffic, latency, size = view.traffic, view.latency, len(view.waiting)
+        if size >= self._unit or traffic.dispersion < _BURSTS or not traffic.budgets:
+            return 0.0
+        tightest = traffic.budgets[0][0]
+        ends = latency.promised(size, self._top) + latency.promised(min(self._unit, latency.max_batch), self._top)
+        return _PATIENCE * tightest if tightest < ends and view.waiting[0].due < math.inf else 0.0
 
     def _outlook(self, view: View, waiting: Sequence[Waiting[Any]], merged: BySize) -> _Outlook:
         typical = self._typical(view, merged)

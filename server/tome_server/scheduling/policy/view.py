@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tome_server.scheduling.profile import Latency
 from tome_server.scheduling.queue import Waiting
@@ -46,6 +46,15 @@ class Policy(Protocol):
 
     def __call__(self, view: View) -> Decision:
         """Return a batch, requests to give up, or both; never neither."""
+        ...
+
+
+@runtime_checkable
+class Patient(Protocol):
+    """A policy that may let a free device wait for batch-mates: a pure function of the view as well."""
+
+    def patience(self, view: View) -> float:
+        """Return how many seconds after its first request has come the queue may wait; 0 for not at all."""
         ...
 
 
