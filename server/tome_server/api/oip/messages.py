@@ -22,7 +22,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 BYTES = "BYTES"
 # More than these are refused before anything is done for each of them, while nobody else is served: the elements of
 # BYTES, the dimensions of a shape, and the parameters or outputs of a request.
-MOST_ELEMENTS = 2**16
+MOST_ELEMENTS = 2**14
 MOST_DIMENSIONS = 8
 MOST_NAMED = 64
 # Elements of a request or an answer that don't travel as bytes: they are converted one by one.
@@ -107,8 +107,13 @@ class InferResponse:
     outputs: Sequence[Tensor]
 
 
+def excerpt(text: str) -> str:
+    """Return as much of a caller's text as a refusal may repeat, with escapes for what can't be printed."""
+    return shown(text)[1:-1]
+
+
 def shown(text: str) -> str:
-    """Return a caller's text, quoted, as a refusal may repeat it."""
+    """Return the same in quotes."""
     return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")
 
 

@@ -3,17 +3,26 @@
 import base64
 import binascii
 import json
-import math
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from tome_server.api.oip.images import INPUT
 from tome_server.api.oip.messages import (
     BYTES,
     DTYPES,
+    MOST_NAMED,
     MUCH,
     AsBytes,
     InferRequest,
@@ -21,16 +30,18 @@ from tome_server.api.oip.messages import (
     Parameter,
     RequestedOutput,
     Tensor,
+    check_count,
     check_datatype,
+    excerpt,
     shown,
     split,
 )
-from tome_server.errors import InvalidRequestError, TooLargeError
+from tome_server.api.reading import FEW
+from tome_server.api.rest.request_json import NumbersText, parse
+from tome_server.errors import InvalidRequestError
 
 M = TypeVar("M", bound=BaseModel)
 
-# Bytes of JSON in one request: it is parsed in one go, while nobody else is served.
-MOST_JSON = 8 * 2**20
 CONTENT_TYPE = "content_type"
 BASE64 = "base64"
 _SIZE = "binary_data_size"
@@ -38,17 +49,37 @@ _BINARY = "binary_data"
 _ALL_BINARY = "binary_data_output"
 
 
+def _few(given: object, info: ValidationInfo) -> object:
+    """Refuse a collection of too many members before an error is made for each of them."""
+    if isinstance(given, dict | list):
+        check_count(info.field_name or "request", len(given), MOST_NAMED)
+    return given
+
+
+def _one_input(given: object) -> object:
+    if isinstance(given, list) and len(given) != 1:
+        raise InvalidRequestError("inputs", f"must be one tensor, image; {len(given):,} are given")
+    return given
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few_members(cls, given: object, info: ValidationInfo) -> object:
+        return _few(given, info)
 
-_Parameters = Annotated[dict[str, bool | int | float | str], Field(default_factory=dict)]
+
+# As wide as gRPC's. Python's own have no bound, and can neither become a float nor text beyond some.
+_Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+_Parameters = Annotated[dict[str, bool | _Integer | float | str], Field(default_factory=dict), BeforeValidator(_few)]
 
 
 class _Input(_Strict):
     name: str
     datatype: str
-    shape: list[int]
+    shape: Annotated[list[_Integer], FailFast(), BeforeValidator(_few)]
     parameters: _Parameters
     data: Any = None
 
@@ -63,12 +94,17 @@ class _Request(_Strict):
     model_name: str = ""
     """No part of the protocol, but KServe's client repeats the path's here."""
     parameters: _Parameters
-    inputs: list[_Input]
-    outputs: list[_Output] = []
+    inputs: Annotated[list[_Input], BeforeValidator(_one_input)]
+    outputs: Annotated[list[_Output], FailFast(), BeforeValidator(_few)] = []
 
 
 class _Index(_Strict):
     ready: bool = False
+
+
+def takes_long_to_read(body: bytes, json_length: int | None) -> bool:
+    """Return whether `request_from` has so much text to read that the event loop should leave it to the reader."""
+    return (len(body) if json_length is None else json_length) > FEW
 
 
 def request_from(body: bytes, json_length: int | None, model: str, version: str) -> InferRequest:
@@ -83,11 +119,9 @@ def request_from(body: bytes, json_length: int | None, model: str, version: str)
     if json_length is not None and not 0 < json_length <= len(body):
         raise InvalidRequestError("Inference-Header-Content-Length", f"must lie in 0..{len(body)}, the body's length")
     text, behind = (body, b"") if json_length is None else (body[:json_length], body[json_length:])
-    request = _parse(text, _Request)
+    request, numbers = _parse(text, _Request)
     if request.model_name not in ("", model):
         raise InvalidRequestError("model_name", f"is {shown(request.model_name)}, and the path says {shown(model)}")
-    if len(request.inputs) != 1:
-        raise InvalidRequestError("inputs", f"must be one tensor, image; {len(request.inputs):,} are given")
     every = request.parameters.pop(_ALL_BINARY, False)
     as_bytes = AsBytes(
         _flag("parameters", _ALL_BINARY, every),
@@ -102,7 +136,7 @@ def request_from(body: bytes, json_length: int | None, model: str, version: str)
         version=version,
         id=request.id,
         parameters=request.parameters,
-        input=_tensor(request.inputs[0], behind),
+        input=_tensor(request.inputs[0], numbers, behind),
         outputs=[RequestedOutput(output.name, output.parameters) for output in request.outputs],
         as_bytes=as_bytes,
     )
@@ -153,23 +187,17 @@ def _json(value: object) -> str:
 
 def ready_only(body: bytes) -> bool:
     """Return whether a body, which may be empty, asks for the models that are ready alone."""
-    return _parse(body, _Index).ready if body else False
+    return _parse(body, _Index)[0].ready if body else False
 
 
-def _parse(body: bytes, kind: type[M]) -> M:
-    if len(body) > MOST_JSON:
-        raise TooLargeError(f"{len(body):,} bytes of JSON; at most {MOST_JSON:,} are taken, more as binary data behind")
+def _parse(body: bytes, kind: type[M]) -> tuple[M, NumbersText | None]:
+    described, numbers = parse(body)
     try:
-        return kind.model_validate(json.loads(body))
+        return kind.model_validate(described), numbers
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise InvalidRequestError(shown(where)[1:-1] or "request", first["msg"]) from error
-    except UnicodeDecodeError as error:
-        text = "is not JSON; an encoded image alone goes with the header Content-Type: image/… of its kind"
-        raise InvalidRequestError("request", text) from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequestError("request", f"is not JSON: {error}"[:200]) from error
+        raise InvalidRequestError(excerpt(where) or "request", first["msg"]) from error
 
 
 def _flag(where: str, name: str, value: Parameter) -> bool:
@@ -178,7 +206,8 @@ def _flag(where: str, name: str, value: Parameter) -> bool:
     return value
 
 
-def _tensor(given: _Input, behind: bytes) -> Tensor:
+def _tensor(given: _Input, numbers: NumbersText | None, behind: bytes) -> Tensor:
+    in_text = given.data is not None or numbers is not None
     check_datatype(given.datatype)
     for name in given.parameters:
         if name not in (_SIZE, CONTENT_TYPE):
@@ -186,22 +215,27 @@ def _tensor(given: _Input, behind: bytes) -> Tensor:
             raise InvalidRequestError("inputs.parameters", text)
     size, shape = given.parameters.get(_SIZE), tuple(given.shape)
     if (size or 0) != len(behind):
-        text = f"{_SIZE} is {shown(str(size or 0))[1:-1]}, and {len(behind):,} bytes follow the JSON"
+        text = f"{_SIZE} is {excerpt(str(size or 0))}, and {len(behind):,} bytes follow the JSON"
         raise InvalidRequestError("inputs.parameters", text)
-    if given.data is None and size is None:
+    if not in_text and size is None:
         raise InvalidRequestError("inputs.data", f"is missing; send it, or {_SIZE} and binary data")
-    if given.data is not None and size is not None:
+    if in_text and size is not None:
         raise InvalidRequestError("inputs.data", "is given, and so is binary data; send one")
     encoding = given.parameters.get(CONTENT_TYPE)
-    if encoding is not None and (encoding != BASE64 or given.datatype != BYTES or given.data is None):
+    if encoding is not None and (encoding != BASE64 or given.datatype != BYTES or not in_text):
         text = f"{CONTENT_TYPE} can be {BASE64}, of {BYTES} in JSON, and nothing else"
         raise InvalidRequestError("inputs.parameters", text)
     data: bytes | Sequence[bytes]
-    if given.datatype == BYTES:
-        count = shape[0] if shape else 0
-        data = split(behind, count) if given.data is None else _strings(given.data, encoding is not None)
+    if given.datatype == BYTES and in_text:
+        data = _strings(given.data, encoding is not None)
+    elif given.datatype == BYTES:
+        data = split(behind, shape[0] if shape else 0)
+    elif numbers is not None:
+        data = numbers.read(given.datatype, shape)
+    elif in_text:
+        raise InvalidRequestError("inputs.data", f"of {given.datatype} must be numbers of that type")
     else:
-        data = behind if given.data is None else _numbers(given.data, given.datatype, shape)
+        data = behind
     return Tensor(given.name, given.datatype, shape, data)
 
 
@@ -215,20 +249,3 @@ def _strings(data: object, encoded: bool) -> list[bytes]:
         return [base64.b64decode(text, validate=True) if encoded else text.encode() for text in flat]
     except (binascii.Error, ValueError) as error:
         raise InvalidRequestError("inputs.data", f"is not {BASE64 if encoded else 'text'}: {error}"[:200]) from error
-
-
-def _numbers(data: object, datatype: str, shape: tuple[int, ...]) -> bytes:
-    """Return numbers in JSON, in one list or nested as the shape says, as bytes."""
-    try:
-        array = np.array(data)
-    except ValueError as error:  # lists of unequal length
-        raise InvalidRequestError("inputs.data", "is neither one list nor nested like the shape") from error
-    if array.shape != shape and (array.ndim != 1 or array.size != math.prod(shape)):
-        text = f"is of shape {list(array.shape)[:8]}; the shape says {list(shape)[:8]}"
-        raise InvalidRequestError("inputs.data", text)
-    if array.dtype.kind not in ("iu" if datatype == "UINT8" else "iuf"):
-        raise InvalidRequestError("inputs.data", f"of {datatype} must be numbers of that type")
-    if datatype == "UINT8" and array.size and not 0 <= array.min() <= array.max() <= 255:
-        raise InvalidRequestError("inputs.data", "of UINT8 must lie in 0..255")
-    with np.errstate(over="ignore"):  # too large for FP32 is infinite, and refused as that
-        return array.astype(DTYPES[datatype]).tobytes()

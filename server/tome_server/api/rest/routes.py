@@ -18,6 +18,7 @@ from tome_server.api.oip.describe import server_metadata
 from tome_server.api.oip.messages import shown
 from tome_server.api.oip.parameters import seconds_of
 from tome_server.api.oip.service import OpenInference
+from tome_server.api.reading import read_aside
 from tome_server.api.rest import convert
 from tome_server.api.rest.access import Access
 from tome_server.api.rest.body import ClientGoneError, read_body
@@ -98,7 +99,7 @@ class Protocol:
     async def index(self, request: Request) -> Response:
         """List the models."""
         body = await read_body(request, self._max_bytes)
-        return JSONResponse(self._service.index(convert.ready_only(body)))
+        return JSONResponse(self._service.index(await read_aside(convert.ready_only, body)))
 
     async def load(self, request: Request) -> Response:
         """Take a model into service."""
@@ -153,7 +154,10 @@ class Protocol:
         time_remaining = _time_remaining(headers.get(TIMEOUT))
         json_length = _json_length(headers)
         body = await read_body(request, self._max_bytes)
-        asked = convert.request_from(body, json_length, name, version)
+        if convert.takes_long_to_read(body, json_length):
+            asked = await read_aside(convert.request_from, body, json_length, name, version)
+        else:
+            asked = convert.request_from(body, json_length, name, version)
         response = await _unless_gone(request.receive, self._service.infer(asked, arrival, time_remaining))
         if convert.takes_long(response):
             content, json_length = await asyncio.to_thread(convert.response_to, response, asked.as_bytes)

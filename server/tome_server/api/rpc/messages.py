@@ -7,13 +7,16 @@ method that takes one, would stay open until its client gives it up.
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError
 
+from tome_server.api.reading import FEW
+from tome_server.api.rpc.message_fields import check_fields
 from tome_server.api.status import abort, code_name, status_of
-from tome_server.errors import InvalidRequestError
+from tome_server.errors import InvalidRequestError, RequestError
 from tome_server.observability.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -21,6 +24,7 @@ log = logging.getLogger(__name__)
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Parse: TypeAlias = Callable[[bytes], object]
+M = TypeVar("M", bound=RequestError)
 
 
 class MessageInterceptor(grpc.aio.ServerInterceptor):
@@ -49,13 +53,15 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):
                 return self._messages(requests, parse)
             request: Any = await context.read()
             if request is grpc.aio.EOF:
-                raise self._unreadable("is missing: the call sent no message, or not all of it")
+                raise self._refused(
+                    InvalidRequestError("request", "is missing: the call sent no message, or not all of it")
+                )
             return self._parsed(request, parse)
 
         async def one(requests: AsyncIterator[bytes], context: Context) -> object:
             try:
                 return await inner(await given(requests, context), context)
-            except InvalidRequestError as error:
+            except RequestError as error:
                 await abort(context, status_of(error))
 
         async def many(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[object]:
@@ -63,7 +69,7 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):
                 async with aclosing(inner(await given(requests, context), context)) as responses:
                     async for response in responses:
                         yield response
-            except InvalidRequestError as error:
+            except RequestError as error:
                 await abort(context, status_of(error))
 
         changes = {f"{takes}_{gives}": None, f"stream_{gives}": many if handler.response_streaming else one}
@@ -76,12 +82,22 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):
 
     def _parsed(self, request: bytes, parse: Parse) -> object:
         try:
+            if len(request) > FEW and (kind := _kind(parse)) is not None:
+                check_fields(request, kind)
             return parse(request)
         except DecodeError as error:
-            raise self._unreadable(f"can't be read: {error}") from None
+            raise self._refused(InvalidRequestError("request", f"can't be read: {error}")) from None
+        except RequestError as error:
+            raise self._refused(error) from None
 
-    def _unreadable(self, why: str) -> InvalidRequestError:
-        error = InvalidRequestError("request", why)
+    def _refused(self, error: M) -> M:
+        """Count and log a message that was not read."""
         self._metrics.requests.labels("unknown", code_name(status_of(error))).inc()
         log.debug("%s", error)
         return error
+
+
+def _kind(parse: Parse) -> Descriptor | None:
+    """Return what kind of message a method takes, None for bytes: gRPC parses by the class's method FromString."""
+    kind = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
+    return kind if isinstance(kind, Descriptor) else None

@@ -1,6 +1,7 @@
 """Between the Open Inference Protocol's messages and what they mean."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from tome_server.api.oip.messages import (
     shown,
     split,
 )
+from tome_server.api.reading import FEW, PART
 from tome_server.errors import InvalidRequestError, TooLargeError
 
 # Where elements of a datatype are, unless raw.
@@ -53,6 +55,13 @@ def request_from(message: pb.ModelInferRequest) -> InferRequest:
             for output in message.outputs
         ],
         as_bytes=AsBytes(every=bool(message.raw_input_contents)),
+    )
+
+
+def takes_long_to_read(message: pb.ModelInferRequest) -> bool:
+    """Return whether `request_from` has so many elements to convert that it should be left to the reader."""
+    return any(
+        max(len(one.contents.fp32_contents), len(one.contents.uint_contents)) > FEW for one in message.inputs[:1]
     )
 
 
@@ -135,9 +144,12 @@ def _typed(tensor: pb.ModelInferRequest.InferInputTensor) -> bytes:
     if len(values) > MOST_TYPED:
         text = f"at most {MOST_TYPED:,} are taken in contents, more in raw_input_contents"
         raise TooLargeError(f"{len(values):,} elements in {_CONTENTS[tensor.datatype]}; {text}")
-    if tensor.datatype == "FP32":
-        return np.array(values, DTYPES["FP32"]).tobytes()
+    starts = range(0, len(values), PART)
     try:
-        return bytes(values)
+        return b"".join(_as_bytes(values[start : start + PART], tensor.datatype) for start in starts)
     except ValueError:
         raise InvalidRequestError("inputs.contents", "of UINT8 must lie in 0..255") from None
+
+
+def _as_bytes(values: Sequence[Any], datatype: str) -> bytes:
+    return np.array(values, DTYPES["FP32"]).tobytes() if datatype == "FP32" else bytes(values)

@@ -13,6 +13,7 @@ from tome_api.oip import open_inference_pb2_grpc
 from tome_server.api.counting import counted
 from tome_server.api.oip.describe import server_metadata
 from tome_server.api.oip.service import OpenInference
+from tome_server.api.reading import read_aside
 from tome_server.api.rpc import oip_convert
 from tome_server.api.rpc.streams import Context, answered
 from tome_server.api.status import abort, code_name, status_of
@@ -138,7 +139,10 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
         """Answer one message and count how that went."""
         arrival = asyncio.get_running_loop().time()
         with counted(self._service.engine, message.model_name):
-            request = oip_convert.request_from(message)
+            if oip_convert.takes_long_to_read(message):
+                request = await read_aside(oip_convert.request_from, message)
+            else:
+                request = oip_convert.request_from(message)
             response = await self._service.infer(request, arrival, context.time_remaining())
             raw = request.as_bytes.every
             if oip_convert.takes_long(response, raw=raw):

@@ -321,7 +321,7 @@ def test_bodies_and_headers_that_cannot_be_right_are_400(base: str) -> None:
     cases: dict[str, tuple[bytes, dict[str, str]]] = {
         "request: is not JSON: ": (b"{", {}),
         "request: is not JSON: \x20": (b"", {}),
-        "request: is not JSON:": (b"[" * 100_000, {}),
+        "request: is not JSON:": (b"[" * 10_000, {}),
         "request: is not JSON: Expecting": (b"\xff\xfe", {}),
         "request: is not JSON; an encoded image alone goes with the header ": (b"\x89PNG", {}),
         f"{JSON_LENGTH}: must lie in 0..": (body, {JSON_LENGTH: str(len(body) + 1)}),
