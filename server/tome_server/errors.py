@@ -22,6 +22,17 @@ class EncodingError(InvalidRequestError):
     """The request is encoded in a way that isn't taken."""
 
 
+class SlowBodyError(InvalidRequestError):
+    """The body of the request did not arrive in time."""
+
+
+class ClientGoneError(RequestError):
+    """The client closed its connection before there was an answer."""
+
+    def __init__(self) -> None:
+        super().__init__("the client closed its connection")
+
+
 class UnknownModelError(RequestError):
     """No model of that name is hosted."""
 

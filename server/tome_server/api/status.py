@@ -10,6 +10,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from tome_server.errors import (
+    ClientGoneError,
     ClientLimitError,
     EncodingError,
     ExpiredError,
@@ -19,6 +20,7 @@ from tome_server.errors import (
     NoMemoryError,
     OverloadedError,
     RequestError,
+    SlowBodyError,
     TooLargeError,
     UnavailableError,
     UnknownModelError,
@@ -30,6 +32,8 @@ DOMAIN = "tome-serving"
 _CODES = {
     InvalidRequestError: code_pb2.INVALID_ARGUMENT,
     EncodingError: code_pb2.INVALID_ARGUMENT,
+    SlowBodyError: code_pb2.INVALID_ARGUMENT,
+    ClientGoneError: code_pb2.CANCELLED,
     UnknownModelError: code_pb2.NOT_FOUND,
     UnknownVersionError: code_pb2.NOT_FOUND,
     InfeasibleError: code_pb2.DEADLINE_EXCEEDED,

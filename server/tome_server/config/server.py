@@ -111,6 +111,10 @@ class ConnectionsConfig(Strict):
     """Calls at once on one connection, a Watch of its health included; a client's further calls wait."""
     max_connections: Count | None = None
     """gRPC connections at once; more are closed as they come. By default as many as there may be open files."""
+    max_http_connections: Count = 1024
+    """Connections to the address of metrics and REST at once; more get 503 and are closed."""
+    max_http_connections_per_address: Count = 512
+    """Those of one address, so that no client keeps metrics and probes out; behind a proxy all have the proxy's."""
     max_age: Annotated[Duration, Field(gt=0)] | None = None
     """Age at which a client has to reconnect, give or take a tenth, so that balancers can move it; by default never."""
     max_age_grace: Duration = 30.0

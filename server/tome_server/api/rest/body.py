@@ -6,10 +6,9 @@ import zlib
 from starlette.requests import ClientDisconnect, Request
 
 from tome_server.api.oip.messages import shown
-from tome_server.errors import EncodingError, InvalidRequestError, TooLargeError
+from tome_server.api.rest.connection import BODY_TIME
+from tome_server.errors import ClientGoneError, EncodingError, InvalidRequestError, SlowBodyError, TooLargeError
 
-# Seconds that a body may take to come.
-PATIENCE = 60.0
 IDENTITY = "identity"
 # zlib's window bits: 15 for its own format, which HTTP calls deflate, and 16 more for gzip's.
 CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
@@ -17,15 +16,11 @@ CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 _FEW = 4096
 
 
-class ClientGoneError(asyncio.CancelledError):
-    """The client has closed its connection, and no answer would be received."""
-
-
 async def read_body(request: Request, most: int) -> bytes:
     """Return a request's body, as it was before it was compressed.
 
     Raises TooLargeError if it has more than `most` bytes, compressed or not, EncodingError for a coding that isn't
-    taken, InvalidRequestError if it is damaged or doesn't come, and ClientGoneError.
+    taken, SlowBodyError, InvalidRequestError if it is damaged, and ClientGoneError.
     """
     coding = _coding(request)
     body = await _received(request, most)
@@ -73,14 +68,14 @@ def _coding(request: Request) -> str | None:
 async def _received(request: Request, most: int) -> bytes:
     parts, size = [], 0
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(BODY_TIME):
             async for part in request.stream():
                 size += len(part)
                 if size > most:
                     raise _too_large(most)
                 parts.append(part)
     except TimeoutError:
-        raise InvalidRequestError("body", f"did not come within {PATIENCE:.0f} s") from None
+        raise SlowBodyError("body", f"did not come within {BODY_TIME:.0f} s") from None
     except ClientDisconnect:
         raise ClientGoneError from None
     return b"".join(parts)

@@ -8,10 +8,18 @@ from starlette.responses import Response
 
 from tome_server.api.rest.body import CODINGS
 from tome_server.api.status import code_name, status_of
-from tome_server.errors import ClientLimitError, EncodingError, InfeasibleError, OverloadedError, TooLargeError
+from tome_server.errors import (
+    ClientLimitError,
+    EncodingError,
+    InfeasibleError,
+    OverloadedError,
+    SlowBodyError,
+    TooLargeError,
+)
 
 # As google.rpc.Code says that its codes map to HTTP.
 _HTTP = {
+    code_pb2.CANCELLED: 499,  # as nginx has it in its logs; no client receives it
     code_pb2.INVALID_ARGUMENT: 400,
     code_pb2.NOT_FOUND: 404,
     code_pb2.RESOURCE_EXHAUSTED: 429,
@@ -19,6 +27,7 @@ _HTTP = {
     code_pb2.UNAVAILABLE: 503,
     code_pb2.DEADLINE_EXCEEDED: 504,
 }
+_TIMEOUT = 408
 _TOO_LARGE = 413
 _UNSUPPORTED_MEDIA = 415
 _INTERNAL = 500
@@ -36,6 +45,8 @@ def refusal(error: Exception) -> Response:
     code = _HTTP.get(status.code, _INTERNAL)
     if isinstance(error, TooLargeError):
         code = _TOO_LARGE
+    if isinstance(error, SlowBodyError):
+        code, headers["Connection"] = _TIMEOUT, "close"
     if isinstance(error, EncodingError):
         code, headers["Accept-Encoding"] = _UNSUPPORTED_MEDIA, ", ".join(CODINGS)
     return Response(json.dumps(answer), code, headers, "application/json")

@@ -21,10 +21,17 @@ from tome_server.api.oip.service import OpenInference
 from tome_server.api.reading import read_aside
 from tome_server.api.rest import convert
 from tome_server.api.rest.access import Access
-from tome_server.api.rest.body import ClientGoneError, read_body
+from tome_server.api.rest.body import read_body
 from tome_server.api.rest.errors import refusal
 from tome_server.api.tokens import Tokens
-from tome_server.errors import InvalidRequestError, OverloadedError, RequestError, UnavailableError, UnsupportedError
+from tome_server.errors import (
+    ClientGoneError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestError,
+    UnavailableError,
+    UnsupportedError,
+)
 from tome_server.serving.engine import RETRY_AFTER
 
 T = TypeVar("T")
@@ -39,8 +46,6 @@ UNSUPPORTED = (
     "/v2/models/{name}/trace/setting",
     "/v2/logging",
 )
-# What nginx calls it, in logs: nobody receives it.
-_CLIENT_GONE = 499
 
 
 class Protocol:
@@ -124,8 +129,6 @@ class Protocol:
         try:
             with counted(self._service.engine, name):
                 return await self._infer(request, arrival, name, version)
-        except ClientGoneError:
-            return Response(status_code=_CLIENT_GONE)
         finally:
             self._answering -= 1
             if not self._answering:

@@ -4,17 +4,21 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
+from functools import partial
 
 import uvicorn
 
 from tome_server.api.message_limit import message_limit
 from tome_server.api.oip.service import OpenInference
+from tome_server.api.rest.connection import BoundedProtocol, Connections
 from tome_server.api.rest.routes import Protocol, application
 from tome_server.api.tokens import Tokens
 from tome_server.errors import PortInUseError
 
 # Seconds that an idle connection stays open: longer than load balancers keep theirs, which must not lose a race.
 KEEP_ALIVE = 75
+# Connections that are accepted in one turn of the event loop, at some 50 µs each; later ones wait in the kernel.
+BACKLOG = 256
 # What is still being sent when the server ends has so many seconds.
 LAST_BYTES = 1
 
@@ -31,6 +35,8 @@ class HttpServer:
         address: str,
         *,
         max_image_bytes: int,
+        max_connections: int,
+        max_connections_per_address: int,
         protocol: bool = True,
         tokens: Tokens | None = None,
     ) -> None:
@@ -41,7 +47,8 @@ class HttpServer:
         self._protocol = Protocol(service, message_limit(max_image_bytes)) if protocol else None
         config = uvicorn.Config(
             application(self._protocol, service, tokens),
-            http="httptools",
+            http=partial(BoundedProtocol, Connections(max_connections, max_connections_per_address)),  # type: ignore[arg-type]
+            backlog=BACKLOG,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -100,7 +107,7 @@ def _listen(host: str, port: int, address: str) -> socket.socket:
     try:
         family, *_ = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         dual = family == socket.AF_INET6 and host in ("", "::") and socket.has_dualstack_ipv6()
-        listening = socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=dual)
+        listening = socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=dual)
     except OSError as error:
         raise PortInUseError(f"can't serve metrics on {address}: {error.strerror}") from error
     # Else the body of an answer waits for the acknowledgement of its head, 40 ms: asyncio asks for this only where a
