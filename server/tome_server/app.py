@@ -147,6 +147,7 @@ def _rpc_settings(config: ServerConfig) -> RpcSettings:
         tokens=Tokens(auth.tokens) if auth else None,
         max_concurrent_streams=connections.max_concurrent_streams,
         max_connections=connections.max_connections,
+        compression=connections.compression,
         max_age=connections.max_age,
         max_age_grace=connections.max_age_grace,
         reflection=config.reflection,

@@ -111,6 +111,8 @@ class ConnectionsConfig(Strict):
     """Calls at once on one connection, a Watch of its health included; a client's further calls wait."""
     max_connections: Count | None = None
     """gRPC connections at once; more are closed as they come. By default as many as there may be open files."""
+    compression: bool = Field(default=False, strict=True)
+    """Take gRPC messages that come compressed, which gRPC inflates whole, to any size, before it limits their bytes."""
     max_http_connections: Count = 1024
     """Connections to the address of metrics and REST at once; more get 503 and are closed."""
     max_http_connections_per_address: Count = 512

@@ -4,6 +4,7 @@ Left to gRPC, they would be answered with UNKNOWN and logged with a traceback; a
 method that takes one, would stay open until its client gives it up.
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -16,8 +17,12 @@ from google.protobuf.message import DecodeError
 from tome_server.api.reading import FEW
 from tome_server.api.rpc.message_fields import check_fields
 from tome_server.api.status import abort, code_name, status_of
-from tome_server.errors import InvalidRequestError, RequestError
+from tome_server.errors import InvalidRequestError, RequestError, SlowBodyError
 from tome_server.observability.metrics import Metrics
+
+# Seconds that a call's message may take to come, where it has only one: gRPC holds what is there of it. Between those
+# of a stream there may be any time.
+MESSAGE_TIME = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +56,11 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):
         async def given(requests: AsyncIterator[bytes], context: Context) -> object:
             if handler.request_streaming:
                 return self._messages(requests, parse)
-            request: Any = await context.read()
+            try:
+                async with asyncio.timeout(MESSAGE_TIME):
+                    request: Any = await context.read()
+            except TimeoutError:
+                raise self._refused(SlowBodyError("request", f"did not come within {MESSAGE_TIME:.0f} s")) from None
             if request is grpc.aio.EOF:
                 raise self._refused(
                     InvalidRequestError("request", "is missing: the call sent no message, or not all of it")

@@ -26,6 +26,9 @@ SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 # Bytes of a call's metadata: names, values and 32 for each entry, as HTTP/2 counts them. One limit for both of gRPC's:
 # between them, by default 8 and 16 KiB, it refuses calls at random.
 MOST_METADATA = 16 * 2**10
+# Of gRPC's algorithms none but that which changes nothing. A compressed message is refused on its head: inflated, it
+# would be held whole before `max_receive_message_length` is looked at, and one of 400 kB can be 400 MB.
+ONLY_IDENTITY = 1 << grpc.Compression.NoCompression
 # Seconds from NOT_SERVING to the first refusal: clients that watch health have gone elsewhere by then.
 NOTICE = 0.2
 # Seconds in which calls that have arrived are taken from gRPC's hands, and refused, before the server stops.
@@ -50,6 +53,8 @@ class RpcSettings:
     """Calls at once on one connection; clients keep back more."""
     max_connections: int | None = None
     """At once; more are closed as they come."""
+    compression: bool = False
+    """Take messages that come compressed."""
     max_age: float | None = None
     """Seconds after which a connection is closed, give or take a tenth, so that its client connects anew."""
     max_age_grace: float | None = None
@@ -150,6 +155,8 @@ def server_options(settings: RpcSettings) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
+    if not settings.compression:
+        options.append(("grpc.compression_enabled_algorithms_bitset", ONLY_IDENTITY))
     if settings.max_concurrent_streams is not None:
         options.append(("grpc.max_concurrent_streams", settings.max_concurrent_streams))
     if settings.max_connections is not None:
