@@ -1,4 +1,4 @@
-"""Counts requests by how they ended, whatever protocol they came by."""
+"""Counts requests by status code, for both protocols."""
 
 import logging
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def counted(engine: Engine, model: str) -> Iterator[None]:
-    """Count how answering a request for `model` ended. An error that isn't the request's is logged."""
+    """Count the status with which the block ends. An error that isn't a RequestError is logged."""
     code = "CANCELLED"
     try:
         yield
@@ -28,7 +28,7 @@ def counted(engine: Engine, model: str) -> Iterator[None]:
 
 
 def count(engine: Engine, model: str, code: str) -> None:
-    """Count an answer. A model's name is the caller's text until it is known, and no label for metrics."""
+    """Count a response. A name that no model has is the caller's text, and must not become a label."""
     registry = engine.registry
     name = model or registry.default_name
     engine.metrics.requests.labels(name if name in registry.names else "unknown", code).inc()

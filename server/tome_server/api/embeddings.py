@@ -1,13 +1,13 @@
-"""Features as callers ask for them, whatever protocol they ask by."""
+"""Features in the form that the request asked for, for both protocols."""
 
 import numpy as np
 
 
 def embeddings(values: np.ndarray, *, normalize: bool, float16: bool) -> np.ndarray:
-    """Return features [..., D] as little-endian float32 or float16, divided by their Euclidean length if asked to.
+    """Return features [..., D] as little-endian float32 or float16.
 
-    What float16 can't hold, beyond 65,504 by amount, becomes infinite; features of length 0 stay 0, and of infinite
-    ones nothing but zeros and NaN is left.
+    `normalize` divides them by their Euclidean length. float16 turns values beyond ±65,504 into infinities. Features of
+    length 0 stay 0, and normalising infinite ones leaves only zeros and NaN.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         if normalize:

@@ -1,5 +1,6 @@
-"""The status contract: which gRPC status and details each reason for refusal becomes."""
+"""The status contract: the gRPC status and details of each error."""
 
+import asyncio
 from typing import NoReturn
 
 import grpc
@@ -49,7 +50,7 @@ _CODES = {
 
 
 def status_of(error: Exception) -> status_pb2.Status:
-    """Return the status for `error`; INTERNAL, without its text, for anything but a RequestError."""
+    """Return the status for `error`. Anything but a RequestError becomes INTERNAL, without its text."""
     if not isinstance(error, RequestError):
         return status_pb2.Status(code=code_pb2.INTERNAL, message="the server failed; its log says why")
     return status_pb2.Status(code=_CODES[type(error)], message=str(error), details=_details(error))
@@ -61,14 +62,19 @@ def code_name(status: status_pb2.Status) -> str:
 
 
 async def abort(context: "grpc.aio.ServicerContext[object, object]", status: status_pb2.Status) -> NoReturn:
-    """End the call with `status` and its details; a full queue also tells clients' retry policies when to come back."""
+    """End the call with `status` and its details. If the queue is full, a trailer says when clients may retry."""
     trailers = [*(rpc_status.to_status(status).trailing_metadata or ())]
     for detail in status.details:
         info = error_details_pb2.RetryInfo()
         if detail.Unpack(info):
             trailers.append(("grpc-retry-pushback-ms", str(max(1, info.retry_delay.ToMilliseconds()))))
     code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
-    await context.abort(code, status.message, tuple(trailers))
+    try:
+        await context.abort(code, status.message, tuple(trailers))
+    except grpc.aio.InternalError:
+        # gRPC has ended the call itself meanwhile, for a message that is too large. A call that is cancelled ends
+        # without a line in the log.
+        raise asyncio.CancelledError from None
     raise AssertionError("abort raises")
 
 

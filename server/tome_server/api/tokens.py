@@ -16,15 +16,16 @@ log = logging.getLogger(__name__)
 LEAST_LENGTH = 16
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 _SCHEME = "bearer "
-# Digits of a token's digest that name its holder: enough to tell a few thousand apart, too few to find the token by.
+# Digits of a token's digest that name its holder: enough to tell a few thousand apart, too few to recover the token.
 _NAMED = 8
 
 
 class Tokens:
-    """The tokens of a file: one a line; empty lines and those that start with # don't count.
+    """The tokens of a file, one on each line. Empty lines and lines that start with # are skipped.
 
-    The file is looked at with each question, and read when it has changed. What can't be used then is logged, and the
-    tokens before stay valid; a file without tokens leaves none valid. Raises ConfigError if there are none at first.
+    Each lookup checks whether the file has changed, and reads it again if so. If the new contents can't be used, that
+    is logged and the previous tokens stay valid. A file without tokens leaves none valid. Raises ConfigError if the
+    file holds no tokens at first.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,16 +37,16 @@ class Tokens:
         except OSError as error:
             raise ConfigError(f"auth.tokens: {path}: {error.strerror}") from error
         if not self._digests:
-            raise ConfigError(f"auth.tokens: {path} holds no tokens, so that nobody could ask anything")
+            raise ConfigError(f"auth.tokens: {path} holds no tokens, so every call would be refused")
 
     def holder(self, authorization: str | bytes | None) -> str | None:
-        """Return a short name of whose token an authorization header holds, None if it is nobody's."""
+        """Return a short name for the holder of the token in an authorization header, None if the token is unknown."""
         self._follow()
         header = authorization.decode("latin-1") if isinstance(authorization, bytes) else authorization or ""
         if header[: len(_SCHEME)].lower() != _SCHEME:
             return None
         given = _digest(header[len(_SCHEME) :].strip())
-        # All of them, each in constant time: how long it takes tells nothing.
+        # Every token is compared, each in constant time, so that the time taken reveals nothing.
         found = [digest for digest in self._digests if hmac.compare_digest(digest, given)]
         return f"token-{found[0].hex()[:_NAMED]}" if found else None
 
@@ -70,9 +71,9 @@ class Tokens:
 
 
 def _read(path: Path) -> list[bytes]:
-    """Return the digests of a file's tokens; the tokens themselves are kept nowhere, and can't be logged.
+    """Return the digests of a file's tokens. The tokens themselves are not kept, so they can't be logged.
 
-    Raises ConfigError, which doesn't repeat them either.
+    Raises ConfigError, whose text doesn't repeat them either.
     """
     digests = []
     try:

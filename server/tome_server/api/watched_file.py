@@ -1,4 +1,4 @@
-"""Files that may be exchanged while the server runs: certificates, tokens."""
+"""Files that may be replaced while the server runs: certificates and tokens."""
 
 from pathlib import Path
 from typing import TypeAlias
@@ -7,6 +7,9 @@ State: TypeAlias = tuple[tuple[int, int, int], ...]
 
 
 def state(*paths: Path) -> State:
-    """Return what differs once a file was written or replaced, behind a link too. Raises OSError if one is missing."""
+    """Return a value that changes when a file, or a link's target, is written or replaced.
+
+    Raises OSError if a file is missing.
+    """
     found = [path.stat() for path in paths]
     return tuple((file.st_mtime_ns, file.st_ino, file.st_size) for file in found)

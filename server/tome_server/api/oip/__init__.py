@@ -1,1 +1,1 @@
-"""The Open Inference Protocol, version 2: what its tensors and parameters mean to the engine, whatever carries them."""
+"""The Open Inference Protocol, version 2, independent of the transport: its tensors, parameters and descriptions."""

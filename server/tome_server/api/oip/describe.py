@@ -1,4 +1,4 @@
-"""Models and server in the protocol's words, as plain values: gRPC's messages and HTTP's JSON have the same fields."""
+"""Descriptions of models and server, as plain values: gRPC's messages and HTTP's JSON have the same fields."""
 
 import importlib.metadata
 import math
@@ -38,8 +38,8 @@ def version_of(served: Served) -> str:
 def model_metadata(served: Served) -> dict[str, Any]:
     """Return ModelMetadataResponse.
 
-    Of the input's datatypes it names FP32, which clients can fill by themselves; of the outputs those that come without
-    a wish, for some clients ask for all that are named here.
+    Of the input's datatypes it names FP32, which clients can fill by themselves. It names only the outputs that come by
+    default, because some clients request every output that is named here.
     """
     model = served.model
     return {
@@ -56,7 +56,7 @@ def model_metadata(served: Served) -> dict[str, Any]:
 
 
 def model_config(served: Served, engine: Engine) -> dict[str, Any]:
-    """Return ModelConfig, with limits and defaults as they hold for this model."""
+    """Return ModelConfig, with the limits and defaults of this model."""
     model, own, limits = served.model, served.own, served.model.preprocess.limits
     about = {
         "architecture": model.architecture,
@@ -105,7 +105,7 @@ def model_config(served: Served, engine: Engine) -> dict[str, Any]:
 
 
 def repository_index(engine: Engine, ready_only: bool) -> list[dict[str, Any]]:
-    """Return RepositoryIndexResponse's models; which version loads isn't known yet."""
+    """Return the models of RepositoryIndexResponse. The version of a model that is loading isn't known yet."""
     states = {(served.model.name, version_of(served)): "UNLOADING" for served in engine.registry.leaving}
     for name in engine.registry.names:
         served = engine.registry.models.get(name)
@@ -118,10 +118,10 @@ def repository_index(engine: Engine, ready_only: bool) -> list[dict[str, Any]]:
 
 
 def model_statistics(metrics: Metrics, served: Served, last_inference: int) -> dict[str, Any]:
-    """Return ModelStatistics, of what the model answered by whatever protocol; `last_inference` in ms of the epoch.
+    """Return ModelStatistics over both protocols. `last_inference` is in milliseconds since the epoch.
 
-    Each image of a request counts as one success, a request that failed as one failure. What other versions of the
-    model answered before it counts too.
+    Each image of a request counts as one success, and a failed request as one failure. Earlier versions of the model
+    are included.
     """
     name = served.model.name
 

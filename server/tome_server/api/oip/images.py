@@ -1,4 +1,4 @@
-"""From the input tensor to images that can be scheduled one by one."""
+"""Splits the input tensor into images that are scheduled one by one."""
 
 import math
 
@@ -14,7 +14,7 @@ def images_of(tensor: Tensor, most: int) -> list[EncodedImage | Pixels | Normali
 
     FP32 [N, C, H, W] is the model's own input, UINT8 [N, H, W, 3] are RGB pixels, BYTES [N] or [N, 1] encoded images.
     Raises InvalidRequestError if the tensor is none of these or contradicts itself, TooLargeError if there are more
-    than `most`. What a single image may be is checked when it is prepared.
+    than `most`. The images themselves are checked when they are prepared.
     """
     if tensor.name != INPUT:
         raise InvalidRequestError("inputs", f"the only input is called {INPUT}, not {shown(tensor.name)}")
@@ -31,14 +31,14 @@ def images_of(tensor: Tensor, most: int) -> list[EncodedImage | Pixels | Normali
         raise InvalidRequestError(INPUT, text)
     _check_number(count, most)
     shape, size = tensor.shape[1:], len(data) // count
-    # A slice of all would be a copy of all.
+    # Slicing bytes copies them, which a single image doesn't need.
     parts = [data] if count == 1 else [data[i * size : (i + 1) * size] for i in range(count)]
     kind = Normalised if tensor.datatype == "FP32" else Pixels
     return [kind(shape, part) for part in parts]
 
 
 def _count(tensor: Tensor) -> int:
-    """Return how many images the shape promises. Raises InvalidRequestError if it is none of the datatype's."""
+    """Return the number of images in the shape. Raises InvalidRequestError if the datatype can't have this shape."""
     shape = tensor.shape
     check_count("image.shape", len(shape), MOST_DIMENSIONS)
     form, fits = {

@@ -1,4 +1,4 @@
-"""A request and its answer in the protocol's terms; gRPC and HTTP are two ways to write them down."""
+"""Requests and responses of the protocol, as values that gRPC's messages and HTTP's bodies are converted to."""
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from tome_server.errors import InvalidRequestError, TooLargeError
 
 Parameter: TypeAlias = bool | int | float | str
 
-# NumPy's types of the datatypes we use, in the protocol's byte order; an element of BYTES has no fixed size.
+# NumPy's types for the datatypes in use, in the protocol's byte order. Elements of BYTES have no fixed size.
 DTYPES: dict[str, np.dtype[Any]] = {
     "FP16": np.dtype("<f2"),
     "FP32": np.dtype("<f4"),
@@ -20,18 +20,18 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "UINT8": np.dtype("u1"),
 }
 BYTES = "BYTES"
-# More than these are refused before anything is done for each of them, while nobody else is served: the elements of
-# BYTES, the dimensions of a shape, and the parameters or outputs of a request.
+# A request with more is refused before any work is done for each: the elements of BYTES, the dimensions of a shape, and
+# the parameters or outputs of a request.
 MOST_ELEMENTS = 2**14
 MOST_DIMENSIONS = 8
 MOST_NAMED = 64
-# Elements of a request or an answer that don't travel as bytes: they are converted one by one.
+# Elements of a request or response that don't travel as bytes, and so are converted one by one.
 MOST_TYPED = 4 * 2**20
-# Bytes of tensors that are so converted in the event loop; more take a thread.
+# Bytes of such tensors that are converted in the event loop; more are converted in a thread.
 MUCH = 2**18
-# Elements that are converted in one go.
+# Elements that are converted at once.
 _PART = 4096
-# Characters of a caller's text that a refusal repeats: gRPC drops statuses of more than a few kilobytes.
+# Characters of a caller's text that an error repeats: gRPC drops statuses of more than a few kilobytes.
 _SHOWN = 60
 
 
@@ -43,15 +43,15 @@ class Tensor:
     datatype: str
     shape: tuple[int, ...]
     data: bytes | Sequence[bytes]
-    """Little-endian elements; of BYTES, one item an element."""
+    """Little-endian elements, or for BYTES one item for each element."""
 
     @property
     def raw(self) -> bytes:
-        """All elements as they travel in one piece."""
+        """All elements in the protocol's binary form."""
         return self.data if isinstance(self.data, bytes) else joined(self.data)
 
     def parts(self) -> Iterator[list[Any]]:
-        """Yield the elements one part after the other, so that other threads have the interpreter in between."""
+        """Yield the elements in parts, so that other threads get the interpreter between them."""
         data = self.data
         elements = np.frombuffer(data, DTYPES[self.datatype]) if isinstance(data, bytes) else data
         for start in range(0, len(elements), _PART):
@@ -61,7 +61,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class RequestedOutput:
-    """An output that the caller wants."""
+    """An output that a request names."""
 
     name: str
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
@@ -69,36 +69,36 @@ class RequestedOutput:
 
 @dataclass(frozen=True)
 class AsBytes:
-    """Which outputs are to be returned as bytes, and not element by element."""
+    """Which outputs are returned as bytes instead of element by element."""
 
     every: bool
-    """Of those that aren't named."""
+    """Applies to outputs that aren't named."""
     named: Mapping[str, bool] = field(default_factory=dict)
 
     def wanted(self, name: str) -> bool:
-        """Return whether an output is."""
+        """Return whether an output is returned as bytes."""
         return self.named.get(name, self.every)
 
 
 @dataclass(frozen=True)
 class InferRequest:
-    """Images for one model, to be answered together."""
+    """Images for one model, which are answered together."""
 
     model: str
-    """Empty for the first."""
+    """Empty for the first model."""
     input: Tensor
     version: str = ""
-    """Empty for any."""
+    """Empty for any version."""
     id: str = ""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     outputs: Sequence[RequestedOutput] = ()
-    """None for those that come without a wish."""
+    """Empty for the default outputs."""
     as_bytes: AsBytes = AsBytes(every=False)
 
 
 @dataclass(frozen=True)
 class InferResponse:
-    """The outputs, and in `parameters` what was done for them."""
+    """The outputs, and what was done for them in `parameters`."""
 
     model: str
     version: str
@@ -108,36 +108,36 @@ class InferResponse:
 
 
 def excerpt(text: str) -> str:
-    """Return as much of a caller's text as a refusal may repeat, with escapes for what can't be printed."""
+    """Return the start of a caller's text for an error's message, with unprintable characters escaped."""
     return shown(text)[1:-1]
 
 
 def shown(text: str) -> str:
-    """Return the same in quotes."""
+    """Return the same excerpt in quotes."""
     return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")
 
 
 def check_datatype(datatype: str) -> None:
-    """Raise InvalidRequestError unless images can come in this datatype."""
+    """Raise InvalidRequestError unless the input can have this datatype."""
     if datatype not in ("FP32", "UINT8", BYTES):
         raise InvalidRequestError("image.datatype", f"must be FP32, UINT8 or BYTES, not {shown(datatype)}")
 
 
 def check_count(field: str, count: int, most: int) -> None:
-    """Raise InvalidRequestError if there are more than `most` of what `field` holds."""
+    """Raise InvalidRequestError if `field` holds more than `most` items."""
     if count > most:
         raise InvalidRequestError(field, f"holds {count:,}; at most {most:,} are taken")
 
 
 def joined(elements: Sequence[bytes]) -> bytes:
-    """Write elements of BYTES one after another, each after its length in four bytes."""
+    """Join elements of BYTES, each preceded by its length in four bytes."""
     return b"".join(part for element in elements for part in (struct.pack("<I", len(element)), element))
 
 
 def split(data: bytes, count: int) -> list[bytes]:
-    """Read up to `count` elements of BYTES back.
+    """Split joined elements of BYTES, at most `count` of them.
 
-    Raises InvalidRequestError if `data` holds more or is cut off, TooLargeError if that would be too many for anyone.
+    Raises InvalidRequestError if `data` holds more or is cut off, TooLargeError if `count` exceeds MOST_ELEMENTS.
     """
     if count > MOST_ELEMENTS:
         raise TooLargeError(f"{count:,} elements of BYTES; at most {MOST_ELEMENTS:,} are taken")

@@ -1,4 +1,4 @@
-"""From the engine's replies to output tensors, and to the parameters that say what was done for them."""
+"""Converts the engine's replies to output tensors, and to the parameters that say what was done for them."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,36 +15,36 @@ from tome_server.serving.requests import Reply
 
 CLASSIFICATION = "classification"
 FEATURES = ("features", "patch_features")
-# Bytes of an answer's tensors: protobuf ends at 2 GiB, and there are some copies of each on the way.
+# Bytes of a response's tensors: protobuf's limit is 2 GiB, and several copies exist on the way.
 MOST_BYTES = 2**28
 _AS_BYTES = "come over gRPC if the image is in raw_input_contents, over HTTP if the output is asked for by binary_data"
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a model can be asked for."""
+    """An output that a model has."""
 
     name: str
     datatype: str
     dims: tuple[int, ...]
-    """Of one image."""
+    """The shape for one image."""
     by_name: bool = False
-    """Whether it comes only to those who name it: it costs the device more, and takes long to carry."""
+    """Whether it is returned only if a request names it: it costs the device more, and is large."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """An output that is to be returned."""
+    """An output that is returned, and how."""
 
     output: Output
     classes: int | None = None
-    """Of a classification: as the best so many classes, in text; None for the tensor itself."""
+    """For a classification, the number of best classes that are returned as text; None for the tensor itself."""
     normalize: bool = False
-    """Whether features are to be divided by their length."""
+    """Whether features are divided by their length."""
 
 
 def outputs_of(model: HostedModel) -> dict[str, Output]:
-    """Return what a model can be asked for, by name."""
+    """Return the outputs that a model has, by name."""
     found = []
     if model.num_classes:
         found += [
@@ -66,10 +66,10 @@ def outputs_of(model: HostedModel) -> dict[str, Output]:
 def wanted_of(
     model: HostedModel, requested: Sequence[RequestedOutput], terms: Terms, as_bytes: AsBytes
 ) -> list[Wanted]:
-    """Return what a request wants; if it names nothing, what comes without a wish.
+    """Return the outputs that a request names, or the default ones if it names none.
 
-    Raises InvalidRequestError for an output that the model doesn't have, is asked for twice, or can't be written down
-    in the way that the answer is, and for a parameter that it doesn't take.
+    Raises InvalidRequestError for an output that the model doesn't have, that is named twice, or that can't be written
+    in the response's form, and for an unknown parameter.
     """
     wanted = [_as_asked(one, terms) for one in _named(outputs_of(model), requested)]
     for one in wanted:
@@ -82,7 +82,7 @@ def wanted_of(
 
 
 def check_size(wanted: Sequence[Wanted], images: int, as_bytes: AsBytes) -> None:
-    """Raise TooLargeError if the tensors of so many images would be more than an answer carries."""
+    """Raise TooLargeError if the tensors for this many images exceed what a response carries."""
     numbers = [one.output for one in wanted if one.classes is None and one.output.datatype != BYTES]
     size = images * sum(math.prod(output.dims) * DTYPES[output.datatype].itemsize for output in numbers)
     typed = images * sum(math.prod(output.dims) for output in numbers if not as_bytes.wanted(output.name))
@@ -118,19 +118,19 @@ def _as_asked(wanted: Wanted, terms: Terms) -> Wanted:
 
 
 def is_wanted(wanted: Sequence[Wanted], *names: str) -> bool:
-    """Return whether any output of these names is."""
+    """Return whether any of these outputs is wanted."""
     return any(one.output.name in names for one in wanted)
 
 
 def tensors_of(replies: Sequence[Reply], wanted: Sequence[Wanted]) -> list[Tensor]:
-    """Return the wanted outputs of a request's images."""
+    """Return the wanted outputs for a request's images."""
     return [_tensor(replies, one) for one in wanted]
 
 
 def parameters_of(replies: Sequence[Reply]) -> dict[str, Parameter]:
     """Return what was done for a request's images: the largest r, totals of tokens and operations, the longest times.
 
-    `slack_us` is what was left of the deadline when the last was ready; it is left out where there was no deadline.
+    `slack_us` is the time that was left when the last image was ready. It is omitted if there was no deadline.
     """
     slacks = [reply.timing.slack for reply in replies if reply.timing.slack is not None]
     return {
@@ -182,7 +182,7 @@ def _logits(replies: Sequence[Reply]) -> np.ndarray:
 
 def _probabilities(replies: Sequence[Reply]) -> np.ndarray:
     logits = _logits(replies)
-    with np.errstate(invalid="ignore"):  # of an infinite logit it is NaN, as on the device
+    with np.errstate(invalid="ignore"):  # an infinite logit gives NaN, as on the device
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
     return shares
@@ -206,7 +206,7 @@ def _token_map(replies: Sequence[Reply]) -> np.ndarray:
 
 
 def _rows(parts: Sequence[bytes | None], dtype: str = "<f4") -> np.ndarray:
-    """Return what each reply holds of something as a row, [N, …]."""
+    """Return one array of each reply as rows, [N, …]."""
     return np.frombuffer(b"".join(part or b"" for part in parts), dtype).reshape(len(parts), -1)
 
 
@@ -221,7 +221,7 @@ _VALUES: dict[str, Callable[[Sequence[Reply]], np.ndarray]] = {
 
 
 def _ranked(values: np.ndarray, classes: int, labels: Sequence[str]) -> list[bytes]:
-    """Write the best classes as Triton's classification extension does: value:index:label, or without a label."""
+    """Return the best classes in the form of Triton's classification extension: value:index:label, or value:index."""
     best = np.argsort(-values, kind="stable")[:classes]
     texts = [f"{values[i]:f}:{i}" + (f":{labels[i]}" if labels else "") for i in best]
     return [text.encode() for text in texts]

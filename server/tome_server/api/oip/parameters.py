@@ -1,4 +1,4 @@
-"""What a request's parameters ask for: time, and bounds of r and quality."""
+"""The parameters of a request: its time, and bounds of r and quality."""
 
 import math
 from collections.abc import Mapping
@@ -18,28 +18,28 @@ _KNOWN = (
 
 @dataclass(frozen=True)
 class Terms:
-    """What the caller allows."""
+    """The parameters of a request, checked."""
 
     budget: float | None = None
-    """Seconds from arrival; None for the model's default, infinite for a request that has no deadline."""
+    """Seconds from arrival: None for the model's default, infinite if the request has no deadline."""
     r: int | None = None
     min_r: int | None = None
     max_r: int | None = None
     min_quality: float | None = None
     normalize_features: bool = False
-    """Whether features come divided by their Euclidean length."""
+    """Whether features are divided by their Euclidean length."""
     float16_features: bool = False
-    """Whether features come as FP16."""
+    """Whether features are returned as FP16."""
     mark_final: bool = False
-    """Whether a response shall say that it is the request's last, as every one of ours is."""
+    """Whether the response says that it is the request's last one, which it always is."""
 
 
 def terms_of(parameters: Mapping[str, Parameter]) -> Terms:
-    """Read a request's parameters. Raises InvalidRequestError for one that is unknown or of another type.
+    """Return a request's parameters, checked. Raises InvalidRequestError for one that is unknown or of another type.
 
-    `latency_budget_ms` and `no_deadline` are as in our own API; `timeout` (µs, 0 for none) as in Triton's schedule
-    policy extension, and the lesser of it and the budget counts. `priority` is taken for clients that send it, and
-    changes nothing: here deadlines decide the order.
+    `latency_budget_ms` and `no_deadline` mean what they mean in our own API. `timeout` (µs, 0 for none) is that of
+    Triton's schedule policy extension; the lesser of it and the budget counts. `priority` is accepted and ignored:
+    deadlines decide the order.
     """
     for name in parameters:
         if name not in _KNOWN:

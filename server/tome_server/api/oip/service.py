@@ -19,7 +19,7 @@ from tome_server.serving.requests import Reply, Request, deadline_of
 
 
 class OpenInference:
-    """Answers in the protocol's terms. Raises a RequestError for what can't be answered."""
+    """Implements the protocol for both transports. Its methods raise a RequestError for requests that they refuse."""
 
     def __init__(self, engine: Engine, control: ModelControl | None = None) -> None:
         self.engine = engine
@@ -33,7 +33,7 @@ class OpenInference:
         return bool(names) and all(self.model_ready(name) for name in names)
 
     def model_ready(self, name: str, version: str = "") -> bool:
-        """Return whether a model answers now; not if there is none of that name."""
+        """Return whether a model is ready; False if no model has that name."""
         registry, draining = self.engine.registry, self.engine.draining.is_set()
         served = registry.models.get(name or registry.default_name)
         return served is not None and version in ("", describe.version_of(served)) and not draining
@@ -47,7 +47,7 @@ class OpenInference:
         return describe.model_config(self._served(name, version), self.engine)
 
     def statistics(self, name: str = "", version: str = "") -> list[dict[str, Any]]:
-        """Say what a model has answered; every model in service if unnamed."""
+        """Return the statistics of a model, or of every model in service if `name` is empty."""
         chosen = [self._served(name, version)] if name else self.engine.registry.models.values()
         return [
             describe.model_statistics(self.engine.metrics, served, self._last_inference.get(served.model.name, 0))
@@ -69,9 +69,9 @@ class OpenInference:
     async def infer(self, request: InferRequest, arrival: float, time_remaining: float | None) -> InferResponse:
         """Answer a request's images, all or none.
 
-        Its deadline is `arrival`, on the event loop's clock, plus the lesser of `time_remaining` (seconds) and what its
-        parameters say. When one image can't be answered, or the caller is cancelled, the others are given up. If the
-        model is replaced meanwhile, the one that was there answers all.
+        Its deadline is `arrival`, on the event loop's clock, plus the lesser of `time_remaining` (seconds) and the
+        budget in its parameters. When one image fails, or the caller is cancelled, the others are cancelled too. If the
+        model is replaced meanwhile, the one that was in service on arrival answers all.
         """
         served = self._served(request.model, request.version)
         terms = terms_of(request.parameters)
@@ -106,7 +106,7 @@ class OpenInference:
         parameters: dict[str, Parameter] = parameters_of(replies)
         if terms.mark_final:
             parameters["triton_final_response"] = True
-        # Megabytes, where they are wanted.
+        # Features of patches are megabytes.
         in_thread = outputs.patches
         tensors = await asyncio.to_thread(tensors_of, replies, wanted) if in_thread else tensors_of(replies, wanted)
         return InferResponse(served.model.name, describe.version_of(served), request.id, parameters, tensors)
@@ -123,7 +123,7 @@ class OpenInference:
         return served
 
     async def _predict(self, requests: Sequence[Request], served: Served) -> list[Reply]:
-        """Answer all, or raise what the first to fail failed with."""
+        """Answer all, or raise the error of the first that fails."""
         if len(requests) == 1:
             return [await self._predict_one(requests[0], served, "image")]
         try:
@@ -144,7 +144,7 @@ class OpenInference:
 
 
 def _field(field: str, image: str) -> str:
-    """Return what the protocol calls a field of the engine's request."""
+    """Return the protocol's name for a field of the engine's request."""
     if field.partition(".")[0] in ("image", "tensor"):
         return image
     return f"parameters.{field}"

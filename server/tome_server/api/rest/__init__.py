@@ -1,1 +1,1 @@
-"""The HTTP face: the Open Inference Protocol's REST side, health and metrics."""
+"""The HTTP server: the Open Inference Protocol's REST API, health and metrics."""

@@ -1,4 +1,4 @@
-"""Who may ask over HTTP: the same tokens as over gRPC, and the same name for each client."""
+"""Access control over HTTP, with the tokens and the names of clients that gRPC uses."""
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -14,9 +14,9 @@ OPEN = "/v2/health/"
 
 
 class Access:
-    """Lets in who has a token, if any are asked for, and makes known who it is: see `request_context`.
+    """Refuses requests without a known token, if tokens are required, and sets the `request_context`.
 
-    Metrics are for whoever reaches them.
+    Health and metrics need no token.
     """
 
     def __init__(self, app: ASGIApp, tokens: Tokens | None, metrics: Metrics) -> None:
@@ -47,6 +47,6 @@ class Access:
 
 
 def _address(scope: Scope) -> str:
-    """Return the peer's address as the gRPC face writes it."""
+    """Return the peer's address in the form that gRPC uses."""
     host = (scope.get("client") or ("",))[0]
     return f"ipv6:[{host}]" if ":" in host else f"ipv4:{host}"

@@ -1,4 +1,4 @@
-"""The body of a request: read, and inflated where it comes compressed, within one limit."""
+"""Reads the body of a request, and inflates it if it is compressed, within one limit."""
 
 import asyncio
 import zlib
@@ -17,10 +17,10 @@ _FEW = 4096
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """Return a request's body, as it was before it was compressed.
+    """Return a request's body, inflated.
 
-    Raises TooLargeError if it has more than `most` bytes, compressed or not, EncodingError for a coding that isn't
-    taken, SlowBodyError, InvalidRequestError if it is damaged, and ClientGoneError.
+    Raises TooLargeError if it has more than `most` bytes, compressed or not, EncodingError for an unsupported coding,
+    SlowBodyError, InvalidRequestError if it is damaged, and ClientGoneError.
     """
     coding = _coding(request)
     body = await _received(request, most)
@@ -36,10 +36,10 @@ async def read_body(request: Request, most: int) -> bytes:
 
 
 def inflated(body: bytes, coding: str, most: int) -> bytes:
-    """Return what a body holds. Raises TooLargeError once that is more than `most` bytes, InvalidRequestError."""
+    """Return the inflated body. Raises TooLargeError as soon as it exceeds `most` bytes, and InvalidRequestError."""
     inflating = zlib.decompressobj(CODINGS[coding])
     try:
-        # One byte more than is taken, to tell what just fits from what doesn't.
+        # One byte more than the limit, to tell a body that just fits from one that doesn't.
         content = inflating.decompress(body, most + 1)
     except zlib.error as error:
         raise InvalidRequestError("body", f"is not {coding}: {error}") from None
@@ -53,7 +53,7 @@ def inflated(body: bytes, coding: str, most: int) -> bytes:
 
 
 def _coding(request: Request) -> str | None:
-    """Return what a body is compressed by, None for nothing."""
+    """Return the body's content coding, None if it isn't compressed."""
     lines = request.headers.getlist("content-encoding")
     names = [name.strip().lower() for line in lines for name in line.split(",")]
     codings = [name for name in names if name not in ("", IDENTITY)]

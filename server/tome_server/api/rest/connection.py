@@ -1,7 +1,7 @@
 """What one HTTP connection may cost before a request is understood: bytes, lines, time, and its place among others.
 
 uvicorn with httptools bounds none of these: it keeps a head of any length, copies a long header anew for each packet,
-and waits for the rest of a request for ever.
+and waits for the rest of a request without a limit.
 """
 
 import asyncio
@@ -221,7 +221,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _body_late(self) -> None:
-        # Who reads the body has refused it by now: see `body.py`. The rest is not waited for.
+        # A handler that reads the body has answered 408 by now: see `body.py`. One that doesn't has answered long ago.
         if self._answering():
             self._close_after_answers()
         else:

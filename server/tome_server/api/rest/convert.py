@@ -1,4 +1,4 @@
-"""Between HTTP bodies, JSON with binary tensors behind it, and what they mean."""
+"""Converts HTTP bodies, which are JSON followed by binary tensors, to the protocol's requests, and responses back."""
 
 import base64
 import binascii
@@ -92,7 +92,7 @@ class _Output(_Strict):
 class _Request(_Strict):
     id: str = ""
     model_name: str = ""
-    """No part of the protocol, but KServe's client repeats the path's here."""
+    """Not part of the protocol: KServe's client repeats the name in the path here."""
     parameters: _Parameters
     inputs: Annotated[list[_Input], BeforeValidator(_one_input)]
     outputs: Annotated[list[_Output], FailFast(), BeforeValidator(_few)] = []
@@ -103,15 +103,15 @@ class _Index(_Strict):
 
 
 def takes_long_to_read(body: bytes, json_length: int | None) -> bool:
-    """Return whether `request_from` has so much text to read that the event loop should leave it to the reader."""
+    """Return whether `request_from` has so much text to read that it belongs in the reader's thread."""
     return (len(body) if json_length is None else json_length) > FEW
 
 
 def request_from(body: bytes, json_length: int | None, model: str, version: str) -> InferRequest:
-    """Return what a body asks for.
+    """Return the request that a body describes.
 
-    `json_length` is how much of it is JSON, the rest being the elements of the input; None for all, and 0 for an
-    encoded image alone. Raises a RequestError if the body contradicts itself.
+    The first `json_length` bytes are JSON, and the elements of the input follow. None means that all is JSON, 0 that
+    the body is an encoded image. Raises a RequestError if the body contradicts itself.
     """
     if json_length == 0:
         image = Tensor(INPUT, BYTES, (1,), [body])
@@ -143,9 +143,9 @@ def request_from(body: bytes, json_length: int | None, model: str, version: str)
 
 
 def response_to(response: InferResponse, as_bytes: AsBytes) -> tuple[bytes, int | None]:
-    """Return the body, and how much of it is JSON if that isn't all.
+    """Return the body, and the length of the JSON in it, or None if all is JSON.
 
-    Raises InvalidRequestError if an output that isn't to be binary holds what JSON has no numbers for.
+    Raises InvalidRequestError if an output in JSON holds infinities or NaN.
     """
     described, behind = [], []
     for tensor in response.outputs:
@@ -164,7 +164,7 @@ def response_to(response: InferResponse, as_bytes: AsBytes) -> tuple[bytes, int 
 
 
 def takes_long(response: InferResponse) -> bool:
-    """Return whether `response_to` has so much to write that the event loop should leave it to a thread."""
+    """Return whether `response_to` has so much to write that it belongs in a thread."""
     return sum(len(tensor.data) for tensor in response.outputs) > MUCH
 
 
@@ -186,7 +186,7 @@ def _json(value: object) -> str:
 
 
 def ready_only(body: bytes) -> bool:
-    """Return whether a body, which may be empty, asks for the models that are ready alone."""
+    """Return whether a body, which may be empty, asks only for models that are ready."""
     return _parse(body, _Index)[0].ready if body else False
 
 

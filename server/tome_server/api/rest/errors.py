@@ -1,4 +1,4 @@
-"""The status contract in HTTP's terms: the gRPC status of each refusal, and what it is called here."""
+"""The status contract over HTTP: the HTTP status and the JSON body for each error."""
 
 import json
 import math
@@ -34,7 +34,7 @@ _INTERNAL = 500
 
 
 def refusal(error: Exception) -> Response:
-    """Return the answer for `error`: why, in words and as a gRPC code, and where it helps what to ask instead."""
+    """Return the response for `error`: its message, its gRPC code, and what the client can do about it."""
     status = status_of(error)
     answer: dict[str, object] = {"error": status.message, "code": code_name(status)}
     headers = {}

@@ -1,4 +1,4 @@
-"""What is answered at which path: convert, call, convert back."""
+"""The HTTP paths, and their handlers."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -59,7 +59,7 @@ class Protocol:
         self._idle.set()
 
     def routes(self) -> list[Route]:
-        """Return them all."""
+        """Return the routes of all paths."""
         routes = [Route("/v2", self.server), Route("/v2/models/stats", self.statistics)]
         for model in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
             routes += [
@@ -90,11 +90,11 @@ class Protocol:
         return JSONResponse(self._service.config(*_model(request)))
 
     async def statistics(self, request: Request) -> Response:
-        """Say what a model, or every model, has answered."""
+        """Return the statistics of one model, or of every model."""
         return JSONResponse({"model_stats": self._service.statistics(*_model(request))})
 
     async def model_ready(self, request: Request) -> Response:
-        """Say whether a model answers now."""
+        """Report whether a model is ready."""
         name, version = _model(request)
         ready = self._service.model_ready(name, version)
         if not ready:
@@ -117,7 +117,7 @@ class Protocol:
         return Response()
 
     async def unsupported(self, request: Request) -> Response:
-        """Refuse what this server doesn't have."""
+        """Refuse a part of the protocol that this server doesn't support."""
         raise UnsupportedError(f"{request.url.path[:100]} is not part of this server; see its docs")
 
     async def infer(self, request: Request) -> Response:
@@ -144,7 +144,7 @@ class Protocol:
             pass
 
     def _check_room(self) -> None:
-        """Refuse a request before its body is held."""
+        """Refuse a request before its body is read, if the server is full or draining."""
         engine = self._service.engine
         if engine.draining.is_set():
             raise UnavailableError("the server is shutting down")
@@ -172,11 +172,11 @@ class Protocol:
 
 
 def application(protocol: Protocol | None, service: OpenInference, tokens: Tokens | None) -> Starlette:
-    """Return what answers metrics and health, and the protocol unless that is None."""
+    """Return the application for metrics and health, and for `protocol` unless that is None."""
     metrics = service.engine.metrics
 
     async def exposition(request: Request) -> Response:
-        # Milliseconds of work, in a thread that the event loop can interrupt.
+        # This takes milliseconds, so it runs in a thread, which the event loop can interrupt.
         body, content_type = await asyncio.to_thread(metrics.exposition, request.headers.get("accept", ""))
         return Response(body, headers={"Content-Type": content_type})
 
@@ -216,7 +216,7 @@ def _time_remaining(header: str | None) -> float | None:
 
 
 def _json_length(headers: Headers) -> int | None:
-    """Return how much of the body is JSON: None for all, 0 for an image alone, which its type may say as well."""
+    """Return the length of the JSON in the body: None if all is JSON, 0 if the body is an image."""
     header = headers.get(JSON_LENGTH)
     if header is None:
         return 0 if headers.get("content-type", "").lower().startswith(IMAGE_TYPES) else None
@@ -226,7 +226,7 @@ def _json_length(headers: Headers) -> int | None:
 
 
 async def _unless_gone(receive: Receive, answer: Coroutine[None, None, T]) -> T:
-    """Return the answer, or give it up and raise ClientGoneError when the client closes its connection."""
+    """Return the answer. If the client closes its connection first, cancel it and raise ClientGoneError."""
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -1,4 +1,4 @@
-"""The HTTP server, in the event loop of the gRPC server."""
+"""The HTTP server, which runs in the event loop of the gRPC server."""
 
 import asyncio
 import contextlib
@@ -15,18 +15,19 @@ from tome_server.api.rest.routes import Protocol, application
 from tome_server.api.tokens import Tokens
 from tome_server.errors import PortInUseError
 
-# Seconds that an idle connection stays open: longer than load balancers keep theirs, which must not lose a race.
+# Seconds that an idle connection stays open. Load balancers must close theirs first, or they send into a closed one.
 KEEP_ALIVE = 75
 # Connections that are accepted in one turn of the event loop, at some 50 µs each; later ones wait in the kernel.
 BACKLOG = 256
-# What is still being sent when the server ends has so many seconds.
+# Seconds that responses in transit get when the server stops.
 LAST_BYTES = 1
 
 
 class HttpServer:
-    """Serves metrics and health, and the Open Inference Protocol if `protocol`: from `start` on, to `stop`.
+    """Serves metrics and health, and the Open Inference Protocol if `protocol` is set, from `start` to `stop`.
 
-    `tokens` as for gRPC. Raises PortInUseError if it can't listen on `address`.
+    `tokens` are required where given, except for health and metrics. Raises PortInUseError if it can't listen on
+    `address`.
     """
 
     def __init__(
@@ -52,10 +53,10 @@ class HttpServer:
             ws="none",
             lifespan="off",
             log_config=None,
-            # Its warnings are of requests that can't be read, which are anybody's to send.
+            # Its warnings are about malformed requests, which any client can send.
             log_level="error",
             access_log=False,
-            # Who asks is who connects, whatever its headers claim.
+            # A client is known by the address that it connects from, not by headers that it may forge.
             proxy_headers=False,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE,
@@ -74,7 +75,7 @@ class HttpServer:
             self._serving.result()
 
     async def drain(self, grace: float) -> None:
-        """Wait until the requests that are here are answered, or for `grace` seconds."""
+        """Wait until the requests in flight are answered, at most `grace` seconds."""
         if self._protocol is not None:
             await self._protocol.drain(grace)
 
@@ -88,7 +89,7 @@ class HttpServer:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Leaves signals to the process, and says when it is up."""
+    """uvicorn's server, without its signal handlers, and with an event for when it is up."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -110,7 +111,7 @@ def _listen(host: str, port: int, address: str) -> socket.socket:
         listening = socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=dual)
     except OSError as error:
         raise PortInUseError(f"can't serve metrics on {address}: {error.strerror}") from error
-    # Else the body of an answer waits for the acknowledgement of its head, 40 ms: asyncio asks for this only where a
-    # socket was made with TCP named as its protocol. Connections inherit it.
+    # Without it a response's body waits 40 ms for the acknowledgement of its head. asyncio sets it only on sockets that
+    # were created with TCP as their protocol. Connections inherit it.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening

@@ -1,1 +1,1 @@
-"""The gRPC face: servicer, conversions, the status contract, health."""
+"""The gRPC server: services, conversions, access control and health."""

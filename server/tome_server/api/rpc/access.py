@@ -1,4 +1,4 @@
-"""Who may call: one interceptor before every service, streams included."""
+"""Access control: one interceptor for the methods of every service, streams included."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
@@ -21,7 +21,7 @@ OPEN = f"/{health.SERVICE}/"
 
 
 class AccessInterceptor(grpc.aio.ServerInterceptor):
-    """Lets in who has a token, if any are asked for, and makes known who it is: see `request_context`."""
+    """Refuses calls without a known token, if tokens are required, and sets the `request_context`."""
 
     def __init__(self, tokens: Tokens | None, metrics: Metrics) -> None:
         self._tokens = tokens
@@ -39,7 +39,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
             holder = self._tokens.holder(given[0]) if len(given) == 1 else None
             if holder is None:
                 self._metrics.requests.labels("unknown", "UNAUTHENTICATED").inc()
-                # As a stream, whatever the method is: it reads nothing before it answers.
+                # As a stream, whatever the method is: a stream's handler can refuse before any message is read.
                 return grpc.stream_stream_rpc_method_handler(_refuse)
         traceparents = [str(value) for key, value in details.invocation_metadata or () if key == "traceparent"]
         request_context.trace.set(trace_context(traceparents))
@@ -56,10 +56,10 @@ async def _refuse(_requests: object, context: Context) -> None:
 
 @contextmanager
 def _ended() -> Iterator[None]:
-    """End a call that was aborted, so that it is freed at once.
+    """Free a call as soon as it was aborted.
 
-    gRPC keeps the exception of an abort in the call, and the exception's frames hold the call. Only the collector of
-    cycles would free it, seconds or hours later, and until then it fills a place of its connection's.
+    gRPC keeps the exception of an abort in the call, and the exception's frames hold the call. Only the garbage
+    collector would break this cycle, seconds or hours later. Until then the call counts against its connection's limit.
     """
     try:
         yield
@@ -68,7 +68,7 @@ def _ended() -> Iterator[None]:
 
 
 def _known(handler: Any, holder: str | None) -> Handler:
-    """Return the handler as one that first notes who calls: the token's holder, else the address."""
+    """Return a handler that first sets the client in the request context: the token's holder, else the address."""
     kind = next(
         kind for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream") if getattr(handler, kind)
     )
@@ -92,5 +92,5 @@ def _known(handler: Any, holder: str | None) -> Handler:
 
 
 def address(peer: str) -> str:
-    """Return what all connections of a peer have in common: "ipv4:10.0.0.1:5000" less the port."""
+    """Return the peer without its port: "ipv4:10.0.0.1" for "ipv4:10.0.0.1:5000"."""
     return unquote(peer).rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer

@@ -1,4 +1,4 @@
-"""Between messages and the engine's own types."""
+"""Converts messages to the engine's types, and back."""
 
 import math
 
@@ -22,7 +22,7 @@ def request_from(message: pb.PredictRequest, arrival: float, time_remaining: flo
     """Return the engine's request for `message`.
 
     Its deadline is `arrival` plus the lesser of its budget and the gRPC deadline's `time_remaining`, in seconds. Raises
-    InvalidRequestError for what can't be right whatever the model.
+    InvalidRequestError for fields that no model would accept.
     """
     return Request(
         model=message.model,
@@ -43,7 +43,7 @@ def request_from(message: pb.PredictRequest, arrival: float, time_remaining: flo
 
 
 def response_to(reply: Reply, asked: pb.PredictRequest) -> pb.PredictResponse:
-    """Return the message for the engine's reply to what was asked."""
+    """Return the message for the engine's reply to a request."""
     labels, result, timing = reply.model.labels, reply.result, reply.timing
     response = pb.PredictResponse(
         model=reply.model.name,
@@ -85,7 +85,7 @@ def response_to(reply: Reply, asked: pb.PredictRequest) -> pb.PredictResponse:
 
 
 def _features(values: np.ndarray, asked: pb.PredictRequest) -> pb.Tensor:
-    """Return features [..., dim] as they were asked for."""
+    """Return features [..., dim] in the form that the request asked for."""
     values = embeddings(values, normalize=asked.normalize_features, float16=asked.float16_features)
     kind = pb.Tensor.DATA_TYPE_FLOAT16 if asked.float16_features else pb.Tensor.DATA_TYPE_FLOAT32
     return pb.Tensor(data_type=kind, shape=values.shape, data=values.tobytes())
@@ -142,7 +142,7 @@ def _input(message: pb.PredictRequest) -> ImageInput:
     if kind is None:
         raise InvalidRequestError("image", "is missing; send image or tensor")
     tensor = message.tensor
-    # A shape goes into the refusal's text, and gRPC drops statuses of more than a few kilobytes.
+    # The error's text repeats the shape, and gRPC drops statuses of more than a few kilobytes.
     if len(tensor.shape) > _MOST_DIMENSIONS:
         raise InvalidRequestError("tensor.shape", f"must have three dimensions, and has {len(tensor.shape):,}")
     if tensor.data_type == pb.Tensor.DATA_TYPE_UINT8:
@@ -153,7 +153,7 @@ def _input(message: pb.PredictRequest) -> ImageInput:
 
 
 def _budget(message: pb.PredictRequest) -> float | None:
-    """Return the seconds that a request allows, None where it leaves that to the model, infinite for any."""
+    """Return a request's budget in seconds: None for the model's default, infinite if it has no deadline."""
     if not message.HasField("latency_budget"):
         return math.inf if message.no_deadline else None
     if message.no_deadline:

@@ -1,8 +1,8 @@
 """The standard health service, grpc.health.v1.
 
-Not the servicer of grpcio-health-checking: when one watcher leaves it forgets the others, and its calls to Watch never
-end, so that a server told to stop would wait for its clients. Clients that balance by health keep one Watch open on
-each connection, and call it anew as soon as it ends.
+This replaces the servicer of grpcio-health-checking, which forgets all watchers when one leaves, and whose calls to
+Watch never end, so that a stopping server would wait for its clients. Clients that balance by health keep one Watch
+open on each connection, and call it again as soon as it ends.
 """
 
 import asyncio
@@ -18,16 +18,16 @@ Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """One health for all services: NOT_SERVING at first and from `stop` on.
+    """The same health for all services: NOT_SERVING until `ready`, and again from `stop` on.
 
-    Without `watched`, Watch is UNIMPLEMENTED, which such clients take for health.
+    Without `watched`, Watch is UNIMPLEMENTED, which clients take for healthy.
     """
 
     def __init__(self, services: Sequence[str], watched: bool = True) -> None:
         self._services = services
         self._watched = watched
         self.serving = False
-        """Whether that is what it reports."""
+        """Whether the reported status is SERVING."""
         self._closed = False
         self._changed = asyncio.Event()
 
@@ -42,14 +42,14 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._notify()
 
     def close(self) -> None:
-        """End every Watch. On a connection that still takes calls each would come back at once, and again."""
+        """End every Watch. Before its connection is told to go away, a client would call Watch again at once."""
         self._closed = True
         self._notify()
 
     async def Check(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> health_pb2.HealthCheckResponse:
-        """Report once. NOT_FOUND for a service that isn't here."""
+        """Report the status once. NOT_FOUND for an unknown service."""
         if request.service not in self._services:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no service of that name is here")
         return health_pb2.HealthCheckResponse(status=self._status(request.service))
@@ -57,7 +57,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     async def Watch(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        """Report now and at every change."""
+        """Report the status now and at every change."""
         if not self._watched:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "a connection has one stream here, and calls need it")
         reported = None

@@ -1,7 +1,7 @@
-"""Reads the messages of calls, so that bytes that are no message are refused as any other bad request is.
+"""Reads the messages of calls, so that malformed ones get the same status as any other invalid request.
 
-Left to gRPC, they would be answered with UNKNOWN and logged with a traceback; and a call without any message, of a
-method that takes one, would stay open until its client gives it up.
+gRPC itself would answer them with UNKNOWN and log a traceback, and would leave a call without a message open until its
+client gives up.
 """
 
 import asyncio
@@ -20,8 +20,8 @@ from tome_server.api.status import abort, code_name, status_of
 from tome_server.errors import InvalidRequestError, RequestError, SlowBodyError
 from tome_server.observability.metrics import Metrics
 
-# Seconds that a call's message may take to come, where it has only one: gRPC holds what is there of it. Between those
-# of a stream there may be any time.
+# Seconds within which the message of a call that has only one must arrive; gRPC holds the part of it that has. The
+# messages of a stream may be any time apart.
 MESSAGE_TIME = 60.0
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ M = TypeVar("M", bound=RequestError)
 
 
 class MessageInterceptor(grpc.aio.ServerInterceptor):
-    """Gives the methods of every service their messages; a call whose message can't be read ends INVALID_ARGUMENT."""
+    """Parses the messages for the methods of every service. An unreadable one ends its call with INVALID_ARGUMENT."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -48,7 +48,7 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):
         return self._reading(handler) if handler else None
 
     def _reading(self, handler: Any) -> Handler:
-        """Return the handler as one that takes a stream of bytes, for gRPC leaves streams to those who read them."""
+        """Return a handler that takes a stream of bytes, because gRPC doesn't read the messages of streams itself."""
         takes = "stream" if handler.request_streaming else "unary"
         gives = "stream" if handler.response_streaming else "unary"
         inner, parse = getattr(handler, f"{takes}_{gives}"), handler.request_deserializer or bytes

@@ -1,4 +1,4 @@
-"""Between the Open Inference Protocol's messages and what they mean."""
+"""Converts the Open Inference Protocol's gRPC messages to requests, and responses back."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ from tome_server.api.oip.messages import (
 from tome_server.api.reading import FEW, PART
 from tome_server.errors import InvalidRequestError, TooLargeError
 
-# Where elements of a datatype are, unless raw.
+# The field that holds the elements of each datatype, unless they are raw.
 _CONTENTS = {
     "FP32": "fp32_contents",
     "INT32": "int_contents",
@@ -40,7 +40,7 @@ _SIZE = "binary_data_size"
 
 
 def request_from(message: pb.ModelInferRequest) -> InferRequest:
-    """Return what a message asks for. Raises a RequestError if it contradicts itself."""
+    """Return the request that a message describes. Raises a RequestError if it contradicts itself."""
     if len(message.inputs) != 1:
         raise InvalidRequestError("inputs", f"must be one tensor, image; {len(message.inputs)} are given")
     check_count("outputs", len(message.outputs), MOST_NAMED)
@@ -59,19 +59,19 @@ def request_from(message: pb.ModelInferRequest) -> InferRequest:
 
 
 def takes_long_to_read(message: pb.ModelInferRequest) -> bool:
-    """Return whether `request_from` has so many elements to convert that it should be left to the reader."""
+    """Return whether `request_from` has so many elements to convert that it belongs in the reader's thread."""
     return any(
         max(len(one.contents.fp32_contents), len(one.contents.uint_contents)) > FEW for one in message.inputs[:1]
     )
 
 
 def takes_long(response: InferResponse, *, raw: bool) -> bool:
-    """Return whether `response_to` has so much to write that the event loop should leave it to a thread."""
+    """Return whether `response_to` has so much to write that it belongs in a thread."""
     return not raw and sum(len(tensor.data) for tensor in response.outputs) > MUCH
 
 
 def response_to(response: InferResponse, *, raw: bool) -> pb.ModelInferResponse:
-    """Return the message, its elements raw or typed."""
+    """Return the message, with raw or typed elements."""
     message = pb.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
     for name, value in response.parameters.items():
         if isinstance(value, bool):
@@ -118,7 +118,7 @@ def _input(tensor: pb.ModelInferRequest.InferInputTensor, raw: Sequence[bytes]) 
     shape = tuple(tensor.shape)
     data: bytes | Sequence[bytes]
     if tensor.datatype == BYTES:
-        # What another shape says is refused later, by what it means for the datatype.
+        # A shape that BYTES can't have is refused later, in `images_of`.
         count = shape[0] if shape else 0
         data = split(raw[0], count) if raw else list(tensor.contents.bytes_contents)
     else:
@@ -127,7 +127,7 @@ def _input(tensor: pb.ModelInferRequest.InferInputTensor, raw: Sequence[bytes]) 
 
 
 def _check_input_parameters(given: Mapping[str, pb.InferParameter], raw: Sequence[bytes]) -> None:
-    """Refuse what an input can't take. KServe's client sends HTTP's binary_data_size here too."""
+    """Refuse parameters other than binary_data_size, which KServe's client sends here as over HTTP."""
     parameters = _parameters(given, "inputs.parameters")
     size = parameters.pop(_SIZE, None)
     if parameters:
@@ -139,7 +139,7 @@ def _check_input_parameters(given: Mapping[str, pb.InferParameter], raw: Sequenc
 
 
 def _typed(tensor: pb.ModelInferRequest.InferInputTensor) -> bytes:
-    """Return elements that aren't raw as if they were."""
+    """Return typed elements as raw bytes."""
     values = getattr(tensor.contents, _CONTENTS[tensor.datatype])
     if len(values) > MOST_TYPED:
         text = f"at most {MOST_TYPED:,} are taken in contents, more in raw_input_contents"

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol's service: convert, call, convert back."""
+"""The Open Inference Protocol's gRPC service."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -15,7 +15,7 @@ from tome_server.api.oip.describe import server_metadata
 from tome_server.api.oip.service import OpenInference
 from tome_server.api.reading import read_aside
 from tome_server.api.rpc import oip_convert
-from tome_server.api.rpc.streams import Context, answered
+from tome_server.api.rpc.streams import Context, stream_replies
 from tome_server.api.status import abort, code_name, status_of
 from tome_server.errors import RequestError, UnsupportedError
 
@@ -23,7 +23,7 @@ SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
 
 class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
-    """Answers `inference.GRPCInferenceService`."""
+    """Implements `inference.GRPCInferenceService`."""
 
     def __init__(self, service: OpenInference) -> None:
         self._service = service
@@ -31,19 +31,19 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
     async def ServerLive(  # noqa: N802
         self, _request: pb.ServerLiveRequest, _context: Context
     ) -> pb.ServerLiveResponse:
-        """Say that the process runs."""
+        """Report that the process runs."""
         return pb.ServerLiveResponse(live=True)
 
     async def ServerReady(  # noqa: N802
         self, _request: pb.ServerReadyRequest, _context: Context
     ) -> pb.ServerReadyResponse:
-        """Say whether every model is in service."""
+        """Report whether every model is ready."""
         return pb.ServerReadyResponse(ready=self._service.ready)
 
     async def ModelReady(  # noqa: N802
         self, request: pb.ModelReadyRequest, _context: Context
     ) -> pb.ModelReadyResponse:
-        """Say whether a model answers now."""
+        """Report whether a model is ready."""
         return pb.ModelReadyResponse(ready=self._service.model_ready(request.name, request.version))
 
     async def ServerMetadata(  # noqa: N802
@@ -72,7 +72,7 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
     async def ModelStatistics(  # noqa: N802
         self, request: pb.ModelStatisticsRequest, context: Context
     ) -> pb.ModelStatisticsResponse:
-        """Say what a model, or every model, has answered."""
+        """Return the statistics of one model, or of every model."""
         try:
             statistics = {"model_stats": self._service.statistics(request.name, request.version)}
             return ParseDict(statistics, pb.ModelStatisticsResponse())
@@ -129,14 +129,14 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
                 )
 
         try:
-            async with aclosing(answered(requests, answer, self._service.engine.draining)) as answers:
+            async with aclosing(stream_replies(requests, answer, self._service.engine.draining)) as answers:
                 async for response in answers:
                     yield response
         except RequestError as error:
             await abort(context, status_of(error))
 
     async def _infer(self, message: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
-        """Answer one message and count how that went."""
+        """Answer one message, and count its status."""
         arrival = asyncio.get_running_loop().time()
         with counted(self._service.engine, message.model_name):
             if oip_convert.takes_long_to_read(message):
@@ -151,10 +151,10 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
 
 
 class UnsupportedMethods(grpc.GenericRpcHandler):
-    """Answers the protocol's other methods, shared memory and settings of tracing and logs, with UNIMPLEMENTED."""
+    """Answers the unsupported methods, for shared memory and settings of traces and logs, with UNIMPLEMENTED."""
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
-        """Return what handles a call of this service, whatever its method."""
+        """Return a handler for any method of this service that no other handler has."""
         service, _, method = (details.method or "").removeprefix("/").partition("/")
         if service != SERVICE:
             return None

@@ -26,12 +26,12 @@ SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 # Bytes of a call's metadata: names, values and 32 for each entry, as HTTP/2 counts them. One limit for both of gRPC's:
 # between them, by default 8 and 16 KiB, it refuses calls at random.
 MOST_METADATA = 16 * 2**10
-# Of gRPC's algorithms none but that which changes nothing. A compressed message is refused on its head: inflated, it
-# would be held whole before `max_receive_message_length` is looked at, and one of 400 kB can be 400 MB.
+# Allows none of gRPC's compression algorithms. The core inflates a message whole before it compares its size with
+# `max_receive_message_length`, and 400 kB can become 400 MB. With this it refuses the call by its header.
 ONLY_IDENTITY = 1 << grpc.Compression.NoCompression
 # Seconds from NOT_SERVING to the first refusal: clients that watch health have gone elsewhere by then.
 NOTICE = 0.2
-# Seconds in which calls that have arrived are taken from gRPC's hands, and refused, before the server stops.
+# Seconds to refuse the calls that have already arrived in gRPC's queue, before the server stops.
 SETTLE = 0.2
 # Seconds of refusals at most. The pauses between the tries of the client's retry policy add up to over twice that, and
 # what its throttle lets it fail until then are some hundred calls, of which every second or third comes here.
@@ -40,21 +40,21 @@ REFUSING = 0.5
 
 @dataclass(frozen=True)
 class RpcSettings:
-    """How the server listens, and to whom."""
+    """Where the server listens, and its limits."""
 
     address: str
     """host:port; port 0 picks a free one."""
     max_image_bytes: int
     tls: TlsFiles | None = None
-    """Plain text without."""
+    """None for plain text."""
     tokens: Tokens | None = None
-    """Of whom calls are taken, health checks apart; without, of anybody."""
+    """Required of every call but health checks; None to require none."""
     max_concurrent_streams: int | None = None
-    """Calls at once on one connection; clients keep back more."""
+    """Concurrent calls on one connection; clients hold back more."""
     max_connections: int | None = None
-    """At once; more are closed as they come."""
+    """Concurrent connections; more are closed as they come."""
     compression: bool = False
-    """Take messages that come compressed."""
+    """Accept compressed messages."""
     max_age: float | None = None
     """Seconds after which a connection is closed, give or take a tenth, so that its client connects anew."""
     max_age_grace: float | None = None
@@ -78,7 +78,7 @@ class RpcServer:
         open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
             oip_servicer.OpenInferenceServicer(oip), self._server
         )
-        # Asked after the one above, about methods that it doesn't have.
+        # gRPC consults it after the servicer above, for methods that that doesn't have.
         self._server.add_generic_rpc_handlers((oip_servicer.UnsupportedMethods(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if settings.reflection:
@@ -107,16 +107,16 @@ class RpcServer:
             self._health.stop()
             await asyncio.sleep(min(NOTICE, grace))
         self._engine.drain()
-        # Told to stop, gRPC sends connections away, but cancels what it has received and not yet handed over, and few
-        # clients retry what was cancelled. So it is told once all are answered, and have had time to ask again and be
-        # refused; but who holds on to this connection isn't refused for as long as a long answer takes.
+        # When gRPC stops it tells clients to leave, but cancels calls that it has received and not yet handed over, and
+        # few clients retry a cancelled call. So it stops once all calls are answered and new ones were refused for a
+        # while. That while is bounded, so that clients that keep the connection aren't refused while a long call runs.
         with suppress(TimeoutError):
             async with asyncio.timeout_at(min(end, loop.time() + REFUSING)):
                 await self._engine.drained()
                 await asyncio.sleep(SETTLE)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._server.stop(max(0.0, end - loop.time())))
-            # Once connections are told to go away, so that none is watched again.
+            # After gRPC has sent GOAWAY, so that clients don't call Watch again on the same connection.
             await asyncio.sleep(0)
             self._health.close()
 
@@ -129,7 +129,7 @@ class RpcServer:
 
 
 def _why_not(address: str) -> str:
-    """Return what stands against listening on an address, which gRPC doesn't tell."""
+    """Return why the server can't listen on an address, which gRPC doesn't say."""
     host, _, port = address.rpartition(":")
     try:
         family, *_, place = socket.getaddrinfo(host.strip("[]") or None, port, type=socket.SOCK_STREAM)[0]
@@ -141,15 +141,15 @@ def _why_not(address: str) -> str:
 
 
 def server_options(settings: RpcSettings) -> list[tuple[str, int]]:
-    """Return what gRPC is to keep to."""
+    """Return gRPC's channel arguments."""
     options = [
         ("grpc.max_receive_message_length", message_limit(settings.max_image_bytes)),
         ("grpc.max_send_message_length", -1),
         ("grpc.max_metadata_size", MOST_METADATA),
         ("grpc.absolute_max_metadata_size", MOST_METADATA),
-        # Else a second server on the same port would silently take half of the connections.
+        # With it a second server on the same port would silently get half of the connections.
         ("grpc.so_reuseport", 0),
-        # Who connects and says nothing is not waited for any longer; by default two minutes.
+        # A connection that stays silent is closed after this time, by default two minutes.
         ("grpc.server_handshake_timeout_ms", 10_000),
         # Clients may ping every 20 s, also between calls, to keep a path through a NAT or proxy open.
         ("grpc.http2.min_ping_interval_without_data_ms", 20_000),

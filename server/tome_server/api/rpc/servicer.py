@@ -1,4 +1,4 @@
-"""The Inference service: convert, call the engine, convert back."""
+"""The Inference service."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,14 +8,14 @@ from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
 from tome_server.api.counting import count, counted
 from tome_server.api.rpc import convert
-from tome_server.api.rpc.streams import Context, answered
+from tome_server.api.rpc.streams import Context, stream_replies
 from tome_server.api.status import abort, code_name, status_of
 from tome_server.errors import InvalidRequestError, RequestError
 from tome_server.serving.engine import Engine
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
-    """Answers `tome_api.v1.Inference`."""
+    """Implements `tome_api.v1.Inference`."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -48,7 +48,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             return response
 
         try:
-            async with aclosing(answered(requests, answer, self._engine.draining)) as answers:
+            async with aclosing(stream_replies(requests, answer, self._engine.draining)) as answers:
                 async for response in answers:
                     yield response
         except RequestError as error:
@@ -73,7 +73,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             await abort(context, status_of(error))
 
     async def _predict(self, message: pb.PredictRequest, context: Context) -> pb.PredictResponse:
-        """Answer one message and count how that went."""
+        """Answer one message, and count its status."""
         arrival = asyncio.get_running_loop().time()
         with counted(self._engine, message.model):
             request = convert.request_from(message, arrival, context.time_remaining())

@@ -1,4 +1,4 @@
-"""How the streams of all services are answered."""
+"""Replies to the streams of all services."""
 
 import asyncio
 import logging
@@ -15,17 +15,18 @@ Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
 M = TypeVar("M")
 A = TypeVar("A")
 
-# Messages of one stream that may be in the server at once; more are left in the transport, which slows the sender down.
+# Messages of one stream in the server at once. The transport holds back more, which slows the sender down.
 STREAM_WINDOW = 64
 
 
-async def answered(
+async def stream_replies(
     requests: AsyncIterator[M], answer: Callable[[M], Awaitable[A]], draining: asyncio.Event
 ) -> AsyncGenerator[A, None]:
-    """Yield the answer to each message of a stream in the order of completion, until the client half-closes.
+    """Yield the answer to each message of a stream, in order of completion, until the client half-closes.
 
-    `answer` must not raise. Raises UnavailableError once the server drains, and InvalidRequestError for bytes that are
-    no message, both after what was received has been answered. Close it, so that what is unanswered ends with it.
+    `answer` must not raise. Raises UnavailableError once the server drains, and InvalidRequestError or TooLargeError
+    for a message that can't be read, both after the messages before it were answered. Closing the generator cancels
+    the messages that are unanswered.
     """
     answers: asyncio.Queue[A | None] = asyncio.Queue()
     window = asyncio.Semaphore(STREAM_WINDOW)
@@ -46,7 +47,7 @@ async def _read(
     answers: "asyncio.Queue[A | None]",
     window: asyncio.Semaphore,
 ) -> None:
-    """Start a task for each message of a stream; the queue of answers ends with None."""
+    """Start a task for each message of a stream. None at the end of the queue marks the end of the answers."""
     refusal: RequestError | None = None
 
     async def put_answer(message: M) -> None:

@@ -1,4 +1,4 @@
-"""TLS on the gRPC port, with certificates that may be exchanged while the server runs."""
+"""TLS on the gRPC port, with certificates that may be replaced while the server runs."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TlsFiles:
-    """PEM files of the server's identity, and of whom it lets in."""
+    """PEM files: the server's identity, and the authorities that it accepts."""
 
     certificate: Path
     key: Path
@@ -25,13 +25,13 @@ class TlsFiles:
     """Certificates of the authorities that must have signed a client's; without it, clients need none."""
 
     def paths(self) -> tuple[Path, ...]:
-        """Return the files there are."""
+        """Return the files that are set."""
         return (self.certificate, self.key, *([self.client_ca] if self.client_ca else []))
 
 
 @dataclass(frozen=True)
 class _Read:
-    """What the files held."""
+    """The contents of the files."""
 
     configuration: grpc.ServerCertificateConfiguration
     expiry: float
@@ -39,17 +39,17 @@ class _Read:
 
 
 class Certificates:
-    """What the files held when they were last good.
+    """The last usable contents of the files.
 
-    They are read again for the first handshake, or question, after any of them has changed. What can't be used then is
-    logged, and what was good before stays in use. Raises ConfigError if the files can't be used now, of which gRPC
-    would only say that the port can't.
+    They are read again at the first handshake or query after any of them has changed. Unusable contents are logged, and
+    the previous ones stay in use. Raises ConfigError if the files can't be used now; gRPC's own error names only the
+    port.
     """
 
     def __init__(self, files: TlsFiles) -> None:
         self._files = files
         self._said = ""
-        # Handshakes are in gRPC's threads, who asks for the expiry in another.
+        # Handshakes run in gRPC's threads, and the expiry is read from another.
         self._looking = Lock()
         try:
             self._seen: State | None = state(*files.paths())
@@ -58,7 +58,7 @@ class Certificates:
             raise ConfigError(f"tls: {error.filename}: {error.strerror}") from error
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Return what a port is made with."""
+        """Return the credentials for a port."""
         return grpc.dynamic_ssl_server_credentials(
             self._handed.configuration,
             self._changed,  # type: ignore[arg-type]  # None is "no change", which the stubs don't know
@@ -66,13 +66,13 @@ class Certificates:
         )
 
     def expiry(self) -> float:
-        """Return the Unix time at which the first of the certificates ends that the next handshake would show."""
+        """Return the Unix time at which the first certificate of the next handshake expires."""
         with self._looking:
             self._look()
             return self._good.expiry
 
     def _changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """Return what is good now, None if gRPC has it. It asks before each handshake."""
+        """Return the new configuration, None if gRPC has it already. gRPC calls this before each handshake."""
         with self._looking:
             self._look()
             if self._good is self._handed:
@@ -104,7 +104,7 @@ class Certificates:
 def _read(files: TlsFiles) -> _Read:
     try:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        # An empty password, so that nobody is asked for one.
+        # An empty password, so that OpenSSL doesn't prompt for one.
         context.load_cert_chain(files.certificate, files.key, password="")
     except ssl.SSLError as error:
         raise ConfigError(
@@ -122,7 +122,7 @@ def _read(files: TlsFiles) -> _Read:
 
 def _expiry(chain: bytes) -> float:
     """Return the Unix time at which the first of some certificates ends, NaN if only OpenSSL can read them."""
-    # Here because it is not small, and many servers have no certificate.
+    # Imported here because it is not small, and many servers have no certificate.
     from cryptography import x509
 
     try:
