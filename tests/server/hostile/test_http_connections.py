@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from api.rest.wire import INFER, ask
+from api.rest.wire import INFER, JSON_LENGTH, ask
 from api.rpc.wire import until
 
 from tome_server.api.rest.connection import Connections
@@ -198,3 +198,31 @@ def test_half_a_body_is_waited_for_no_longer_than_is_said(slow_server: Any, star
         said: list[bytes] = []
         _hear(connection, said)
         assert statuses(b"".join(said)) == ([200] if start.startswith(GET) else [408])
+
+
+@pytest.mark.nightly
+def test_an_answer_that_is_not_read_is_given_up(slow_server: Any) -> None:
+    """Ten megabytes, of which the kernels hold a part; the rest is the server's until it gives up."""
+    count = 100
+    given = {"name": "image", "datatype": "UINT8", "shape": [count, 28, 28, 3]}
+    pixels = bytes(count * 28 * 28 * 3)
+    wanted = [{"name": "patch_features", "parameters": {"binary_data": True}}]
+    message = {
+        "inputs": [{**given, "parameters": {"binary_data_size": len(pixels)}}],
+        "outputs": wanted,
+        "parameters": {"no_deadline": True},
+    }
+    text = json.dumps(message).encode()
+    head = POST + f"Content-Length: {len(text) + len(pixels)}\r\n{JSON_LENGTH}: {len(text)}\r\n\r\n".encode()
+    before = descriptors(slow_server.process.pid)
+    url = urlsplit(slow_server.metrics_url)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(100)
+        connection.connect((url.hostname, url.port))
+        connection.sendall(head + text + pixels)
+        assert connection.recv(12) == b"HTTP/1.1 200"
+        until(lambda: descriptors(slow_server.process.pid) <= before, "the connection is given up")
+        said: list[bytes] = []
+        _hear(connection, said)
+    assert sum(map(len, said)) < count * 196 * 128 * 4
