@@ -170,6 +170,7 @@ def _http_server(config: ServerConfig, service: OpenInference, tokens: Tokens | 
         service,
         config.metrics,
         max_image_bytes=config.limits.max_image_bytes,
+        body_memory=config.limits.body_memory,
         max_connections=config.connections.max_http_connections,
         max_connections_per_address=config.connections.max_http_connections_per_address,
         protocol=config.tls is None if config.rest is None else config.rest,

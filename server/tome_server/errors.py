@@ -81,6 +81,15 @@ class OverloadedError(RequestError):
         """seconds"""
 
 
+class CrowdedError(OverloadedError):
+    """The bodies of requests hold as much memory as they may together."""
+
+    def __init__(self, most: int, retry_after: float) -> None:
+        text = f"the bodies of requests may hold {most:,} bytes together; retry in {retry_after * 1e3:.0f} ms"
+        RequestError.__init__(self, text)
+        self.retry_after = retry_after
+
+
 class TooLargeError(RequestError):
     """The request holds more than the server would hold at once, however idle; asking again won't help."""
 

@@ -13,6 +13,7 @@ from grpc_status import rpc_status
 from tome_server.errors import (
     ClientGoneError,
     ClientLimitError,
+    CrowdedError,
     EncodingError,
     ExpiredError,
     InfeasibleError,
@@ -40,6 +41,7 @@ _CODES = {
     InfeasibleError: code_pb2.DEADLINE_EXCEEDED,
     ExpiredError: code_pb2.DEADLINE_EXCEEDED,
     OverloadedError: code_pb2.RESOURCE_EXHAUSTED,
+    CrowdedError: code_pb2.RESOURCE_EXHAUSTED,
     TooLargeError: code_pb2.RESOURCE_EXHAUSTED,
     NoMemoryError: code_pb2.RESOURCE_EXHAUSTED,
     UnsupportedError: code_pb2.UNIMPLEMENTED,

@@ -82,6 +82,8 @@ class LimitsConfig(Strict):
     """Width × height of the image, and of what resizing would make of a long and thin one."""
     decode_memory: Size = 512 * 2**20
     """Memory that decoding may take, for all images together; images wait for it in the order of their deadlines."""
+    body_memory: Size = 256 * 2**20
+    """What the bodies of HTTP requests may hold of memory together; more get 429. At least one body is accepted."""
     max_client_requests: Count | None = None
     """Requests held at once for one client, by its token or else its address; by default as many as for all."""
 

@@ -1,6 +1,7 @@
 """HTTP requests without end, in every part of them: refused at a bounded cost, beside others."""
 
 import json
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +14,9 @@ import pytest
 from api.rest.wire import INFER, JSON_LENGTH, ask
 from api.rpc.wire import until
 
+from tome_server.api.rest.body import BodyMemory
 from tome_server.api.rest.connection import Connections
+from tome_server.errors import CrowdedError
 
 from .attack import MIB, at_most, descriptors, others
 
@@ -226,3 +229,40 @@ def test_an_answer_that_is_not_read_is_given_up(slow_server: Any) -> None:
         said: list[bytes] = []
         _hear(connection, said)
     assert sum(map(len, said)) < count * 196 * 128 * 4
+
+
+def test_bodies_hold_no_more_together_than_they_may() -> None:
+    memory = BodyMemory(100)
+    with memory.holding() as one, memory.holding() as other:
+        one.take(60)
+        other.take(40)
+        with pytest.raises(CrowdedError, match="may hold 100 bytes together; retry in"):
+            one.take(1)
+    with memory.holding() as later:
+        later.take(100)
+
+
+@pytest.mark.nightly
+def test_bodies_that_never_end_leave_room_for_others(slow_server: Any, image: bytes) -> None:
+    """Twenty of them, of 20 MiB that have come: as much as is documented is held, and the rest refused."""
+    body = bytes(20 * MIB)
+    head = POST + f"Content-Length: {31 * MIB}\r\n\r\n".encode()
+    with others(slow_server, image), at_most(slow_server, 256 * MIB + 64 * MIB), ExitStack() as held:
+        connections = [held.enter_context(connect(slow_server)) for _ in range(20)]
+        for connection in connections:
+            connection.sendall(head)
+            connection.sendall(body)
+        until(lambda: len(select.select(connections, [], [], 0)[0]) >= 8, "those beyond the bound are answered")
+        answers = [one.recv(2**16) for one in select.select(connections, [], [], 0)[0]]
+        assert {*map(statuses_of_first, answers)} == {429}
+        assert all(b"retry-after" in answer.lower() for answer in answers)
+        # What fits is taken.
+        assert ask(slow_server.metrics_url.removesuffix("/metrics"), INFER, b"{}").status == 400
+    until(
+        lambda: ask(slow_server.metrics_url.removesuffix("/metrics"), INFER, body, {JSON_LENGTH: "0"}).status == 400,
+        "what they held is given back",
+    )
+
+
+def statuses_of_first(answer: bytes) -> int:
+    return statuses(answer)[0]

@@ -2,12 +2,23 @@
 
 import asyncio
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from starlette.requests import ClientDisconnect, Request
 
 from tome_server.api.oip.messages import shown
 from tome_server.api.rest.connection import BODY_TIME
-from tome_server.errors import ClientGoneError, EncodingError, InvalidRequestError, SlowBodyError, TooLargeError
+from tome_server.errors import (
+    ClientGoneError,
+    CrowdedError,
+    EncodingError,
+    InvalidRequestError,
+    SlowBodyError,
+    TooLargeError,
+)
+from tome_server.serving.engine import RETRY_AFTER
 
 IDENTITY = "identity"
 # zlib's window bits: 15 for its own format, which HTTP calls deflate, and 16 more for gzip's.
@@ -16,14 +27,50 @@ CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 _FEW = 4096
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """Return a request's body, inflated.
+class BodyMemory:
+    """The bytes of all bodies in the server, which are bounded together."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held = 0
+
+    @contextmanager
+    def holding(self) -> Iterator["BodyShare"]:
+        """Yield one request's share, which is given back at the end."""
+        share = BodyShare(self)
+        try:
+            yield share
+        finally:
+            self._held -= share.size
+
+    def take(self, size: int) -> None:
+        """Count bytes. Raises CrowdedError instead if there would be too many."""
+        if self._held + size > self._most:
+            raise CrowdedError(self._most, RETRY_AFTER)
+        self._held += size
+
+
+@dataclass
+class BodyShare:
+    """The bytes that one request holds."""
+
+    memory: BodyMemory
+    size: int = 0
+
+    def take(self, size: int) -> None:
+        """Count bytes before they are kept. Raises CrowdedError if all requests would hold too many together."""
+        self.memory.take(size)
+        self.size += size
+
+
+async def read_body(request: Request, most: int, share: BodyShare) -> bytes:
+    """Return a request's body, inflated, and count it in `share`.
 
     Raises TooLargeError if it has more than `most` bytes, compressed or not, EncodingError for an unsupported coding,
-    SlowBodyError, InvalidRequestError if it is damaged, and ClientGoneError.
+    SlowBodyError, CrowdedError, InvalidRequestError if it is damaged, and ClientGoneError.
     """
     coding = _coding(request)
-    body = await _received(request, most)
+    body = await _received(request, most, share)
     if not body and "upgrade" in request.headers:
         # httptools reads no body where the client asks for another protocol, as Java's client does by default.
         text = f"{shown(request.headers['upgrade'])} is not supported, and no body is read with it; send HTTP/1.1 alone"
@@ -31,8 +78,11 @@ async def read_body(request: Request, most: int) -> bytes:
     if coding is None or not body:
         return body
     if len(body) <= _FEW:
-        return inflated(body, coding, most)
-    return await asyncio.to_thread(inflated, body, coding, most)
+        content = inflated(body, coding, most)
+    else:
+        content = await asyncio.to_thread(inflated, body, coding, most)
+    share.take(len(content))
+    return content
 
 
 def inflated(body: bytes, coding: str, most: int) -> bytes:
@@ -65,7 +115,7 @@ def _coding(request: Request) -> str | None:
     return codings[0]
 
 
-async def _received(request: Request, most: int) -> bytes:
+async def _received(request: Request, most: int, share: BodyShare) -> bytes:
     parts, size = [], 0
     try:
         async with asyncio.timeout(BODY_TIME):
@@ -73,6 +123,7 @@ async def _received(request: Request, most: int) -> bytes:
                 size += len(part)
                 if size > most:
                     raise _too_large(most)
+                share.take(len(part))
                 parts.append(part)
     except TimeoutError:
         raise SlowBodyError("body", f"did not come within {BODY_TIME:.0f} s") from None

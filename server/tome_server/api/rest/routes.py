@@ -21,7 +21,7 @@ from tome_server.api.oip.service import OpenInference
 from tome_server.api.reading import read_aside
 from tome_server.api.rest import convert
 from tome_server.api.rest.access import Access
-from tome_server.api.rest.body import read_body
+from tome_server.api.rest.body import BodyMemory, BodyShare, read_body
 from tome_server.api.rest.errors import refusal
 from tome_server.api.tokens import Tokens
 from tome_server.errors import (
@@ -51,9 +51,10 @@ UNSUPPORTED = (
 class Protocol:
     """The paths of the Open Inference Protocol, and of Triton's extensions of it."""
 
-    def __init__(self, service: OpenInference, max_bytes: int) -> None:
+    def __init__(self, service: OpenInference, max_bytes: int, body_memory: int) -> None:
         self._service = service
         self._max_bytes = max_bytes
+        self._bodies = BodyMemory(max(body_memory, max_bytes))
         self._answering = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -103,7 +104,8 @@ class Protocol:
 
     async def index(self, request: Request) -> Response:
         """List the models."""
-        body = await read_body(request, self._max_bytes)
+        with self._bodies.holding() as share:
+            body = await read_body(request, self._max_bytes, share)
         return JSONResponse(self._service.index(await read_aside(convert.ready_only, body)))
 
     async def load(self, request: Request) -> Response:
@@ -127,8 +129,8 @@ class Protocol:
         self._answering += 1
         self._idle.clear()
         try:
-            with counted(self._service.engine, name):
-                return await self._infer(request, arrival, name, version)
+            with counted(self._service.engine, name), self._bodies.holding() as share:
+                return await self._infer(request, arrival, name, version, share)
         finally:
             self._answering -= 1
             if not self._answering:
@@ -151,12 +153,12 @@ class Protocol:
         if self._answering > engine.max_pending:
             raise OverloadedError(engine.max_pending, RETRY_AFTER)
 
-    async def _infer(self, request: Request, arrival: float, name: str, version: str) -> Response:
+    async def _infer(self, request: Request, arrival: float, name: str, version: str, share: BodyShare) -> Response:
         self._check_room()
         headers = request.headers
         time_remaining = _time_remaining(headers.get(TIMEOUT))
         json_length = _json_length(headers)
-        body = await read_body(request, self._max_bytes)
+        body = await read_body(request, self._max_bytes, share)
         if convert.takes_long_to_read(body, json_length):
             asked = await read_aside(convert.request_from, body, json_length, name, version)
         else:

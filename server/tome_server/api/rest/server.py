@@ -36,6 +36,7 @@ class HttpServer:
         address: str,
         *,
         max_image_bytes: int,
+        body_memory: int,
         max_connections: int,
         max_connections_per_address: int,
         protocol: bool = True,
@@ -45,7 +46,7 @@ class HttpServer:
         self._socket = _listen(host.strip("[]"), int(port), address)
         self.address = f"{host}:{self._socket.getsockname()[1]}"
         # As gRPC bounds its messages.
-        self._protocol = Protocol(service, message_limit(max_image_bytes)) if protocol else None
+        self._protocol = Protocol(service, message_limit(max_image_bytes), body_memory) if protocol else None
         config = uvicorn.Config(
             application(self._protocol, service, tokens),
             http=partial(BoundedProtocol, Connections(max_connections, max_connections_per_address)),  # type: ignore[arg-type]
