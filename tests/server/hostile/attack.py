@@ -74,7 +74,7 @@ def others(server: Any, image: bytes) -> Iterator[Others]:
     finally:
         calling.stop()
         thread.join()
-    assert not calling.failures
+    assert calling.failures == []
 
 
 @contextlib.contextmanager
