@@ -1,7 +1,7 @@
-"""The device as the event loop sees it: a process of its own, that loads models and runs batches.
+"""The device as the event loop sees it: a process of its own that loads models and runs batches.
 
-A batch is some thousand short kernels, and between them the device needs the interpreter. In one process with the
-event loop it would wait for it: 10 to 15 % of a small model's throughput (docs/performance.md).
+A batch is about a thousand short kernels, and Python must launch each of them. In the event loop's process they would
+compete with it for the interpreter, which costs a small model 10 to 15 % of its throughput (docs/performance.md).
 """
 
 import asyncio
@@ -15,11 +15,31 @@ import sys
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tome_server.device.messages import (
+    Call,
+    ChooseThreads,
+    FromProcess,
+    LoadModel,
+    MapImages,
+    MeasureAgain,
+    ObtainProfile,
+    OpenDevice,
+    OutlineModel,
+    PrefetchImage,
+    Probe,
+    Raised,
+    RecordGraphs,
+    Returned,
+    RunBatch,
+    SetThreads,
+    UnloadModel,
+    WarmUp,
+)
 from tome_server.device.shared_images import SharedImages, Slot
 from tome_server.errors import DeviceDiedError
 from tome_server.execution.batch import BatchItem, BatchResult
@@ -30,23 +50,25 @@ from tome_server.scheduling.profile import Profile
 
 log = logging.getLogger(__name__)
 
-# Seconds that the process has to end by itself, once nobody calls it any more: for the batch that it runs.
-PATIENCE = 10.0
-# Seconds that the event loop waits to hear how the process ended: its connection closes just before.
-STATUS_WAIT = 1.0
+R = TypeVar("R")
+
+# Seconds in which the process must end once its connection is closed: it finishes the batch that it runs.
+STOP_TIMEOUT = 10.0
+# Seconds that the event loop waits for the process's exit status: its connection closes just before it exits.
+STATUS_TIMEOUT = 1.0
 
 
 class Device:
     """A device and the process that owns it.
 
-    Calls are made on the event loop that was running when it was made; `put` from any thread. Those that wait raise
-    DeviceDiedError if the process ends, OutOfMemoryError if the device lacks the memory, and else whatever went wrong
-    there.
+    All methods but `put` must be called on the event loop that was running when it was made; `put` may be called from
+    any thread. Calls raise DeviceDiedError if the process ends, OutOfMemoryError if the device lacks the memory, and
+    otherwise what was raised in the process.
     """
 
     def __init__(self) -> None:
         self.name = ""
-        """cpu, cuda or cuda:N, once it is open."""
+        """cpu, cuda or cuda:N; empty until `open`."""
         self._tickets = itertools.count()
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._images: dict[str, SharedImages] = {}
@@ -59,7 +81,7 @@ class Device:
                 stdin=subprocess.DEVNULL,
                 stdout=sys.__stderr__.fileno() if sys.__stderr__ else subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                # Ctrl-C is for the server, which then ends this.
+                # In a group of its own: Ctrl-C goes to the server alone, which then ends this process.
                 process_group=0,
             )
         self._connection = Connection(ours.detach())
@@ -69,157 +91,183 @@ class Device:
 
     @property
     def pid(self) -> int:
-        """The process's number."""
+        """The process ID."""
         return self._process.pid
 
     async def open(self, name: str) -> None:
-        """Use the device `name`: auto, cpu, cuda or cuda:N. Raises ConfigError if it isn't there."""
-        self.name = await self._call("open", name)
+        """Use the device `name`: auto, cpu, cuda or cuda:N. Raises ConfigError if there is none of that name."""
+        self.name = await self._call(OpenDevice(name))
 
     async def set_threads(self, threads: int) -> None:
-        """Use so many CPU threads."""
-        await self._call("set_threads", threads)
+        """Use `threads` CPU threads."""
+        await self._call(SetThreads(threads))
 
     async def choose_threads(self, models: Sequence[tuple[ModelSpec, int]], folder: Path | None = None) -> int:
-        """Do what the function `choose_threads` does, before any model is loaded. Raises ModelLoadError."""
-        threads: int = await self._call("choose_threads", models, folder)
-        return threads
+        """Choose by measuring whether models run on one CPU thread or on all, and return how many that is.
+
+        Call it before any model is loaded, for models are made for a number of threads.
+
+        Args:
+            models: Each with its largest batch.
+            folder: Where measurements are kept; None for the default folder.
+
+        Raises:
+            ModelLoadError: If none of the models can be loaded.
+        """
+        return await self._call(ChooseThreads(models, folder))
 
     async def outline(self, spec: ModelSpec) -> Outline:
-        """Do what the function `outline` does. Raises ModelLoadError."""
-        outline: Outline = await self._call("outline", spec)
-        return outline
+        """Find out what can be known of a model without its weights. Raises ModelLoadError if it can't be served."""
+        return await self._call(OutlineModel(spec))
 
     async def load(
         self, key: str, spec: ModelSpec, limits: Limits, slots: int, *, max_batch: int = 1, folder: Path | None = None
     ) -> HostedModel:
-        """Do what `load_chosen` does, call the model `key` from then on, and run it once. Raises ModelLoadError.
+        """Load a model, in the dtype that measures best where the spec says auto, and run it once.
 
-        `slots` is how many of its images are held at once.
+        Args:
+            key: What other methods name the model by.
+            spec: What to load.
+            limits: What one image may cost.
+            slots: How many of its images are held at once.
+            max_batch: The largest batch that it will run.
+            folder: Where measurements are kept; None for the default folder.
+
+        Raises:
+            ModelLoadError: If the model can't be loaded.
         """
-        model: HostedModel = await self._call("load", key, spec, limits, max_batch, folder)
+        model = await self._call(LoadModel(key, spec, limits, max_batch, folder))
         try:
             images = SharedImages(model.preprocess.settings.input_size, slots)
-            shared = self._post("share", key, images.shape, images.slots)
+            mapped = self._post(MapImages(key, images.shape, images.slots))
             images.send(self._connection, self.pid)
-            await shared
+            await mapped
         except Exception:  # more than there is room for
-            await self._call("unload", key)
+            await self._call(UnloadModel(key))
             raise
         self._images[key] = images
         return model
 
     async def unload(self, key: str) -> None:
-        """Forget a model that no batch is run of any more."""
+        """Forget a model. No batch of it may be running."""
         del self._images[key]
-        await self._call("unload", key)
+        await self._call(UnloadModel(key))
 
     async def record(self, key: str, *, max_batch: int, memory: int) -> None:
-        """On CUDA, record graphs of a loaded model's batches in at most so many bytes; else do nothing."""
-        await self._call("record", key, max_batch, memory)
+        """On CUDA, record graphs of a model's batches in at most `memory` bytes; on a CPU, do nothing."""
+        await self._call(RecordGraphs(key, max_batch, memory))
 
     async def profile(
         self, key: str, spec: ModelSpec, *, max_batch: int, budget: float, folder: Path | None
     ) -> Profile:
-        """Do what `obtain_profile` does for the model that was loaded by that `spec`."""
-        profile: Profile = await self._call("profile", key, spec, max_batch, budget, folder)
-        return profile
+        """Return a model's stored profile; if none is stored, measure it for about `budget` seconds and store it.
+
+        `spec` is what the model was loaded by, and `folder` where profiles are kept (None: the default folder).
+        """
+        return await self._call(ObtainProfile(key, spec, max_batch, budget, folder))
 
     async def measure_again(self, key: str, *, budget: float) -> Profile | None:
-        """Do what the function `measure_again` does for a model that has a profile and is served meanwhile.
+        """Measure a model in service again, for about `budget` seconds. Return a better profile than its own, or None.
 
-        A batch that is to run waits for one that is being measured, at most. Raises InterruptedError when one comes, or
-        any other call but `probe`.
+        Any later call but `probe` ends the measurement, which then raises InterruptedError: a batch waits for one
+        measured batch at most.
         """
-        profile: Profile | None = await self._call("measure_again", key, budget)
-        return profile
+        return await self._call(MeasureAgain(key, budget))
 
     async def warm(self, key: str, *, max_batch: int, seconds: float) -> None:
-        """Run batches of every size at every r, as far as that goes in so many seconds: first ones take longer."""
-        await self._call("warm", key, max_batch, seconds)
+        """Run a batch of every size at every r, for `seconds` at most: the first of each kind takes longer."""
+        await self._call(WarmUp(key, max_batch, seconds))
 
     async def probe(self, key: str, r: int) -> float:
-        """Return the seconds that one empty image takes at r, merged as any other."""
-        seconds: float = await self._call("probe", key, r)
-        return seconds
+        """Run one empty image at r, and return the seconds it took."""
+        return await self._call(Probe(key, r))
 
     def put(self, key: str, image: NDArray[np.uint8] | NDArray[np.float32]) -> Slot:
-        """Take an image for a loaded model, [C, H, W] as its Preprocess made it, that `run` will be called for."""
+        """Copy an image into memory that the process shares, for `run`: [C, H, W] as the model's Preprocess made it.
+
+        Raises IndexError if all of the model's slots are taken.
+        """
         return self._images[key].put(image)
 
     def prefetch(self, key: str, slot: Slot) -> None:
-        """Have an image copied to a GPU ahead of its batch, while others run; where there is no GPU, do nothing."""
+        """Begin to copy an image to the GPU while other batches run; without a GPU, do nothing."""
         if self.name.startswith("cuda") and not self._connection.closed:
-            self._send(None, "prefetch", key, slot.place)
+            self._send(None, PrefetchImage(key, slot.place))
 
     async def run(self, key: str, batch: Sequence[BatchItem[Slot]], rs: Sequence[int], packed: bool) -> BatchResult:
-        """Do what `run_batch` does. Raises what the model raises."""
-        placed = [work.on(work.image.place) for work in batch]
-        result: BatchResult = await self._call("run", key, placed, rs, packed)
-        return result
+        """Run a batch, each image at its own r; `packed` says whether different r share one call of the model.
+
+        Raises what the model raises.
+        """
+        placed = [item.on(item.image.place) for item in batch]
+        return await self._call(RunBatch(key, placed, rs, packed))
 
     async def ended(self) -> NoReturn:
-        """Wait for the process to end without being told to. Raises DeviceDiedError when it has."""
+        """Wait until the process ends by itself. Raises DeviceDiedError then, never returns."""
         await self._lost.wait()
         raise DeviceDiedError(self._death)
 
     async def close(self) -> None:
         """End the process, after the batch that it runs."""
         self._hang_up()
-        # In one system call: Popen's own limit of time is kept by short sleeps, which a clock that is set can break.
+        # A thread waits in one system call. Popen's own timeout polls by a clock that may be set meanwhile.
         ended = asyncio.ensure_future(asyncio.to_thread(self._process.wait))
-        if not (await asyncio.wait({ended}, timeout=PATIENCE))[0]:
+        if not (await asyncio.wait({ended}, timeout=STOP_TIMEOUT))[0]:
             self._process.kill()
             await ended
 
     async def kill(self) -> None:
-        """End the process, whatever it does."""
+        """End the process at once."""
         self._hang_up()
         self._process.kill()
         await asyncio.to_thread(self._process.wait)
 
-    async def _call(self, call: str, *args: object) -> Any:
-        return await self._post(call, *args)
+    async def _call(self, call: Call[R]) -> R:
+        return await self._post(call)
 
-    def _post(self, call: str, *args: object) -> "asyncio.Future[Any]":
-        """Send a call; its answer is what the future will have."""
-        future = self._loop.create_future()
+    def _post(self, call: Call[R]) -> asyncio.Future[R]:
+        """Send a call, and return the future of its answer."""
+        future: asyncio.Future[R] = self._loop.create_future()
         if self._connection.closed:
             future.set_exception(DeviceDiedError(self._death))
             return future
         ticket = next(self._tickets)
         self._calls[ticket] = future
-        self._send(ticket, call, *args)
+        self._send(ticket, call)
         return future
 
-    def _send(self, ticket: int | None, call: str, *args: object) -> None:
-        """Send a call, whose answer has this ticket; None if there is none."""
+    def _send(self, ticket: int | None, message: Call[R] | PrefetchImage) -> None:
         try:
-            self._connection.send((ticket, call, args))
+            self._connection.send((ticket, message))
         except OSError:
             self._lose()
 
     def _read(self) -> None:
         try:
             while self._connection.poll():
-                ticket, value, error = self._connection.recv()
-                if ticket is None:  # a line for the log
-                    logging.getLogger(value.name).handle(value)
-                    continue
-                future = self._calls.pop(ticket)
-                if future.done():  # cancelled
-                    continue
-                if error is None:
-                    future.set_result(value)
-                else:
-                    future.set_exception(error)
+                self._receive(self._connection.recv())
         except (EOFError, OSError):
             self._lose()
 
+    def _receive(self, message: FromProcess) -> None:
+        match message:
+            case Returned(ticket, value):
+                future = self._calls.pop(ticket)
+                if not future.done():  # it may be cancelled
+                    future.set_result(value)
+            case Raised(ticket, error):
+                future = self._calls.pop(ticket)
+                if not future.done():
+                    future.set_exception(error)
+            case logging.LogRecord():
+                logging.getLogger(message.name).handle(message)
+            case _:
+                assert_never(message)
+
     def _lose(self) -> None:
-        # Nothing can be served any more, so that nobody is kept waiting by this.
+        # This blocks the event loop, which can serve nothing any more.
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._death = f"the process that runs the models {_ending(self._process.wait(STATUS_WAIT))}"
+            self._death = f"the process that runs the models {_ending(self._process.wait(STATUS_TIMEOUT))}"
         log.error("%s (process %d)", self._death, self.pid)
         self._hang_up()
         self._lost.set()
@@ -236,7 +284,7 @@ class Device:
 
 
 def _ending(status: int) -> str:
-    """Say how a process ended, as Popen gives its status."""
+    """Say how a process ended, by Popen's return code."""
     if status >= 0:
         return f"has ended with status {status}"
     cause = " (the kernel does that where memory runs out)" if status == -signal.SIGKILL else ""

@@ -1,7 +1,7 @@
-"""A lock that is given in the order in which it was asked for.
+"""A lock that threads get in the order in which they asked for it.
 
-A thread that gives one of Python's locks back and asks for it again gets it before one that waits for it wakes up: who
-does so in a loop lets nobody in until it is done.
+Python's own locks aren't fair: a thread that releases one and acquires it again at once gets it before a waiting thread
+wakes up, so a thread that does so in a loop shuts out all others until it is done.
 """
 
 import threading
@@ -10,7 +10,7 @@ from types import TracebackType
 
 
 class FairLock:
-    """Entered by one thread at a time, the one that has waited longest; not by one that has it already."""
+    """A context manager that one thread at a time may enter, the longest waiting first. It isn't reentrant."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -19,7 +19,7 @@ class FairLock:
 
     @property
     def waiting(self) -> int:
-        """How many wait for it."""
+        """How many threads wait for it."""
         return len(self._queue)
 
     def __enter__(self) -> None:
@@ -36,6 +36,6 @@ class FairLock:
     ) -> None:
         with self._lock:
             if self._queue:
-                self._queue.popleft().set()  # it stays taken, by who is next
+                self._queue.popleft().set()  # it stays taken, now by the next thread
             else:
                 self._taken = False

@@ -1,6 +1,6 @@
-"""Images brought to a GPU as they come, while it runs batches.
+"""Copies images to a GPU as they arrive, while it runs batches.
 
-When a batch starts its images are there already: nothing of it is gathered on the host, or copied, while the GPU waits.
+When a batch starts, its images are on the GPU already, which therefore doesn't wait for them to be gathered and copied.
 """
 
 from functools import cache
@@ -12,10 +12,10 @@ from tome_server.device.shared_images import Mapped, Place
 
 
 class Prefetcher:
-    """A model's images on the device; takes memory there only for as many as were ever in use at once.
+    """A model's images on the device; only places that were ever used take memory there.
 
-    One thread brings images, one other may take them: not the same one at once, since who puts an image into a place
-    waits until the last one is needed no more.
+    One thread may prefetch images while another takes them. They never touch the same place at once, since no image is
+    put into a slot before the one that lay there was dropped.
     """
 
     def __init__(self, images: Mapped, device: torch.device) -> None:
@@ -26,24 +26,24 @@ class Prefetcher:
         self._arrivals: dict[Place, torch.Event | None] = {}
 
     def prefetch(self, place: Place) -> None:
-        """Begin to copy the image at `place` to the device, and don't wait for it. Raises where memory runs out."""
+        """Begin to copy the image at `place` to the device, without waiting for it. Raises if memory runs out."""
         self._arrivals.pop(place, None)
         image = torch.from_numpy(self._images.at(place))
         if self._stream is None:
             self._place(place, image).copy_(image)
             self._arrivals[place] = None
             return
-        # Only copies from pinned memory go on beside what the device does. torch keeps it until they have ended.
+        # Only copies from pinned memory overlap with kernels. torch keeps that memory until they have ended.
         staged = torch.empty(image.shape, dtype=image.dtype, pin_memory=True).copy_(image)
-        # Memory too is taken for this stream: what another stream gave back may still be read there.
+        # Allocated on this stream too: a kernel of another stream may still read memory that was freed there.
         with torch.cuda.stream(self._stream):
             self._place(place, image).copy_(staged, non_blocking=True)
             self._arrivals[place] = self._stream.record_event()
 
     def take(self, place: Place) -> Tensor:
-        """Return the image at `place`: on the device if it was brought there, and the first time; else on the host.
+        """Return the image at `place`: on the device if it was prefetched and not taken since, else on the host.
 
-        What is done next on the device waits until it has arrived.
+        Kernels that are launched next wait until it has arrived.
         """
         if place not in self._arrivals:
             return torch.from_numpy(self._images.at(place))
@@ -61,8 +61,9 @@ class Prefetcher:
 
 @cache
 def _copies(device: torch.device) -> torch.cuda.Stream:
-    """Return a stream for copies, which then don't queue behind the batch that runs.
+    """Return a stream for copies, so that they don't queue behind the batch that runs.
 
-    One for all models: torch has 32 and gives them again after that, and a graph may be recorded on the one given next.
+    All models share it: torch has 32 streams and hands them out in turn, so that one for each model could become the
+    stream on which graphs are recorded.
     """
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

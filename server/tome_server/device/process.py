@@ -1,4 +1,4 @@
-"""What the device's process does: answers the calls of `device.client` until that side closes."""
+"""The process that owns the device: it answers the calls of `device.client` until that side closes."""
 
 import logging
 import os
@@ -12,9 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection
-from pathlib import Path
 from queue import SimpleQueue
-from typing import TypeAlias
+from typing import assert_never
 
 import tome_server.merging.timm_import  # noqa: F401  isort: skip
 
@@ -24,8 +23,29 @@ from tome_server.calibration.choose_dtype import load_chosen
 from tome_server.calibration.choose_threads import choose_threads
 from tome_server.calibration.profile_store import measure_again, obtain_profile
 from tome_server.device.fair_lock import FairLock
+from tome_server.device.messages import (
+    AnyCall,
+    ChooseThreads,
+    FromProcess,
+    LoadModel,
+    MapImages,
+    MeasureAgain,
+    ObtainProfile,
+    OpenDevice,
+    OutlineModel,
+    PrefetchImage,
+    Probe,
+    Raised,
+    RecordGraphs,
+    Returned,
+    RunBatch,
+    SetThreads,
+    ToProcess,
+    UnloadModel,
+    WarmUp,
+)
 from tome_server.device.prefetch import Prefetcher
-from tome_server.device.shared_images import Place, receive
+from tome_server.device.shared_images import receive
 from tome_server.errors import OutOfMemoryError
 from tome_server.execution.batch import BatchItem, BatchResult, Outputs
 from tome_server.execution.choose_device import choose_device
@@ -37,21 +57,17 @@ from tome_server.merging.cpu import matching_c
 from tome_server.models.hosted import HostedModel
 from tome_server.models.loaded import LoadedModel
 from tome_server.models.loading import outline
-from tome_server.models.preprocess import Limits
-from tome_server.models.spec import ModelSpec, Outline
+from tome_server.models.spec import Outline
 from tome_server.scheduling.profile import Profile
 
 log = logging.getLogger(__name__)
-
-# Ticket of the call, or None for a line of the log; then value and error, of which one is None.
-_Answer: TypeAlias = tuple[int | None, object, Exception | None]
 
 
 class DeviceProcess:
     """Models on a device.
 
-    The calling thread only listens, and brings images to the device while batches run. These run in a thread of their
-    own one after the other, and so does what takes longer.
+    The thread that calls `answer_calls` only receives messages and prefetches images. Batches run one after the other
+    in a second thread, and calls that take longer, such as loading a model, in a third.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -59,138 +75,161 @@ class DeviceProcess:
         self._sending = threading.Lock()
         self._models: dict[str, LoadedModel] = {}
         self._images: dict[str, Prefetcher] = {}
-        # The profile of each model, and what finds a better one.
+        # Each model's profile, and a function that looks for a better one.
         self._profiles: dict[str, Profile] = {}
         self._measure_again: dict[str, Callable[..., Profile | None]] = {}
-        # Set when a call comes for which measuring again is given up.
+        # Set by the next call that ends MeasureAgain.
         self._called = threading.Event()
         self._device = torch.device("cpu")
         self._threads = available_cpus()
-        # Held by a batch, and while a CUDA graph is recorded, so that neither comes into the other.
+        # Held while a batch runs, and while a CUDA graph is recorded, so that these never overlap.
         self._running = FairLock()
         self._batches = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
         logging.getLogger("tome_server").setLevel(connection.recv())
         logging.getLogger().addHandler(_ServerLog(self._send))
-        # The hub's client, which timm has imported, would write each of its lines a second time, past the server's log.
+        # timm has imported the hub's client, whose own handler would write each of its lines a second time.
         logging.getLogger("huggingface_hub").handlers.clear()
 
     def answer_calls(self) -> None:
-        """Answer until the other end is closed, and then end the batch that runs."""
+        """Answer until the other end is closed, and then finish the batch that runs."""
         while True:
             try:
-                ticket, call, args = self._connection.recv()
+                message: ToProcess = self._connection.recv()
             except (EOFError, OSError):
                 self._batches.shutdown(cancel_futures=True)
                 return
-            if call not in ("prefetch", "probe"):
-                self._called.set()
-            if call == "prefetch":
-                self.prefetch(*args)
-            elif call == "measure_again":
-                self._called = threading.Event()
-                self._beside.submit(self._answer, ticket, self.measure_again, (*args, self._called))
-            elif call in ("run", "probe"):
-                self._batches.submit(self._answer, ticket, getattr(self, call), args)
-            elif call == "share":
-                # What is shared follows in the same stream, so that nothing else may read it meanwhile.
-                self._answer(ticket, self.share, args)
+            if message[0] is None:
+                self._prefetch(message[1])
             else:
-                self._beside.submit(self._answer, ticket, getattr(self, call), args)
+                self._take(*message)
 
-    def run(self, key: str, batch: Sequence[BatchItem[Place]], rs: Sequence[int], packed: bool) -> BatchResult:
-        """Run a batch whose images lie in the model's slots."""
+    def _take(self, ticket: int, call: AnyCall) -> None:
+        """Answer a call, in the thread that is for its kind."""
+        if not isinstance(call, Probe):
+            self._called.set()
+        match call:
+            case RunBatch():
+                self._batches.submit(self._answer, ticket, call.handled_by(self._run))
+            case Probe():
+                self._batches.submit(self._answer, ticket, call.handled_by(self._probe))
+            case MapImages():
+                # In this thread: the file descriptor follows in the stream, so nothing else may read from it first.
+                self._answer(ticket, call.handled_by(self._map_images))
+            case MeasureAgain():
+                self._called = threading.Event()
+                self._beside.submit(self._answer, ticket, call.handled_by(partial(self._measure, stop=self._called)))
+            case OpenDevice():
+                self._beside.submit(self._answer, ticket, call.handled_by(self._open))
+            case SetThreads():
+                self._beside.submit(self._answer, ticket, call.handled_by(self._set_threads))
+            case ChooseThreads():
+                self._beside.submit(self._answer, ticket, call.handled_by(self._choose_threads))
+            case OutlineModel():
+                self._beside.submit(self._answer, ticket, call.handled_by(self._outline))
+            case LoadModel():
+                self._beside.submit(self._answer, ticket, call.handled_by(self._load))
+            case UnloadModel():
+                self._beside.submit(self._answer, ticket, call.handled_by(self._unload))
+            case RecordGraphs():
+                self._beside.submit(self._answer, ticket, call.handled_by(self._record))
+            case ObtainProfile():
+                self._beside.submit(self._answer, ticket, call.handled_by(self._profile))
+            case WarmUp():
+                self._beside.submit(self._answer, ticket, call.handled_by(self._warm))
+            case _:
+                assert_never(call)
+
+    def _run(self, call: RunBatch) -> BatchResult:
         self._use_threads()
-        images = self._images[key]
-        r = rs[0] if len(set(rs)) == 1 else rs
+        images = self._images[call.key]
+        r = call.rs[0] if len(set(call.rs)) == 1 else call.rs
         with self._running:
-            works = [work.on(images.take(work.image)) for work in batch]
-            return run_batch(self._models[key], works, r, self._device, packed=packed)
+            batch = [item.on(images.take(item.image)) for item in call.batch]
+            return run_batch(self._models[call.key], batch, r, self._device, packed=call.packed)
 
-    def probe(self, key: str, r: int) -> float:
-        """Return the seconds that one empty image takes at r."""
+    def _probe(self, call: Probe) -> float:
         self._use_threads()
-        model = self._models[key]
-        image = torch.zeros(model.preprocess.settings.input_size, dtype=torch.uint8)
+        model = self._models[call.key]
         with self._running:
-            return run_batch(model, [BatchItem(image, Outputs(top_k=1))], r, self._device).seconds
+            return run_batch(model, [_empty(model)], call.r, self._device).seconds
 
-    def share(self, key: str, shape: Sequence[int], slots: int) -> None:
-        """Take the memory that a model's images will lie in."""
-        self._images[key] = Prefetcher(receive(self._connection, shape, slots), self._device)
+    def _map_images(self, call: MapImages) -> None:
+        self._images[call.key] = Prefetcher(receive(self._connection, call.shape, call.slots), self._device)
 
-    def prefetch(self, key: str, place: Place) -> None:
-        """Begin to copy an image to the device. Whatever stands against it, it then goes with its batch."""
+    def _prefetch(self, message: PrefetchImage) -> None:
         try:
-            self._images[key].prefetch(place)
-        except Exception:
-            log.debug("an image is not brought to the device ahead of its batch", exc_info=True)
+            self._images[message.key].prefetch(message.place)
+        except Exception:  # whatever it is, the image is then copied with its batch
+            log.debug("an image can't be copied to the device ahead of its batch", exc_info=True)
 
-    def open(self, name: str) -> str:
-        """Use a device, and say which that is."""
-        self._device = choose_device(name)
+    def _open(self, call: OpenDevice) -> str:
+        self._device = choose_device(call.name)
         if self._device.type == "cpu" and not matching_c.BUILT:
             log.warning("this was installed without a C compiler: models run slower than they could")
         return str(self._device)
 
-    def outline(self, spec: ModelSpec) -> Outline:
-        """Return what is known of a model without its weights."""
-        return outline(spec)
+    def _outline(self, call: OutlineModel) -> Outline:
+        return outline(call.spec)
 
-    def load(self, key: str, spec: ModelSpec, limits: Limits, max_batch: int, folder: Path | None) -> HostedModel:
-        """Load a model and run it once, so that the first request doesn't pay for what torch sets up lazily."""
+    def _load(self, call: LoadModel) -> HostedModel:
+        """Load a model and run it at both ends of its grid, so that the first request doesn't pay for lazy set-up."""
         torch.set_num_threads(self._threads)
-        model = load_chosen(spec, self._device, limits, max_batch=max_batch, folder=folder, alone=self._running)
+        model = load_chosen(
+            call.spec, self._device, call.limits, max_batch=call.max_batch, folder=call.folder, alone=self._running
+        )
         for level in {model.grid[0], model.grid[-1]}:
             self._run_empty(model, 1, level.r)
-        self._models[key] = model
+        self._models[call.key] = model
         return model.described
 
-    def unload(self, key: str) -> None:
-        """Forget a model."""
-        del self._models[key]
-        self._images.pop(key, None)  # none where there was no room for them
-        self._profiles.pop(key, None)
-        self._measure_again.pop(key, None)
+    def _unload(self, call: UnloadModel) -> None:
+        del self._models[call.key]
+        self._images.pop(call.key, None)  # there are none if there was no room for them
+        self._profiles.pop(call.key, None)
+        self._measure_again.pop(call.key, None)
 
-    def set_threads(self, threads: int) -> None:
-        """Use so many CPU threads."""
-        self._threads = threads
-        torch.set_num_threads(threads)
+    def _set_threads(self, call: SetThreads) -> None:
+        self._threads = call.threads
+        torch.set_num_threads(call.threads)
 
-    def choose_threads(self, models: Sequence[tuple[ModelSpec, int]], folder: Path | None) -> int:
-        """Use the number of CPU threads that is best for models, each with its largest batch."""
-        self._threads = choose_threads(models, folder)
+    def _choose_threads(self, call: ChooseThreads) -> int:
+        self._threads = choose_threads(call.models, call.folder)
         return self._threads
 
-    def record(self, key: str, max_batch: int, memory: int) -> None:
-        """Record CUDA graphs of a model that no batch is run of yet, in so many bytes of the device's memory."""
-        self._models[key] = with_graphs(
-            self._models[key], self._device, max_batch=max_batch, memory=memory, alone=self._running
+    def _record(self, call: RecordGraphs) -> None:
+        """Record CUDA graphs of a model. No batch of it may run before that."""
+        self._models[call.key] = with_graphs(
+            self._models[call.key], self._device, max_batch=call.max_batch, memory=call.memory, alone=self._running
         )
 
-    def profile(self, key: str, spec: ModelSpec, max_batch: int, budget: float, folder: Path | None) -> Profile:
-        """Return the profile of a loaded model, measured if need be."""
-        model = self._models[key]
-        self._measure_again[key] = partial(
-            measure_again, model, spec.checkpoint, self._device, max_batch=max_batch, folder=folder, run=self._run_alone
-        )
-        self._profiles[key] = obtain_profile(
+    def _profile(self, call: ObtainProfile) -> Profile:
+        model, checkpoint = self._models[call.key], call.spec.checkpoint
+        self._measure_again[call.key] = partial(
+            measure_again,
             model,
-            spec.checkpoint,
+            checkpoint,
             self._device,
-            max_batch=max_batch,
-            budget=budget,
-            folder=folder,
-            shipped=spec.profiles,
+            max_batch=call.max_batch,
+            folder=call.folder,
+            run=self._run_alone,
         )
-        return self._profiles[key]
+        self._profiles[call.key] = obtain_profile(
+            model,
+            checkpoint,
+            self._device,
+            max_batch=call.max_batch,
+            budget=call.budget,
+            folder=call.folder,
+            shipped=call.spec.profiles,
+        )
+        return self._profiles[call.key]
 
-    def measure_again(self, key: str, budget: float, stop: threading.Event) -> Profile | None:
-        """Return a better profile of a model that is served, or None. Raises InterruptedError once `stop` is set."""
-        profile = self._measure_again[key](profile=self._profiles[key], budget=budget, stop=stop)
+    def _measure(self, call: MeasureAgain, *, stop: threading.Event) -> Profile | None:
+        """Return a better profile of a model in service, or None. Raises InterruptedError once `stop` is set."""
+        profile = self._measure_again[call.key](profile=self._profiles[call.key], budget=call.budget, stop=stop)
         if profile:
-            self._profiles[key] = profile
+            self._profiles[call.key] = profile
         return profile
 
     def _run_alone(
@@ -202,14 +241,13 @@ class DeviceProcess:
         *,
         packed: bool,
     ) -> BatchResult:
-        """Do what `run_batch` does while no other batch runs."""
+        """Run a batch by `run_batch` while no other batch runs."""
         with self._running:
             return run_batch(model, batch, rs, device, packed=packed)
 
-    def warm(self, key: str, max_batch: int, seconds: float) -> None:
-        """Run each kind of batch once, the quickest first: kernels are made at first use."""
-        model, end = self._models[key], time.monotonic() + seconds
-        kinds = [(size, level) for size in range(1, max_batch + 1) for level in model.grid]
+    def _warm(self, call: WarmUp) -> None:
+        model, end = self._models[call.key], time.monotonic() + call.seconds
+        kinds = [(size, level) for size in range(1, call.max_batch + 1) for level in model.grid]
         for size, level in sorted(kinds, key=lambda kind: kind[0] * kind[1].cost.total):
             if time.monotonic() > end:
                 return
@@ -220,42 +258,47 @@ class DeviceProcess:
             torch.set_num_threads(self._threads)
 
     def _run_empty(self, model: LoadedModel, size: int, r: int) -> None:
-        image = torch.zeros(model.preprocess.settings.input_size, dtype=torch.uint8)
-        run = partial(run_batch, model, [BatchItem(image, Outputs(top_k=1))] * size, r, self._device)
+        run = partial(run_batch, model, [_empty(model)] * size, r, self._device)
         if self._device.type == "cuda":
-            # CUDA's libraries set themselves up in each thread anew.
+            # In the thread of batches: CUDA's libraries set themselves up in each thread anew.
             self._batches.submit(run).result()
         else:
             run()
 
-    def _answer(self, ticket: int, call: Callable[..., object], args: Sequence[object]) -> None:
+    def _answer(self, ticket: int, handle: Callable[[], object]) -> None:
+        answer: Returned | Raised
         try:
-            answer: _Answer = (ticket, call(*args), None)
+            answer = Returned(ticket, handle())
         except Exception as error:
-            answer = (ticket, None, _sendable(error))
+            answer = Raised(ticket, _sendable(error))
         usable = True
-        # Now that the error is gone, whose traceback held what had been allocated until then.
-        if answer[2] is not None and self._device.type == "cuda":
-            with self._running:  # either would break a recording off
+        # Only here is the error's traceback gone, which held the memory that had been allocated.
+        if isinstance(answer, Raised) and self._device.type == "cuda":
+            with self._running:  # either call would break a recording off
                 usable = is_usable(self._device)
-                if usable and isinstance(answer[2], OutOfMemoryError):
+                if usable and isinstance(answer.error, OutOfMemoryError):
                     torch.cuda.empty_cache()
         self._send(answer)
         if not usable:
             log.critical("%s can't be used by this process any more, which ends", self._device)
             os._exit(1)
 
-    def _send(self, answer: _Answer) -> None:
+    def _send(self, message: FromProcess) -> None:
         with self._sending:
-            self._connection.send(answer)
+            self._connection.send(message)
+
+
+def _empty(model: LoadedModel) -> BatchItem[torch.Tensor]:
+    """Return a black image of a model's size, to be run for its time alone."""
+    return BatchItem(torch.zeros(model.preprocess.settings.input_size, dtype=torch.uint8), Outputs(top_k=1))
 
 
 def is_usable(device: torch.device) -> bool:
-    """Return whether a CUDA device does what this process asks of it.
+    """Return whether a CUDA device still works for this process.
 
-    After some errors, as of a kernel that reads what isn't there, it does nothing any more until the process ends.
+    After some errors, such as an illegal memory access by a kernel, it does nothing more until the process ends.
     """
-    for _ in range(2):  # the first may be told of another error, which is over
+    for _ in range(2):  # the first call may report an earlier error that is over
         try:
             torch.cuda.synchronize(device)
         except Exception:
@@ -266,21 +309,21 @@ def is_usable(device: torch.device) -> bool:
 
 
 class _ServerLog(QueueHandler):
-    """Has the server write what this process logs."""
+    """Sends the lines of this process's log to the server, which writes them."""
 
-    def __init__(self, send: Callable[[_Answer], None]) -> None:
+    def __init__(self, send: Callable[[FromProcess], None]) -> None:
         super().__init__(SimpleQueue())
         self._send = send
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        """Send a record, which QueueHandler has made fit for that."""
-        self._send((None, record, None))
+        """Send a record, which QueueHandler has made picklable."""
+        self._send(record)
 
 
 def _sendable(error: Exception) -> Exception:
-    """Return `error`, or what says the same if it can't be sent, with a note of where it was raised.
+    """Return `error` with a note of where it was raised, or a RuntimeError of its message if it can't be pickled.
 
-    Returns an OutOfMemoryError for whatever says that memory ran out.
+    Every error that says that memory ran out becomes an OutOfMemoryError.
     """
     if lacks_memory(error):
         return OutOfMemoryError(str(error).partition("\n")[0] or type(error).__name__)
@@ -293,9 +336,9 @@ def _sendable(error: Exception) -> Exception:
 
 
 def main() -> None:
-    """Run on the connection whose descriptor is the first argument."""
+    """Answer calls on the connection whose file descriptor is the first argument."""
     DeviceProcess(Connection(int(sys.argv[1]))).answer_calls()
-    # Nobody waits for what still runs beside.
+    # Without waiting for the other thread: its call has no caller any more.
     os._exit(0)
 
 

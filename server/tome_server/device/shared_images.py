@@ -1,4 +1,4 @@
-"""Images in memory that two processes share, so that none goes through a pipe."""
+"""Images in memory that two processes share, so that no image is sent through a pipe."""
 
 import math
 import mmap
@@ -9,38 +9,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where an image lies, as the process at the other end is told."""
-
-    index: int
-    pixels: bool
-    """Whether it is uint8, and not float32."""
+# A plain tuple, since one goes to the other process with every image: no record is pickled faster.
+Place: TypeAlias = tuple[int, bool]
+"""Where an image lies in the shared memory: its slot, and whether it is uint8 rather than float32."""
 
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """Where an image lies, for as long as it is needed."""
+    """A slot of the shared memory that an image takes, until it is dropped."""
 
     images: "SharedImages"
     place: Place
 
     def drop(self) -> None:
-        """Give the slot back. Do it once, when nobody needs the image any more."""
-        self.images.take_back(self.place.index)
+        """Give the slot back. Do it once, when the image isn't needed any more."""
+        self.images.take_back(self.place[0])
 
 
 class SharedImages:
-    """A number of slots, each for one image; takes memory only for as many as were ever in use at once.
+    """Memory of a fixed number of slots, one image each; only slots that were ever used take any.
 
-    An image is uint8 or float32; of the latter it takes four times the memory.
-
-    Safe to use from several threads.
+    An image is uint8 or float32, which takes four times the memory. Safe to use from several threads.
     """
 
     def __init__(self, shape: Sequence[int], slots: int) -> None:
@@ -49,43 +43,44 @@ class SharedImages:
         self._file = _memory_file()
         os.ftruncate(self._file, _size(self.shape, slots))
         self.mapped = Mapped(self._file, self.shape, slots)
-        """as this process sees it"""
-        # The last one given back comes first, so that no more memory is touched than need be.
+        """The memory as this process sees it."""
+        # The slot given back last is used first, so that as few as possible are ever touched.
         self._free = deque(range(slots))
 
     def send(self, connection: Connection, pid: int) -> None:
-        """Hand the memory to the process `pid` at the other end, which calls `receive` at once. Do it once."""
+        """Send the memory to the process `pid` at the other end, which must call `receive` next. Do it once."""
         reduction.send_handle(connection, self._file, pid)
         os.close(self._file)
 
     def put(self, image: NDArray[np.uint8] | NDArray[np.float32]) -> Slot:
-        """Copy an image, of the shape that all have, into a slot. Raises IndexError if none is free."""
-        place = Place(self._free.pop(), image.dtype == np.uint8)
+        """Copy an image of `shape` into a free slot. Raises IndexError if there is none."""
+        place = (self._free.pop(), image.dtype == np.uint8)
         self.mapped.at(place)[:] = image
         return Slot(self, place)
 
-    def take_back(self, index: int) -> None:
-        """Have a slot free again."""
-        self._free.append(index)
+    def take_back(self, slot: int) -> None:
+        """Make a slot free again."""
+        self._free.append(slot)
 
 
 class Mapped:
-    """The memory of all slots, as one process sees it, for as long as it has this or an image of it."""
+    """The memory of all slots, mapped into one process for as long as this or an image of it is alive."""
 
     def __init__(self, file: int, shape: Sequence[int], slots: int) -> None:
         values = np.frombuffer(mmap.mmap(file, _size(shape, slots)), np.float32).reshape(slots, -1)
         self._values = values.reshape(slots, *shape)
-        # At the beginning of each slot, whose further pages are then never touched.
+        # At the beginning of each slot, so that its other pages are never touched.
         self._pixels = values.view(np.uint8)[:, : math.prod(shape)].reshape(slots, *shape)
 
     def at(self, place: Place) -> NDArray[np.uint8] | NDArray[np.float32]:
-        """Return the image that lies there, which is not copied."""
-        image: NDArray[np.uint8] | NDArray[np.float32] = (self._pixels if place.pixels else self._values)[place.index]
+        """Return the image at `place`, without copying it."""
+        slot, pixels = place
+        image: NDArray[np.uint8] | NDArray[np.float32] = (self._pixels if pixels else self._values)[slot]
         return image
 
 
 def receive(connection: Connection, shape: Sequence[int], slots: int) -> Mapped:
-    """Return the images that the process at the other end sent."""
+    """Return the memory that the process at the other end sent."""
     file = reduction.recv_handle(connection)
     try:
         return Mapped(file, shape, slots)
@@ -98,7 +93,7 @@ def _size(shape: Sequence[int], slots: int) -> int:
 
 
 def _memory_file() -> int:
-    """Return a file of no name; not in /dev/shm, of which containers have but 64 MiB."""
+    """Return a file without a name; not in /dev/shm, which has only 64 MiB in a container."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("tome-images")
     with tempfile.TemporaryFile() as file:

@@ -1,4 +1,4 @@
-"""What a batch is made of and what it gives."""
+"""What goes into a batch and what comes out of it."""
 
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -13,52 +13,52 @@ DEFAULT_TOP_K = 5
 
 @dataclass(frozen=True)
 class Outputs:
-    """What is wanted of an image besides its best class."""
+    """The outputs to return for an image."""
 
     top_k: int = DEFAULT_TOP_K
-    """The most probable classes; all of them where the model has fewer."""
+    """How many of the most probable classes; all of them if the model has fewer."""
     features: bool = False
     token_map: bool = False
     logits: bool = False
-    """Whether the logits of all classes are wanted."""
+    """Whether to return the logits of all classes."""
     patches: bool = False
-    """Whether the features of each patch are wanted."""
+    """Whether to return the features of each patch."""
 
 
 @dataclass(frozen=True)
 class BatchItem(Generic[I]):
-    """One image of a batch and what is wanted of it."""
+    """One image of a batch, and which outputs to return for it."""
 
     image: I
-    """[C, H, W], uint8 or normalised float32, as the model's Preprocess made it, or where that lies"""
+    """[C, H, W], uint8 or normalised float32, as the model's Preprocess made it; or where that lies."""
     outputs: Outputs
 
     def on(self, image: J) -> "BatchItem[J]":
-        """Return the item that wants the same of `image`."""
+        """Return the same item with another image."""
         return BatchItem(image, self.outputs)
 
 
 @dataclass(frozen=True)
 class ItemResult:
-    """What the model made of one image."""
+    """The model's outputs for one image. Arrays are little-endian bytes; those that weren't asked for are None."""
 
     class_ids: tuple[int, ...]
     """The top_k most probable classes, best first."""
     scores: tuple[float, ...]
     """Their softmax probabilities."""
     features: bytes | None
-    """[D] little-endian float32, as are all but the next; if asked for, as is each"""
+    """[D] float32"""
     token_map: bytes | None
-    """[patches] little-endian int32: the token that each patch went into"""
+    """[patches] int32: the token that each patch was merged into"""
     logits: bytes | None = None
-    """[classes]"""
+    """[classes] float32"""
     patches: bytes | None = None
-    """[patches, D], of each patch: those of the token it went into"""
+    """[patches, D] float32: for each patch, the features of the token that it was merged into"""
 
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What a batch gave and how long it took."""
+    """The results of a batch, and how long it took."""
 
     results: tuple[ItemResult, ...]
     seconds: float
