@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments().parse_args(argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     plain = timm.create_model(args.model).to(device, dtype).eval().requires_grad_(False)
-    model, folded = (_loaded(plain, args.model, args.dtype, fold) for fold in (False, True))
+    model, folded = (_loaded(plain, args.model, fold) for fold in (False, True))
     setting = {
         "command": " ".join(["python -m benchmarks.gpu", *(sys.argv[1:] if argv is None else argv)]),
         "model": args.model,
@@ -98,11 +98,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps({**setting, "rows": [asdict(row) for row in rows]}, indent=2))
 
 
-def _loaded(plain: torch.nn.Module, name: str, dtype: str, fold_sizes: bool) -> LoadedModel:
+def _loaded(plain: torch.nn.Module, name: str, fold_sizes: bool) -> LoadedModel:
     merged = merge(copy.deepcopy(plain), fold_sizes=fold_sizes)
     settings = ImageSettings.from_timm(resolve_data_config({}, model=plain))
-    model = loaded_model(merged, Preprocess(settings, Limits()), name=name, architecture=name, dtype=dtype)
-    fix_positions(merged.model, model.patch_grid)
+    model = loaded_model(merged, Preprocess(settings, Limits()), name=name, architecture=name)
+    fix_positions(merged.model, model.info.patch_grid)
     return model
 
 
@@ -115,7 +115,7 @@ def _sides(
     rs: Sequence[int],
     mode: str,
 ) -> dict[str, Side]:
-    shape = model.preprocess.settings.input_size
+    shape = model.info.preprocess.settings.input_size
     pixels = torch.randint(256, (batch, *shape), dtype=torch.uint8)
     images = model.input(pixels, device)
     works = [BatchItem(each, Outputs(top_k=5)) for each in pixels]

@@ -68,7 +68,7 @@ def merged_model(name: str, device: torch.device) -> tuple[MergedModel, tuple[in
     """Return the model, of random weights unless it is a bundled one, and its input's [C, H, W]."""
     if name.startswith(BUNDLED_PREFIX):
         hosted = load(bundled_spec(name.removeprefix(BUNDLED_PREFIX)), device)
-        return hosted.merged, hosted.preprocess.settings.input_size
+        return hosted.merged, hosted.info.preprocess.settings.input_size
     model = timm.create_model(name).to(device).eval().requires_grad_(False)
     merged = merge(model)
     return (pack(merged) if packable(merged) else merged), model.default_cfg["input_size"]

@@ -73,14 +73,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.limit and args.limit < len(images):
         chosen = np.random.default_rng(args.seed).permutation(len(images))[: args.limit]
         images = images.subset(sorted(chosen.tolist()))
-    ways = ways_of(model, args.r or [r for r in model.rs if r])
+    ways = ways_of(model, args.r or [r for r in model.info.rs if r])
     shown = sys.stderr.isatty()
     times = _times(model, ways, args.rounds, shown)
     rows = measured(model, images, ways, times, progress=shown)
-    setting = {"model": args.model, "data": args.data.name, "images": len(images), "dtype": model.dtype,
+    setting = {"model": args.model, "data": args.data.name, "images": len(images), "dtype": model.info.dtype,
                "threads": args.threads, "rounds": args.rounds, "torch": torch.__version__}  # fmt: skip
     if args.picture:
-        draw(rows, f"{args.model} in {model.dtype}, {len(images):,} images", args.picture)
+        draw(rows, f"{args.model} in {model.info.dtype}, {len(images):,} images", args.picture)
     if args.json:
         print(json.dumps({**setting, "rows": [asdict(row) for row in rows]}, indent=2))
     else:
@@ -98,7 +98,7 @@ def ways_of(model: LoadedModel, rs: Sequence[int]) -> dict[tuple[str, int], Sche
         for name, start in (("late", 1), ("later", model.merged.depth // 3)):
             if schedule := starting_at(model, r, start):
                 ways[name, r] = schedule
-        if r in model.schedules:
+        if r in model.info.schedules:
             ways["tuned", r] = model.schedule(r)
     return ways
 
@@ -111,7 +111,7 @@ def starting_at(model: LoadedModel, r: int, start: int) -> Schedule | None:
     return next(
         (
             schedule
-            for more in range(r, model.largest_r + 1)
+            for more in range(r, model.info.largest_r + 1)
             if model.count(schedule := Schedule.constant(more, start=start)).total <= model.count(r).total
         ),
         None,
@@ -123,7 +123,7 @@ def _times(
     model: LoadedModel, ways: Mapping[tuple[str, int], Schedule], rounds: int, progress: bool
 ) -> dict[tuple[str, int], dict[int, float]]:
     taken: dict[tuple[str, int], dict[int, list[float]]] = {way: {size: [] for size in BATCHES} for way in ways}
-    inputs = {size: torch.randn(size, *model.preprocess.settings.input_size) for size in BATCHES}
+    inputs = {size: torch.randn(size, *model.info.preprocess.settings.input_size) for size in BATCHES}
     for run in tqdm(range(rounds + 1), desc="timing", unit="round", disable=not progress):
         for size, batch in inputs.items():
             for way, schedule in ways.items():
@@ -147,13 +147,13 @@ def measured(
     progress: bool = False,
 ) -> list[Row]:
     """Run all images in all ways, and return one row for each."""
-    class_ids = class_ids_of(model, images)
+    class_ids = class_ids_of(model.info, images)
     # In one piece each: thousands of small ones among a forward's large ones would keep these from being given back.
-    given = {way: torch.empty(len(images), model.num_classes) for way in ways}
+    given = {way: torch.empty(len(images), model.info.num_classes) for way in ways}
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:
         for start in range(0, len(images), BATCH):
             part = images.subset(range(start, min(start + BATCH, len(images))))
-            prepared = np.stack([model.preprocess.image(image) for image, _ in part])
+            prepared = np.stack([model.info.preprocess.image(image) for image, _ in part])
             inputs = model.input(torch.from_numpy(prepared), CPU)
             for way, schedule in ways.items():
                 given[way][start : start + len(part)] = model.merged(inputs, schedule).logits.float().softmax(dim=1)

@@ -242,7 +242,7 @@ def _bare_loop(r: int, args: argparse.Namespace) -> float:
     device = torch.device("cpu")
     model = load(bundled_spec("fashion", args.dtype), device)
     samples = sorted(SAMPLES.glob("*.png"))[: args.max_batch]
-    images = [model.preprocess.encoded(path.read_bytes()) for path in samples]
+    images = [model.info.preprocess.encoded(path.read_bytes()) for path in samples]
     works = [BatchItem(torch.from_numpy(image), Outputs(top_k=1)) for image in images]
     for _ in range(5):
         run_batch(model, works, r, device)

@@ -63,7 +63,7 @@ def test_what_is_measured_is_told_in_rows_table_and_picture(
     none, constant, *_, tuned = rows
     assert (none.macs, none.shifted, none.agreement, none.top1) == (1.0, 0.0, 1.0, None)
     assert tuned.macs <= constant.macs < 0.6
-    prepared = torch.stack([torch.from_numpy(model.preprocess.image(image)) for image, _ in images])
+    prepared = torch.stack([torch.from_numpy(model.info.preprocess.image(image)) for image, _ in images])
     inputs = model.input(prepared, torch.device("cpu"))
     with torch.inference_mode():
         plain, merged = (model.run(inputs, r).logits.softmax(dim=1) for r in (0, 14))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from scripted import LATE, QUICK, RS, Bench, Clock, ScriptedDecoder, ScriptedDevice, profile_of, until
 
-from tome_server.models.hosted import HostedModel
+from tome_server.models.model_info import ModelInfo
 from tome_server.models.spec import Own
 from tome_server.observability.metrics import Metrics
 from tome_server.serving.engine import Engine
@@ -26,7 +26,7 @@ async def stopped(clock: Clock) -> Clock:
 
 
 @pytest.fixture(scope="module")
-def bundled() -> HostedModel:
+def bundled() -> ModelInfo:
     # Here, for most tests need neither.
     import tome_server.merging.timm_import  # noqa: F401  isort: skip
     import torch
@@ -34,11 +34,11 @@ def bundled() -> HostedModel:
     from tome_server.models.loading import load
     from tome_server.models.spec import bundled_spec
 
-    return load(bundled_spec("fashion"), torch.device("cpu"))
+    return load(bundled_spec("fashion"), torch.device("cpu")).info
 
 
 @pytest.fixture
-async def start(bundled: HostedModel, clock: Clock) -> AsyncIterator[Callable[..., Bench]]:
+async def start(bundled: ModelInfo, clock: Clock) -> AsyncIterator[Callable[..., Bench]]:
     """Return a function that starts an engine; at the end no request may be left in any."""
     benches: list[tuple[Bench, asyncio.Task[None]]] = []
 

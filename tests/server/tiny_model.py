@@ -1,5 +1,7 @@
 """A model small enough to run in every test."""
 
+from dataclasses import replace
+
 import tome_server.merging.timm_import  # noqa: F401  isort: skip
 
 import pytest
@@ -39,10 +41,10 @@ def model() -> LoadedModel:
         if parameter.ndim > 1 and name not in ("cls_token", "pos_embed"):
             torch.nn.init.normal_(parameter, std=3 * parameter[0].numel() ** -0.5)
     settings = ImageSettings((3, 16, 16), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
-    return loaded_model(
+    model = loaded_model(
         merge(network.eval().requires_grad_(False)),
         Preprocess(settings, Limits()),
         name="tiny",
         architecture="vit_tiny_patch16_224",
-        labels=LABELS,
     )
+    return replace(model, info=replace(model.info, labels=LABELS))

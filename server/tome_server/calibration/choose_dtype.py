@@ -123,7 +123,7 @@ def load_chosen(
     if model.division_gain is not None:
         log.info(
             "%s: %d CPU threads divide %s: one image is %.2f times as fast on all of them as on one, %s is the least",
-            spec.name, torch.get_num_threads(), model.division, model.division_gain, LEAST_DIVISION_GAIN,
+            spec.name, torch.get_num_threads(), model.info.division, model.division_gain, LEAST_DIVISION_GAIN,
         )  # fmt: skip
     return model
 
@@ -143,9 +143,9 @@ def measure_gain(
     `graphed` gives what runs batches of a size at an r as they will be served: on a GPU they would otherwise take what
     Python takes, whatever the type.
     """
-    grid = models["float32"].grid
+    grid = models["float32"].info.grid
     r = grid[len(grid) // 2].r
-    image = torch.randint(256, models["float32"].preprocess.settings.input_size, dtype=torch.uint8)
+    image = torch.randint(256, models["float32"].info.preprocess.settings.input_size, dtype=torch.uint8)
     work = BatchItem(image, Outputs(top_k=1))
 
     def once(size: int) -> dict[Dtype, float]:

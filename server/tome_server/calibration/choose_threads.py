@@ -64,9 +64,9 @@ def _seconds(spec: ModelSpec, max_batch: int, most: int, folder: Path | None, an
 
 
 def _run(model: LoadedModel, max_batch: int) -> None:
-    work = BatchItem(torch.zeros(model.preprocess.settings.input_size, dtype=torch.uint8), Outputs(top_k=1))
+    work = BatchItem(torch.zeros(model.info.preprocess.settings.input_size, dtype=torch.uint8), Outputs(top_k=1))
     for size in (1, max_batch):
-        run_batch(model, [work] * size, model.grid[len(model.grid) // 2].r, CPU)
+        run_batch(model, [work] * size, model.info.grid[len(model.info.grid) // 2].r, CPU)
 
 
 def seconds_on(counts: Sequence[int], run: Callable[[], None], rounds: int = 3) -> dict[int, float]:

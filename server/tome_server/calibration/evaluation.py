@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from tome_server.calibration.datasets import Dataset
 from tome_server.errors import ConfigError, DatasetError
-from tome_server.models.hosted import HostedModel, Quality
 from tome_server.models.loaded import LoadedModel
+from tome_server.models.model_info import ModelInfo, Quality
 from tome_server.models.spec import ModelSpec, weights_digest
 
 
@@ -36,18 +36,18 @@ def evaluate(
     A folder's classes are matched to the model's labels by name, other labels are class numbers. Raises DatasetError if
     they don't fit the model or an image can't be decoded, and ConfigError if the model gives no classes.
     """
-    if not model.num_classes:
-        raise ConfigError(f"{model.name} has no classifier to measure; tome-server models fit-head gives it one")
-    levels = sorted({0, *(min(r, model.largest_r) for r in grid)})
+    if not model.info.num_classes:
+        raise ConfigError(f"{model.info.name} has no classifier to measure; tome-server models fit-head gives it one")
+    levels = sorted({0, *(min(r, model.info.largest_r) for r in grid)})
     count = len(images) if limit is None else min(limit, len(images))
-    class_ids = class_ids_of(model, images)
+    class_ids = class_ids_of(model.info, images)
     agreeing: Counter[int] = Counter()
     right: Counter[int] = Counter()
     labelled = images[0][1] is not None
     with ThreadPoolExecutor() as decoders, tqdm(total=count, unit="image", disable=not progress) as bar:
         for start in range(0, count, batch):
             chosen = [images[i] for i in range(start, min(start + batch, count))]
-            prepared = decoders.map(model.preprocess.image, [image for image, _ in chosen])
+            prepared = decoders.map(model.info.preprocess.image, [image for image, _ in chosen])
             inputs = torch.from_numpy(np.stack(list(prepared)))
             wanted = torch.tensor([-1 if label is None else class_ids[label] for _, label in chosen])
             plain = _classes(reference or model, inputs, 0, device)
@@ -65,7 +65,7 @@ def _classes(model: LoadedModel, images: Tensor, r: int, device: torch.device) -
 
 
 def quality_report(
-    spec: ModelSpec, model: HostedModel, levels: Mapping[int, Quality], data: str, images: int, device: torch.device
+    spec: ModelSpec, model: ModelInfo, levels: Mapping[int, Quality], data: str, images: int, device: torch.device
 ) -> dict[str, object]:
     """Return what quality.json holds: what was measured, of which weights, and on how many images of `data`."""
     return {
@@ -85,7 +85,7 @@ def quality_report(
     }
 
 
-def class_ids_of(model: HostedModel, images: Dataset) -> list[int]:
+def class_ids_of(model: ModelInfo, images: Dataset) -> list[int]:
     """Return the model's class for each label of the images. Raises DatasetError if they don't fit."""
     numbers = [str(i) for i in range(len(images.classes))]
     if list(images.classes) == numbers:

@@ -30,7 +30,7 @@ def pooled_features(
     with ThreadPoolExecutor() as decoders, tqdm(total=len(images), unit="image", disable=not progress) as bar:
         for start in range(0, len(images), batch):
             chosen = [images[i][0] for i in range(start, min(start + batch, len(images)))]
-            prepared = np.stack(list(decoders.map(model.preprocess.image, chosen)))
+            prepared = np.stack(list(decoders.map(model.info.preprocess.image, chosen)))
             inputs = model.input(torch.from_numpy(prepared), device)
             parts.append(torch.stack([model.run(inputs, r).features.float().cpu() for r in rs]))
             bar.update(len(chosen))

@@ -81,19 +81,21 @@ def profile_key(model: LoadedModel, checkpoint: Path | None, device: torch.devic
 
     `checkpoint` is what the model was loaded from, None for pretrained weights from the hub, which go by their name.
     """
-    grid, dtype = tuple(level.r for level in model.grid), next(model.merged.parameters()).dtype
+    grid, dtype = tuple(level.r for level in model.info.grid), next(model.merged.parameters()).dtype
     return ProfileKey(
-        model=model.architecture,
-        weights=weights_digest(checkpoint) if checkpoint else f"hub:{model.architecture}",
-        input_size=tuple(model.preprocess.settings.input_size),
-        macs=tuple(model.cost(r).total for r in grid),
+        model=model.info.architecture,
+        weights=weights_digest(checkpoint) if checkpoint else f"hub:{model.info.architecture}",
+        input_size=tuple(model.info.preprocess.settings.input_size),
+        macs=tuple(model.info.cost(r).total for r in grid),
         proportional_attention=model.merged.proportional_attention,
         device=device_name(device) + (" with CUDA graphs" if model.graphs else ""),
         dtype=str(dtype).removeprefix("torch."),
         threads=_threads() if device.type == "cpu" else 0,
         max_batch=max_batch,
         rs=grid,
-        schedules="; ".join(f"{r}: {' '.join(map(str, model.schedules[r]))}" for r in grid if r in model.schedules),
+        schedules="; ".join(
+            f"{r}: {' '.join(map(str, model.info.schedules[r]))}" for r in grid if r in model.info.schedules
+        ),
         division=model.merged.division,
         attention="C" if dtype in attention_c.DTYPES and device.type == "cpu" else "torch",
         **code(device),
@@ -222,27 +224,27 @@ def obtain_profile(
     reasons, provisional = list[str](), list[tuple[Path, Profile]]()
     for place in (folder, shipped) if shipped and shipped.is_dir() else (folder,):
         try:
-            path = _stored(place or default_folder(), model.name, key)
+            path = _stored(place or default_folder(), model.info.name, key)
             profile = load_profile(path, key)
         except ProfileError as error:
             reasons.append(str(error))
             continue
         if not profile.provisional:
-            log.info("profile of %s read from %s: %s", model.name, path, _mixed(profile))
+            log.info("profile of %s read from %s: %s", model.info.name, path, _mixed(profile))
             return profile
         reasons.append(f"{path} was {profile.measured}")
         provisional.append((path, profile))
-    log.info("measuring how fast %s is, for about %.0f s: %s", model.name, budget, "; ".join(reasons))
+    log.info("measuring how fast %s is, for about %.0f s: %s", model.info.name, budget, "; ".join(reasons))
     profile = measure(model, device, max_batch=max_batch, budget=budget, run=run)
     kept: Path | None = None
     for path, stored in provisional:
         if _is_better(stored, profile):
             kept, profile = path, stored
     if kept:
-        log.info("profile of %s read from %s: %s%s", model.name, kept, _mixed(profile), _doubts(profile))
+        log.info("profile of %s read from %s: %s%s", model.info.name, kept, _mixed(profile), _doubts(profile))
         return profile
-    keep_profile(folder, model.name, key, profile)
-    log.info("profile of %s measured: %s%s", model.name, _mixed(profile), _doubts(profile))
+    keep_profile(folder, model.info.name, key, profile)
+    log.info("profile of %s measured: %s%s", model.info.name, _mixed(profile), _doubts(profile))
     return profile
 
 
@@ -267,13 +269,15 @@ def measure_again(
     load = load_of_single_images(model, device, run=run, stop=stop)
     before = profile.measured.load if profile.measured else None
     if load is not None and before is not None and load > max(MOST_LOAD, before / 2):
-        log.debug("%s isn't measured again while %.0f%% of the time is spent waiting", model.name, 100 * load)
+        log.debug("%s isn't measured again while %.0f%% of the time is spent waiting", model.info.name, 100 * load)
         return None
     found = measure(model, device, max_batch=max_batch, budget=budget, run=run, stop=stop)
     if not _is_better(found, profile):
         return None
-    keep_profile(folder, model.name, profile_key(model, checkpoint, device, max_batch), found)
-    log.info("profile of %s measured again while nothing else ran: %s%s", model.name, _mixed(found), _doubts(found))
+    keep_profile(folder, model.info.name, profile_key(model, checkpoint, device, max_batch), found)
+    log.info(
+        "profile of %s measured again while nothing else ran: %s%s", model.info.name, _mixed(found), _doubts(found)
+    )
     return found
 
 

@@ -216,14 +216,14 @@ def _measure(
             took, rounds = time.perf_counter() - started, rounds + 1
         bar.total = bar.n
     seconds = time.perf_counter() - began
-    log.info("timed %d rounds of %d kinds of batch of %s in %.1f s", rounds, len(kinds), model.name, seconds)
+    log.info("timed %d rounds of %d kinds of batch of %s in %.1f s", rounds, len(kinds), model.info.name, seconds)
     return _profile(model, max_batch, plan, [each for each in timings if each.kind in kinds], rounds, load.share())
 
 
 def _timer(model: LoadedModel, device: torch.device, run: Run, stop: threading.Event) -> Callable[[_Kind], float]:
     """Return a function that runs a batch and returns the seconds it took. Raises InterruptedError if `stop` is set."""
-    image = torch.randint(256, model.preprocess.settings.input_size, dtype=torch.uint8)
-    work = BatchItem(image, Outputs(top_k=min(5, model.num_classes)))
+    image = torch.randint(256, model.info.preprocess.settings.input_size, dtype=torch.uint8)
+    work = BatchItem(image, Outputs(top_k=min(5, model.info.num_classes)))
 
     def timed(kind: _Kind) -> float:
         if stop.is_set():
@@ -236,7 +236,7 @@ def _timer(model: LoadedModel, device: torch.device, run: Run, stop: threading.E
 
 def _plan(model: LoadedModel, max_batch: int, cost: Callable[[_Kind], float], budget: float) -> _Plan:
     """Return the most complete plan for which `budget` seconds should do, a round to warm up included."""
-    sizes, rs = _sizes(model, max_batch), tuple(level.r for level in model.grid)
+    sizes, rs = _sizes(model, max_batch), tuple(level.r for level in model.info.grid)
     ends = tuple(sorted({1, max_batch}))
     halves, four = _mixes(max_batch, rs)
     plans = [
@@ -296,7 +296,7 @@ def _some(rs: tuple[int, ...], most: int) -> tuple[int, ...]:
 
 def _share(model: LoadedModel, rs: Sequence[int]) -> float:
     """Operations of a batch, in images at r = 0; merging's own, which needn't fall with r, left out."""
-    return sum(model.cost(r).merged for r in rs) / model.cost(0).merged
+    return sum(model.info.cost(r).merged for r in rs) / model.info.cost(0).merged
 
 
 def _profile(
@@ -306,7 +306,7 @@ def _profile(
 
     The latter are taken from all of them together, since a few rounds show neither for each.
     """
-    sizes, rs = _sizes(model, max_batch), tuple(level.r for level in model.grid)
+    sizes, rs = _sizes(model, max_batch), tuple(level.r for level in model.info.grid)
     usual = _usual_seconds(timings)
     measured = [[usual[_Kind((r,) * size)] for r in plan.rs] for size in plan.sizes]
     costs = [_share(model, (r,)) for r in reversed(plan.rs)]  # reversed, so that they rise

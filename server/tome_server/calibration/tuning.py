@@ -110,16 +110,16 @@ def tune(
     Raises ConfigError if the model gives no classes or `blocks` or an r is out of range, DatasetError if the labels
     don't fit the model or an image can't be decoded.
     """
-    if not model.num_classes:
-        raise ConfigError(f"{model.name} has no classifier to tune by; tome-server models fit-head gives it one")
+    if not model.info.num_classes:
+        raise ConfigError(f"{model.info.name} has no classifier to tune by; tome-server models fit-head gives it one")
     depth = model.merged.depth
     most = max(1, round(depth / 3)) if blocks is None else blocks
     if not 1 <= most <= depth:
-        raise ConfigError(f"{model.name} has {depth} blocks, of which {most} can't merge")
+        raise ConfigError(f"{model.info.name} has {depth} blocks, of which {most} can't merge")
     for r in rs:
-        if not 0 < r <= model.largest_r:
-            raise ConfigError(f"r must lie in 1..{model.largest_r} for {model.name}, and is {r}")
-    class_ids_of(model, held_out)  # before anything is searched
+        if not 0 < r <= model.info.largest_r:
+            raise ConfigError(f"r must lie in 1..{model.info.largest_r} for {model.info.name}, and is {r}")
+    class_ids_of(model.info, held_out)  # before anything is searched
     prepared = _prepared(model, searched)
     plain = torch.cat([_probabilities(model, part, 0, device) for part in torch.split(prepared, BATCH)])
     best: dict[int, PerBlock] = {}
@@ -129,7 +129,7 @@ def tune(
     with tqdm(total=sum(steps), unit="schedule", disable=not progress) as bar:
         for r, step in zip(wanted, steps, strict=True):
             bar.set_description(f"r = {r}")
-            least = model.count(r + 1).total if r < model.largest_r else 0
+            least = model.count(r + 1).total if r < model.info.largest_r else 0
             race = _Race(model, prepared, plain, device, least, bar.update)
             search(_room(model, r), race, blocks=most, trials=step, seed=seed + r, start=before)
             if race.best is not None:
@@ -143,7 +143,7 @@ def _room(model: LoadedModel, r: int) -> Room:
     They differ where the head reads the class token alone: the last block then computes no more than that, however many
     tokens it would merge. There is nothing to search in it, and it goes on merging r.
     """
-    rows, columns = model.patch_grid
+    rows, columns = model.info.patch_grid
     most = model.count(r)
     depth = model.merged.depth
     searched = depth - 1 if most.unread else depth
@@ -210,7 +210,7 @@ def _compared(
     ways = {(r, tuned): Schedule.explicit(own) if tuned else r for r, own in schedules.items() for tuned in (0, 1)}
     shifted: dict[tuple[int, int], list[Tensor]] = {way: [] for way in ways}
     agreeing, right = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0)
-    class_ids = class_ids_of(model, images)
+    class_ids = class_ids_of(model.info, images)
     with tqdm(total=len(images), desc="held out", unit="image", disable=not progress) as bar:
         for start in range(0, len(images), BATCH):
             part = images.subset(range(start, min(start + BATCH, len(images))))
@@ -244,7 +244,9 @@ def _compared(
 
 def _prepared(model: LoadedModel, images: Dataset) -> Tensor:
     with ThreadPoolExecutor() as decoders:
-        return torch.from_numpy(np.stack(list(decoders.map(model.preprocess.image, (image for image, _ in images)))))
+        return torch.from_numpy(
+            np.stack(list(decoders.map(model.info.preprocess.image, (image for image, _ in images))))
+        )
 
 
 def _probabilities(model: LoadedModel, images: Tensor, schedule: int | Schedule, device: torch.device) -> Tensor:

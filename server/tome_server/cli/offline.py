@@ -77,9 +77,9 @@ def evaluate_model(
     torch.set_num_threads(machine.threads or available_cpus())
     model = load(spec, device)
     reference = float32_of(spec, device)
-    rs = grid or [level.r for level in model.grid]
+    rs = grid or [level.r for level in model.info.grid]
     levels = evaluate(model, images, rs, device, reference=reference, limit=limit, progress=sys.stderr.isatty())
-    return quality_report(spec, model, levels, data.name, min(limit or len(images), len(images)), device)
+    return quality_report(spec, model.info, levels, data.name, min(limit or len(images), len(images)), device)
 
 
 def _unmeasured(spec: ModelSpec) -> ModelSpec:
@@ -138,24 +138,24 @@ def tune_model(spec: ModelSpec, data: Path, machine: Machine, tuning: Tuning) ->
         progress=shown,
     )
     better = {each.r: each.schedule for each in found if each.better}
-    model = with_schedules(model, {**model.schedules, **better})
-    levels = evaluate(model, held_out, model.rs, device, reference=float32_of(spec, device), progress=shown)
-    report = quality_report(spec, model, levels, data.name, len(held_out), device)
+    model = with_schedules(model, {**model.info.schedules, **better})
+    levels = evaluate(model, held_out, model.info.rs, device, reference=float32_of(spec, device), progress=shown)
+    report = quality_report(spec, model.info, levels, data.name, len(held_out), device)
     how = {"images": len(searched), "held_out": len(held_out), "trials": tuning.trials, "seed": tuning.seed}
     return report | {"tuned": how | {"levels": [each.fields() for each in found]}}, found
 
 
 def _rs_to_tune(model: LoadedModel, tuning: Tuning) -> Sequence[int]:
     if tuning.target_macs is None:
-        return tuning.rs or [r for r in model.rs if r > 0]
-    most = tuning.target_macs * model.cost(0).total
-    for r in model.rs:
+        return tuning.rs or [r for r in model.info.rs if r > 0]
+    most = tuning.target_macs * model.info.cost(0).total
+    for r in model.info.rs:
         if r > 0 and model.count(r).total <= most:
             return [r]
-    least = model.count(model.rs[-1]).total / model.cost(0).total
+    least = model.count(model.info.rs[-1]).total / model.info.cost(0).total
     raise ConfigError(
-        f"target MACs of {tuning.target_macs:g}: {model.name} is served with no less than {least:.3f} of its work, "
-        f"at r = {model.rs[-1]}"
+        f"target MACs of {tuning.target_macs:g}: {model.info.name} is served with no less than {least:.3f} of its "
+        f"work, at r = {model.info.rs[-1]}"
     )
 
 
@@ -196,4 +196,4 @@ def profile_model(
     model = with_graphs(model, device, max_batch=max_batch, memory=machine.cuda_graph_memory)
     key = profile_key(model, spec.checkpoint, device, max_batch)
     profile = measure(model, device, max_batch=max_batch, budget=budget, progress=progress)
-    return key, profile, keep_profile(machine.profiles, model.name, key, profile)
+    return key, profile, keep_profile(machine.profiles, model.info.name, key, profile)

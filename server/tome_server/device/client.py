@@ -43,7 +43,7 @@ from tome_server.device.messages import (
 from tome_server.device.shared_images import SharedImages, Slot
 from tome_server.errors import DeviceDiedError
 from tome_server.execution.batch import BatchItem, BatchResult
-from tome_server.models.hosted import HostedModel
+from tome_server.models.model_info import ModelInfo
 from tome_server.models.preprocess import Limits
 from tome_server.models.spec import ModelSpec, Outline
 from tome_server.scheduling.profile import Profile
@@ -122,7 +122,7 @@ class Device:
 
     async def load(
         self, key: str, spec: ModelSpec, limits: Limits, slots: int, *, max_batch: int = 1, folder: Path | None = None
-    ) -> HostedModel:
+    ) -> ModelInfo:
         """Load a model, in the dtype that measures best where the spec says auto, and run it once.
 
         Args:

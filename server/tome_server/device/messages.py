@@ -13,7 +13,7 @@ from typing import Generic, NamedTuple, Self, TypeAlias, TypeVar
 
 from tome_server.device.shared_images import Place
 from tome_server.execution.batch import BatchItem, BatchResult
-from tome_server.models.hosted import HostedModel
+from tome_server.models.model_info import ModelInfo
 from tome_server.models.preprocess import Limits
 from tome_server.models.spec import ModelSpec, Outline
 from tome_server.scheduling.profile import Profile
@@ -62,7 +62,7 @@ class OutlineModel(Call[Outline]):
 
 
 @dataclass(frozen=True)
-class LoadModel(Call[HostedModel]):
+class LoadModel(Call[ModelInfo]):
     """Load a model, and run it once."""
 
     key: str

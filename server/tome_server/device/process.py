@@ -54,9 +54,9 @@ from tome_server.execution.cuda_graphs import with_graphs
 from tome_server.execution.executor import run_batch
 from tome_server.execution.out_of_memory import lacks_memory
 from tome_server.merging.cpu import matching_c
-from tome_server.models.hosted import HostedModel
 from tome_server.models.loaded import LoadedModel
 from tome_server.models.loading import outline
+from tome_server.models.model_info import ModelInfo
 from tome_server.models.spec import Outline
 from tome_server.scheduling.profile import Profile
 
@@ -172,16 +172,16 @@ class DeviceProcess:
     def _outline(self, call: OutlineModel) -> Outline:
         return outline(call.spec)
 
-    def _load(self, call: LoadModel) -> HostedModel:
+    def _load(self, call: LoadModel) -> ModelInfo:
         """Load a model and run it at both ends of its grid, so that the first request doesn't pay for lazy set-up."""
         torch.set_num_threads(self._threads)
         model = load_chosen(
             call.spec, self._device, call.limits, max_batch=call.max_batch, folder=call.folder, alone=self._running
         )
-        for level in {model.grid[0], model.grid[-1]}:
+        for level in {model.info.grid[0], model.info.grid[-1]}:
             self._run_empty(model, 1, level.r)
         self._models[call.key] = model
-        return model.described
+        return model.info
 
     def _unload(self, call: UnloadModel) -> None:
         del self._models[call.key]
@@ -247,7 +247,7 @@ class DeviceProcess:
 
     def _warm(self, call: WarmUp) -> None:
         model, end = self._models[call.key], time.monotonic() + call.seconds
-        kinds = [(size, level) for size in range(1, call.max_batch + 1) for level in model.grid]
+        kinds = [(size, level) for size in range(1, call.max_batch + 1) for level in model.info.grid]
         for size, level in sorted(kinds, key=lambda kind: kind[0] * kind[1].cost.total):
             if time.monotonic() > end:
                 return
@@ -290,7 +290,7 @@ class DeviceProcess:
 
 def _empty(model: LoadedModel) -> BatchItem[torch.Tensor]:
     """Return a black image of a model's size, to be run for its time alone."""
-    return BatchItem(torch.zeros(model.preprocess.settings.input_size, dtype=torch.uint8), Outputs(top_k=1))
+    return BatchItem(torch.zeros(model.info.preprocess.settings.input_size, dtype=torch.uint8), Outputs(top_k=1))
 
 
 def is_usable(device: torch.device) -> bool:

@@ -296,7 +296,7 @@ def recorded(
     alone: AbstractContextManager[object],
 ) -> LoadedModel:
     """Return `model` so that it runs by what `recorder` records of it; as it is if that is nothing."""
-    sizes, rs = recorded_sizes(max_batch), [level.r for level in model.grid]
+    sizes, rs = recorded_sizes(max_batch), [level.r for level in model.info.grid]
     graphed = _graphed(model, recorder, device, sizes, rs, memory, alone)
     return model if graphed is None else replace(model, graphs=graphed)
 
@@ -315,20 +315,23 @@ def _graphed(
     try:
         before = recorder.taken()
         images = torch.zeros(
-            max(sizes), *model.preprocess.settings.input_size, device=device, dtype=getattr(torch, model.dtype)
+            max(sizes),
+            *model.info.preprocess.settings.input_size,
+            device=device,
+            dtype=getattr(torch, model.info.dtype),
         )
         graphed = GraphedModel(model.run, images, recorder)
         graphed.record(sizes, rs, memory, alone)
         took = recorder.taken() - before
     except Exception:
-        log.exception("no CUDA graphs can be made of %s; it runs without", model.name)
+        log.exception("no CUDA graphs can be made of %s; it runs without", model.info.name)
         return None
     if not graphed.kinds:
-        log.warning("no CUDA graph of %s fits; it runs without", model.name)
+        log.warning("no CUDA graph of %s fits; it runs without", model.info.name)
         return None
     log.info(
         "%d of %d CUDA graphs of %s in %s, up to %d images, in %.0f MiB and %.1f s",
-        len(graphed.kinds), len(sizes) * len(rs), model.name, model.dtype, graphed.kinds[-1][0],
+        len(graphed.kinds), len(sizes) * len(rs), model.info.name, model.info.dtype, graphed.kinds[-1][0],
         took / 2**20, time.monotonic() - began,
     )  # fmt: skip
     return graphed

@@ -25,9 +25,9 @@ from tome_server.merging.cpu.packing import LEAST_GAIN, division_gain, few_threa
 from tome_server.merging.families.eva import fix_positions
 from tome_server.merging.geometry import default_size, patch_grid
 from tome_server.merging.support import check_supported
-from tome_server.models.hosted import Quality
 from tome_server.models.importing import Imported, fitted, inferred, outline_weights, read_weights
 from tome_server.models.loaded import LoadedModel, loaded_model, with_schedules
+from tome_server.models.model_info import Quality
 from tome_server.models.preprocess import Limits, Preprocess
 from tome_server.models.spec import ModelSpec, Outline, in_dtype, weights_digest
 from tome_server.models.timm_names import check_architecture
@@ -90,27 +90,23 @@ def _load(spec: ModelSpec, device: torch.device, limits: Limits, recall: Recall)
         _check_finite(merged.model, f"{spec.checkpoint or spec.architecture} in {spec.dtype}")
         merged, gain = _packed(merged, recall)
     quality, schedules = _quality(spec)
-    loaded = loaded_model(
-        merged,
-        Preprocess(settings, limits),
-        name=spec.name,
-        architecture=spec.architecture,
-        dtype=spec.dtype,
-        # Packing holds them in another layout, of the same size.
-        weights_bytes=sum(part.nbytes for part in (*plain.parameters(), *plain.buffers())),
+    loaded = loaded_model(merged, Preprocess(settings, limits), name=spec.name, architecture=spec.architecture)
+    info = replace(
+        loaded.info,
         version=spec.version or 1,
         description=spec.description,
         labels=_labels(spec, model),
+        # Packed weights have another layout, but the same size.
+        weights_bytes=sum(part.nbytes for part in (*plain.parameters(), *plain.buffers())),
         default_budget=spec.default_budget,
         quality=quality,
-        division_gain=gain,
     )
     try:
-        loaded = with_schedules(loaded, {**schedules, **spec.schedules})
+        loaded = with_schedules(replace(loaded, info=info, division_gain=gain), {**schedules, **spec.schedules})
     except (TypeError, ValueError, OverflowError) as error:
         raise ModelLoadError(f"{spec.quality or spec.name}: {error}") from error
-    # Last, for what is fixed is of the dtype that it is in.
-    fix_positions(merged.model, loaded.patch_grid)
+    # Last, since positions are fixed in the dtype that they have then.
+    fix_positions(merged.model, info.patch_grid)
     return loaded
 
 
@@ -168,7 +164,8 @@ def _outline(spec: ModelSpec) -> Outline:
         raise ModelLoadError(f"{spec.name}: images of {size} pixels are {patches:,} patches, not 1 to {MOST_PATCHES:,}")
     try:
         merged = merge(model, proportional_attention=spec.proportional_attention)
-        return Outline(spec, loaded_model(merged, Preprocess(settings, Limits()), name=spec.name, architecture="").rs)
+        loaded = loaded_model(merged, Preprocess(settings, Limits()), name=spec.name, architecture=spec.architecture)
+        return Outline(spec, loaded.info.rs)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ModelLoadError(f"{spec.name} fails on an input of {list(settings.input_size)}: {error}") from error
 

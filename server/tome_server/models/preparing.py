@@ -107,9 +107,9 @@ def prepare(recipe: Recipe, name: str, folder: Path) -> Prepared:
     _write_config(folder, config)
     prepared = _proved(folder, name)
     # What timm says of a name may change, so that all that it says now is written down.
-    _write_config(folder, config | {"data": asdict(prepared.model.preprocess.settings)})
-    if prepared.model.labels and not recipe.labels:
-        write_labels(folder, prepared.model.labels)
+    _write_config(folder, config | {"data": asdict(prepared.model.info.preprocess.settings)})
+    if prepared.model.info.labels and not recipe.labels:
+        write_labels(folder, prepared.model.info.labels)
     return replace(prepared, spec=read_folder(folder, name), left_out=left_out)
 
 

@@ -16,7 +16,7 @@ from tome_server.config.server import ModelConfig, ServerConfig
 from tome_server.device.client import Device
 from tome_server.errors import ConfigError, DeviceDiedError, ModelLoadError, OutOfMemoryError, UnknownModelError
 from tome_server.models.checkpoint_header import check_header
-from tome_server.models.hosted import HostedModel
+from tome_server.models.model_info import ModelInfo
 from tome_server.models.preprocess import Limits
 from tome_server.models.repository import Repository
 from tome_server.models.spec import BUNDLED_PREFIX, ModelSpec, Own, bundled_spec, qualities
@@ -126,7 +126,7 @@ class ModelManager:
             models = [(spec, self._max_batch(spec)) for _, spec in outlined]
             with _fits("one of the models, each in batches of its largest size"):
                 await self._device.choose_threads(models, self._config.profiles)
-        loaded: list[tuple[_Source, tuple[str, ModelSpec, HostedModel]]] = []
+        loaded: list[tuple[_Source, tuple[str, ModelSpec, ModelInfo]]] = []
         for source, spec in outlined:
             with self._left_out(spec, wanted):
                 loaded.append((source, await self._load(spec)))
@@ -189,7 +189,7 @@ class ModelManager:
                 self._engine.registry.forget(name)
             raise
 
-    async def _load(self, spec: ModelSpec) -> tuple[str, ModelSpec, HostedModel]:
+    async def _load(self, spec: ModelSpec) -> tuple[str, ModelSpec, ModelInfo]:
         log.info("loading %s", spec.name)
         key, limits, own = f"{spec.name}#{next(self._versions)}", self._config.limits, spec.own
         bounds = Limits(own.max_image_bytes or limits.max_image_bytes, own.max_image_pixels or limits.max_image_pixels)
@@ -210,7 +210,7 @@ class ModelManager:
             )
         return key, spec, model
 
-    async def _measured(self, key: str, spec: ModelSpec, model: HostedModel) -> Served:
+    async def _measured(self, key: str, spec: ModelSpec, model: ModelInfo) -> Served:
         max_batch, seconds = self._max_batch(spec), self._config.profile_time
         try:
             with _its_fault(spec), _fits(f"{spec.name}, in batches of up to {max_batch} images"):

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from tome_server.execution.batch import ItemResult, Outputs
 from tome_server.mac_count import MacCount
-from tome_server.models.hosted import HostedModel
+from tome_server.models.model_info import ModelInfo
 from tome_server.models.preprocess import InputSize, Preprocess
 from tome_server.observability.request_outcome import Timing
 
@@ -97,7 +97,7 @@ def deadline_of(arrival: float, budget: float | None, time_remaining: float | No
 class Reply:
     """A prediction and what was done for it."""
 
-    model: HostedModel
+    model: ModelInfo
     result: ItemResult
     r: int
     cost: MacCount

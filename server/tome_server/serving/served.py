@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from tome_server.errors import ConfigError, InvalidRequestError
-from tome_server.models.hosted import HostedModel
+from tome_server.models.model_info import ModelInfo
 from tome_server.models.spec import Own
 from tome_server.scheduling.policy import policy_named
 from tome_server.scheduling.policy.view import Policy
@@ -37,7 +37,7 @@ class ServedModel(Generic[T]):
     """A hosted model with its profile, scheduler and defaults."""
 
     def __init__(
-        self, model: HostedModel, profile: Profile, policy: str, key: str | None = None, own: Own = _NOTHING
+        self, model: ModelInfo, profile: Profile, policy: str, key: str | None = None, own: Own = _NOTHING
     ) -> None:
         """`policy` is the server's; `own` holds the model's settings, which override it and others.
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from tome_server.calibration import choose_dtype, gains
+from tome_server.calibration import choose_dtype, speedups
 from tome_server.calibration.choose_dtype import LEAST_GAIN, LEAST_IMAGES, choose, load_chosen, measure_gain
 from tome_server.calibration.profile_store import profile_key
 from tome_server.config.dtypes import Dtype
@@ -99,7 +99,7 @@ class Device:
 
     def __call__(self, model: LoadedModel, batch: Sequence[BatchItem[Any]], *_: object, **__: object) -> BatchResult:
         self.sizes.append(len(batch))
-        return BatchResult((), len(batch) * self.seconds[model.dtype])
+        return BatchResult((), len(batch) * self.seconds[model.info.dtype])
 
 
 @pytest.fixture(scope="module")
@@ -132,16 +132,16 @@ def test_a_gpu_is_asked_for_a_graph_of_the_batch_that_is_measured_and_judged_by_
     device, asked = Device(seconds, seconds), list[tuple[str, int, int]]()
 
     def graphed(model: LoadedModel, size: int, r: int) -> LoadedModel:
-        asked.append((model.dtype, size, r))
+        asked.append((model.info.dtype, size, r))
         return replace(model, graphs=model.merged)
 
     def run(model: LoadedModel, batch: Sequence[BatchItem[Any]], *_: object, **__: object) -> BatchResult:
         result = device(model, batch)
         by_graph = {"float32": 1 / 2, "bfloat16": 1 / 8}
-        return replace(result, seconds=result.seconds * by_graph[model.dtype]) if model.graphs else result
+        return replace(result, seconds=result.seconds * by_graph[model.info.dtype]) if model.graphs else result
 
     assert measure_gain(both, CPU, max_batch=8, run=run, graphed=graphed) == pytest.approx(4)
-    grid = both["float32"].grid
+    grid = both["float32"].info.grid
     assert asked == [(dtype, size, grid[len(grid) // 2].r) for dtype in ("float32", "bfloat16")]
 
 
@@ -204,9 +204,9 @@ def test_auto_is_what_was_measured_to_be_better_and_the_log_says_why(
     asked = gain(measures)
     model = chosen(spec, tmp_path)
     assert asked == ["float32 and bfloat16"]
-    assert model.dtype == dtype
+    assert model.info.dtype == dtype
     # With the quality that was measured in that.
-    assert model.quality == load(in_dtype(spec, dtype), CPU).quality
+    assert model.info.quality == load(in_dtype(spec, dtype), CPU).info.quality
     assert f"tiny runs in {dtype}: {why}" in caplog.messages
 
 
@@ -223,7 +223,7 @@ def test_a_type_that_is_named_is_not_measured(
 ) -> None:
     asked = gain(2.0)
     for dtype in ("float32", "bfloat16", "float16"):
-        assert chosen(in_dtype(spec, dtype), tmp_path).dtype == dtype
+        assert chosen(in_dtype(spec, dtype), tmp_path).info.dtype == dtype
     assert asked == []
 
 
@@ -246,7 +246,7 @@ def test_without_a_record_that_it_agrees_bfloat16_is_not_even_measured(
 ) -> None:
     caplog.set_level(logging.INFO)
     asked = gain(2.0)
-    assert chosen(reported(spec, tmp_path, **report), tmp_path).dtype == "float32"
+    assert chosen(reported(spec, tmp_path, **report), tmp_path).info.dtype == "float32"
     assert asked == []
     [line] = [line for line in caplog.messages if line.startswith("tiny runs in float32: ")]
     assert why in line
@@ -276,10 +276,10 @@ def test_it_is_measured_once_for_what_speed_depends_on(
 ) -> None:
     asked = gain(2.0)
     for _ in range(2):
-        assert chosen(spec, tmp_path).dtype == "bfloat16"
+        assert chosen(spec, tmp_path).info.dtype == "bfloat16"
     assert len(asked) == 1
     # Weights that were trained further are as fast, but what bfloat16 costs them is another matter.
-    assert chosen(reported(spec, tmp_path, levels=[{"r": 0, "agreement": 0.9}]), tmp_path).dtype == "float32"
+    assert chosen(reported(spec, tmp_path, levels=[{"r": 0, "agreement": 0.9}]), tmp_path).info.dtype == "float32"
     assert len(asked) == 1
     for changes in ({"max_batch": 2}, {"anew": True}):
         chosen(spec, tmp_path, **changes)
@@ -293,7 +293,7 @@ def test_what_came_with_the_model_is_taken(
     asked = gain(2.0)
     came = replace(spec, profiles=tmp_path / "model")
     chosen(came, tmp_path / "model")
-    assert chosen(came, tmp_path / "server").dtype == "bfloat16"
+    assert chosen(came, tmp_path / "server").info.dtype == "bfloat16"
     assert len(asked) == 1
 
 
@@ -311,7 +311,7 @@ def test_it_is_measured_again_where_merging_or_packing_or_threads_have_changed(
         chosen(spec, tmp_path)
     assert len(asked) == 2
     with monkeypatch.context() as changed:
-        for module in (packing, gains):
+        for module in (packing, speedups):
             changed.setattr(module, "packed_dtypes", lambda: ())
         chosen(spec, tmp_path)
     assert len(asked) == 3
@@ -371,13 +371,13 @@ def test_what_threads_divide_stays_the_same_from_start_to_start_however_busy_the
     assert asked == [torch.float32]
     asked = dividing(later)
     second = chosen(spec, tmp_path)
-    assert [first.division, second.division] == [division] * 2
+    assert [first.info.division, second.info.division] == [division] * 2
     assert profile_key(first, None, CPU, 4) == profile_key(second, None, CPU, 4)
     assert asked == []
     assert caplog.text.count(said) == 2
     # Until all is measured anew.
-    assert chosen(spec, tmp_path, anew=True).division != division
-    assert chosen(spec, tmp_path).division != division
+    assert chosen(spec, tmp_path, anew=True).info.division != division
+    assert chosen(spec, tmp_path).info.division != division
 
 
 @pytest.mark.skipif(torch.bfloat16 not in packed_dtypes(), reason="the CPU computes nothing in bfloat16")
@@ -394,14 +394,14 @@ def test_dtypes_are_compared_with_what_threads_divide_in_each_and_that_one_serve
     asked = dividing(1.5)
     model = chosen(spec, tmp_path)
     assert asked == [torch.float32, torch.bfloat16]
-    assert [(dtype, one.division) for dtype, one in compared[0].items()] == [
+    assert [(dtype, one.info.division) for dtype, one in compared[0].items()] == [
         ("float32", "images and blocks"),
         ("bfloat16", "images and blocks"),
     ]
     assert model is compared[0]["bfloat16"]
     dividing(1.0)
     again = chosen(spec, tmp_path)
-    assert (again.dtype, again.division) == ("bfloat16", "images and blocks")
+    assert (again.info.dtype, again.info.division) == ("bfloat16", "images and blocks")
     assert len(compared) == 1
 
 
@@ -412,7 +412,7 @@ def test_one_thread_divides_nothing_and_the_log_does_not_speak_of_it(
     asked = dividing(2.0)
     torch.set_num_threads(1)
     model = chosen(replace(spec, dtype="float32"), tmp_path)
-    assert (asked, model.division, model.division_gain) == ([], "", None)
+    assert (asked, model.info.division, model.division_gain) == ([], "", None)
     assert "divide" not in caplog.text
     assert list(tmp_path.iterdir()) == []
 

@@ -112,7 +112,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]
         def measure(counts: tuple[int, int], run: Callable[[], None]) -> dict[int, float]:
             assert torch.get_num_threads() == cpus  # what the model was made for
             run()
-            asked.append(run.args[0].dtype)  # type: ignore[attr-defined]
+            asked.append(run.args[0].info.dtype)  # type: ignore[attr-defined]
             return dict(zip(counts, seconds[len(asked) - 1], strict=True))
 
         monkeypatch.setattr(threads, "available_cpus", lambda: cpus)

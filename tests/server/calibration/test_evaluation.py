@@ -43,7 +43,7 @@ def predictions(model: LoadedModel, images: Dataset, r: int) -> list[int]:
     with torch.inference_mode():
         return [
             int(model.merged(model.input(pixels[None], CPU), r).logits.argmax())
-            for pixels in (torch.from_numpy(model.preprocess.image(image)) for image, _ in images)
+            for pixels in (torch.from_numpy(model.info.preprocess.image(image)) for image, _ in images)
         ]
 
 
@@ -55,7 +55,7 @@ def test_counts_are_those_of_a_count_by_hand(model: LoadedModel, labelled: Datas
     for r in (0, 2, 8):
         given = predictions(model, labelled, r)
         assert levels[r].agreement == sum(a == b for a, b in zip(given, plain, strict=True)) / 30
-        assert levels[r].top1 == sum(model.labels[i] == name for i, name in zip(given, names, strict=True)) / 30
+        assert levels[r].top1 == sum(model.info.labels[i] == name for i, name in zip(given, names, strict=True)) / 30
 
 
 def test_r_0_agrees_with_itself_and_more_merging_does_not_always(model: LoadedModel, labelled: Dataset) -> None:
@@ -78,12 +78,12 @@ def test_r_0_is_always_measured_and_an_r_given_twice_counts_once(model: LoadedMo
 
 
 def test_an_r_beyond_the_largest_is_reported_as_what_was_done(model: LoadedModel, unlabelled: Dataset) -> None:
-    assert list(evaluate(model, unlabelled, [500], CPU)) == [0, model.largest_r]
+    assert list(evaluate(model, unlabelled, [500], CPU)) == [0, model.info.largest_r]
 
 
 def test_a_limit_takes_the_first_images(model: LoadedModel, labelled: Dataset) -> None:
     given = predictions(model, labelled, 0)[:5]
-    boots = [model.labels[i] == "boot" for i in given]
+    boots = [model.info.labels[i] == "boot" for i in given]
     assert evaluate(model, labelled, [0], CPU, limit=5)[0].top1 == sum(boots) / 5
     assert evaluate(model, labelled, [0], CPU, limit=500) == evaluate(model, labelled, [0], CPU)
 

@@ -313,8 +313,8 @@ def test_the_key_holds_what_latency_depends_on(model: LoadedModel, tmp_path: Pat
     key = profile_key(model, checkpoint, CPU, 4)
     assert key.weights == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     assert key.model == "vit_tiny_patch16_224"
-    assert key.rs == tuple(level.r for level in model.grid)
-    assert key.macs == tuple(level.cost.total for level in model.grid)
+    assert key.rs == tuple(level.r for level in model.info.grid)
+    assert key.macs == tuple(level.cost.total for level in model.info.grid)
     assert (key.dtype, key.max_batch, key.input_size) == ("float32", 4, (3, 16, 16))
     assert key.torch == torch.__version__
     assert key.device == device_name(CPU) != ""
@@ -379,7 +379,7 @@ class Measure:
 
     def __call__(self, model: LoadedModel, _: torch.device, **options: Any) -> Profile:
         self.calls.append(options)
-        rs = tuple(level.r for level in model.grid)
+        rs = tuple(level.r for level in model.info.grid)
         return Profile((1, 2), rs, ((0.01,) * len(rs),) * 2, ((0.02,) * len(rs),) * 2, measured=self.measured)
 
 

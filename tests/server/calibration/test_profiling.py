@@ -40,7 +40,7 @@ class Device:
     ) -> BatchResult:
         each = (rs,) * len(batch) if isinstance(rs, int) else tuple(rs)
         assert len(each) == len(batch)
-        assert all(tuple(work.image.shape) == model.preprocess.settings.input_size for work in batch)
+        assert all(tuple(work.image.shape) == model.info.preprocess.settings.input_size for work in batch)
         self.ran.append((each, packed))
         seconds = self.seconds(each, packed) * self.noise()
         self.now += seconds
@@ -50,7 +50,7 @@ class Device:
     def seconds(self, rs: Sequence[int], packed: bool = True) -> float:
         if not packed:
             return sum(self.seconds((r,) * count) for r, count in Counter(rs).items())
-        images = sum(self.model.cost(r).merged / self.model.cost(0).merged for r in rs)
+        images = sum(self.model.info.cost(r).merged / self.model.info.cost(0).merged for r in rs)
         return 0.002 + 0.010 * images + self.group * (len(set(rs)) - 1)
 
     def restart(self, noise: Callable[[], float]) -> None:
@@ -124,7 +124,7 @@ def test_a_table_is_lowered_until_it_falls_and_rises_and_no_further(table: list[
 def test_on_a_quiet_machine_a_profile_is_exact(model: LoadedModel, device: Device) -> None:
     profile = measure(model, CPU, max_batch=8, budget=1000, run=device)
     assert profile.sizes == (1, 2, 4, 8)
-    assert profile.rs == tuple(level.r for level in model.grid)
+    assert profile.rs == tuple(level.r for level in model.info.grid)
     assert worst(profile.p50, device.truth(profile)) < 1e-9
     assert profile.p95[2][1] == pytest.approx(1.05 * profile.p50[2][1])
     assert profile.extra_group == pytest.approx(0.001)
@@ -394,7 +394,7 @@ def test_predictions_follow_a_real_device_that_takes_twice_as_long(model: Loaded
     def seconds(r: int) -> float:
         return run_batch(model, [BatchItem(image, Outputs(top_k=1))] * 8, r, CPU).seconds
 
-    image = torch.rand(model.preprocess.settings.input_size)
+    image = torch.rand(model.info.preprocess.settings.input_size)
     latency = Latency(measure(model, CPU, max_batch=8, budget=2))
     levels = [i % latency.levels for i in range(20)]
     # In turn, so that all three see the same machine, whose speed others change; the first of each level, which finds

@@ -59,15 +59,17 @@ def test_each_r_gets_a_schedule_of_few_blocks_for_no_more_work(deep: LoadedModel
         # The head reads the class token alone, so that merging in the last block changes nothing but what is counted.
         assert last == each.r
         assert each.macs == deep.count(Schedule.explicit(each.schedule)).total <= each.constant_macs
-        assert each.constant_macs == deep.cost(each.r).total
-        tuned, constant = deep.count(Schedule.explicit(each.schedule)), deep.cost(each.r)
+        assert each.constant_macs == deep.info.cost(each.r).total
+        tuned, constant = deep.count(Schedule.explicit(each.schedule)), deep.info.cost(each.r)
         assert tuned.total - tuned.unread <= constant.total - constant.unread
-        assert with_schedules(deep, {each.r: each.schedule}).schedules == {each.r: each.schedule}
+        assert with_schedules(deep, {each.r: each.schedule}).info.schedules == {each.r: each.schedule}
 
 
 def test_what_is_reported_is_of_the_images_held_out(deep: LoadedModel, found: list[Tuned]) -> None:
     _, held_out = divide(noise(160), None, None, 0)
-    images = deep.input(torch.stack([torch.from_numpy(deep.preprocess.image(image)) for image, _ in held_out]), CPU)
+    images = deep.input(
+        torch.stack([torch.from_numpy(deep.info.preprocess.image(image)) for image, _ in held_out]), CPU
+    )
     for each in found:
         with torch.inference_mode():
             plain, constant, tuned = (
@@ -217,4 +219,4 @@ def test_labels_that_do_not_fit_are_refused_before_anything_is_searched(deep: Lo
 
 def test_a_model_without_classes_is_refused(deep: LoadedModel) -> None:
     with pytest.raises(ConfigError, match="no classifier to tune by"):
-        tune(replace(deep, num_classes=0), noise(4), noise(4), [2], CPU)
+        tune(replace(deep, info=replace(deep.info, num_classes=0)), noise(4), noise(4), [2], CPU)

@@ -28,8 +28,8 @@ from tome_server.execution.batch import BatchItem, Outputs
 from tome_server.execution.cpus import available_cpus
 from tome_server.execution.executor import run_batch
 from tome_server.merging.cpu.packing import MAX_WORKERS
-from tome_server.models.hosted import HostedModel
 from tome_server.models.loading import load
+from tome_server.models.model_info import ModelInfo
 from tome_server.models.preprocess import Limits
 from tome_server.models.spec import bundled_spec
 from tome_server.scheduling.profile import Profile
@@ -59,7 +59,9 @@ def put(device: Device, images: torch.Tensor) -> list[BatchItem[Slot]]:
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    return torch.rand(3, *load(SPEC, CPU).preprocess.settings.input_size, generator=torch.Generator().manual_seed(0))
+    return torch.rand(
+        3, *load(SPEC, CPU).info.preprocess.settings.input_size, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def kept(folder: Path) -> Profile:
@@ -140,9 +142,9 @@ async def test_what_is_known_of_a_model_is_what_is_known_here(device: Device) ->
     there = await device.load("again", replace(SPEC, name="again"), Limits(), SLOTS)
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # as there
-    here = load(replace(SPEC, name="again"), CPU).described
+    here = load(replace(SPEC, name="again"), CPU).info
     torch.set_num_threads(before)
-    assert type(there) is HostedModel
+    assert type(there) is ModelInfo
     assert there.preprocess.settings == here.preprocess.settings
     assert replace(there, preprocess=here.preprocess) == here
     await device.unload("again")

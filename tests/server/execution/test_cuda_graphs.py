@@ -94,7 +94,7 @@ def test_less_than_a_fifth_of_a_batch_is_filling() -> None:
 def test_every_size_is_recorded_at_every_r_the_largest_first_then_the_smallest(model: LoadedModel) -> None:
     recorder = Again()
     graphed = made(model, recorder)
-    rs = [level.r for level in model.grid]
+    rs = [level.r for level in model.info.grid]
     assert graphs_of(graphed).kinds == tuple((size, r) for size in (1, 2, 3, 4) for r in rs)
     assert recorder.tried == [4] + [1] * len(rs) + [2] * len(rs) + [3] * len(rs) + [4] * (len(rs) - 1)
 
@@ -105,7 +105,7 @@ def test_batches_get_what_they_get_without_graphs(model: LoadedModel, count: int
     graphed = made(model, recorder)
     images = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     works = [BatchItem(image, Outputs(top_k=4, features=True, logits=True)) for image in images]
-    for level in model.grid:
+    for level in model.info.grid:
         before = recorder.replays
         given = run_batch(graphed, works, level.r, CPU).results
         assert recorder.replays == before + 1
@@ -148,7 +148,7 @@ def test_results_stay_what_they_are_when_the_next_batch_runs(model: LoadedModel)
     ids=["several r", "another r", "token map", "tokens"],
 )
 def test_what_is_not_recorded_runs_as_ever(model: LoadedModel, r: int | list[int], options: dict[str, Any]) -> None:
-    model = replace(model, rs=(0, 2, 4))
+    model = replace(model, info=replace(model.info, rs=(0, 2, 4)))
     recorder = Again()
     graphed = made(model, recorder)
     images, before = torch.rand(2, 3, 16, 16), recorder.replays
@@ -176,7 +176,7 @@ def test_several_groups_of_one_r_each_run_by_graphs(model: LoadedModel) -> None:
     recorder = Again()
     graphed = made(model, recorder)
     works = [BatchItem(image, Outputs(top_k=2)) for image in torch.rand(3, 3, 16, 16)]
-    last = model.grid[-1].r
+    last = model.info.grid[-1].r
     before = recorder.replays
     given = run_batch(graphed, works, [0, last, 0], CPU, packed=False).results
     assert recorder.replays == before + 2
@@ -185,7 +185,7 @@ def test_several_groups_of_one_r_each_run_by_graphs(model: LoadedModel) -> None:
 
 
 def test_memory_is_kept_to_the_smallest_batches_first(model: LoadedModel) -> None:
-    rs = [level.r for level in model.grid]
+    rs = [level.r for level in model.info.grid]
     # Room for the pool of four images and len(rs) + 1 recordings.
     graphed = made(model, Again(first=100, each=10), max_batch=4, memory=400 + 10 * (len(rs) + 1))
     assert graphs_of(graphed).kinds == (*((1, r) for r in rs), (4, 0))
@@ -324,4 +324,4 @@ def test_only_cuda_has_graphs_and_only_where_they_are_given_memory(model: Loaded
 
 
 def test_a_graphed_model_is_described_as_the_model_itself(model: LoadedModel) -> None:
-    assert made(model, Again()).described == model.described
+    assert made(model, Again()).info == model.info

@@ -171,9 +171,9 @@ def test_graphs_give_what_the_model_gives_to_the_last_bit(dtype: Dtype) -> None:
     plain = load(bundled_spec("fashion", dtype), CUDA)
     graphed = with_graphs(plain, CUDA, max_batch=10, memory=2**30)
     assert isinstance(graphed.graphs, GraphedModel)
-    assert graphed.graphs.kinds == tuple((size, r) for size in recorded_sizes(10) for r in plain.rs)
+    assert graphed.graphs.kinds == tuple((size, r) for size in recorded_sizes(10) for r in plain.info.rs)
     generator = torch.Generator(CUDA).manual_seed(0)
-    shape = plain.preprocess.settings.input_size
+    shape = plain.info.preprocess.settings.input_size
     with torch.inference_mode():
         for size, r in graphed.graphs.kinds:
             images = torch.randn(size, *shape, generator=generator, device=CUDA).to(getattr(torch, dtype))
@@ -201,7 +201,7 @@ def test_a_dinov3_runs_by_graphs() -> None:
     model = timm.create_model(name, num_classes=10, depth=2).eval().requires_grad_(False).to(CUDA)
     settings = ImageSettings((3, 64, 64), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
     loaded = loaded_model(merge(model), Preprocess(settings, Limits()), name="dino", architecture=name)
-    fix_positions(model, loaded.patch_grid)
+    fix_positions(model, loaded.info.patch_grid)
     graphed = with_graphs(loaded, CUDA, max_batch=2, memory=2**30)
     assert isinstance(graphed.graphs, GraphedModel)
     images = torch.randn(2, 3, 64, 64, device=CUDA)
@@ -211,7 +211,7 @@ def test_a_dinov3_runs_by_graphs() -> None:
 
 def test_a_model_that_waits_is_not_recorded_and_the_next_one_is() -> None:
     plain = load(bundled_spec("fashion"), CUDA)
-    recorder, images = CudaRecorder(CUDA), torch.zeros(2, *plain.preprocess.settings.input_size, device=CUDA)
+    recorder, images = CudaRecorder(CUDA), torch.zeros(2, *plain.info.preprocess.settings.input_size, device=CUDA)
 
     def waits() -> MergedOutput:
         output = plain.run(images, 0)
@@ -229,7 +229,7 @@ def test_a_model_that_waits_is_not_recorded_and_the_next_one_is() -> None:
 
 def test_a_recording_that_is_broken_off_leaves_torch_as_it_was() -> None:
     plain = load(bundled_spec("fashion"), CUDA)
-    recorder, images = CudaRecorder(CUDA), torch.zeros(2, *plain.preprocess.settings.input_size, device=CUDA)
+    recorder, images = CudaRecorder(CUDA), torch.zeros(2, *plain.info.preprocess.settings.input_size, device=CUDA)
     before = torch.cuda.current_stream(CUDA)
 
     def breaks_off() -> MergedOutput:
@@ -256,7 +256,7 @@ def test_memory_that_runs_out_while_recording_is_found_to_be_that() -> None:
             torch.empty(2**50, dtype=torch.uint8, device=CUDA)
         return plain.run(images, r, **options)
 
-    images = torch.zeros(4, *plain.preprocess.settings.input_size, device=CUDA)
+    images = torch.zeros(4, *plain.info.preprocess.settings.input_size, device=CUDA)
     graphs = GraphedModel(greedy, images, CudaRecorder(CUDA))
     graphs.record([1, 2, 3, 4], [0], 2**30, nullcontext())
     assert graphs.kinds == ((1, 0), (2, 0))
@@ -264,7 +264,7 @@ def test_memory_that_runs_out_while_recording_is_found_to_be_that() -> None:
 
 def test_images_can_be_brought_while_a_graph_is_recorded() -> None:
     plain = load(bundled_spec("fashion"), CUDA)
-    shape = plain.preprocess.settings.input_size
+    shape = plain.info.preprocess.settings.input_size
     shared = SharedImages(shape, 16)
     prefetcher, stop, brought = Prefetcher(shared.mapped, CUDA), threading.Event(), []
     slots = [shared.put(torch.full(shape, i, dtype=torch.uint8).numpy()) for i in range(16)]
@@ -283,7 +283,7 @@ def test_images_can_be_brought_while_a_graph_is_recorded() -> None:
             stop.set()
         prefetching.result()
     assert isinstance(graphed.graphs, GraphedModel)
-    assert graphed.graphs.kinds == tuple((size, r) for size in recorded_sizes(8) for r in plain.rs)
+    assert graphed.graphs.kinds == tuple((size, r) for size in recorded_sizes(8) for r in plain.info.rs)
     assert brought
     for i, slot in enumerate(slots):
         assert torch.equal(prefetcher.take(slot.place).cpu(), torch.full(shape, i, dtype=torch.uint8))
@@ -317,9 +317,10 @@ def test_the_bundled_model_classifies_its_samples_as_on_the_cpu() -> None:
     on_cpu, on_cuda = load(spec, torch.device("cpu")), load(spec, CUDA)
     samples = sorted((BUNDLED / "fashion" / "samples").glob("*.png"))
     works = [
-        BatchItem(torch.from_numpy(on_cpu.preprocess.encoded(path.read_bytes())), Outputs(top_k=1)) for path in samples
+        BatchItem(torch.from_numpy(on_cpu.info.preprocess.encoded(path.read_bytes())), Outputs(top_k=1))
+        for path in samples
     ]
-    for r in (0, on_cpu.grid[-1].r):
+    for r in (0, on_cpu.info.grid[-1].r):
         expected = run_batch(on_cpu, works, r, torch.device("cpu"))
         given = run_batch(on_cuda, works, r, CUDA)
         assert [x.class_ids for x in given.results] == [x.class_ids for x in expected.results]
@@ -329,8 +330,8 @@ def test_the_bundled_model_classifies_its_samples_as_on_the_cpu() -> None:
 def test_the_process_of_a_gpu_loads_records_measures_and_runs(dtype: DtypeSetting, tmp_path: Path) -> None:
     spec, on_cpu = bundled_spec("fashion", dtype), load(bundled_spec("fashion", "float32"), torch.device("cpu"))
     samples = sorted((BUNDLED / "fashion" / "samples").glob("*.png"))
-    images = [on_cpu.preprocess.encoded(path.read_bytes()) for path in samples]
-    rs = [on_cpu.rs[i % len(on_cpu.rs)] for i in range(len(images))]
+    images = [on_cpu.info.preprocess.encoded(path.read_bytes()) for path in samples]
+    rs = [on_cpu.info.rs[i % len(on_cpu.info.rs)] for i in range(len(images))]
 
     async def run() -> list[tuple[int, ...]]:
         device, most = Device(), len(images)
@@ -371,7 +372,7 @@ def test_dtypes_are_compared_by_graphs(tmp_path: Path, caplog: pytest.LogCapture
 
 def test_images_brought_ahead_give_what_those_give_that_go_with_their_batch() -> None:
     model = load(bundled_spec("fashion"), CUDA)
-    shape = model.preprocess.settings.input_size
+    shape = model.info.preprocess.settings.input_size
     shared = SharedImages(shape, 3)
     prefetcher = Prefetcher(shared.mapped, CUDA)
     for seed in range(20):

@@ -55,7 +55,7 @@ def test_a_model_merges_at_an_r_what_its_schedule_says_and_r_in_every_block_else
     assert own != (6,) * DEPTH
     tuned, images = with_schedules(model, {6: own}), torch.rand(2, 3, 32, 32)
     given = tuned.run(images, [6, 8], return_token_map=True)
-    assert given.tokens_per_block == (tuned.cost(6).tokens, model.cost(8).tokens)
+    assert given.tokens_per_block == (tuned.info.cost(6).tokens, model.info.cost(8).tokens)
     for i, how in enumerate((Schedule.explicit(own), 8)):
         alone = model.merged(images[i : i + 1], how, return_token_map=True)
         assert torch.allclose(given.logits[i], alone.logits[0], atol=1e-5)
@@ -65,19 +65,19 @@ def test_a_model_merges_at_an_r_what_its_schedule_says_and_r_in_every_block_else
 
 def test_what_an_r_costs_is_what_its_schedule_costs(model: LoadedModel, others: list[tuple[int, ...]]) -> None:
     tuned = with_schedules(model, {6: others[0]})
-    assert tuned.cost(6) == macs(model.merged.model, Schedule.explicit(others[0]), (32, 32)) != model.cost(6)
-    assert [tuned.cost(r) for r in (0, 5, 7)] == [model.cost(r) for r in (0, 5, 7)]
-    assert tuned.rs == model.rs
-    assert [level.r for level in tuned.grid] == [level.r for level in model.grid]
-    assert tuned.described.schedules == {6: others[0]}
-    totals = [tuned.cost(r).total for r in range(1, tuned.largest_r + 1)]
+    assert tuned.info.cost(6) == macs(model.merged.model, Schedule.explicit(others[0]), (32, 32)) != model.info.cost(6)
+    assert [tuned.info.cost(r) for r in (0, 5, 7)] == [model.info.cost(r) for r in (0, 5, 7)]
+    assert tuned.info.rs == model.info.rs
+    assert [level.r for level in tuned.info.grid] == [level.r for level in model.info.grid]
+    assert tuned.info.schedules == {6: others[0]}
+    totals = [tuned.info.cost(r).total for r in range(1, tuned.info.largest_r + 1)]
     assert totals == sorted(totals, reverse=True)
 
 
 @pytest.mark.parametrize("r", [1, 6, 8])
 def test_r_in_every_block_written_down_is_that_r(model: LoadedModel, r: int) -> None:
     written, images = with_schedules(model, {r: [r] * DEPTH}), torch.rand(2, 3, 32, 32)
-    assert written.cost(r) == model.cost(r)
+    assert written.info.cost(r) == model.info.cost(r)
     assert torch.equal(written.run(images, r).logits, model.run(images, r).logits)
 
 
@@ -90,8 +90,8 @@ def test_what_is_taken_never_costs_more_than_its_r_nor_merges_more_than_there_is
         tuned = with_schedules(model, {r: values})
     except ValueError:
         return
-    cost = tuned.cost(r)
-    assert cost.total <= model.cost(r).total
+    cost = tuned.info.cost(r)
+    assert cost.total <= model.info.cost(r).total
     assert min(cost.tokens) >= model.merged.prefix + 1
     before = (cost.tokens_in, *cost.tokens[:-1])
     assert [more - less for more, less in zip(before, cost.tokens, strict=True)] == values

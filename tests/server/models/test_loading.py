@@ -15,9 +15,9 @@ from torch import nn
 from tome_server.errors import ConfigError, ModelLoadError
 from tome_server.merging import MergedModel
 from tome_server.models import loading
-from tome_server.models.hosted import Quality
 from tome_server.models.loaded import LoadedModel
 from tome_server.models.loading import load, stored_schedules
+from tome_server.models.model_info import Quality
 from tome_server.models.spec import ModelSpec, bundled_spec, weights_digest
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def refusal(spec: ModelSpec) -> str:
 
 
 def same_logits(hosted: LoadedModel, model: nn.Module) -> bool:
-    image = torch.rand(2, *hosted.preprocess.settings.input_size)
+    image = torch.rand(2, *hosted.info.preprocess.settings.input_size)
     with torch.inference_mode():
         return torch.allclose(hosted.merged(image).logits, model(image), rtol=1e-4, atol=1e-5)
 
@@ -52,14 +52,14 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_the_bundled_model_is_complete() -> None:
     hosted = load(bundled_spec("fashion"), CPU)
-    assert hosted.name == "fashion"
-    assert len(hosted.labels) == hosted.num_classes == 10
-    assert "sandal" in {label.lower() for label in hosted.labels}
-    assert hosted.patch_grid == (14, 14)
-    assert hosted.preprocess.settings.input_size == (3, 28, 28)
-    assert hosted.default_budget is None
-    assert hosted.relative_quality is not None
-    assert hosted.description
+    assert hosted.info.name == "fashion"
+    assert len(hosted.info.labels) == hosted.info.num_classes == 10
+    assert "sandal" in {label.lower() for label in hosted.info.labels}
+    assert hosted.info.patch_grid == (14, 14)
+    assert hosted.info.preprocess.settings.input_size == (3, 28, 28)
+    assert hosted.info.default_budget is None
+    assert hosted.info.relative_quality is not None
+    assert hosted.info.description
 
 
 def test_an_unknown_bundled_model_is_refused_with_those_there_are() -> None:
@@ -83,9 +83,9 @@ def test_a_loaded_model_is_ready_to_serve(spec: ModelSpec) -> None:
     hosted = load(spec, CPU)
     assert not hosted.merged.training
     assert not any(parameter.requires_grad for parameter in hosted.merged.parameters())
-    assert hosted.labels == ()
-    assert hosted.num_classes == 7
-    assert hosted.feature_dim == 48
+    assert hosted.info.labels == ()
+    assert hosted.info.num_classes == 7
+    assert hosted.info.feature_dim == 48
 
 
 class Evil:
@@ -212,7 +212,7 @@ def test_pretrained_weights_are_asked_for_once_without_a_checkpoint(spec: ModelS
 def test_labels_come_from_a_file_one_a_line(spec: ModelSpec, tmp_path: Path) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_text("zero\none\nthe second\nthree\nfour\nfünf\nsix\n", encoding="utf-8")
-    assert load(replace(spec, labels=labels), CPU).labels == (
+    assert load(replace(spec, labels=labels), CPU).info.labels == (
         "zero",
         "one",
         "the second",
@@ -237,7 +237,7 @@ def test_labels_that_cannot_be_read_are_reported(spec: ModelSpec, tmp_path: Path
 
 def test_a_model_of_imagenets_classes_gets_its_names(spec: ModelSpec, no_hub: list[str]) -> None:
     kwargs = {**spec.kwargs, "num_classes": 1000}
-    labels = load(ModelSpec(name="imagenet", architecture=spec.architecture, kwargs=kwargs), CPU).labels
+    labels = load(ModelSpec(name="imagenet", architecture=spec.architecture, kwargs=kwargs), CPU).info.labels
     assert len(labels) == 1000
     assert labels[0].startswith("tench")
     assert labels[999].startswith("toilet tissue")
@@ -257,8 +257,8 @@ def with_report(spec: ModelSpec, folder: Path, content: object) -> ModelSpec:
 
 def test_a_quality_report_says_what_each_r_is_worth(spec: ModelSpec, tmp_path: Path) -> None:
     hosted = load(with_report(spec, tmp_path, report(spec)), CPU)
-    assert hosted.quality == {0: Quality(1.0, 0.8), 4: Quality(0.9, None)}
-    assert {level.r: level.quality for level in hosted.grid if level.quality} == hosted.quality
+    assert hosted.info.quality == {0: Quality(1.0, 0.8), 4: Quality(0.9, None)}
+    assert {level.r: level.quality for level in hosted.info.grid if level.quality} == hosted.info.quality
 
 
 def with_schedule(spec: ModelSpec, folder: Path, schedule: object, **changes: object) -> ModelSpec:
@@ -268,10 +268,10 @@ def with_schedule(spec: ModelSpec, folder: Path, schedule: object, **changes: ob
 
 def test_a_quality_report_may_say_how_much_each_block_merges(spec: ModelSpec, tmp_path: Path) -> None:
     plain, hosted = load(spec, CPU), load(with_schedule(spec, tmp_path, [5, 2]), CPU)
-    assert hosted.schedules == {4: (5, 2)}
-    assert hosted.cost(4).tokens == (12, 10)
-    assert hosted.cost(4).total <= plain.cost(4).total
-    assert hosted.rs == plain.rs
+    assert hosted.info.schedules == {4: (5, 2)}
+    assert hosted.info.cost(4).tokens == (12, 10)
+    assert hosted.info.cost(4).total <= plain.info.cost(4).total
+    assert hosted.info.rs == plain.info.rs
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_schedules_outlive_what_was_measured_but_not_the_weights(spec: ModelSpec
     assert stored_schedules(with_schedule(spec, tmp_path, [5, 2])) == {4: (5, 2)}
     assert stored_schedules(with_schedule(spec, tmp_path, [5, 2], weights_sha256="0" * 64)) == {}
     assert stored_schedules(with_report(spec, tmp_path, [])) == {}
-    assert load(replace(spec, schedules={4: (5, 2)}), CPU).schedules == {4: (5, 2)}
+    assert load(replace(spec, schedules={4: (5, 2)}), CPU).info.schedules == {4: (5, 2)}
 
 
 def test_a_quality_report_of_other_weights_is_refused(spec: ModelSpec, tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_pretrained_weights_need_a_report_of_that_very_model(
     spec: ModelSpec, tmp_path: Path, no_hub: list[str]
 ) -> None:
     pretrained = replace(spec, checkpoint=None)
-    assert load(with_report(pretrained, tmp_path, report(pretrained)), CPU).quality[4] == Quality(0.9)
+    assert load(with_report(pretrained, tmp_path, report(pretrained)), CPU).info.quality[4] == Quality(0.9)
     for wrong in (report(spec), report(pretrained, model="vit_small_patch16_224")):
         assert "measured on other weights" in refusal(with_report(pretrained, tmp_path, wrong))
 
@@ -340,8 +340,8 @@ def test_a_quality_report_that_is_no_json_or_not_there_is_refused(spec: ModelSpe
 
 
 def test_the_default_budget_is_the_specs(spec: ModelSpec) -> None:
-    assert load(spec, CPU).default_budget is None
-    assert load(replace(spec, default_budget=0.25), CPU).default_budget == 0.25
+    assert load(spec, CPU).info.default_budget is None
+    assert load(replace(spec, default_budget=0.25), CPU).info.default_budget == 0.25
 
 
 @pytest.mark.parametrize("error", [1e-2, float("nan")])
@@ -360,12 +360,12 @@ def test_a_model_that_merging_would_change_at_r_0_is_refused(
 
 def test_the_input_size_is_the_models_own(spec: ModelSpec) -> None:
     # timm's data config says 224, which is what the architecture's pretrained weights take.
-    assert load(spec, CPU).preprocess.settings.input_size == (3, 32, 32)
+    assert load(spec, CPU).info.preprocess.settings.input_size == (3, 32, 32)
 
 
 def test_data_overrides_timms_data_config(spec: ModelSpec) -> None:
     data = {"mean": [0.1, 0.2, 0.3], "std": [0.5], "crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bilinear"}
-    settings = load(replace(spec, data=data), CPU).preprocess.settings
+    settings = load(replace(spec, data=data), CPU).info.preprocess.settings
     assert settings.mean == (0.1, 0.2, 0.3)
     assert settings.std == (0.5, 0.5, 0.5)
     assert (settings.crop_pct, settings.crop_mode, settings.interpolation) == (1.0, "squash", "bilinear")
@@ -392,7 +392,7 @@ def test_data_that_does_not_fit_the_model_is_refused(spec: ModelSpec, data: dict
 def test_a_grey_model_must_be_told_its_mean_and_std(spec: ModelSpec, no_hub: list[str]) -> None:
     grey = replace(spec, kwargs={**spec.kwargs, "in_chans": 1}, checkpoint=None)
     assert "mean and std take 1 numbers" in refusal(grey)
-    settings = load(replace(grey, data={"mean": [0.5], "std": [0.5]}), CPU).preprocess.settings
+    settings = load(replace(grey, data={"mean": [0.5], "std": [0.5]}), CPU).info.preprocess.settings
     assert settings.input_size == (1, 32, 32)
 
 
@@ -427,10 +427,10 @@ def test_a_model_that_cannot_be_tried_without_memory_is_built_anyway(
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_model_runs_in_the_type_it_is_told_to(spec: ModelSpec, dtype: Any) -> None:
     plain, lesser = load(spec, CPU), load(replace(spec, dtype=dtype), CPU)
-    assert lesser.dtype == dtype
+    assert lesser.info.dtype == dtype
     assert {parameter.dtype for parameter in lesser.merged.parameters()} == {getattr(torch, dtype)}
-    assert 2 * lesser.weights_bytes == plain.weights_bytes
-    images = torch.rand(3, *plain.preprocess.settings.input_size)
+    assert 2 * lesser.info.weights_bytes == plain.info.weights_bytes
+    images = torch.rand(3, *plain.info.preprocess.settings.input_size)
     with torch.inference_mode():
         for r in (0, 2):
             exact = plain.merged(plain.input(images, CPU), r).logits

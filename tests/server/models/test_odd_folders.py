@@ -400,7 +400,7 @@ def test_what_lies_beside_a_models_files_or_has_odd_characters_is_no_fault(folde
     (folder / "loop").symlink_to(folder)
     moved = folder.parent.rename(folder.parent.with_name("mödels of мine, \n and more")) / "odd"
     [spec] = Repository(moved.parent).scan().specs
-    assert load(spec, CPU).labels == tuple(LABELS.splitlines())
+    assert load(spec, CPU).info.labels == tuple(LABELS.splitlines())
 
 
 def test_a_number_of_classes_that_is_left_out_is_that_of_the_weights(folder: Path) -> None:
@@ -408,8 +408,8 @@ def test_a_number_of_classes_that_is_left_out_is_that_of_the_weights(folder: Pat
         folder, kwargs={name: value for name, value in KWARGS.items() if name not in ("num_classes", "img_size")}
     )
     loaded = load(read_folder(folder, "odd"), CPU)
-    assert loaded.num_classes == 7
-    assert loaded.preprocess.settings.input_size == (3, 32, 32)
+    assert loaded.info.num_classes == 7
+    assert loaded.info.preprocess.settings.input_size == (3, 32, 32)
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "labels.txt", "quality.json", ""])
@@ -436,4 +436,4 @@ def _checkpoint(spec: ModelSpec) -> Path:
 
 def test_an_outline_says_what_the_loaded_model_does(folder: Path) -> None:
     spec = read_folder(folder, "odd")
-    assert outline(spec).rs == load(spec, CPU).rs
+    assert outline(spec).rs == load(spec, CPU).info.rs

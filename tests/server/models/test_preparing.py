@@ -40,17 +40,17 @@ def test_each_family_is_stored_as_it_was_and_takes_a_head(
     assert made.spec.kwargs["num_classes"] == kwargs.get("num_classes", 0)
     assert made.spec.kwargs.get("img_size") == kwargs.get("img_size")
 
-    head = Head(torch.randn(4, made.model.feature_dim), torch.randn(4), penalty=0.1, accuracy=0.5)
+    head = Head(torch.randn(4, made.model.info.feature_dim), torch.randn(4), penalty=0.1, accuracy=0.5)
     (tmp_path / "fitted").mkdir()
     fitted = prepare_with_head(made.spec, headless_weights(made.spec), head, list("abcd"), tmp_path / "fitted").model
-    assert fitted.labels == tuple("abcd")
+    assert fitted.info.labels == tuple("abcd")
     with torch.inference_mode():
-        output = fitted.merged(torch.randn(2, *fitted.preprocess.settings.input_size))
+        output = fitted.merged(torch.randn(2, *fitted.info.preprocess.settings.input_size))
     assert torch.allclose(output.logits, head(output.features), atol=1e-5)
 
 
 def test_a_classifier_of_two_heads_is_not_replaced(tmp_path: Path) -> None:
     made = prepared(tmp_path, "deit_tiny_distilled_patch16_224")
-    assert made.model.num_classes == 1000
+    assert made.model.info.num_classes == 1000
     with pytest.raises(ModelLoadError, match=r"has a classifier of several parts \(head_dist\): none can be fitted"):
         headless_weights(made.spec)

@@ -51,8 +51,8 @@ def test_a_folder_is_a_model_under_its_name(repository: Repository, fill: Fill) 
     assert (spec.name, spec.version, spec.default_budget, spec.description) == ("tiny", None, 0.25, "small")
     assert spec.quality is None
     hosted = load(spec, CPU)
-    assert hosted.name == "tiny"
-    assert hosted.labels[6] == "class 6"
+    assert hosted.info.name == "tiny"
+    assert hosted.info.labels[6] == "class 6"
 
 
 def test_models_come_in_order_of_name_and_what_is_none_is_passed_over(repository: Repository, fill: Fill) -> None:

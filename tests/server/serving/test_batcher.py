@@ -10,7 +10,7 @@ import pytest
 from scripted import LATE, QUICK, RS, SLOW, SOON, TOP, Bench, Clock, image_of, profile_of, refused, until, use
 
 from tome_server.errors import ModelFailedError, NoMemoryError
-from tome_server.models.hosted import HostedModel
+from tome_server.models.model_info import ModelInfo
 from tome_server.models.spec import Own
 from tome_server.scheduling.policy.view import Decision, Policy, View, uniform
 from tome_server.serving.requests import Reply
@@ -207,7 +207,7 @@ async def test_a_batch_that_memory_is_too_small_for_is_halved_until_it_fits(
     assert bench.metric("tome_halved_batches_total") == 2
 
 
-async def test_a_size_that_memory_was_too_small_for_is_not_tried_again(bench: Bench, bundled: HostedModel) -> None:
+async def test_a_size_that_memory_was_too_small_for_is_not_tried_again(bench: Bench, bundled: ModelInfo) -> None:
     async def sizes(first: int, model: str) -> list[int]:
         bench.device.gate.clear()
         holding = bench.predict(0, model=model)

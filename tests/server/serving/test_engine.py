@@ -47,7 +47,7 @@ from tome_server.errors import (
     UnknownModelError,
 )
 from tome_server.execution.batch import Outputs
-from tome_server.models.hosted import HostedModel
+from tome_server.models.model_info import ModelInfo
 from tome_server.models.preprocess import InputSize
 from tome_server.models.spec import Own
 from tome_server.observability.metrics import Metrics
@@ -61,7 +61,7 @@ from tome_server.serving.served import ServedModel
 # The plain way
 
 
-async def test_a_request_is_answered_with_its_own_result_and_cost(bench: Bench, bundled: HostedModel) -> None:
+async def test_a_request_is_answered_with_its_own_result_and_cost(bench: Bench, bundled: ModelInfo) -> None:
     reply = await bench.predict(7, r=4)
     assert image_of(reply) == 7
     assert (reply.model.name, reply.r) == ("first", 4)
@@ -297,7 +297,7 @@ async def test_a_tight_and_a_loose_request_in_one_queue_get_different_r(
 
 
 async def test_requests_with_time_on_an_idle_device_are_merged_only_where_that_costs_next_to_nothing(
-    start: Callable[..., Bench], clock: Clock, bundled: HostedModel
+    start: Callable[..., Bench], clock: Clock, bundled: ModelInfo
 ) -> None:
     bench = start("price", 0.01 * SLOW)
     assert bundled.relative_quality is not None
@@ -317,7 +317,7 @@ async def test_a_queue_that_would_be_late_is_merged_further(start: Callable[...,
     assert min(reply.r for reply in replies) > 0
 
 
-async def test_the_least_quality_bounds_r(start: Callable[..., Bench], bundled: HostedModel) -> None:
+async def test_the_least_quality_bounds_r(start: Callable[..., Bench], bundled: ModelInfo) -> None:
     bench = start("fixed:14")
     assert bundled.relative_quality is not None
     for min_quality in (1.0, 0.999, 0.99):
@@ -911,7 +911,7 @@ async def test_without_any_model_requests_are_refused(bench: Bench) -> None:
     assert isinstance(await refused(bench.predict(1, model="first")), UnknownModelError)
 
 
-async def test_when_the_device_dies_everybody_gets_a_status(clock: Clock, bundled: HostedModel) -> None:
+async def test_when_the_device_dies_everybody_gets_a_status(clock: Clock, bundled: ModelInfo) -> None:
     profile = profile_of(QUICK, 8)
     device, decoder = ScriptedDevice(profile), ScriptedDecoder(bundled.preprocess.settings)
     decoder.gate.set()

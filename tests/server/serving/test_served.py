@@ -15,8 +15,8 @@ import torch
 from tome_server.api.rpc.convert import model_to
 from tome_server.errors import ConfigError, InvalidRequestError
 from tome_server.merging import merge
-from tome_server.models.hosted import HostedModel, Quality
 from tome_server.models.loaded import loaded_model
+from tome_server.models.model_info import ModelInfo, Quality
 from tome_server.models.preprocess import Limits, Preprocess
 from tome_server.models.spec import Own
 from tome_server.models.transform import ImageSettings
@@ -36,7 +36,7 @@ PROFILE = Profile(
 
 
 @pytest.fixture(scope="module")
-def unmeasured() -> HostedModel:
+def unmeasured() -> ModelInfo:
     """ViT-B/16 without memory: its costs are all that is needed."""
     with torch.device("meta"):
         network = timm.create_model("vit_base_patch16_224")
@@ -44,17 +44,17 @@ def unmeasured() -> HostedModel:
     model = loaded_model(
         merge(network), Preprocess(settings, Limits()), name="vit", architecture="vit_base_patch16_224"
     )
-    return model.described
+    return model.info
 
 
 @pytest.fixture(scope="module")
-def measured(unmeasured: HostedModel) -> HostedModel:
+def measured(unmeasured: ModelInfo) -> ModelInfo:
     top1 = {r: Quality(agreement=0.5, top1=0.8 * share) for r, share in zip(RS, MEASURED, strict=True)}
     return replace(unmeasured, quality=top1)
 
 
 @pytest.fixture(scope="module")
-def served(measured: HostedModel) -> ServedModel[object]:
+def served(measured: ModelInfo) -> ServedModel[object]:
     return ServedModel(measured, PROFILE, "price")
 
 
@@ -188,7 +188,7 @@ def test_every_setting_in_range_gives_bounds_that_hold_it(served: ServedModel[ob
     ids=str,
 )
 def test_under_a_fixed_policy_nothing_else_is_admitted_for(
-    measured: HostedModel, settings: dict[str, float], bounds: Bounds
+    measured: ModelInfo, settings: dict[str, float], bounds: Bounds
 ) -> None:
     served: ServedModel[object] = ServedModel(measured, PROFILE, "fixed:8")
     assert served.bounds(**settings) == bounds
@@ -197,14 +197,14 @@ def test_under_a_fixed_policy_nothing_else_is_admitted_for(
 # Quality that was never measured
 
 
-def test_a_least_quality_of_what_was_never_measured_is_refused(unmeasured: HostedModel) -> None:
+def test_a_least_quality_of_what_was_never_measured_is_refused(unmeasured: ModelInfo) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         ServedModel(unmeasured, PROFILE, "price").bounds(min_quality=0.5)
     assert str(caught.value) == "min_quality: the quality of vit was never measured"
 
 
 def test_quality_never_measured_is_assumed_to_fall_and_nowhere_shown(
-    unmeasured: HostedModel, caplog: pytest.LogCaptureFixture
+    unmeasured: ModelInfo, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
         served = ServedModel(unmeasured, PROFILE, "price")
@@ -218,7 +218,7 @@ def test_quality_never_measured_is_assumed_to_fall_and_nowhere_shown(
         assert not level.HasField("agreement")
 
 
-def test_quality_measured_is_what_policies_go_by(measured: HostedModel, caplog: pytest.LogCaptureFixture) -> None:
+def test_quality_measured_is_what_policies_go_by(measured: ModelInfo, caplog: pytest.LogCaptureFixture) -> None:
     ServedModel(measured, PROFILE, "price")
     assert measured.assumed_quality == measured.relative_quality == pytest.approx(MEASURED)
     assert "never measured" not in caplog.text
@@ -228,7 +228,7 @@ def test_quality_measured_is_what_policies_go_by(measured: HostedModel, caplog: 
 
 
 @pytest.mark.parametrize("name", ["price", "fixed:0", "fixed:8", "fixed:16", "max_accuracy", "max_batch", "slackfit"])
-def test_every_policy_can_be_named(measured: HostedModel, name: str) -> None:
+def test_every_policy_can_be_named(measured: ModelInfo, name: str) -> None:
     served: ServedModel[object] = ServedModel(measured, PROFILE, name)
     assert served.policy == name
     assert len(served.scheduler) == 0
@@ -246,14 +246,14 @@ def test_every_policy_can_be_named(measured: HostedModel, name: str) -> None:
         ("fixed:98", "fixed:98: the model is served at r = 0, "),
     ],
 )
-def test_a_policy_that_there_is_not_is_said_in_a_sentence(measured: HostedModel, name: str, says: str) -> None:
+def test_a_policy_that_there_is_not_is_said_in_a_sentence(measured: ModelInfo, name: str, says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         ServedModel(measured, PROFILE, name)
     assert str(caught.value).startswith(f"policy, for model vit: {says}")
 
 
-def test_the_default_budget_is_as_set_or_what_the_model_needs(measured: HostedModel) -> None:
-    def budget(model: HostedModel, profile: Profile = PROFILE) -> float:
+def test_the_default_budget_is_as_set_or_what_the_model_needs(measured: ModelInfo) -> None:
+    def budget(model: ModelInfo, profile: Profile = PROFILE) -> float:
         return ServedModel(model, profile, "price").default_budget
 
     assert budget(replace(measured, default_budget=0.25)) == 0.25
@@ -265,7 +265,7 @@ def test_the_default_budget_is_as_set_or_what_the_model_needs(measured: HostedMo
 # Another profile
 
 
-def test_another_profile_takes_the_place_of_the_one_that_it_was_served_with(measured: HostedModel) -> None:
+def test_another_profile_takes_the_place_of_the_one_that_it_was_served_with(measured: ModelInfo) -> None:
     slow = replace(PROFILE, p95=tuple(tuple(0.5 for _ in row) for row in PROFILE.p95))
     model: ServedModel[object] = ServedModel(measured, slow, "fixed:4")
     model.scheduler.latency.allow(3)
@@ -284,16 +284,16 @@ def test_another_profile_takes_the_place_of_the_one_that_it_was_served_with(meas
 # What a model's own settings say
 
 
-def with_own(model: HostedModel, **settings: object) -> ServedModel[object]:
+def with_own(model: ModelInfo, **settings: object) -> ServedModel[object]:
     return ServedModel(model, PROFILE, "price", own=Own(**settings, file=Path("models/vit/config.yaml")))
 
 
-def test_a_models_own_policy_takes_the_place_of_the_servers(measured: HostedModel) -> None:
+def test_a_models_own_policy_takes_the_place_of_the_servers(measured: ModelInfo) -> None:
     assert with_own(measured, policy="fixed:4").policy == "fixed:4"
     assert with_own(measured).policy == "price"
 
 
-def test_defaults_hold_for_requests_that_say_nothing_of_merging(measured: HostedModel) -> None:
+def test_defaults_hold_for_requests_that_say_nothing_of_merging(measured: ModelInfo) -> None:
     model = with_own(measured, default_min_r=2, default_max_r=6)
     assert model.bounds() == Bounds(1, 3)
     # Of whoever says something, they say nothing.
@@ -313,13 +313,13 @@ def test_defaults_hold_for_requests_that_say_nothing_of_merging(measured: Hosted
     ],
 )
 def test_a_setting_that_does_not_fit_the_model_is_refused_with_file_and_key(
-    measured: HostedModel, settings: dict[str, object], says: str
+    measured: ModelInfo, settings: dict[str, object], says: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         with_own(measured, **settings)
     assert str(caught.value).startswith(f"models/vit/config.yaml: {says}")
 
 
-def test_a_default_quality_needs_one_that_was_measured(unmeasured: HostedModel) -> None:
+def test_a_default_quality_needs_one_that_was_measured(unmeasured: ModelInfo) -> None:
     with pytest.raises(ConfigError, match=r"config\.yaml: default_min_quality: the quality of vit was never measured"):
         with_own(unmeasured, default_min_quality=0.9)

@@ -10,7 +10,7 @@ from tome_server.api.embeddings import embeddings
 from tome_server.api.oip.messages import BYTES, DTYPES, MOST_TYPED, AsBytes, Parameter, RequestedOutput, Tensor, shown
 from tome_server.api.oip.parameters import Terms
 from tome_server.errors import InvalidRequestError, TooLargeError
-from tome_server.models.hosted import HostedModel
+from tome_server.models.model_info import ModelInfo
 from tome_server.serving.requests import Reply
 
 CLASSIFICATION = "classification"
@@ -43,7 +43,7 @@ class Wanted:
     """Whether features are divided by their length."""
 
 
-def outputs_of(model: HostedModel) -> dict[str, Output]:
+def outputs_of(model: ModelInfo) -> dict[str, Output]:
     """Return the outputs that a model has, by name."""
     found = []
     if model.num_classes:
@@ -64,7 +64,7 @@ def outputs_of(model: HostedModel) -> dict[str, Output]:
 
 
 def wanted_of(
-    model: HostedModel, requested: Sequence[RequestedOutput], terms: Terms, as_bytes: AsBytes
+    model: ModelInfo, requested: Sequence[RequestedOutput], terms: Terms, as_bytes: AsBytes
 ) -> list[Wanted]:
     """Return the outputs that a request names, or the default ones if it names none.
 

@@ -9,7 +9,7 @@ from tome_api.v1 import inference_pb2 as pb
 from tome_server.api.embeddings import embeddings
 from tome_server.errors import InvalidRequestError
 from tome_server.execution.batch import DEFAULT_TOP_K, Outputs
-from tome_server.models.hosted import HostedModel, MergeLevel
+from tome_server.models.model_info import MergeLevel, ModelInfo
 from tome_server.serving.batcher import Served
 from tome_server.serving.requests import EncodedImage, ImageInput, Normalised, Pixels, Reply, Request, deadline_of
 
@@ -91,7 +91,7 @@ def _features(values: np.ndarray, asked: pb.PredictRequest) -> pb.Tensor:
     return pb.Tensor(data_type=kind, shape=values.shape, data=values.tobytes())
 
 
-def summary_of(name: str, model: HostedModel | None) -> pb.ModelSummary:
+def summary_of(name: str, model: ModelInfo | None) -> pb.ModelSummary:
     """Return the summary of a model; None while it loads."""
     if model is None:
         return pb.ModelSummary(name=name)

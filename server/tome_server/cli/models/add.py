@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if made.left_out:
         some = ", ".join(made.left_out[:3])
         print(f"left out {len(made.left_out)} tensors that are no part of a {args.source}: {some}, …", file=sys.stderr)
-    what = f"{made.model.num_classes} classes" if made.model.num_classes else "no classifier, features alone"
+    what = f"{made.model.info.num_classes} classes" if made.model.info.num_classes else "no classifier, features alone"
     print(f"{folder}: {args.source}, {what}")
     return 0
 

@@ -124,8 +124,8 @@ def _fit(spec: "ModelSpec", images: "Dataset", device: "torch.device", args: arg
 
     backbone = load(replace(spec, quality=None, quality_bfloat16=None), device)
     # A head that has seen merged tokens keeps more of its accuracy when they are, and loses none at r = 0.
-    usual = (0, backbone.grid[len(backbone.grid) // 2].r)
-    rs = sorted({min(r, backbone.largest_r) for r in args.r or usual})
+    usual = (0, backbone.info.grid[len(backbone.info.grid) // 2].r)
+    rs = sorted({min(r, backbone.info.largest_r) for r in args.r or usual})
     features = pooled_features(backbone, images, rs, device, progress=sys.stderr.isatty())
     try:
         head = fit_head(features, torch.tensor(images.labels), len(images.classes), seed=args.seed)
@@ -154,10 +154,10 @@ def _store(
     made = prepare_with_head(spec, weights, fitted.head, held.classes, folder)
     carry_over(spec, folder)
     model = made.model if device.type == "cpu" else load(made.spec, device)
-    grid = [level.r for level in model.grid]
+    grid = [level.r for level in model.info.grid]
     reference = float32_of(made.spec, device)
     levels = evaluate(model, held, grid, device, reference=reference, progress=sys.stderr.isatty())
-    report = quality_report(made.spec, model, levels, args.data.name, len(held), device)
+    report = quality_report(made.spec, model.info, levels, args.data.name, len(held), device)
     how = {"images": fitted.images, "r": fitted.rs, "penalty": fitted.head.penalty, "seed": args.seed}
     write_json(quality_file(folder, made.spec.dtype), report | {"fitted_to": how})
     if not args.no_profile:

@@ -61,10 +61,10 @@ def _fields(repository: "Repository", spec: "ModelSpec", model: "LoadedModel") -
         "dtype": spec.dtype,
         "weights_sha256": weights_digest(spec.checkpoint),
         "bytes": spec.checkpoint.stat().st_size,
-        "input_size": list(model.preprocess.settings.input_size),
-        "patches": list(model.patch_grid),
-        "classes": model.num_classes,
-        "features": model.feature_dim,
+        "input_size": list(model.info.preprocess.settings.input_size),
+        "patches": list(model.info.patch_grid),
+        "classes": model.info.num_classes,
+        "features": model.info.feature_dim,
         "default_budget": "none" if spec.default_budget == math.inf else spec.default_budget,
         **{name: value for name, value in asdict(spec.own).items() if name != "file" and value is not None},
         "profiles": sorted(path.name for path in spec.profiles.glob("*.json")) if spec.profiles else [],
@@ -75,8 +75,8 @@ def _fields(repository: "Repository", spec: "ModelSpec", model: "LoadedModel") -
                 "macs": level.cost.total,
                 "top1": level.quality.top1 if level.quality else None,
                 "agreement": level.quality.agreement if level.quality else None,
-                "schedule": model.schedules.get(level.r),
+                "schedule": model.info.schedules.get(level.r),
             }
-            for level in model.grid
+            for level in model.info.grid
         ],
     }

@@ -12,7 +12,7 @@ from tome_server.api.rpc.convert import response_to
 from tome_server.errors import InvalidRequestError, TooLargeError
 from tome_server.execution.batch import ItemResult
 from tome_server.mac_count import MacCount
-from tome_server.models.hosted import HostedModel
+from tome_server.models.model_info import ModelInfo
 from tome_server.models.preprocess import Limits, Preprocess
 from tome_server.models.transform import ImageSettings
 from tome_server.observability.request_outcome import Timing
@@ -20,7 +20,7 @@ from tome_server.serving.requests import Reply
 
 PATCHES, DIM = (2, 3), 4
 SETTINGS = ImageSettings((3, 4, 6), (0.0,) * 3, (1.0,) * 3, "bicubic", 1.0, "center")
-MODEL = HostedModel(
+MODEL = ModelInfo(
     name="small",
     architecture="none",
     preprocess=Preprocess(SETTINGS, Limits(1, 1)),

@@ -145,7 +145,7 @@ def test_the_bundled_model_can_be_added_and_measured(run: Run, models: Path) -> 
         run("add", "bundled:fashion", "--repository", models, "--no-profile")
         == f"{models}/fashion: bundled:fashion, 10 classes\n"
     )
-    assert load(Repository(models).spec("fashion"), torch.device("cpu")).relative_quality is not None
+    assert load(Repository(models).spec("fashion"), torch.device("cpu")).info.relative_quality is not None
     table = run(
         "profile", "fashion", "--repository", models, "--profile-time", "200ms", "--max-batch", "2", "--threads", "1"
     )
@@ -191,10 +191,10 @@ def test_a_backbone_becomes_a_classifier(run: Run, models: Path, backbone: Path,
     assert "on the 15 held out:" in said
     spec = Repository(models).spec("tiny")
     model = load(spec, torch.device("cpu"))
-    assert model.labels == CLASSES
-    assert model.relative_quality is not None
-    assert model.quality[0].top1 is not None
-    assert model.quality[0].top1 > 0.9
+    assert model.info.labels == CLASSES
+    assert model.info.relative_quality is not None
+    assert model.info.quality[0].top1 is not None
+    assert model.info.quality[0].top1 > 0.9
     # Only the head is new.
     assert spec.checkpoint is not None
     stored, given = load_file(spec.checkpoint), load_file(backbone)
@@ -263,7 +263,7 @@ def test_a_model_without_versions_becomes_version_1_when_another_is_added(
     assert (repository.spec("tiny").version, repository.spec("tiny").description) == (2, "second")
     assert {path.name: path.read_bytes() for path in (models / "tiny" / "1").iterdir() if path.is_file()} == before
     assert [path.name for path in models.iterdir()] == ["tiny"]
-    assert load(repository.spec("tiny", 1), torch.device("cpu")).name == "tiny"
+    assert load(repository.spec("tiny", 1), torch.device("cpu")).info.name == "tiny"
 
 
 def test_a_repository_that_is_read_only_is_said_before_anything_is_measured(
@@ -363,15 +363,15 @@ def test_a_tuned_model_keeps_its_schedules_when_it_is_measured_again(
     assert printed.count("left out") == 1
     assert {level["r"]: level["schedule"] for level in report["levels"] if "schedule" in level} == found
     model = load(Repository(models).spec("tiny"), torch.device("cpu"))
-    assert {r: list(own) for r, own in model.schedules.items()} == found
-    assert model.relative_quality is not None
+    assert {r: list(own) for r, own in model.info.schedules.items()} == found
+    assert model.info.relative_quality is not None
     run("evaluate", *stored)
     again = json.loads((models / "tiny/quality.json").read_text())
     assert again["images"] == 60
     assert {level["r"]: level["schedule"] for level in again["levels"] if "schedule" in level} == found
     assert failure("tune", *stored, "--target-macs", "0.01") == (
         f"tome-server: target MACs of 0.01: tiny is served with no less than {_least(model):.3f} of its work, "
-        f"at r = {model.rs[-1]}"
+        f"at r = {model.info.rs[-1]}"
     )
     assert "r must lie in 1..8 for tiny, and is 9" in failure("tune", *stored, "--r", "9")
     assert "1 images to measure on are too few" in failure("tune", *stored, "--limit", "1")
@@ -404,7 +404,7 @@ def test_a_model_is_tuned_in_the_dtype_asked_for_and_its_report_kept_apart(
 
 
 def _least(model: LoadedModel) -> float:
-    return model.count(model.rs[-1]).total / model.cost(0).total
+    return model.count(model.info.rs[-1]).total / model.info.cost(0).total
 
 
 def test_what_cannot_be_added_leaves_nothing(

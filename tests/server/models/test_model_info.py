@@ -8,18 +8,18 @@ import torch
 from torch import nn
 
 from tome_server.merging import merge
-from tome_server.models.hosted import LEAST_WORK, HostedModel, Quality
 from tome_server.models.loaded import loaded_model
 from tome_server.models.loading import load
+from tome_server.models.model_info import LEAST_WORK, ModelInfo, Quality
 from tome_server.models.preprocess import Limits, Preprocess
 from tome_server.models.spec import ModelSpec
 from tome_server.models.transform import ImageSettings
 
 
-def hosted(model: nn.Module, size: int, **changes: object) -> HostedModel:
+def hosted(model: nn.Module, size: int, **changes: object) -> ModelInfo:
     settings = ImageSettings((3, size, size), (0.5,) * 3, (0.5,) * 3, "bicubic", 0.9, "center")
     loaded = loaded_model(merge(model), Preprocess(settings, Limits()), name="model", architecture="vit")
-    return replace(loaded.described, **changes)
+    return replace(loaded.info, **changes)
 
 
 def on_meta(architecture: str, **kwargs: object) -> nn.Module:
@@ -74,7 +74,7 @@ def test_a_model_of_one_patch_has_nothing_to_merge() -> None:
 
 
 def test_costs_fall_with_r_and_are_counted_once(spec: ModelSpec) -> None:
-    model = load(spec, torch.device("cpu"))
+    model = load(spec, torch.device("cpu")).info
     costs = [model.cost(r) for r in range(model.largest_r + 1)]
     assert all(before.merged > after.merged for before, after in pairwise(costs))
     assert {cost.dense for cost in costs} == {costs[0].merged}
@@ -90,7 +90,7 @@ def test_the_grid_carries_costs_and_what_was_measured() -> None:
 
 
 def test_the_largest_r_is_half_of_the_patches(spec: ModelSpec) -> None:
-    model = load(spec, torch.device("cpu"))
+    model = load(spec, torch.device("cpu")).info
     assert model.patch_grid == (4, 4)
     assert model.largest_r == 8
 
@@ -98,7 +98,7 @@ def test_the_largest_r_is_half_of_the_patches(spec: ModelSpec) -> None:
 # What quality policies go by
 
 
-def of_quality(values: Sequence[Quality | None]) -> HostedModel:
+def of_quality(values: Sequence[Quality | None]) -> ModelInfo:
     model = hosted(on_meta("vit_base_patch16_224"), 224)
     return replace(model, quality={level.r: value for level, value in zip(model.grid, values, strict=True) if value})
 
@@ -128,7 +128,7 @@ def test_quality_not_known_is_assumed_to_fall_as_was_published(spec: ModelSpec) 
     published = hosted(on_meta("vit_base_patch16_224"), 224).assumed_quality
     assert published[0] == 1
     assert published[-1] == pytest.approx(80.38 / 84.57, abs=0.003)
-    for model in (hosted(on_meta("vit_tiny_patch16_384"), 384), load(spec, torch.device("cpu"))):
+    for model in (hosted(on_meta("vit_tiny_patch16_384"), 384), load(spec, torch.device("cpu")).info):
         assumed = model.assumed_quality
         assert len(assumed) == len(model.grid)
         assert assumed[0] == 1
