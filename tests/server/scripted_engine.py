@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from scripted import LATE, QUICK, RS, Bench, Clock, ScriptedDecoder, ScriptedDevice, profile_of, until
 
+from tome_server.config.model_overrides import ModelOverrides
 from tome_server.models.model_info import ModelInfo
-from tome_server.models.spec import Own
 from tome_server.observability.metrics import Metrics
 from tome_server.serving.engine import Engine
 from tome_server.serving.served import ServedModel
@@ -51,7 +51,7 @@ async def start(bundled: ModelInfo, clock: Clock) -> AsyncIterator[Callable[...,
         max_pending: int = 1000,
         threads: int = 2,
         one_call: bool = True,
-        second: Own = Own(),  # noqa: B008  (frozen)
+        second: ModelOverrides = ModelOverrides(),  # noqa: B008  (frozen)
     ) -> Bench:
         profile = profile_of(unit, max_batch, one_call=one_call)
         device, decoder = ScriptedDevice(profile), ScriptedDecoder(bundled.preprocess.settings)
@@ -59,9 +59,12 @@ async def start(bundled: ModelInfo, clock: Clock) -> AsyncIterator[Callable[...,
         decoder.gate.set()
         models = {
             name: ServedModel(
-                replace(bundled, name=name, preprocess=decoder, default_budget=LATE), profile, policy, own=own
+                replace(bundled, name=name, preprocess=decoder, default_budget=LATE),
+                profile,
+                policy,
+                overrides=overrides,
             )
-            for name, own in (("first", Own()), ("second", second))
+            for name, overrides in (("first", ModelOverrides()), ("second", second))
         }
         engine = Engine(
             device,

@@ -189,9 +189,9 @@ def profile_model(
     spec, device = specs[0], choose_device(machine.device)
     torch.set_num_threads(machine.threads or available_cpus())
     if machine.threads is None and device.type == "cpu":
-        models = [(one, one.own.max_batch or machine.max_batch) for one in specs]
+        models = [(one, one.max_batch or machine.max_batch) for one in specs]
         choose_threads(models, machine.profiles, anew=True)
-    max_batch = spec.own.max_batch or machine.max_batch
+    max_batch = spec.max_batch or machine.max_batch
     model = load_chosen(spec, device, max_batch=max_batch, folder=machine.profiles, anew=True)
     model = with_graphs(model, device, max_batch=max_batch, memory=machine.cuda_graph_memory)
     key = profile_key(model, spec.checkpoint, device, max_batch)

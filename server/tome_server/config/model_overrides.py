@@ -1,4 +1,4 @@
-"""What a model's own settings may say in the place of the server's: sections as the server's settings have them."""
+"""A model's own settings, and among them those that take the place of the server's."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from tome_server.config.dtypes import DtypeSetting
 from tome_server.config.settings import BatchSize, Budget, Count, Duration, Policy, Size, Strict
 
 
-class OwnBatching(Strict):
+class BatchingOverrides(Strict):
     """How its requests wait; what is left out is as the server's `batching` says."""
 
     max_batch: BatchSize | None = None
@@ -19,7 +19,7 @@ class OwnBatching(Strict):
     """Its requests held at once, within what the server holds of all."""
 
 
-class OwnLimits(Strict):
+class LimitsOverrides(Strict):
     """What one image may cost; what is left out is as the server's `limits` say."""
 
     max_image_bytes: Size | None = None
@@ -28,11 +28,9 @@ class OwnLimits(Strict):
     """Width × height of the image, and of what resizing would make of a long and thin one."""
 
 
-class OwnConfig(Strict):
-    """How a model is served: in the server's settings and in a model's own file alike."""
+class ModelOverrides(Strict):
+    """How a model is served where that isn't as the server's settings say, and the defaults of its requests."""
 
-    default_budget: Budget | None = None
-    """Latency budget of requests that set none; `none` for no deadline; by default 1s, or ten images' time if more."""
     default_min_r: Annotated[int, Field(ge=0, strict=True)] | None = None
     """The min_r of requests that set none of r, min_r, max_r and min_quality."""
     default_max_r: Annotated[int, Field(ge=0, strict=True)] | None = None
@@ -41,11 +39,24 @@ class OwnConfig(Strict):
     """The min_quality of those."""
     policy: Policy | None = None
     """What chooses r for it; by default the server's `policy`."""
-    batching: OwnBatching = OwnBatching()
-    limits: OwnLimits = OwnLimits()
+    batching: BatchingOverrides = BatchingOverrides()
+    limits: LimitsOverrides = LimitsOverrides()
+
+
+class ModelSettings(ModelOverrides):
+    """What may be set for a model, in the server's settings and in a model's own file alike."""
+
+    default_budget: Budget | None = None
+    """Latency budget of requests that set none; `none` for no deadline; by default 1s, or ten images' time if more."""
     proportional_attention: bool | None = None
     """Weigh tokens by the patches they stand for; by default on, except for MAE weights."""
     dtype: DtypeSetting = "auto"
     """Of weights and activations: float32, bfloat16, float16; auto is bfloat16 where that agrees and is faster here."""
     description: str = ""
     """Told to clients."""
+
+    @property
+    def overrides(self) -> ModelOverrides | None:
+        """The overrides among the settings, None if none is set."""
+        overrides = ModelOverrides(**{name: getattr(self, name) for name in ModelOverrides.model_fields})
+        return None if overrides == ModelOverrides() else overrides

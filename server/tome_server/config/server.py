@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from tome_api.nearest import meant
-from tome_server.config.model_overrides import OwnConfig
+from tome_server.config.model_overrides import ModelSettings
 from tome_server.config.settings import BatchSize, Count, Duration, Policy, Size, SizeOrZero, Strict, read_settings
 
 
@@ -58,7 +58,7 @@ class _Source(Strict):
     """Overrides of timm's data config."""
 
 
-class ModelConfig(OwnConfig, _Source):
+class ModelConfig(ModelSettings, _Source):
     """One model to host."""
 
 

@@ -126,7 +126,7 @@ def _said_where(spec: ModelSpec) -> Iterator[None]:
     try:
         yield
     except ModelLoadError as error:
-        folder = spec.own.file.parent if spec.own.file else None
+        folder = spec.file.parent if spec.file else None
         if folder is None or str(folder) in str(error):
             raise
         raise ModelLoadError(f"{folder}: {error}") from error

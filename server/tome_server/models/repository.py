@@ -18,11 +18,11 @@ from typing import Annotated, Any, get_args
 from pydantic import AfterValidator, Field
 
 from tome_server.config.dtypes import Dtype
-from tome_server.config.model_overrides import OwnConfig
+from tome_server.config.model_overrides import ModelSettings
 from tome_server.config.settings import Count, Strict, read_settings
 from tome_server.errors import ConfigError, ModelLoadError
 from tome_server.models.checkpoint_header import check_header
-from tome_server.models.spec import CONFIG, LABELS, PROFILES, QUALITY, WEIGHTS, ModelSpec, Own, qualities, quality_file
+from tome_server.models.spec import CONFIG, LABELS, PROFILES, QUALITY, WEIGHTS, ModelSpec, qualities, quality_file
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def _kwargs(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-class VersionConfig(OwnConfig):
+class VersionConfig(ModelSettings):
     """What `config.yaml` says of a model."""
 
     architecture: str
@@ -255,7 +255,8 @@ def read_folder(folder: Path, name: str, version: int | None = None) -> ModelSpe
         default_budget=config.default_budget,
         proportional_attention=config.proportional_attention,
         description=config.description,
-        own=Own.of(config.model_dump(), folder / CONFIG),
+        overrides=config.overrides,
+        file=folder / CONFIG,
     )
 
 

@@ -2,9 +2,9 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -14,41 +14,16 @@ from tome_server.config.text_file import read_text
 from tome_server.errors import ConfigError, ModelLoadError
 from tome_server.models.bundled import BUNDLED
 
+if TYPE_CHECKING:
+    # It takes pydantic, which the bundled model does without.
+    from tome_server.config.model_overrides import ModelOverrides
+
 BUNDLED_PREFIX = "bundled:"
 CONFIG = "config.yaml"
 LABELS = "labels.txt"
 PROFILES = "profiles"
 QUALITY = "quality.json"
 WEIGHTS = "weights.safetensors"
-
-
-@dataclass(frozen=True)
-class Own:
-    """How a model is served, as far as its own settings say; None leaves it to the server's, or to nobody."""
-
-    policy: str | None = None
-    max_batch: int | None = None
-    max_delay: float | None = None
-    """Seconds."""
-    max_pending: int | None = None
-    max_image_bytes: int | None = None
-    max_image_pixels: int | None = None
-    default_min_r: int | None = None
-    """As a request might set it; likewise the next two."""
-    default_max_r: int | None = None
-    default_min_quality: float | None = None
-    file: Path | None = None
-    """Where they are written, if that is a file of the model's own."""
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any], file: Path | None = None) -> "Own":
-        """Return what a model's settings say, with `batching` and `limits` as sections of their own."""
-        flat = {**settings, **settings.get("batching", {}), **settings.get("limits", {})}
-        return cls(**{one.name: flat[one.name] for one in fields(cls) if one.name in flat}, file=file)
-
-    def fault(self, model: str, setting: str, what: object) -> ConfigError:
-        """Return the error that says what is wrong with a setting, and where it is."""
-        return ConfigError(f"{self.file or f'model {model}'}: {setting}: {what}")
 
 
 @dataclass(frozen=True)
@@ -84,8 +59,19 @@ class ModelSpec:
     """Of a model that has versions."""
     profiles: Path | None = None
     """Folder of latencies that came with the model; more may be kept elsewhere."""
-    own: Own = Own()
-    """How it is served, where that isn't as the server's settings have it."""
+    overrides: "ModelOverrides | None" = None
+    """How it is served where that isn't as the server's settings say; None if it is in everything."""
+    file: Path | None = None
+    """The model's own file that says so, if there is one."""
+
+    @property
+    def max_batch(self) -> int | None:
+        """The largest batch by the model's own settings; None leaves it to the server's."""
+        return self.overrides.batching.max_batch if self.overrides else None
+
+    def fault(self, setting: str, what: object) -> ConfigError:
+        """Return the error that says what is wrong with one of the model's own settings, and where it is set."""
+        return ConfigError(f"{self.file or f'model {self.name}'}: {setting}: {what}")
 
 
 @dataclass(frozen=True)
@@ -120,7 +106,8 @@ def bundled_spec(name: str, dtype: DtypeSetting = "auto") -> ModelSpec:
     if name not in known:
         raise ConfigError(f"no bundled model is named {name!r}; there is {', '.join(known)}{meant(name, known)}")
     folder = BUNDLED / name
-    # A repository's folder, read without its checks: those take pydantic, which not all who want this model have.
+    # Like a folder of a repository, but without its checks: they take pydantic, which isn't always installed where
+    # benchmarks and tests run this model. It has no overrides.
     config = yaml.safe_load(read_text(folder / CONFIG))
     return ModelSpec(
         name=name,
@@ -133,7 +120,7 @@ def bundled_spec(name: str, dtype: DtypeSetting = "auto") -> ModelSpec:
         profiles=folder / PROFILES,
         data=config["data"],
         description=config["description"],
-        own=Own.of(config, folder / CONFIG),
+        file=folder / CONFIG,
     )
 
 

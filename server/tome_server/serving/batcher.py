@@ -125,7 +125,8 @@ class Batcher:
 
     def max_delay_of(self, served: Served) -> float:
         """Return how many seconds a model's requests may wait for batch-mates while the device is idle."""
-        return self._max_delay if served.own.max_delay is None else served.own.max_delay
+        own = served.overrides.batching.max_delay
+        return self._max_delay if own is None else own
 
     def check(self, waiting: Waiting[Job]) -> None:
         """Raise InfeasibleError if the deadline of a request that isn't decoded yet can't be met."""

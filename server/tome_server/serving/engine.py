@@ -88,7 +88,8 @@ class Engine:
 
     def max_pending_of(self, served: Served) -> int:
         """Return how many requests for a model may be in the server at once."""
-        return self.max_pending if served.own.max_pending is None else min(served.own.max_pending, self.max_pending)
+        own = served.overrides.batching.max_pending
+        return self.max_pending if own is None else min(own, self.max_pending)
 
     def max_delay_of(self, served: Served) -> float:
         """Return how many seconds a model's requests may wait for batch-mates while the device is idle."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tome_server.config.model_overrides import ModelOverrides
 from tome_server.config.server import ModelConfig, ServerConfig
 from tome_server.device.client import Device
 from tome_server.errors import ConfigError, DeviceDiedError, ModelLoadError, OutOfMemoryError, UnknownModelError
@@ -19,7 +20,7 @@ from tome_server.models.checkpoint_header import check_header
 from tome_server.models.model_info import ModelInfo
 from tome_server.models.preprocess import Limits
 from tome_server.models.repository import Repository
-from tome_server.models.spec import BUNDLED_PREFIX, ModelSpec, Own, bundled_spec, qualities
+from tome_server.models.spec import BUNDLED_PREFIX, ModelSpec, bundled_spec, qualities
 from tome_server.models.timm_names import check_architecture
 from tome_server.serving.batcher import Served
 from tome_server.serving.engine import Engine
@@ -158,11 +159,12 @@ class ModelManager:
         """
         with _its_fault(spec):
             outline = await self._device.outline(spec)
-        policy = spec.own.policy or self._config.policy
+        own = spec.overrides and spec.overrides.policy
+        policy = own or self._config.policy
         if outline.rs and policy.startswith(FIXED) and int(policy.removeprefix(FIXED)) not in outline.rs:
             what = f"{policy}: the model is served at r = {', '.join(map(str, outline.rs))}"
-            if spec.own.policy:
-                raise spec.own.fault(spec.name, "policy", what)
+            if own:
+                raise spec.fault("policy", what)
             raise ConfigError(f"policy, for model {spec.name}: {what}")
         return outline.spec
 
@@ -191,10 +193,12 @@ class ModelManager:
 
     async def _load(self, spec: ModelSpec) -> tuple[str, ModelSpec, ModelInfo]:
         log.info("loading %s", spec.name)
-        key, limits, own = f"{spec.name}#{next(self._versions)}", self._config.limits, spec.own
-        bounds = Limits(own.max_image_bytes or limits.max_image_bytes, own.max_image_pixels or limits.max_image_pixels)
+        key, limits, own = f"{spec.name}#{next(self._versions)}", self._config.limits, _overrides(spec)
+        bounds = Limits(
+            own.limits.max_image_bytes or limits.max_image_bytes, own.limits.max_image_pixels or limits.max_image_pixels
+        )
         # Room for the images of pending requests, and for those of cancelled ones that are still decoded or run.
-        pending = min(own.max_pending or self._engine.max_pending, self._engine.max_pending)
+        pending = min(own.batching.max_pending or self._engine.max_pending, self._engine.max_pending)
         slots = pending + self._engine.decode_threads + self._max_batch(spec)
         with _its_fault(spec), _fits(spec.name):
             model = await self._device.load(
@@ -220,7 +224,7 @@ class ModelManager:
                 )
                 log.info("warming up %s, for at most %.0f s", spec.name, seconds)
                 await self._device.warm(key, max_batch=max_batch, seconds=seconds)
-            served: Served = ServedModel(model, profile, self._config.policy, key, spec.own)
+            served: Served = ServedModel(model, profile, self._config.policy, key, _overrides(spec), spec.file)
             await observed(self._device, key, served.scheduler.latency)
         except Exception:
             await self._forget(key)
@@ -228,7 +232,7 @@ class ModelManager:
         return served
 
     def _max_batch(self, spec: ModelSpec) -> int:
-        return spec.own.max_batch or self._config.batching.max_batch
+        return spec.max_batch or self._config.batching.max_batch
 
     async def _serve(self, source: "_Source", served: Served) -> None:
         model = served.model
@@ -352,15 +356,15 @@ def _checked(spec: ModelSpec, config: ServerConfig) -> ModelSpec:
     check_architecture(spec.architecture)
     if spec.checkpoint is not None:
         check_header(spec.checkpoint)
-    own, limit = spec.own.max_image_bytes, config.limits.max_image_bytes
-    if own is not None and own > limit:
-        what = f"{own:,} bytes is more than the server's {limit:,}, by which messages are bounded"
-        raise spec.own.fault(spec.name, "limits.max_image_bytes", what)
+    own, most = _overrides(spec).limits.max_image_bytes, config.limits.max_image_bytes
+    if own is not None and own > most:
+        what = f"{own:,} bytes is more than the server's {most:,}, by which messages are bounded"
+        raise spec.fault("limits.max_image_bytes", what)
     return spec
 
 
-# The settings of a model that override the server's.
-_OWN = {"policy", "batching", "limits", "default_min_r", "default_max_r", "default_min_quality"}
+def _overrides(spec: ModelSpec) -> ModelOverrides:
+    return spec.overrides or ModelOverrides()
 
 
 def _name(model: ModelConfig) -> str:
@@ -368,14 +372,13 @@ def _name(model: ModelConfig) -> str:
 
 
 def _spec(model: ModelConfig) -> ModelSpec:
-    settings = model.model_dump(exclude_unset=True, exclude={"source"})
-    given = {name: value for name, value in settings.items() if name not in _OWN} | {"own": Own.of(settings)}
+    given = model.model_dump(exclude_unset=True, exclude={"source", *ModelOverrides.model_fields})
     if model.source.startswith(BUNDLED_PREFIX):
         allowed = {"name", "default_budget", "description", "dtype"}
-        if extra := sorted(given.keys() - allowed - {"own"}):
+        if extra := sorted(given.keys() - allowed):
             raise ConfigError(f"model {model.source} is complete as it is; {', '.join(extra)} can't be set")
         spec = bundled_spec(model.source.removeprefix(BUNDLED_PREFIX), model.dtype)
-        return replace(spec, **given)
+        return replace(spec, **given, overrides=model.overrides, file=None)
     if model.quality and model.dtype == "auto":
         given = qualities(model.quality, "auto") | given
-    return ModelSpec(architecture=model.source, **{"name": _name(model), **given})
+    return ModelSpec(architecture=model.source, **{"name": _name(model), **given}, overrides=model.overrides)

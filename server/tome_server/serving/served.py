@@ -2,11 +2,12 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
+from tome_server.config.model_overrides import ModelOverrides
 from tome_server.errors import ConfigError, InvalidRequestError
 from tome_server.models.model_info import ModelInfo
-from tome_server.models.spec import Own
 from tome_server.scheduling.policy import policy_named
 from tome_server.scheduling.policy.view import Policy
 from tome_server.scheduling.profile import Latency, Profile
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 LEAST_DEFAULT_BUDGET = 1.0
 IMAGES_IN_DEFAULT_BUDGET = 10
 FIXED = "fixed:"
-_NOTHING = Own()
+_NONE = ModelOverrides()
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,24 @@ class ServedModel(Generic[T]):
     """A hosted model with its profile, scheduler and defaults."""
 
     def __init__(
-        self, model: ModelInfo, profile: Profile, policy: str, key: str | None = None, own: Own = _NOTHING
+        self,
+        model: ModelInfo,
+        profile: Profile,
+        policy: str,
+        key: str | None = None,
+        overrides: ModelOverrides = _NONE,
+        file: Path | None = None,
     ) -> None:
-        """`policy` is the server's; `own` holds the model's settings, which override it and others.
+        """`policy` is the server's; `overrides`, which `file` holds, take the place of that and of others.
 
         Raises ConfigError if there is no such policy, or if the policy or a default doesn't fit the model.
         """
         self.model = model
         self.key = key or model.name
         """Identifies it on the device. A model that replaces another of its name has a key of its own."""
-        self.own = own
-        self.policy = own.policy or policy
+        self.overrides = overrides
+        self._file = file
+        self.policy = overrides.policy or policy
         self.rs = profile.rs
         if model.relative_quality is None:
             log.warning("the quality of %s was never measured: see tome-server evaluate", model.name)
@@ -59,9 +67,11 @@ class ServedModel(Generic[T]):
         fixed = self.policy.startswith(FIXED)
         self._fixed_level = self.rs.index(int(self.policy.removeprefix(FIXED))) if fixed else None
         try:
-            self._default = self._allowed(None, own.default_min_r, own.default_max_r, own.default_min_quality)
+            self._default = self._allowed(
+                None, overrides.default_min_r, overrides.default_max_r, overrides.default_min_quality
+            )
         except InvalidRequestError as error:
-            raise own.fault(model.name, f"default_{error.field}", error.description) from error
+            raise self._fault(f"default_{error.field}", error.description) from error
 
     def adopt(self, profile: Profile, latency: Latency) -> None:
         """Use another profile of the same sizes and r from now on; queued requests stay queued.
@@ -84,9 +94,13 @@ class ServedModel(Generic[T]):
         try:
             return policy_named(self.policy, profile, self.model.assumed_quality)
         except ValueError as error:
-            if self.own.policy:
-                raise self.own.fault(self.model.name, "policy", error) from error
+            if self.overrides.policy:
+                raise self._fault("policy", error) from error
             raise ConfigError(f"policy, for model {self.model.name}: {error}") from error
+
+    def _fault(self, setting: str, what: object) -> ConfigError:
+        """Return the error that says what is wrong with one of the model's own settings, and where it is set."""
+        return ConfigError(f"{self._file or f'model {self.model.name}'}: {setting}: {what}")
 
     def bounds(
         self, r: int | None = None, min_r: int | None = None, max_r: int | None = None, min_quality: float | None = None

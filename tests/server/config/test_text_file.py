@@ -63,4 +63,4 @@ def test_reports_and_profiles_may_have_a_mark(tmp_path: Path) -> None:
     quality.write_bytes(MARK + spec.quality.read_bytes())
     profile.write_bytes(MARK + PROFILE.read_bytes())
     assert load_replica(profile, quality) == load_replica(PROFILE, spec.quality)
-    assert load(replace(spec, quality=quality), CPU).quality == load(spec, CPU).quality
+    assert load(replace(spec, quality=quality), CPU).info.quality == load(spec, CPU).info.quality

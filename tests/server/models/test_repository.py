@@ -7,11 +7,12 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
+from tome_server.config.model_overrides import BatchingOverrides, LimitsOverrides, ModelOverrides
 from tome_server.errors import ConfigError
 from tome_server.models.bundled import BUNDLED
 from tome_server.models.loading import load
 from tome_server.models.repository import Contents, Repository, check_name, read_folder
-from tome_server.models.spec import ModelSpec, Own, bundled_spec
+from tome_server.models.spec import ModelSpec, bundled_spec
 
 CPU = torch.device("cpu")
 Fill = Callable[..., None]
@@ -133,16 +134,15 @@ def test_a_model_has_limits_and_defaults_of_its_own(repository: Repository, fill
         default_max_r=4,
         default_min_quality=0.98,
     )
-    assert repository.spec("tiny").own == Own(
+    spec = repository.spec("tiny")
+    assert spec.overrides == ModelOverrides(
         policy="fixed:4",
-        max_batch=2,
-        max_delay=0.005,
-        max_image_bytes=2**20,
-        max_image_pixels=100,
+        batching=BatchingOverrides(max_batch=2, max_delay=0.005),
+        limits=LimitsOverrides(max_image_bytes=2**20, max_image_pixels=100),
         default_max_r=4,
         default_min_quality=0.98,
-        file=repository.folder / "tiny/config.yaml",
     )
+    assert spec.file == repository.folder / "tiny/config.yaml"
 
 
 @pytest.mark.parametrize(

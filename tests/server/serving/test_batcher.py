@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from scripted import LATE, QUICK, RS, SLOW, SOON, TOP, Bench, Clock, image_of, profile_of, refused, until, use
 
+from tome_server.config.model_overrides import BatchingOverrides, ModelOverrides
 from tome_server.errors import ModelFailedError, NoMemoryError
 from tome_server.models.model_info import ModelInfo
-from tome_server.models.spec import Own
 from tome_server.scheduling.policy.view import Decision, Policy, View, uniform
 from tome_server.serving.requests import Reply
 from tome_server.serving.served import ServedModel
@@ -278,7 +278,7 @@ async def test_a_model_that_fails_on_an_image_of_half_a_batch_fails_on_that_alon
 
 
 async def test_a_model_may_wait_for_mates_where_others_do_not(start: Callable[..., Bench]) -> None:
-    bench = start(max_batch=2, second=Own(max_delay=LATE))
+    bench = start(max_batch=2, second=ModelOverrides(batching=BatchingOverrides(max_delay=LATE)))
     waits = await bench.in_order(1, model="second")
     assert await bench.predict(
         2, model="first"

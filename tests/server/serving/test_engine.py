@@ -35,6 +35,7 @@ from tome_server.api.oip.messages import InferRequest, RequestedOutput, Tensor
 from tome_server.api.oip.service import OpenInference
 from tome_server.api.rest.errors import refusal
 from tome_server.api.status import status_of
+from tome_server.config.model_overrides import BatchingOverrides, ModelOverrides
 from tome_server.errors import (
     DeviceDiedError,
     ExpiredError,
@@ -49,7 +50,6 @@ from tome_server.errors import (
 from tome_server.execution.batch import Outputs
 from tome_server.models.model_info import ModelInfo
 from tome_server.models.preprocess import InputSize
-from tome_server.models.spec import Own
 from tome_server.observability.metrics import Metrics
 from tome_server.scheduling.policy.view import Decision, View
 from tome_server.serving.batcher import PROBE_AFTER
@@ -234,7 +234,7 @@ async def test_a_request_refused_for_its_own_sake_takes_no_place(start: Callable
 
 
 async def test_a_model_may_hold_fewer_requests_than_the_server(start: Callable[..., Bench]) -> None:
-    bench = start(second=Own(max_pending=2))
+    bench = start(second=ModelOverrides(batching=BatchingOverrides(max_pending=2)))
     on_device = await bench.hold_device()
     held = await bench.in_order(1, 2, model="second")
     error = await refused(bench.predict(3, model="second"))
@@ -246,7 +246,7 @@ async def test_a_model_may_hold_fewer_requests_than_the_server(start: Callable[.
 
 
 async def test_a_model_may_not_hold_more_requests_than_the_server(start: Callable[..., Bench]) -> None:
-    bench = start(max_pending=1, second=Own(max_pending=2))
+    bench = start(max_pending=1, second=ModelOverrides(batching=BatchingOverrides(max_pending=2)))
     on_device = await bench.hold_device()
     assert isinstance(await refused(bench.predict(1, model="second")), OverloadedError)
     bench.device.gate.set()

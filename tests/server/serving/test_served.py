@@ -13,12 +13,12 @@ import timm
 import torch
 
 from tome_server.api.rpc.convert import model_to
+from tome_server.config.model_overrides import ModelOverrides
 from tome_server.errors import ConfigError, InvalidRequestError
 from tome_server.merging import merge
 from tome_server.models.loaded import loaded_model
 from tome_server.models.model_info import ModelInfo, Quality
 from tome_server.models.preprocess import Limits, Preprocess
-from tome_server.models.spec import Own
 from tome_server.models.transform import ImageSettings
 from tome_server.scheduling.profile import Latency, Profile
 from tome_server.serving.served import Bounds, ServedModel
@@ -285,7 +285,9 @@ def test_another_profile_takes_the_place_of_the_one_that_it_was_served_with(meas
 
 
 def with_own(model: ModelInfo, **settings: object) -> ServedModel[object]:
-    return ServedModel(model, PROFILE, "price", own=Own(**settings, file=Path("models/vit/config.yaml")))
+    return ServedModel(
+        model, PROFILE, "price", overrides=ModelOverrides(**settings), file=Path("models/vit/config.yaml")
+    )
 
 
 def test_a_models_own_policy_takes_the_place_of_the_servers(measured: ModelInfo) -> None:

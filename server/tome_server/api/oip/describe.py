@@ -78,7 +78,7 @@ def model_config(served: Served, engine: Engine) -> dict[str, Any]:
     }
     if model.division:
         about["threads_divide"] = model.division
-    defaults = {name: getattr(own, name) for name in ("default_min_r", "default_max_r", "default_min_quality")}
+    defaults = {name: getattr(overrides, name) for name in ("default_min_r", "default_max_r", "default_min_quality")}
     about |= {name: f"{value:g}" for name, value in defaults.items() if value is not None}
     return {
         "name": model.name,

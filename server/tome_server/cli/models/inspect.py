@@ -4,11 +4,11 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tome_api.tables import table
 from tome_server.cli.flags import Commands, add_json, add_stored_model
+from tome_server.config.model_overrides import ModelOverrides
 
 if TYPE_CHECKING:
     from tome_server.models.loaded import LoadedModel
@@ -66,7 +66,7 @@ def _fields(repository: "Repository", spec: "ModelSpec", model: "LoadedModel") -
         "classes": model.info.num_classes,
         "features": model.info.feature_dim,
         "default_budget": "none" if spec.default_budget == math.inf else spec.default_budget,
-        **{name: value for name, value in asdict(spec.own).items() if name != "file" and value is not None},
+        **_set(spec.overrides),
         "profiles": sorted(path.name for path in spec.profiles.glob("*.json")) if spec.profiles else [],
         "description": spec.description,
         "levels": [
@@ -80,3 +80,9 @@ def _fields(repository: "Repository", spec: "ModelSpec", model: "LoadedModel") -
             for level in model.info.grid
         ],
     }
+
+
+def _set(overrides: ModelOverrides | None) -> dict[str, Any]:
+    """Return the overrides that are set, those in sections beside the others."""
+    settings = overrides.model_dump(exclude_none=True) if overrides else {}
+    return {**settings.pop("batching", {}), **settings.pop("limits", {}), **settings}

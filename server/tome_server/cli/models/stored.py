@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tome_server.config.model_overrides import ModelOverrides
 from tome_server.config.text_file import read_text
 from tome_server.errors import ConfigError
 from tome_server.models.checkpoint_header import SUFFIX, read_header
@@ -53,7 +54,9 @@ def measure_latencies(spec: ModelSpec, args: argparse.Namespace) -> "Profile":
     from tome_server.cli.offline import profile_model
 
     if args.max_batch:
-        spec = replace(spec, own=replace(spec.own, max_batch=args.max_batch))
+        overrides = spec.overrides or ModelOverrides()
+        batching = overrides.batching.model_copy(update={"max_batch": args.max_batch})
+        spec = replace(spec, overrides=overrides.model_copy(update={"batching": batching}))
     _, profile, kept = profile_model(
         spec, machine_of(spec, args), budget=args.profile_time, progress=sys.stderr.isatty()
     )
