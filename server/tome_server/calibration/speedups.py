@@ -16,14 +16,8 @@ from typing import Any
 import torch
 
 from tome_server.calibration.cpu_load import LoadMeter
-from tome_server.calibration.profile_store import (
-    ProfileError,
-    code,
-    default_folder,
-    device_name,
-    file_name,
-    write_whole,
-)
+from tome_server.calibration.environment import device_name, software_versions
+from tome_server.calibration.profile_store import ProfileError, default_folder, file_name, save_text
 from tome_server.merging.cpu import attention_c
 from tome_server.merging.cpu.packing import packed_dtypes
 from tome_server.models.loading import Recall
@@ -46,7 +40,7 @@ def speed_key(spec: ModelSpec, device: torch.device, threads: int, max_batch: in
         "max_batch": max_batch,
         "packed": _names(packed_dtypes()) if on_cpu else [],
         "attention": _names(attention_c.DTYPES) if on_cpu else [],
-        **code(device),
+        **software_versions(device),
     }
     plain: dict[str, Any] = json.loads(json.dumps(key, default=str))
     return plain
@@ -138,7 +132,7 @@ class Speedups:
             parts["busy"] = self._loads
         text = "{\n" + ",\n".join(f'  "{name}": {json.dumps(part)}' for name, part in parts.items()) + "\n}\n"
         try:
-            write_whole((self._folder or default_folder()) / self._file, text)
+            save_text((self._folder or default_folder()) / self._file, text)
         except ProfileError as error:
             if not self._warned:
                 what = (

@@ -14,7 +14,8 @@ from tome_server.calibration.choose_dtype import load_chosen
 from tome_server.calibration.choose_threads import choose_threads
 from tome_server.calibration.datasets import load_labelled
 from tome_server.calibration.evaluation import evaluate, quality_report
-from tome_server.calibration.profile_store import ProfileKey, keep_profile, profile_key
+from tome_server.calibration.profile_key import ProfileKey, profile_key
+from tome_server.calibration.profile_store import keep_profile
 from tome_server.calibration.profiling import measure
 from tome_server.calibration.tuning import Tuned, divide, tune
 from tome_server.config.server import ServerConfig

@@ -1,6 +1,7 @@
-"""Text files as people's editors leave them: UTF-8, with or without a byte order mark."""
+"""Text files: read as editors leave them, in UTF-8 with or without a byte order mark, and written whole."""
 
 import codecs
+import secrets
 from pathlib import Path
 
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
@@ -23,3 +24,15 @@ def read_text(path: Path) -> str:
         raise ValueError(
             f"line {line} is not UTF-8 (byte 0x{error.object[error.start]:02x}); save it as UTF-8"
         ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in UTF-8, whole or not at all, and its folder if need be. Raises OSError."""
+    # Other processes may write the same file, so each writes to a temporary file of its own.
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ import torch
 
 from tome_server.calibration.choose_dtype import load_chosen
 from tome_server.calibration.choose_threads import choose_threads
-from tome_server.calibration.profile_store import measure_again, obtain_profile
+from tome_server.calibration.obtain_profile import measure_again, obtain_profile
 from tome_server.device.fair_lock import FairLock
 from tome_server.device.messages import (
     AnyCall,

@@ -13,7 +13,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from tome_server.calibration.profile_store import ProfileError, ProfileKey, default_folder, read_profile
+from tome_server.calibration.profile_key import ProfileKey
+from tome_server.calibration.profile_store import ProfileError, default_folder, read_profile
 from tome_server.config.text_file import read_text
 from tome_server.errors import ConfigError
 from tome_server.models.bundled import BUNDLED

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from tome_server.calibration import choose_dtype, speedups
 from tome_server.calibration.choose_dtype import LEAST_GAIN, LEAST_IMAGES, choose, load_chosen, measure_gain
-from tome_server.calibration.profile_store import profile_key
+from tome_server.calibration.profile_key import profile_key
 from tome_server.config.dtypes import Dtype
 from tome_server.errors import ModelLoadError
 from tome_server.execution.batch import BatchItem, BatchResult

@@ -10,7 +10,8 @@ import pytest
 
 from tome_server import app
 from tome_server.calibration.datasets import DatasetError
-from tome_server.calibration.profile_store import ProfileKey, profile_text
+from tome_server.calibration.profile_key import ProfileKey
+from tome_server.calibration.profile_store import profile_text
 from tome_server.calibration.tuning import Kept, Tuned
 from tome_server.cli import main, offline
 from tome_server.config.server import ServerConfig

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tome_server.calibration.profile_store import profile_key
+from tome_server.calibration.profile_key import profile_key
 from tome_server.errors import OutOfMemoryError
 from tome_server.execution.batch import BatchItem, Outputs
 from tome_server.execution.cuda_graphs import GraphedModel, recorded, recorded_sizes, with_graphs

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tome_server.calibration.profile_store import ProfileKey, profile_text, save_profile
+from tome_server.calibration.profile_key import ProfileKey
+from tome_server.calibration.profile_store import profile_text, save_profile
 from tome_server.cli.main import main
 from tome_server.errors import ConfigError
 from tome_server.models.bundled import BUNDLED

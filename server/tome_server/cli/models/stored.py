@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tome_server.config.model_overrides import ModelOverrides
-from tome_server.config.text_file import read_text
+from tome_server.config.text_file import read_text, write_whole
 from tome_server.errors import ConfigError
 from tome_server.models.checkpoint_header import SUFFIX, read_header
 from tome_server.models.repository import Repository
@@ -121,12 +121,10 @@ def write_report(spec: ModelSpec, report: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, content: object) -> None:
     """Write a file whole or not at all. Raises ConfigError if it can't be written."""
-    from tome_server.calibration.profile_store import ProfileError, write_whole
-
     try:
         write_whole(path, json.dumps(content, indent=2) + "\n")
-    except ProfileError as error:
-        raise ConfigError(str(error)) from error
+    except OSError as error:
+        raise ConfigError(f"{path} can't be written: {error.strerror or error}") from error
 
 
 def print_quality(spec: ModelSpec) -> None:
