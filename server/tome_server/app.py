@@ -19,11 +19,12 @@ from tome_server.config.server import ServerConfig
 from tome_server.device.client import Device
 from tome_server.errors import ConfigError
 from tome_server.execution.cpus import available_cpus
+from tome_server.models.sources import find_models
 from tome_server.observability.logs import Summary, log_request
 from tome_server.observability.metrics import Metrics
 from tome_server.serving.control import ModelControl
 from tome_server.serving.engine import Engine
-from tome_server.serving.model_manager import ModelManager, find_models
+from tome_server.serving.model_manager import ModelManager
 from tome_server.serving.remeasuring import remeasure
 from tome_server.signals import stop_line, stop_status
 

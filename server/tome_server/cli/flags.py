@@ -129,7 +129,7 @@ def models_of(args: argparse.Namespace) -> "tuple[ServerConfig, list[ModelSpec]]
     other faults, as far as they can be found before torch is imported.
     """
     from tome_server.config.flags import configured
-    from tome_server.serving.model_manager import find_models
+    from tome_server.models.sources import find_models
 
     config = configured(args.config, vars(args))
     found = find_models(config)

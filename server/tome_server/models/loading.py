@@ -25,13 +25,13 @@ from tome_server.merging.cpu.packing import LEAST_GAIN, division_gain, few_threa
 from tome_server.merging.families.eva import fix_positions
 from tome_server.merging.geometry import default_size, patch_grid
 from tome_server.merging.support import check_supported
-from tome_server.models.importing import Imported, fitted, inferred, outline_weights, read_weights
 from tome_server.models.loaded import LoadedModel, loaded_model, with_schedules
 from tome_server.models.model_info import Quality
 from tome_server.models.preprocess import Limits, Preprocess
 from tome_server.models.spec import ModelSpec, Outline, in_dtype, weights_digest
 from tome_server.models.timm_names import check_architecture
 from tome_server.models.transform import CROP_MODES, INTERPOLATIONS, ImageSettings
+from tome_server.models.weights.importing import Imported, fitted, inferred, outline_weights, read_weights
 
 log = logging.getLogger(__name__)
 

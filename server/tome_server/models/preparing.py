@@ -16,9 +16,7 @@ from tome_server.config.dtypes import Dtype
 from tome_server.config.text_file import read_text
 from tome_server.errors import ModelLoadError
 from tome_server.models.bundled import BUNDLED
-from tome_server.models.checkpoints import read_checkpoint
 from tome_server.models.head import Head
-from tome_server.models.importing import fitted, read_weights
 from tome_server.models.loaded import LoadedModel
 from tome_server.models.loading import create, load, outline, put_weights
 from tome_server.models.repository import OTHER_WEIGHTS, read_folder
@@ -32,6 +30,8 @@ from tome_server.models.spec import (
     bundled_spec,
     quality_file,
 )
+from tome_server.models.weights.checkpoints import read_checkpoint
+from tome_server.models.weights.importing import fitted, read_weights
 
 CPU = torch.device("cpu")
 _DTYPES: tuple[Dtype, ...] = get_args(Dtype)

@@ -21,8 +21,8 @@ from tome_server.config.dtypes import Dtype
 from tome_server.config.model_overrides import ModelSettings
 from tome_server.config.settings import Count, Strict, read_settings
 from tome_server.errors import ConfigError, ModelLoadError
-from tome_server.models.checkpoint_header import check_header
 from tome_server.models.spec import CONFIG, LABELS, PROFILES, QUALITY, WEIGHTS, ModelSpec, qualities, quality_file
+from tome_server.models.weights.checkpoint_header import check_header
 
 log = logging.getLogger(__name__)
 

@@ -9,37 +9,23 @@ import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tome_server.config.model_overrides import ModelOverrides
-from tome_server.config.server import ModelConfig, ServerConfig
+from tome_server.config.server import ServerConfig
 from tome_server.device.client import Device
 from tome_server.errors import ConfigError, DeviceDiedError, ModelLoadError, OutOfMemoryError, UnknownModelError
-from tome_server.models.checkpoint_header import check_header
 from tome_server.models.model_info import ModelInfo
 from tome_server.models.preprocess import Limits
 from tome_server.models.repository import Repository
-from tome_server.models.spec import BUNDLED_PREFIX, ModelSpec, bundled_spec, qualities
-from tome_server.models.timm_names import check_architecture
+from tome_server.models.sources import FoundModels, checked, configured_spec, find_models
+from tome_server.models.spec import ModelSpec
 from tome_server.serving.batcher import Served
 from tome_server.serving.engine import Engine
 from tome_server.serving.remeasuring import observed
 from tome_server.serving.served import FIXED, ServedModel
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """The models that the settings and the repository name."""
-
-    specs: list[ModelSpec]
-    """In the order of the settings, then the repository's: the first answers requests that name no model."""
-    configured: frozenset[str]
-    """Names of those that the settings name; the others are the repository's."""
-    faults: dict[str, ConfigError]
-    """Why others of the repository can't be loaded, by name."""
 
 
 class ModelManager:
@@ -56,7 +42,7 @@ class ModelManager:
         self._sources: dict[str, _Source] = {}
         self._changing = asyncio.Lock()
 
-    async def start(self, wanted: Wanted) -> None:
+    async def start(self, wanted: FoundModels) -> None:
         """Load and measure models, whose names the engine expects, and serve them.
 
         A faulty one of the repository is logged and left out. Raises ModelLoadError or ConfigError for a faulty one
@@ -110,7 +96,7 @@ class ModelManager:
             for name in self._sources.keys() - present:
                 await self._take_out(name)
 
-    async def _start(self, wanted: Wanted) -> None:
+    async def _start(self, wanted: FoundModels) -> None:
         log.info("starting the process that runs the models")
         await self._device.open(self._config.device)
         for name, fault in wanted.faults.items():
@@ -142,7 +128,7 @@ class ModelManager:
             await self._serve(source, served)
 
     @contextmanager
-    def _left_out(self, spec: ModelSpec, wanted: Wanted) -> Iterator[None]:
+    def _left_out(self, spec: ModelSpec, wanted: FoundModels) -> Iterator[None]:
         """Log a fault of a model of the repository and leave the model out; raise the fault of a configured one."""
         try:
             yield
@@ -159,7 +145,7 @@ class ModelManager:
         """
         with _its_fault(spec):
             outline = await self._device.outline(spec)
-        own = spec.overrides and spec.overrides.policy
+        own = spec.overrides.policy if spec.overrides else None
         policy = own or self._config.policy
         if outline.rs and policy.startswith(FIXED) and int(policy.removeprefix(FIXED)) not in outline.rs:
             what = f"{policy}: the model is served at r = {', '.join(map(str, outline.rs))}"
@@ -171,13 +157,13 @@ class ModelManager:
     def _stored(self, name: str) -> ModelSpec:
         """Return the spec of a stored model. Raises UnknownModelError, or ConfigError for a faulty one."""
         for model in self._config.models:
-            if (spec := _spec(model)).name == name:
-                return _checked(spec, self._config)
+            if (spec := configured_spec(model)).name == name:
+                return checked(spec, self._config)
         repository = Repository(self._config.repository) if self._config.repository else None
         if repository is None or name not in repository.names():
             known = dict.fromkeys([*self._engine.registry.names, *(repository.names() if repository else ())])
             raise UnknownModelError(name[:100], list(known))
-        return _checked(repository.spec(name), self._config)
+        return checked(repository.spec(name), self._config)
 
     async def _replace(self, source: "_Source") -> None:
         name, spec = source.spec.name, await self._outlined(source.spec)
@@ -309,76 +295,5 @@ def _files(spec: ModelSpec) -> Iterator[Path]:
     return (path for path in paths if path and path.is_file())
 
 
-def find_models(config: ServerConfig, *, strict: bool = True) -> Wanted:
-    """Return the models to load: the configured ones, then those of the repository in order of name.
-
-    Finds the faults that can be found without torch, whose import takes seconds. Raises ConfigError or ModelLoadError
-    if a configured model is faulty and `strict` is set, if two configured models have one name, if the repository can't
-    be read, and if there is nothing to load.
-    """
-    names = [_name(model) for model in config.models]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"two models are named {name!r}; give one another `name`")
-    specs: list[ModelSpec] = []
-    faults: dict[str, ConfigError] = {}
-    for name, model in zip(names, config.models, strict=True):
-        try:
-            specs.append(_checked(_spec(model), config))
-        except (ConfigError, ModelLoadError) as error:
-            if strict:
-                raise
-            faults[name] = ConfigError(str(error))
-    if config.repository:
-        contents = Repository(config.repository).scan()
-        if not contents.specs and not contents.faults:
-            raise ConfigError(f"repository {config.repository} holds no models; tome-server models add makes one")
-        faults |= contents.faults
-        for spec in contents.specs:
-            try:
-                if spec.name in names:
-                    raise ConfigError(f"two models are named {spec.name!r}; give the configured one another `name`")  # noqa: TRY301
-                specs.append(_checked(spec, config))
-            except (ConfigError, ModelLoadError) as error:
-                faults[spec.name] = ConfigError(str(error))
-    if not specs:
-        raise ConfigError("\n".join(map(str, faults.values())))
-    return Wanted(specs, frozenset(names), faults)
-
-
-def model_specs(config: ServerConfig) -> list[ModelSpec]:
-    """Return the models that `find_models` finds no fault with. Raises ConfigError or ModelLoadError."""
-    return find_models(config).specs
-
-
-def _checked(spec: ModelSpec, config: ServerConfig) -> ModelSpec:
-    """Return `spec`. Raises ConfigError or ModelLoadError for a fault that can be found without torch."""
-    check_architecture(spec.architecture)
-    if spec.checkpoint is not None:
-        check_header(spec.checkpoint)
-    own, most = _overrides(spec).limits.max_image_bytes, config.limits.max_image_bytes
-    if own is not None and own > most:
-        what = f"{own:,} bytes is more than the server's {most:,}, by which messages are bounded"
-        raise spec.fault("limits.max_image_bytes", what)
-    return spec
-
-
 def _overrides(spec: ModelSpec) -> ModelOverrides:
     return spec.overrides or ModelOverrides()
-
-
-def _name(model: ModelConfig) -> str:
-    return model.name or model.source.removeprefix(BUNDLED_PREFIX).split(".")[0]
-
-
-def _spec(model: ModelConfig) -> ModelSpec:
-    given = model.model_dump(exclude_unset=True, exclude={"source", *ModelOverrides.model_fields})
-    if model.source.startswith(BUNDLED_PREFIX):
-        allowed = {"name", "default_budget", "description", "dtype"}
-        if extra := sorted(given.keys() - allowed):
-            raise ConfigError(f"model {model.source} is complete as it is; {', '.join(extra)} can't be set")
-        spec = bundled_spec(model.source.removeprefix(BUNDLED_PREFIX), model.dtype)
-        return replace(spec, **given, overrides=model.overrides, file=None)
-    if model.quality and model.dtype == "auto":
-        given = qualities(model.quality, "auto") | given
-    return ModelSpec(architecture=model.source, **{"name": _name(model), **given}, overrides=model.overrides)

@@ -10,10 +10,11 @@ from tome_server.config.server import ModelConfig, ServerConfig
 from tome_server.errors import ConfigError, ModelLoadError, OutOfMemoryError, UnknownModelError
 from tome_server.models.bundled import BUNDLED
 from tome_server.models.preprocess import Limits
+from tome_server.models.sources import find_models, model_specs
 from tome_server.models.spec import ModelSpec, Outline
 from tome_server.observability.metrics import Metrics
 from tome_server.serving.engine import Engine
-from tome_server.serving.model_manager import ModelManager, find_models, model_specs
+from tome_server.serving.model_manager import ModelManager
 
 
 class FullDevice:

@@ -90,9 +90,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _recipe(args: argparse.Namespace) -> "Recipe":
     """Return what the folder is made of. Raises ConfigError, ModelLoadError or DatasetError."""
-    from tome_server.models.checkpoint_header import check_header
     from tome_server.models.spec import BUNDLED_PREFIX
     from tome_server.models.timm_names import check_architecture
+    from tome_server.models.weights.checkpoint_header import check_header
 
     bundled = args.source.startswith(BUNDLED_PREFIX)
     if not bundled:

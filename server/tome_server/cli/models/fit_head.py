@@ -119,7 +119,7 @@ def _fit(spec: "ModelSpec", images: "Dataset", device: "torch.device", args: arg
     import torch
 
     from tome_server.calibration.features import pooled_features
-    from tome_server.models.head import fit_head
+    from tome_server.models.head_fitting import fit_head
     from tome_server.models.loading import load
 
     backbone = load(replace(spec, quality=None, quality_bfloat16=None), device)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from tome_server.config.model_overrides import ModelOverrides
 from tome_server.config.text_file import read_text, write_whole
 from tome_server.errors import ConfigError
-from tome_server.models.checkpoint_header import SUFFIX, read_header
 from tome_server.models.repository import Repository
 from tome_server.models.spec import ModelSpec, quality_file
+from tome_server.models.weights.checkpoint_header import SUFFIX, read_header
 
 # These modules import torch, which takes seconds: faults are reported before.
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from timm.models import clean_state_dict, load_state_dict
 from torch import Tensor
 
 from tome_server.errors import ConfigError, ModelLoadError
-from tome_server.models.checkpoint_header import SUFFIX, Stored, check_header, read_header
+from tome_server.models.weights.checkpoint_header import SUFFIX, Stored, check_header, read_header
 
 # Stands for the type of a tensor of a header: all that matters is whether weights may be of it.
 _FLOATING, _OTHER = torch.float32, torch.int64

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tome_server.errors import ModelLoadError
-from tome_server.models.importing import fitted, read_weights
+from tome_server.models.weights.importing import fitted, read_weights
 
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "init_values": 0.1}
 
@@ -127,7 +127,7 @@ def test_without_onnx_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     real = builtins.__import__
 
     def missing(name: str, *rest: Any) -> Any:
-        if name == "tome_server.models.onnx_weights":
+        if name == "tome_server.models.weights.onnx_weights":
             raise ModuleNotFoundError("No module named 'onnx'")
         return real(name, *rest)
 

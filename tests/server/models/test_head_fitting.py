@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tome_server.models.head import PENALTIES, fit_head
+from tome_server.models.head_fitting import PENALTIES, fit_head
 
 
 def clusters(spread: float, images: int = 120, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tome_server.errors import ModelLoadError
 from tome_server.merging.geometry import default_size, patch_grid
 from tome_server.merging.support import check_supported
-from tome_server.models.checkpoint_header import SUFFIX
-from tome_server.models.checkpoints import outlined_checkpoint, read_checkpoint
+from tome_server.models.weights.checkpoint_header import SUFFIX
+from tome_server.models.weights.checkpoints import outlined_checkpoint, read_checkpoint
 
 # The names that Hugging Face's Dinov2Model gives to what timm calls otherwise.
 _DINOV2_MARK = "embeddings.patch_embeddings.projection.weight"
@@ -67,7 +67,7 @@ def read_weights(path: Path) -> Imported:
     """
     if path.suffix == ".onnx" and path.is_file():
         try:
-            from tome_server.models.onnx_weights import read_onnx
+            from tome_server.models.weights.onnx_weights import read_onnx
         except ModuleNotFoundError as error:
             raise ModelLoadError(f"{path}: {error}; it needs: pip install 'tome-serving[onnx]'") from error
         export = read_onnx(path)
