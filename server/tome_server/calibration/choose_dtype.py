@@ -20,8 +20,9 @@ from tome_server.execution.executor import run_batch
 from tome_server.execution.out_of_memory import lacks_memory
 from tome_server.merging.cpu.packing import LEAST_GAIN as LEAST_DIVISION_GAIN
 from tome_server.models.loaded import LoadedModel
-from tome_server.models.loading import LEAST_AGREEMENT, load, recorded_agreement
+from tome_server.models.loading import load
 from tome_server.models.preprocess import Limits
+from tome_server.models.quality_report import LEAST_AGREEMENT, recorded_agreement
 from tome_server.models.spec import QUALITY, ModelSpec, in_dtype, quality_beside
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ from tome_server.execution.choose_device import choose_device
 from tome_server.execution.cpus import available_cpus
 from tome_server.execution.cuda_graphs import with_graphs
 from tome_server.models.loaded import LoadedModel, with_schedules
-from tome_server.models.loading import load, outline, stored_schedules
+from tome_server.models.loading import load, outline
+from tome_server.models.quality_report import stored_schedules
 from tome_server.models.spec import ModelSpec
 from tome_server.scheduling.profile import Profile
 

@@ -26,7 +26,8 @@ from tome_server.merging.cpu import matching_c, packing
 from tome_server.merging.cpu.packing import packed_dtypes
 from tome_server.models import loading
 from tome_server.models.loaded import LoadedModel
-from tome_server.models.loading import LEAST_AGREEMENT, load
+from tome_server.models.loading import load
+from tome_server.models.quality_report import LEAST_AGREEMENT
 from tome_server.models.spec import ModelSpec, in_dtype, qualities, quality_file, weights_digest
 
 # What was measured is kept for good.

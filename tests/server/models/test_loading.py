@@ -16,8 +16,9 @@ from tome_server.errors import ConfigError, ModelLoadError
 from tome_server.merging import MergedModel
 from tome_server.models import loading
 from tome_server.models.loaded import LoadedModel
-from tome_server.models.loading import load, stored_schedules
+from tome_server.models.loading import load
 from tome_server.models.model_info import Quality
+from tome_server.models.quality_report import stored_schedules
 from tome_server.models.spec import ModelSpec, bundled_spec, weights_digest
 
 CPU = torch.device("cpu")
