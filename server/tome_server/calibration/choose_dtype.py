@@ -1,4 +1,4 @@
-"""What a dtype of auto stands for: bfloat16 where it agrees with float32 and measures faster, else float32."""
+"""Chooses what a dtype of auto stands for: bfloat16 if it agrees with float32 and is measured to be faster."""
 
 import gc
 import logging
@@ -27,31 +27,34 @@ from tome_server.models.spec import QUALITY, ModelSpec, in_dtype, quality_beside
 
 log = logging.getLogger(__name__)
 
-# On fewer images, a share of 0.995 can't be told from 1.
+# Fewer images can't distinguish a share of 0.995 from 1.
 LEAST_IMAGES = 200
 # Less isn't worth scores that differ in the third digit, and could be chance.
 LEAST_GAIN = 1.1
-# Seconds to measure for; a model of which four batches take longer needs more.
+# Seconds to measure for. It takes longer for a model of which four batches do.
 BUDGET = 1.0
 _MOST_ROUNDS = 7
-# Where single images are slower by this much, batches need not be tried: the processor emulates the type.
+# At less than this share of float32's speed for single images, the processor emulates bfloat16: batches aren't tried.
 _HOPELESS = 0.5
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a model runs in."""
+    """The dtype that a model runs in."""
 
     dtype: Dtype
     reason: str
-    """Why, in words for the operator."""
+    """Why it was chosen, for the operator."""
 
 
 def choose(agreement: float, images: int, gain: Callable[[], float | None]) -> Choice:
     """Choose between bfloat16 and float32.
 
-    `agreement` is the share of `images` that bfloat16 gives the same class as float32; `gain` measures how many times
-    as fast it is, or gives None if memory doesn't hold both, and is called only if agreement suffices.
+    Args:
+        agreement: The share of `images` that get the same class in bfloat16 as in float32.
+        images: How many images were compared.
+        gain: Measures how many times as fast bfloat16 is; returns None if memory doesn't hold both. It is only called
+            if the agreement suffices.
     """
     if images < LEAST_IMAGES:
         return Choice("float32", f"bfloat16 was compared with it on {images} images, and {LEAST_IMAGES} are the least")
@@ -81,11 +84,22 @@ def load_chosen(
     anew: bool = False,
     alone: AbstractContextManager[object] | None = None,
 ) -> LoadedModel:
-    """Do what `load` does, having found out what a dtype of auto stands for; the log says what was chosen and why.
+    """Load a model in the dtype that its spec names, or if that is auto, in the dtype chosen here. The log says why.
 
-    Speed is measured with as many threads as torch is set to, each dtype with what these divide in it: what then
-    serves. It is kept in `folder` (None: the default one) for the next time; `anew` measures in any case. `alone` is
-    entered while nothing else may run on the device. Raises what `load` raises.
+    Speed is measured as the model would be served: with as many threads as torch is set to, and with the division of
+    work among them that each dtype would get.
+
+    Args:
+        spec: What to load.
+        device: Where to load it.
+        limits: What one image may cost.
+        max_batch: The largest batch that it will run.
+        folder: Where measurements are kept for the next time; None for the default folder.
+        anew: Whether to measure even if a measurement is kept.
+        alone: Entered while nothing else may run on the device.
+
+    Raises:
+        ModelLoadError: If the model can't be loaded.
     """
     speedups = model_speedups(spec, device, max_batch, folder, anew=anew)
     loaded: dict[Dtype, LoadedModel] = {}
@@ -108,7 +122,7 @@ def load_chosen(
         except Exception as error:
             if not lacks_memory(error):
                 raise
-        # Now that the error is gone, whose traceback held what had been allocated until then.
+        # Only here is the error's traceback gone, which held the memory that had been allocated.
         loaded.clear()
         gc.collect()
         if device.type == "cuda":
@@ -138,11 +152,11 @@ def measure_gain(
     run: Run = run_batch,
     graphed: Callable[[LoadedModel, int, int], LoadedModel] = lambda model, size, r: model,  # noqa: ARG005
 ) -> float:
-    """Return how many times as fast as in float32 a model is in bfloat16.
+    """Return how many times as fast a model is in bfloat16 as in float32.
 
-    Both run in turn, in batches as large as `budget` seconds allow, up to `max_batch`, at the middle of the r grid.
-    `graphed` gives what runs batches of a size at an r as they will be served: on a GPU they would otherwise take what
-    Python takes, whatever the type.
+    Both run in turn at the middle of the r grid, in batches as large as `budget` seconds allow, up to `max_batch`.
+    `graphed` returns a model with a CUDA graph of batches of a size at an r. Without one, both would take on a GPU the
+    time that Python needs to launch the kernels.
     """
     grid = models["float32"].info.grid
     r = grid[len(grid) // 2].r
@@ -157,7 +171,7 @@ def measure_gain(
     best = once(1)
     if (ratio := best["float32"] / best["bfloat16"]) < _HOPELESS:
         return ratio
-    # A batch takes half to all of the time of its images one by one; the first makes kernels again.
+    # A batch takes between half and all of the time of its images one by one. The first one makes kernels again.
     passes = 3 * sum(best.values())
     size = max([size for size in batch_sizes(max_batch) if size * passes <= 2 * budget], default=1)
     models = {dtype: graphed(model, size, r) for dtype, model in models.items()}
@@ -173,10 +187,10 @@ def measure_gain(
 
 
 def _by_record(spec: ModelSpec, gain: Callable[[], float | None]) -> Choice:
-    """Choose by what is recorded of a model's agreement, if anything is."""
+    """Choose by the agreement in the model's quality report in bfloat16, if there is one."""
     if spec.quality_bfloat16 is None:
         command = f"tome-server models evaluate {spec.name} --repository DIR --dtype bfloat16 --data IMAGES"
-        if spec.profiles is None:  # of no repository
+        if spec.profiles is None:  # not a model of a repository
             report = quality_beside(spec.quality or Path(QUALITY), "bfloat16")
             command = f"tome-server evaluate --dtype bfloat16 --data IMAGES --output {report}"
         return Choice("float32", f"nothing records whether bfloat16 agrees with it; {command} does")

@@ -1,4 +1,4 @@
-"""How many threads are worth using."""
+"""Chooses how many CPU threads models run on."""
 
 import logging
 import time
@@ -22,19 +22,25 @@ CPU = torch.device("cpu")
 
 
 def choose_threads(models: Sequence[tuple[ModelSpec, int]], folder: Path | None = None, *, anew: bool = False) -> int:
-    """Set torch's threads to one or to all CPUs, as runs `models` faster, and return how many that is.
+    """Set torch to use one thread or as many as there are CPUs, whichever runs `models` faster, and return how many.
 
-    Of each model, given with its largest batch, one image and such a batch are timed, in float32 where its dtype is
-    auto: that is chosen later, for these threads. A model that can't be loaded is passed over, for it won't be served.
-    What was measured is kept in `folder` (None: the default one) for the next time; `anew` measures in any case. Raises
-    what `load` raises if no model can be loaded.
+    For each model, one image and its largest batch are timed, in float32 if its dtype is auto, which is chosen later
+    for these threads. A model that can't be loaded is skipped, since it won't be served.
+
+    Args:
+        models: Each with its largest batch.
+        folder: Where measurements are kept for the next time; None for the default folder.
+        anew: Whether to measure even if a measurement is kept.
+
+    Raises:
+        ModelLoadError: If no model can be loaded.
     """
-    most = available_cpus()
-    torch.set_num_threads(most)
-    if most == 1:
+    cpus = available_cpus()
+    torch.set_num_threads(cpus)
+    if cpus == 1:
         log.info("using 1 CPU thread: this is the only CPU")
         return 1
-    parts = [speed_key(spec, CPU, most, max_batch) | {"dtype": spec.dtype} for spec, max_batch in models]
+    parts = [speed_key(spec, CPU, cpus, max_batch) | {"dtype": spec.dtype} for spec, max_batch in models]
     shipped = models[0][0].profiles if len(models) == 1 else None
     speedups = Speedups("server", {"models": parts}, folder, shipped, anew=anew)
 
@@ -42,25 +48,25 @@ def choose_threads(models: Sequence[tuple[ModelSpec, int]], folder: Path | None 
         seconds: list[dict[int, float]] = []
         for spec, max_batch in models:
             try:
-                seconds.append(_seconds(spec, max_batch, most, folder, anew))
-            except Exception:  # which loading it tells again, in words
+                seconds.append(_seconds(spec, max_batch, cpus, folder, anew))
+            except Exception:  # loading the model raises it again later, in words for the operator
                 if spec is models[-1][0] and not seconds:
                     raise
                 log.debug("%s can't be timed", spec.name, exc_info=True)
-        return sum(each[1] for each in seconds) / sum(each[most] for each in seconds)
+        return sum(each[1] for each in seconds) / sum(each[cpus] for each in seconds)
 
-    gain = speedups.get_or_measure(f"{most} threads", measure)
-    threads = most if gain > 1 else 1
+    gain = speedups.get_or_measure(f"{cpus} threads", measure)
+    threads = cpus if gain > 1 else 1
     torch.set_num_threads(threads)
-    log.info("using %d CPU thread%s (%d ran %.2f times as fast as one)", threads, "s" * (threads > 1), most, gain)
+    log.info("using %d CPU thread%s (%d ran %.2f times as fast as one)", threads, "s" * (threads > 1), cpus, gain)
     return threads
 
 
-def _seconds(spec: ModelSpec, max_batch: int, most: int, folder: Path | None, anew: bool) -> dict[int, float]:
-    """Return how long a model takes on one thread and on `most`. It is gone when the next is loaded."""
+def _seconds(spec: ModelSpec, max_batch: int, cpus: int, folder: Path | None, anew: bool) -> dict[int, float]:
+    """Return the seconds that a model takes on one thread and on `cpus`, and drop the model."""
     dtype = "float32" if spec.dtype == "auto" else spec.dtype
     model = load(spec, CPU, recall=model_speedups(spec, CPU, max_batch, folder, anew=anew).divided(dtype))
-    return seconds_on((1, most), partial(_run, model, max_batch))
+    return seconds_on((1, cpus), partial(_run, model, max_batch))
 
 
 def _run(model: LoadedModel, max_batch: int) -> None:
@@ -70,10 +76,10 @@ def _run(model: LoadedModel, max_batch: int) -> None:
 
 
 def seconds_on(counts: Sequence[int], run: Callable[[], None], rounds: int = 3) -> dict[int, float]:
-    """Return the least seconds that `run` takes, by how many threads torch is set to; measured in turn.
+    """Return the least seconds that `run` takes for each number of torch's threads, measured in turn.
 
-    Threads that sleep between operations, as ours do so as not to starve others, are slow to wake: for a small model
-    that costs more than a second thread gains.
+    More threads aren't always faster: ours sleep between operations so as not to starve others, and are slow to wake,
+    which costs a small model more than a second thread gains.
     """
     best = dict.fromkeys(counts, float("inf"))
     before = torch.get_num_threads()

@@ -1,18 +1,18 @@
-"""How long this process's threads have waited for a CPU: what shows that the machine is busy with something else."""
+"""Measures how long this process's threads wait for a CPU, which shows that other work keeps the machine busy."""
 
 from pathlib import Path
 
-# A line for each thread: nanoseconds on a CPU, nanoseconds that it could have run and waited for one, times it ran.
+# Has a file for each thread: nanoseconds on a CPU, nanoseconds that it was ready and waited for one, times it ran.
 _TASKS = Path("/proc/self/task")
-# Nanoseconds on a CPU from which on a share says something.
+# The least nanoseconds on a CPU for a share to mean something.
 _LEAST = 10_000_000
 
 
 class LoadMeter:
-    """Measures from when it is made.
+    """Measures from the time when it is made.
 
-    Only what the kernel makes wait is seen: other processes, and a container's quota of CPU time; not other virtual
-    machines, nor what shares a core, its caches or the memory.
+    It sees only waiting for the kernel: because of other processes, or of a container's quota of CPU time. It doesn't
+    see other virtual machines, or work that shares a core, its caches or the memory.
     """
 
     def __init__(self, tasks: Path = _TASKS) -> None:
@@ -20,9 +20,9 @@ class LoadMeter:
         self._before = _times(tasks)
 
     def share(self) -> float | None:
-        """Return the share of the time for which threads that could have run waited for a CPU.
+        """Return the share of the time that threads which were ready to run waited for a CPU.
 
-        None where the kernel doesn't say, or too little was run meanwhile. Threads that have ended don't count.
+        None if the kernel doesn't say, or too little was run meanwhile. Threads that have ended don't count.
         """
         running = waiting = 0
         for thread, (ran, waited) in _times(self._tasks).items():
@@ -33,7 +33,7 @@ class LoadMeter:
 
 
 def _times(tasks: Path) -> dict[str, tuple[int, int]]:
-    """Return nanoseconds of running and waiting by thread; empty where the kernel doesn't count them."""
+    """Return nanoseconds of running and waiting by thread; empty if the kernel doesn't count them."""
     times = {}
     for file in tasks.glob("*/schedstat"):
         try:

@@ -1,6 +1,6 @@
 """Labelled images on disk: a folder of images, or the idx files that MNIST made common.
 
-Images stay on disk (idx: in memory as bytes) until they are asked for, one at a time.
+Images are decoded one at a time when they are used. An idx file is read into memory as a whole.
 """
 
 import gzip

@@ -1,4 +1,4 @@
-"""Measures what each r is worth: top-1 on labelled images, and agreement with r = 0 on any."""
+"""Measures the quality at each r: top-1 on labelled images, and agreement with r = 0 on any images."""
 
 import importlib.metadata
 from collections import Counter
@@ -29,12 +29,23 @@ def evaluate(
     limit: int | None = None,
     progress: bool = False,
 ) -> dict[int, Quality]:
-    """Classify the first `limit` of `images` at 0 and at every r of `grid`, in ascending order.
+    """Classify images at r = 0 and at every r of a grid, and return the quality at each, in ascending order of r.
 
-    Agreement is with r = 0 of `reference`, by default of the model itself: the same in float32, if the model isn't.
-    An r beyond the model's largest is brought down to it, as merging itself does.
-    A folder's classes are matched to the model's labels by name, other labels are class numbers. Raises DatasetError if
-    they don't fit the model or an image can't be decoded, and ConfigError if the model gives no classes.
+    The classes of a folder are matched to the model's labels by name; other labels are class numbers.
+
+    Args:
+        model: The model, on `device`.
+        images: The images, with or without labels.
+        grid: The r values. One beyond the model's largest is lowered to that, as in merging.
+        device: Where the model runs.
+        reference: The same model in float32, to whose classes at r = 0 agreement refers; None for the model itself.
+        batch: Images that are run at a time.
+        limit: How many of the images to use, from the first; None for all.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        DatasetError: If the labels don't fit the model, or an image can't be decoded.
+        ConfigError: If the model has no classifier.
     """
     if not model.info.num_classes:
         raise ConfigError(f"{model.info.name} has no classifier to measure; tome-server models fit-head gives it one")
@@ -67,7 +78,7 @@ def _classes(model: LoadedModel, images: Tensor, r: int, device: torch.device) -
 def quality_report(
     spec: ModelSpec, model: ModelInfo, levels: Mapping[int, Quality], data: str, images: int, device: torch.device
 ) -> dict[str, object]:
-    """Return what quality.json holds: what was measured, of which weights, and on how many images of `data`."""
+    """Return the contents of quality.json: what was measured, on which weights, and on how many images of `data`."""
     return {
         "model": spec.architecture,
         "weights_sha256": weights_digest(spec.checkpoint) if spec.checkpoint else None,

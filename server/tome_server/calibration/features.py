@@ -1,4 +1,4 @@
-"""What a model makes of images before its classifier: the features that a new head is fitted to."""
+"""Computes the features that a new head is fitted to: the model's output before its classifier."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +22,7 @@ def pooled_features(
     batch: int = 32,
     progress: bool = False,
 ) -> Tensor:
-    """Return what would enter the classifier for each image at each r of `rs`: [r, images, D] float32, on the CPU.
+    """Return the input of the classifier for each image at each r of `rs`: [r, images, D] float32, on the CPU.
 
     Raises DatasetError if an image can't be decoded.
     """

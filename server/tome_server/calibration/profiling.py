@@ -28,20 +28,20 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-# Beyond these, further rounds change little.
+# More rounds change little.
 MOST_ROUNDS = 15
-# Seconds for which single images show how busy the machine is.
+# Seconds of running single images to see how busy the machine is.
 TRIAL = 0.5
 PROMISE = 0.95
-# The 95th percentile is at least so many medians: what a few rounds, or a machine at rest, show too little of.
+# The least ratio of the 95th percentile to the median: a few rounds, or a machine at rest, show too little of it.
 LEAST_SPREAD = 1.05
-# Batches before and after one that show how fast the machine was meanwhile.
+# How many batches before and after one show how fast the machine was at that time.
 _NEIGHBOURS = 4
 _SETTLED = 5
 
 
 class Run(Protocol):
-    """Runs a batch at one r, or at one for each image, and says how long it took; `run_batch` is the real one."""
+    """Runs a batch and measures how long it takes, like `run_batch`."""
 
     def __call__(
         self,
@@ -64,7 +64,7 @@ class _Kind:
     packed: bool = True
 
 
-# One image as the model is without merging.
+# One image without merging.
 _ALONE = _Kind((0,))
 
 
@@ -75,12 +75,12 @@ class _Timing(NamedTuple):
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is to be timed; what isn't is interpolated."""
+    """The batches to time; all others are interpolated."""
 
     sizes: tuple[int, ...]
     rs: tuple[int, ...]
     mixes: tuple[tuple[int, ...], ...]
-    """Batches of several r, each to be run packed and split."""
+    """Batches of several r, each of which is run packed and split."""
 
     @property
     def kinds(self) -> list[_Kind]:
@@ -98,33 +98,46 @@ def measure(
     run: Run = run_batch,
     stop: threading.Event | None = None,
 ) -> Profile:
-    """Time batches of `model` of the sizes that `batch_sizes` gives, at each r of its grid.
+    """Time batches of a model, of the sizes that `batch_sizes` gives and at each r of its grid.
 
-    Takes at most `budget` seconds and what is left of the batch that runs then; less once more would change little.
-    Where that isn't enough for three rounds of all, it times fewer batches and interpolates between them, in proportion
-    to the operations. At the least it times one image at both ends of the grid, however long that takes; where there is
-    no time for larger batches, each is taken to cost as many times one image. What the profile says of how it was
-    `measured` tells.
-    Blocks; runs in a thread of its own, with as many torch threads as were set last. Raises what the model raises, and
-    InterruptedError at the next batch once `stop` is set.
+    If the budget doesn't suffice for three rounds of all batches, fewer are timed, and the others interpolated in
+    proportion to their operations. One image at both ends of the grid is timed in any case, however long that takes; if
+    there is no time for larger batches, a batch is assumed to take as many times as long as it has images. The
+    profile's `measured` tells which.
+
+    Blocks. The batches run in a thread of its own, with as many torch threads as were set last.
+
+    Args:
+        model: The model, on `device`.
+        device: Where it runs.
+        max_batch: The largest batch to predict.
+        budget: The most seconds to take, apart from the batch that runs then. It takes less if more would change
+            little.
+        progress: Whether to show a progress bar.
+        run: Runs a batch.
+        stop: Ends the measurement at the next batch once it is set.
+
+    Raises:
+        InterruptedError: If `stop` is set.
+        Exception: What the model raises.
     """
     stop = stop or threading.Event()
     return _in_thread(partial(_measure, model, device, max_batch, budget, progress, run, stop), stop)
 
 
 def load_of_single_images(model: LoadedModel, device: torch.device, *, run: Run, stop: threading.Event) -> float | None:
-    """Return how busy the machine is: the share of the time that single images wait for a CPU in the next half second.
+    """Run single images for half a second, and return the share of that time for which they waited for a CPU.
 
-    None where the kernel doesn't say. Blocks and raises as `measure` does.
+    None if the kernel doesn't say. Blocks, and raises the same errors as `measure`.
     """
     return _in_thread(partial(_load, _timer(model, device, run, stop)), stop)
 
 
 def batch_sizes(max_batch: int, *, shared: bool = False) -> tuple[int, ...]:
-    """Return the powers of two below `max_batch`, and that.
+    """Return the sizes of batches to time: the powers of two below `max_batch`, and `max_batch`.
 
-    Where threads share a batch's images out, what one image more than a power of two takes is not between the two
-    sizes around it: some thread has one more. Those sizes are given as well.
+    If threads share the images of a batch (`shared`), one image more than a power of two is an additional size: some
+    thread then has an image more than the others, so that the latency isn't between those of the sizes around it.
     """
     powers = {2**i for i in range((max_batch - 1).bit_length())}
     odd = {size + 1 for size in powers if size > 1} if shared else set[int]()
@@ -132,10 +145,10 @@ def batch_sizes(max_batch: int, *, shared: bool = False) -> tuple[int, ...]:
 
 
 def monotone(table: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Return `table` with each value lowered to the least of those to its left and below: rows fall and columns rise.
+    """Return `table` with each value lowered to the least value to its left and below: rows fall and columns rise.
 
-    Merging a little can cost a small batch more than it saves. What then costs more than a lesser r is not worth
-    choosing, so that its own prediction matters little; that of r = 0, the most wanted, stays as measured.
+    Merging a little can cost a small batch more than it saves. An r that takes longer than a lesser one isn't worth
+    choosing, so its prediction matters little. That of r = 0, which matters most, stays as measured.
     """
     rows = [list(accumulate(row, min)) for row in table]
     columns = [list(accumulate(column[::-1], min))[::-1] for column in _turned(rows)]
@@ -143,11 +156,11 @@ def monotone(table: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 def _in_thread(call: Callable[[], T], stop: threading.Event) -> T:
-    """Return what `call` returns in a thread of its own."""
+    """Return what `call` returns, which runs in a thread of its own."""
     with ThreadPoolExecutor(1, thread_name_prefix="profile") as thread:
         try:
             return thread.submit(call).result()
-        except BaseException:  # an interrupt, which only the waiting thread gets
+        except BaseException:  # KeyboardInterrupt, which only the waiting thread gets
             stop.set()
             raise
 
@@ -189,7 +202,7 @@ def _measure(
             bar.update()
             return _Timing(kind, timed(kind))
 
-        # What is needed most comes first, since time may be up before the first round is over.
+        # The most important kinds come first, since time may be up before the first round is over.
         for kind in kinds:
             if left() > 0:
                 once(kind)  # kernels are made at first use
@@ -203,8 +216,8 @@ def _measure(
         took = sum(seconds for kind, seconds in timings if kind in kinds)
         while rounds < MOST_ROUNDS and left() > (took if rounds >= LEAST_ROUNDS else 0):
             bar.total = bar.n + min(MOST_ROUNDS - rounds, max(1, int(left() / took))) * len(kinds)
-            # There and back again, so that a machine that slows down meanwhile wrongs none; and each time among others,
-            # since it is against its neighbours that a batch is judged.
+            # Every second round runs backwards, so that a machine that slows down treats all kinds alike. The others
+            # are shuffled, since a batch is judged against its neighbours, which should be others each time.
             if rounds % 2 == 1:
                 kinds.reverse()
             else:
@@ -221,7 +234,7 @@ def _measure(
 
 
 def _timer(model: LoadedModel, device: torch.device, run: Run, stop: threading.Event) -> Callable[[_Kind], float]:
-    """Return a function that runs a batch and returns the seconds it took. Raises InterruptedError if `stop` is set."""
+    """Return a function that runs a batch and returns its seconds, and raises InterruptedError once `stop` is set."""
     image = torch.randint(256, model.info.preprocess.settings.input_size, dtype=torch.uint8)
     work = BatchItem(image, Outputs(top_k=min(5, model.info.num_classes)))
 
@@ -235,7 +248,7 @@ def _timer(model: LoadedModel, device: torch.device, run: Run, stop: threading.E
 
 
 def _plan(model: LoadedModel, max_batch: int, cost: Callable[[_Kind], float], budget: float) -> _Plan:
-    """Return the most complete plan for which `budget` seconds should do, a round to warm up included."""
+    """Return the most complete plan that `budget` seconds should suffice for, including a round to warm up."""
     sizes, rs = _sizes(model, max_batch), tuple(level.r for level in model.info.grid)
     ends = tuple(sorted({1, max_batch}))
     halves, four = _mixes(max_batch, rs)
@@ -252,7 +265,7 @@ def _plan(model: LoadedModel, max_batch: int, cost: Callable[[_Kind], float], bu
 
 
 def _parts(plan: _Plan, max_batch: int) -> list[_Plan]:
-    """Return plans within `plan`, each a part of the next and the last all of it, for a machine that is too slow."""
+    """Return ever larger parts of a plan, of which the last is all of it, for a machine that is too slow for that."""
     ends, halves = tuple(sorted({1, max_batch})), plan.mixes[:1]
     parts = [
         _Plan((1,), _some(plan.rs, 2), ()),
@@ -266,9 +279,9 @@ def _parts(plan: _Plan, max_batch: int) -> list[_Plan]:
 
 
 def _affordable(parts: Sequence[_Plan], took: dict[_Kind, float], left: float) -> _Plan:
-    """Return the largest of `parts` that was timed once, and can be for the least rounds in the seconds that are left.
+    """Return the largest of `parts` that was timed once and can be timed `LEAST_ROUNDS` times in the seconds left.
 
-    Where there is time for that with none, the least that says what a batch of several images costs.
+    If there is none, return the smallest part that was timed with a batch of several images, or else of one.
     """
     timed = [part for part in parts if all(kind in took for kind in part.kinds)]
     for part in reversed(timed[1:]):
@@ -282,29 +295,30 @@ def _sizes(model: LoadedModel, max_batch: int) -> tuple[int, ...]:
 
 
 def _mixes(size: int, rs: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
-    """Return a batch of two r, and one of four, where size and grid allow them."""
+    """Return a batch of two r and one of four, if size and grid allow them."""
     halves = (rs[0],) * (size - size // 2) + (rs[-1],) * (size // 2)
     four = tuple(_some(rs, 4)[i * 4 // size] for i in range(size)) if size >= 4 and len(rs) >= 4 else ()
     return ((halves,) if size > 1 and len(rs) > 1 else ()), ((four,) if four else ())
 
 
-def _some(rs: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """Return about evenly spaced ones of `rs`, the first and the last among them."""
-    last, steps = len(rs) - 1, max(1, most - 1)
+def _some(rs: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Return up to `count` of `rs`, about evenly spaced, with the first and the last."""
+    last, steps = len(rs) - 1, max(1, count - 1)
     return tuple(rs[i] for i in sorted({round(step * last / steps) for step in range(steps + 1)}))
 
 
 def _share(model: LoadedModel, rs: Sequence[int]) -> float:
-    """Operations of a batch, in images at r = 0; merging's own, which needn't fall with r, left out."""
+    """Return the operations of a batch in units of one image at r = 0, without those of merging itself."""
     return sum(model.info.cost(r).merged for r in rs) / model.info.cost(0).merged
 
 
 def _profile(
     model: LoadedModel, max_batch: int, plan: _Plan, timings: Sequence[_Timing], rounds: int, load: float | None
 ) -> Profile:
-    """Return what the timings say: how kinds of batch compare, and how much the median and the 95th percentile are.
+    """Return the profile that follows from timings: how kinds of batch compare, their medians and 95th percentiles.
 
-    The latter are taken from all of them together, since a few rounds show neither for each.
+    The level of the medians and the spread are taken from all kinds together, since a few rounds don't show them for
+    each.
     """
     sizes, rs = _sizes(model, max_batch), tuple(level.r for level in model.info.grid)
     usual = _usual_seconds(timings)
@@ -334,11 +348,11 @@ def _profile(
 
 
 def _usual_seconds(timings: Sequence[_Timing]) -> dict[_Kind, float]:
-    """Return what each kind of batch takes, as it would compare on a machine whose speed doesn't change.
+    """Return the seconds of each kind of batch as if the speed of the machine hadn't changed meanwhile.
 
-    What else a machine does slows many batches in a row down, and seldom all kinds alike. So each timing is divided by
-    how slow the machine was around it: the median, over its neighbours, of what they took against what they usually
-    take. Each of the two follows from the other; a few rounds settle both.
+    Other work on a machine slows down many batches in a row, and seldom all kinds alike. So each timing is divided by
+    how slow the machine was at that time: the median, over its neighbours, of their seconds relative to what they
+    usually take. Each of the two follows from the other, and a few iterations settle both.
     """
     logs = [math.log(seconds) for _, seconds in timings]
     places: dict[_Kind, list[int]] = {}
@@ -355,7 +369,7 @@ def _usual_seconds(timings: Sequence[_Timing]) -> dict[_Kind, float]:
 
 
 def _extra_group(plan: _Plan, usual: dict[_Kind, float], predicted: dict[_Kind, float]) -> float:
-    """Return the seconds for each further r that fit the packed mixes best."""
+    """Return the seconds that each additional r in a batch costs, fitted to the packed mixes."""
     if not plan.mixes:
         return 0.0
     further = [len(set(mix)) - 1 for mix in plan.mixes]
@@ -364,7 +378,7 @@ def _extra_group(plan: _Plan, usual: dict[_Kind, float], predicted: dict[_Kind, 
 
 
 def _interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Return y at `x`, which lies within `xs`; these rise."""
+    """Return y at `x`, interpolated linearly. `xs` must rise, and `x` lie within them."""
     above = next(i for i, known in enumerate(xs) if known >= x)
     if xs[above] == x:
         return ys[above]

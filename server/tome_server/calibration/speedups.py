@@ -1,8 +1,8 @@
-"""Keeps beside the profiles what was measured to choose by, so that each choice is made once on a machine.
+"""Keeps the measurements that choices are made by, beside the profiles, so that each is made once on a machine.
 
-A gain says how many times as fast one way of running a model is as another. Where that is about what a choice asks for,
-measuring again could turn it; and what was profiled before wouldn't hold any more. One that was measured while the
-machine was busy is measured again next time all the same, for it may have chosen the worse way.
+A speedup says how many times as fast one way of running a model is as another. Near the threshold of a choice, a second
+measurement could turn it, and profiles that were measured before wouldn't hold any more. Only a speedup that was
+measured while the machine was busy is measured again next time, since it may have chosen the slower way.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def speed_key(spec: ModelSpec, device: torch.device, threads: int, max_batch: int) -> dict[str, Any]:
-    """Return all that the speed of a model depends on, its dtype and what threads divide apart, as JSON has it."""
+    """Return what the speed of a model depends on, except for its dtype and what threads divide, as JSON values."""
     on_cpu = device.type == "cpu"
     key = {
         "model": spec.architecture,
@@ -53,13 +53,13 @@ def _names(dtypes: Iterable[torch.dtype]) -> list[str]:
 def model_speedups(
     spec: ModelSpec, device: torch.device, max_batch: int, folder: Path | None = None, *, anew: bool = False
 ) -> "Speedups":
-    """Return what was measured of a model on as many threads as torch is set to; see Speedups."""
+    """Return what was measured of a model with as many threads as torch is set to; see Speedups."""
     key = speed_key(spec, device, torch.get_num_threads(), max_batch)
     return Speedups(spec.name, key, folder, spec.profiles, anew=anew)
 
 
 class Speedups:
-    """What was measured under one key: all of it in one file, so that no gain outlives those that it depends on."""
+    """The speedups measured under one key. They share a file, so that none outlives another that it depends on."""
 
     def __init__(
         self,
@@ -70,22 +70,27 @@ class Speedups:
         *,
         anew: bool = False,
     ) -> None:
-        """Those kept for `name` and `key` in `folder` (None: `default_folder`), or in `shipped`, which is only read.
+        """Read the speedups that are kept in a folder, if there are any.
 
-        `anew` forgets them. A folder that can't be used is warned of, and stops nothing.
+        Args:
+            name: What they were measured of: a model, or "server".
+            key: What they hold for.
+            folder: Where they are kept; None for `default_folder`. If it can't be used, the log warns of it.
+            shipped: A folder that came with the model. It is only read, if there are none in `folder`.
+            anew: Whether to ignore what is kept.
         """
         self._name, self._key, self._folder, self._warned = name, dict(key), folder, False
         digest = hashlib.sha256(json.dumps(self._key, sort_keys=True).encode()).hexdigest()[:8]
         self._file = f"{file_name(name)}-{digest}.gains"
         found = None if anew else self._read(folder) or (shipped and self._read(shipped))
         self._found, self._loads = found or ({}, {})
-        # Those that this process has measured, and doesn't measure again however busy the machine is.
+        # Measured by this process, which doesn't measure them again, however busy the machine is.
         self._measured: set[str] = set()
 
     def get_or_measure(self, what: str, measure: Callable[[], float]) -> float:
-        """Return the gain called `what` as it is kept, or else measure and keep it. Raises what `measure` raises.
+        """Return the speedup called `what` that is kept, or else measure and keep it. Raises what `measure` raises.
 
-        One that was measured while the machine was busy is measured once more, and the one of less load is kept.
+        One that was measured while the machine was busy is measured again, and the one of less load is kept.
         """
         if what not in self._found or (what in self._loads and what not in self._measured):
             log.info("measuring what is gained by %s (%s), to be kept in %s", what, self._name, self._file)
@@ -94,7 +99,7 @@ class Speedups:
 
     def _measure(self, what: str, measure: Callable[[], float]) -> None:
         meter = LoadMeter()
-        # As it will be read, or the choice could be another then.
+        # Rounded as it is stored, or the next start could choose differently.
         gain, load = round(measure(), 3), round(meter.share() or 0.0, 3)
         self._measured.add(what)
         if load > MOST_LOAD:
@@ -112,11 +117,11 @@ class Speedups:
         self._write()
 
     def divided(self, dtype: str) -> Recall:
-        """Return what `load` is to recall: what one image gains by being divided among the threads in a dtype."""
+        """Return what `load` calls to learn how much faster one image is when threads divide it, in a dtype."""
         return partial(self.get_or_measure, f"one image divided in {dtype}")
 
     def _read(self, folder: Path | None) -> tuple[dict[str, float], dict[str, float]] | None:
-        """Return the gains that are kept, and of those measured on a busy machine the share of the time it waited."""
+        """Return the speedups that are kept, and for those measured on a busy machine, the share of time it waited."""
         try:
             document = json.loads(((folder or default_folder()) / self._file).read_text(encoding="utf-8"))
             found = {str(what): float(gain) for what, gain in document["gains"].items()}

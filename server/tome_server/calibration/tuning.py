@@ -1,9 +1,9 @@
-"""Finds schedules that keep a model's answers nearer to what they are at r = 0 than r in every block does.
+"""Finds schedules that change a model's answers at r = 0 less than r in every block does.
 
-A schedule is judged by the probability that it shifts from one class to another (the total variation distance of the
-class probabilities from those at r = 0): smooth where agreement counts a few images that change sides, and bounded, so
-that single images don't decide. What is reported, and by which a schedule is better or not, is of images that weren't
-searched on: the best of many schedules is best partly by chance on those that it was chosen by.
+A schedule is judged by the probability that it shifts from one class to another: the total variation distance of the
+class probabilities from those at r = 0. Unlike agreement, it isn't decided by the few images whose class changes; and
+it is bounded, so that single images don't decide it. All results are reported on images that weren't used in the
+search, since the best of many schedules is partly the best by chance on the images that it was chosen by.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,32 +18,31 @@ from tqdm import tqdm
 
 from tome_server.calibration.datasets import Dataset
 from tome_server.calibration.evaluation import class_ids_of
-from tome_server.calibration.schedule_search import PerBlock, Room, search
+from tome_server.calibration.schedule_search import PerBlock, SearchSpace, search
 from tome_server.errors import ConfigError, DatasetError
 from tome_server.mac_count import MacCount
 from tome_server.merging import Schedule
 from tome_server.models.loaded import LoadedModel
 
-# Images that a candidate runs before it is compared with the best one, and given up if it is clearly worse.
+# Images that a candidate runs before it is compared with the best one, and dropped if it is clearly worse.
 CHUNK = 64
 BATCH = 32
-# By how many of its standard errors a gain must differ from none. One schedule in forty that is no better has that by
-# chance.
+# A difference counts from this many standard errors on. One in forty schedules that are no better reaches it by chance.
 _ERRORS = 2
-# Of fewer, a standard error says too little of what is chance.
+# On fewer images, the standard error is too uncertain.
 LEAST_HELD_OUT = 30
 
 
 @dataclass(frozen=True)
 class Kept:
-    """How much of what a model says at r = 0 is left, on images that weren't searched on."""
+    """How much of a model's answers at r = 0 is kept, on images that weren't used in the search."""
 
     shifted: float
-    """Mean probability that goes from one class to another."""
+    """Mean probability that is shifted from one class to another."""
     agreement: float
-    """Share of images given the same class as at r = 0."""
+    """Share of images classified as at r = 0."""
     top1: float | None
-    """Share of images given their label; None where they have none."""
+    """Share of images classified as labelled; None if they have no labels."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +62,28 @@ class Tuned:
 
     @property
     def better(self) -> bool:
-        """Whether the schedule shifts less than r in every block, by more than chance makes likely."""
+        """Whether the schedule shifts less than r in every block, by more than is likely by chance."""
         return self.difference < 0 and self.difference <= -_ERRORS * self.standard_error
 
     def fields(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the fields of its JSON."""
         return asdict(self) | {"kept": self.better}
 
 
 def divide(images: Dataset, limit: int | None, held_out: int | None, seed: int) -> tuple[Dataset, Dataset]:
-    """Return images to search on and, apart from them, images to measure on, `limit` in all, chosen at random.
+    """Divide images at random into those to search on and those to measure on.
 
-    `held_out` are measured on, by default half of them. Raises DatasetError if either part has too few.
+    Args:
+        images: All images.
+        limit: How many of them to use; None for all.
+        held_out: How many of these to measure on; None for half.
+        seed: What the random choice depends on.
+
+    Returns:
+        The images to search on, and the images to measure on.
+
+    Raises:
+        DatasetError: If either part has too few images.
     """
     count = len(images) if limit is None else min(limit, len(images))
     measured = (count + 1) // 2 if held_out is None else held_out
@@ -102,24 +111,39 @@ def tune(
     seed: int = 0,
     progress: bool = False,
 ) -> list[Tuned]:
-    """Search a schedule for each of `rs` on `searched`, and compare it with r in every block on `held_out`.
+    """Search for a schedule for each of `rs` on some images, and compare it with r in every block on others.
 
-    Up to `trials` schedules are run for the largest r, half as many for each other, which starts from the one before.
-    They merge in no more than `blocks` blocks, by default a third of all. The same arguments give the same schedules
-    on the same machine. `rs` are returned in descending order; one for which no schedule can be made is left out.
-    Raises ConfigError if the model gives no classes or `blocks` or an r is out of range, DatasetError if the labels
-    don't fit the model or an image can't be decoded.
+    The same arguments give the same schedules on the same machine.
+
+    Args:
+        model: The model, on `device`.
+        searched: The images to search on.
+        held_out: The images to measure on.
+        rs: The r values to find schedules for.
+        device: Where the model runs.
+        blocks: The most blocks that a schedule may merge in; None for a third of all.
+        trials: How many schedules to run for the largest r. Each other r gets half as many, and starts from the
+            schedule of the r before it.
+        seed: What the search depends on.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The best schedules in descending order of r. An r for which no schedule can be made is left out.
+
+    Raises:
+        ConfigError: If the model has no classifier, or `blocks` or an r is out of range.
+        DatasetError: If the labels don't fit the model, or an image can't be decoded.
     """
     if not model.info.num_classes:
         raise ConfigError(f"{model.info.name} has no classifier to tune by; tome-server models fit-head gives it one")
     depth = model.merged.depth
-    most = max(1, round(depth / 3)) if blocks is None else blocks
-    if not 1 <= most <= depth:
-        raise ConfigError(f"{model.info.name} has {depth} blocks, of which {most} can't merge")
+    merging = max(1, round(depth / 3)) if blocks is None else blocks
+    if not 1 <= merging <= depth:
+        raise ConfigError(f"{model.info.name} has {depth} blocks, of which {merging} can't merge")
     for r in rs:
         if not 0 < r <= model.info.largest_r:
             raise ConfigError(f"r must lie in 1..{model.info.largest_r} for {model.info.name}, and is {r}")
-    class_ids_of(model.info, held_out)  # before anything is searched
+    class_ids_of(model.info, held_out)  # raises before the search if the labels don't fit
     prepared = _prepared(model, searched)
     plain = torch.cat([_probabilities(model, part, 0, device) for part in torch.split(prepared, BATCH)])
     best: dict[int, PerBlock] = {}
@@ -131,39 +155,39 @@ def tune(
             bar.set_description(f"r = {r}")
             least = model.count(r + 1).total if r < model.info.largest_r else 0
             race = _Race(model, prepared, plain, device, least, bar.update)
-            search(_room(model, r), race, blocks=most, trials=step, seed=seed + r, start=before)
+            search(_space(model, r), race, blocks=merging, trials=step, seed=seed + r, start=before)
             if race.best is not None:
                 best[r] = before = race.best
     return _compared(model, held_out, best, device, progress)
 
 
-def _room(model: LoadedModel, r: int) -> Room:
-    """Return which schedules take no more work than r in every block, as it is counted and as it is really done.
+def _space(model: LoadedModel, r: int) -> SearchSpace:
+    """Return the schedules that take no more work than r in every block, both as it is counted and as it is done.
 
-    They differ where the head reads the class token alone: the last block then computes no more than that, however many
-    tokens it would merge. There is nothing to search in it, and it goes on merging r.
+    The two differ if the head reads only the class token: the last block then computes only that, however many tokens
+    it would merge. There is nothing to search in that block, which goes on merging r.
     """
     rows, columns = model.info.patch_grid
-    most = model.count(r)
+    constant = model.count(r)
     depth = model.merged.depth
-    searched = depth - 1 if most.unread else depth
+    searched = depth - 1 if constant.unread else depth
 
     def fits(per_block: PerBlock) -> bool:
         cost = model.count(Schedule.explicit(per_block))
-        return cost.total <= most.total and _done(cost) <= _done(most)
+        return cost.total <= constant.total and _done(cost) <= _done(constant)
 
-    return Room(
+    return SearchSpace(
         patches=rows * columns, prefix=model.merged.prefix, free=searched, rest=(r,) * (depth - searched), fits=fits
     )
 
 
 def _done(cost: MacCount) -> int:
-    """Return what is computed of what is counted."""
+    """Return the part of the counted multiply-accumulates that is really computed."""
     return cost.total - cost.unread
 
 
 class _Race:
-    """Runs schedules on images in chunks, and gives up those that fall behind the best one."""
+    """Runs schedules on images in chunks, and drops those that fall behind the best one."""
 
     def __init__(
         self,
@@ -172,17 +196,20 @@ class _Race:
         plain: Tensor,
         device: torch.device,
         least: int,
-        told: Callable[[], object],
+        progress: Callable[[], object],
     ) -> None:
-        """A schedule of fewer multiply-accumulates than `least` is of no use: it would be a greater r's."""
+        """A schedule of fewer multiply-accumulates than `least` is useless: it would belong to a greater r.
+
+        `plain` are the probabilities at r = 0 [B, classes]; `progress` is called for each schedule.
+        """
         self.best: PerBlock | None = None
         self._shifted: Tensor | None = None
-        self._model, self._images, self._plain, self._device, self._told = model, images, plain, device, told
+        self._model, self._images, self._plain, self._device, self._progress = model, images, plain, device, progress
         self._least = least
 
     def __call__(self, per_block: PerBlock) -> bool:
         """Return whether a schedule shifts less than all before it."""
-        self._told()
+        self._progress()
         schedule = Schedule.explicit(per_block)
         if self._model.count(schedule).total < self._least:
             return False
@@ -206,10 +233,11 @@ class _Race:
 def _compared(
     model: LoadedModel, images: Dataset, schedules: dict[int, PerBlock], device: torch.device, progress: bool
 ) -> list[Tuned]:
-    """Measure schedules and, beside them, r in every block."""
-    ways = {(r, tuned): Schedule.explicit(own) if tuned else r for r, own in schedules.items() for tuned in (0, 1)}
-    shifted: dict[tuple[int, int], list[Tensor]] = {way: [] for way in ways}
-    agreeing, right = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0)
+    """Measure schedules and, for comparison, r in every block."""
+    # By r, and 1 for its schedule or 0 for r in every block.
+    compared = {(r, tuned): Schedule.explicit(own) if tuned else r for r, own in schedules.items() for tuned in (0, 1)}
+    shifted: dict[tuple[int, int], list[Tensor]] = {one: [] for one in compared}
+    agreeing, right = dict.fromkeys(compared, 0), dict.fromkeys(compared, 0)
     class_ids = class_ids_of(model.info, images)
     with tqdm(total=len(images), desc="held out", unit="image", disable=not progress) as bar:
         for start in range(0, len(images), BATCH):
@@ -217,27 +245,27 @@ def _compared(
             inputs = _prepared(model, part)
             labels = torch.tensor([class_ids[label] for label in part.labels or ()])
             plain = _probabilities(model, inputs, 0, device)
-            for way, schedule in ways.items():
+            for one, schedule in compared.items():
                 given = _probabilities(model, inputs, schedule, device)
-                shifted[way].append(_shift(given, plain))
+                shifted[one].append(_shift(given, plain))
                 classes = given.argmax(dim=1)
-                agreeing[way] += int((classes == plain.argmax(dim=1)).sum())
-                right[way] += int((classes == labels).sum()) if len(labels) else 0
+                agreeing[one] += int((classes == plain.argmax(dim=1)).sum())
+                right[one] += int((classes == labels).sum()) if len(labels) else 0
             bar.update(len(part))
     found = []
     for r, own in schedules.items():
-        constant, tuned = (torch.cat(shifted[r, way]) for way in (0, 1))
+        constant, tuned = (torch.cat(shifted[r, each]) for each in (0, 1))
         kept = [
             Kept(
                 shifted=float(values.mean()),
-                agreement=agreeing[r, way] / len(images),
-                top1=right[r, way] / len(images) if images.labels is not None else None,
+                agreement=agreeing[r, each] / len(images),
+                top1=right[r, each] / len(images) if images.labels is not None else None,
             )
-            for way, values in enumerate((constant, tuned))
+            for each, values in enumerate((constant, tuned))
         ]
         difference = tuned - constant
         error = float(difference.std()) / len(images) ** 0.5 if len(images) > 1 else 0.0
-        macs, constant_macs = (model.count(way).total for way in (Schedule.explicit(own), r))
+        macs, constant_macs = (model.count(schedule).total for schedule in (Schedule.explicit(own), r))
         found.append(Tuned(r, own, macs, constant_macs, kept[1], kept[0], float(difference.mean()), error))
     return found
 
@@ -255,5 +283,5 @@ def _probabilities(model: LoadedModel, images: Tensor, schedule: int | Schedule,
 
 
 def _shift(given: Tensor, plain: Tensor) -> Tensor:
-    """Return, for each image, the probability that goes to other classes: [B]."""
+    """Return, for each image, the probability that is shifted to other classes: [B]."""
     return (given - plain).abs().sum(dim=1) / 2

@@ -1,4 +1,4 @@
-"""How many CPUs this process may really use."""
+"""How many CPUs this process may use."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ def available_cpus() -> int:
 
 
 def _quota(v2: Path = _CGROUP_V2, v1: Path = _CGROUP_V1) -> float:
-    """CPUs that the control group allows; infinite where it sets no limit."""
+    """Return the CPUs that the control group allows; infinity if it sets no limit."""
     try:
         if v2.is_file():
             quota, period = v2.read_text().split()

@@ -1,11 +1,10 @@
 """CUDA graphs: the forward pass recorded once for each size of batch and r, and launched as a whole from then on.
 
-A forward pass is some hundred kernels, of which a GPU runs many faster than Python can launch them; merging adds more
-of them than it takes work away. For one size of batch and one r all shapes are fixed, so the launches are, too.
+A forward pass is several hundred kernels, many of which a GPU runs faster than Python can launch them, and merging adds
+to their number. For one size of batch and one r all shapes are fixed, and so are the launches.
 
-Batches of a size in between are filled up to the next one recorded. What isn't recorded runs as it would without
-graphs: several r in one batch, an r that isn't in the grid, tokens or maps that are asked for, and what the memory
-didn't suffice for.
+A batch of a size in between is filled up to the next recorded size. Whatever isn't recorded runs without graphs:
+batches of several r, an r outside of the grid, requests for tokens or maps, and sizes for which memory didn't suffice.
 """
 
 import logging
@@ -29,22 +28,22 @@ from tome_server.models.loaded import Forward, LoadedModel
 
 log = logging.getLogger(__name__)
 
-# Up to here every size is recorded; beyond, four between one power of two and the next, so that less than a fifth of a
-# batch is filling.
+# Up to this size every size is recorded. Beyond it, four from one power of two to the next, so that less than a fifth
+# of a batch is filling.
 EVERY_SIZE = 8
 STEPS = 4
-# A recording whose logits differ from the model's own by more, as a share of their norm, isn't used. They should be the
-# same to the bit; in bfloat16 another choice of kernels can make another token merge.
+# A recording isn't used if its logits differ from the model's own by more than this share of their norm. They should be
+# the same bit for bit, but in bfloat16 another choice of kernels can merge another token.
 SAME = 0.05
 
 
 class Recorder(Protocol):
-    """Records what is done on a device, to do it again."""
+    """Records operations on a device, so that they can be replayed."""
 
     def record(self, call: Callable[[], MergedOutput]) -> tuple[MergedOutput, Callable[[], None]]:
-        """Run `call`, and return what it gave and what does the same again, from and into the same memory.
+        """Run `call`. Return its output, and a function that repeats it, from and into the same memory.
 
-        What is recorded later may use the memory of all but that output. Raises whatever stands against it.
+        Later recordings may use all of its memory but that of the output. Raises whatever keeps it from being recorded.
         """
         ...
 
@@ -53,7 +52,7 @@ class Recorder(Protocol):
         ...
 
     def forget(self) -> None:
-        """Give the memory of all that was recorded back, which nobody uses any more."""
+        """Free the memory of all recordings. None of them may be used any more."""
         ...
 
 
@@ -64,32 +63,32 @@ class _Recorded:
 
 
 class GraphedModel:
-    """Runs a model by what was recorded of it, where that fits. Called like the model; threads may share it."""
+    """Runs a model by recordings of it, for batches that fit one. Called like the model; threads may share it."""
 
     def __init__(self, forward: Forward, images: Tensor, recorder: Recorder) -> None:
-        """`images` [B, C, H, W], the largest batch to record, is the memory that batches will be copied into."""
+        """`images` [B, C, H, W] is the memory that batches are copied into: the largest batch that is recorded."""
         self._forward = forward
         self._images = images
         self._recorder = recorder
         self._recorded: dict[tuple[int, int], _Recorded] = {}
         self._random = torch.Generator(images.device).manual_seed(0)
-        # One batch at a time: all lie in the same memory.
+        # One batch at a time, since all are copied into the same memory.
         self._lock = threading.Lock()
 
     @property
     def kinds(self) -> tuple[tuple[int, int], ...]:
-        """Size and r of each batch that is recorded, in order."""
+        """The size and r of each recorded batch, in order."""
         return tuple(sorted(self._recorded))
 
     @torch.inference_mode()
     def record(
         self, sizes: Sequence[int], rs: Sequence[int], memory: int, alone: AbstractContextManager[object]
     ) -> None:
-        """Record batches of these sizes at each r, as far as `memory` bytes suffice; raises nothing, but logs.
+        """Record batches of these sizes at each r until `memory` bytes are used. Errors are logged, and not raised.
 
-        First the largest that fits, since the others then use its memory again; then the smallest, which gain most.
-        `alone` is entered for each, while nothing else may run on the device. What is tried and doesn't fit may take
-        more for a moment.
+        The largest size that fits comes first, since the others reuse its memory; then the smallest, which gain most.
+        `alone` is entered for each recording: nothing else may run on the device meanwhile. A recording that turns out
+        not to fit may take more memory for a moment.
         """
         before = self._recorder.taken()
         first = 0
@@ -106,19 +105,19 @@ class GraphedModel:
                 if (size, r) not in self._recorded and self._try(size, r, before + memory, alone) != "recorded":
                     return
 
-    def _try(self, size: int, r: int, most: int, alone: AbstractContextManager[object]) -> str:
-        """Return "recorded", "full" or "failed"."""
+    def _try(self, size: int, r: int, limit: int, alone: AbstractContextManager[object]) -> str:
+        """Record one batch, unless more than `limit` bytes are in use then. Return "recorded", "full" or "failed"."""
         images = self._images[:size]
         try:
             with alone:
                 recorded = _Recorded(*self._recorder.record(lambda: self._forward(images, r)))
-                if self._recorder.taken() > most:
+                if self._recorder.taken() > limit:
                     return "full"
                 if not self._same(images, r, recorded):
                     log.error("the CUDA graph of %d images at r = %d is wrong, and isn't used", size, r)
                     return "failed"
         except Exception as error:
-            if _for_memory(error):
+            if _is_out_of_memory(error):
                 return "full"
             log.exception("no CUDA graph can be made of %d images at r = %d; they run without", size, r)
             return "failed"
@@ -126,7 +125,7 @@ class GraphedModel:
         return "recorded"
 
     def _same(self, images: Tensor, r: int, recorded: _Recorded) -> bool:
-        """Return whether what was recorded gives what the model gives, for images that it wasn't recorded with."""
+        """Return whether a recording gives what the model gives, for images that it wasn't recorded with."""
         images.normal_(generator=self._random)
         expected = self._forward(images, r).logits.float()
         recorded.replay()
@@ -136,7 +135,7 @@ class GraphedModel:
     def __call__(
         self, images: Tensor, r: int | Sequence[int] = 0, *, return_tokens: bool = False, return_token_map: bool = False
     ) -> MergedOutput:
-        """As MergedModel."""
+        """Return what `MergedModel.forward` returns for these arguments."""
         recorded = None if return_tokens or return_token_map else self._fitting(images, r)
         if recorded is None:
             return self._forward(images, r, return_tokens=return_tokens, return_token_map=return_token_map)
@@ -144,7 +143,7 @@ class GraphedModel:
         with self._lock:
             self._images[:count].copy_(images)
             recorded.replay()
-            # The next batch overwrites them.
+            # Clones, since the next batch overwrites the recording's output.
             return MergedOutput(
                 logits=recorded.output.logits[:count].clone(),
                 features=recorded.output.features[:count].clone(),
@@ -155,16 +154,16 @@ class GraphedModel:
         ours = self._images
         if not isinstance(r, int) or images.shape[1:] != ours.shape[1:] or images.dtype != ours.dtype:
             return None
-        size = min((size for size, own in self._recorded if own == r and size >= len(images)), default=None)
+        size = min((size for size, at in self._recorded if at == r and size >= len(images)), default=None)
         return None if size is None else self._recorded[size, r]
 
 
-# Kept for torch's allocator of host memory, which may yet ask them whether they are being recorded.
+# Kept alive, since torch's allocator of host memory may still query whether they are being recorded.
 _broken_off: list[torch.cuda.CUDAGraph] = []
 
 
 class CudaRecorder:
-    """Records on a CUDA device; all that it records shares one pool of memory."""
+    """Records on a CUDA device. All its recordings share one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -172,21 +171,21 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, call: Callable[[], MergedOutput]) -> tuple[MergedOutput, Callable[[], None]]:
-        """As Recorder says."""
-        # The stream is entered although it is the thread's own already: a recording that is broken off leaves another.
+        """Run `call` and record it; see `Recorder.record`."""
+        # The thread's own stream is entered again: a recording that is broken off leaves another in its place.
         with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream()):
             here = torch.cuda.current_stream()
             self._stream.wait_stream(here)
             with torch.cuda.stream(self._stream):
-                # What libraries set up at first use can't be recorded.
+                # Libraries set themselves up at first use, which can't be recorded.
                 call()
-                # What waits for the device would break the recording off, after which torch is hardly usable.
+                # An operation that waits for the device would break the recording off, and leave torch hardly usable.
                 with _waiting_forbidden():
                     call()
             here.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             try:
-                # thread_local: what other threads do meanwhile isn't for the recording to forbid.
+                # thread_local: other threads may use the device meanwhile.
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                     output = call()
             except BaseException:
@@ -195,16 +194,16 @@ class CudaRecorder:
             return output, graph.replay
 
     def _break_off(self, graph: torch.cuda.CUDAGraph) -> None:
-        # torch ends a recording before it tells its allocators so, and where the former fails not at all: that of the
-        # device would never give memory back to the driver again.
+        # torch ends a recording before it notifies its allocators. If ending it fails they are never notified, and the
+        # device's allocator would never return memory to the driver again.
         device = torch.cuda.current_device()
-        with suppress(RuntimeError, AttributeError):  # it was told, or this torch has no such call
+        with suppress(RuntimeError, AttributeError):  # it was notified, or this torch has no such function
             torch._C._cuda_endAllocateToPool(device, self._pool)
             torch._C._cuda_releasePool(device, self._pool)
             _broken_off.append(graph)
 
     def taken(self) -> int:
-        """As Recorder says: by the driver's count, which includes what the graphs themselves take."""
+        """Return the bytes in use by the driver's count, which includes those of the graphs themselves."""
         torch.cuda.synchronize(self._device)
         with torch.cuda.device(self._device):
             torch.cuda.empty_cache()
@@ -212,7 +211,7 @@ class CudaRecorder:
         return total - free
 
     def forget(self) -> None:
-        """As Recorder says."""
+        """Free the memory of all recordings."""
         self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.device(self._device):
             torch.cuda.empty_cache()
@@ -222,18 +221,19 @@ class CudaRecorder:
 def _recordings(device: torch.device) -> torch.cuda.Stream:
     """Return a stream to record on.
 
-    One for all models: torch has 32 and gives them again after that, to record on one where images are copied. And
-    memory that cuBLAS takes for each stream, 32 MiB on the H100, is taken once.
+    All models share it: torch has 32 streams and hands them out in turn, so that one for each model could become the
+    stream on which images are copied. It also saves memory, of which cuBLAS takes some for each stream (32 MiB on the
+    H100).
     """
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
 def _waiting_forbidden() -> Iterator[None]:
-    """Have torch raise RuntimeError for what waits for a CUDA device, whatever the thread, as far as it notices."""
+    """Make torch raise RuntimeError in all threads for operations that wait for a CUDA device, if it notices them."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        # That it doesn't notice everything.
+        # torch warns that it doesn't notice all of them.
         warnings.simplefilter("ignore")
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -242,8 +242,11 @@ def _waiting_forbidden() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def _for_memory(error: BaseException | None) -> bool:
-    """Return whether memory ran out, in the beginning: what then ends a recording may say something else."""
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an error, or one that led to it, says that memory ran out.
+
+    The error that ends a recording after that may say something else.
+    """
     while error is not None:
         if isinstance(error, OutOfMemoryError) or (isinstance(error, Exception) and lacks_memory(error)):
             return True
@@ -252,7 +255,7 @@ def _for_memory(error: BaseException | None) -> bool:
 
 
 def recorded_sizes(max_batch: int) -> tuple[int, ...]:
-    """Return the sizes of batches to record, `max_batch` the last."""
+    """Return the sizes of batches to record, in order; the last is `max_batch`."""
     sizes = [*range(1, EVERY_SIZE + 1)]
     while sizes[-1] < max_batch:
         power = 1 << (sizes[-1].bit_length() - 1)
@@ -268,7 +271,7 @@ def with_graphs(
     memory: int,
     alone: AbstractContextManager[object] | None = None,
 ) -> LoadedModel:
-    """Return `model` so that it runs by CUDA graphs of at most `memory` bytes; as it is if the device isn't CUDA's.
+    """Return `model` with CUDA graphs of at most `memory` bytes; unchanged if the device isn't a CUDA device.
 
     `alone` is entered while nothing else may run on the device.
     """
@@ -280,7 +283,7 @@ def with_graphs(
 def with_one_graph(
     model: LoadedModel, device: torch.device, size: int, r: int, alone: AbstractContextManager[object]
 ) -> LoadedModel:
-    """Return `model` so that batches of `size` images run at `r` by a CUDA graph; as it is where that can't be."""
+    """Return `model` with a CUDA graph of batches of `size` images at `r`; unchanged if that can't be recorded."""
     if device.type != "cuda":
         return model
     graphed = _graphed(model, CudaRecorder(device), device, [size], [r], sys.maxsize, alone)
@@ -295,7 +298,7 @@ def recorded(
     memory: int,
     alone: AbstractContextManager[object],
 ) -> LoadedModel:
-    """Return `model` so that it runs by what `recorder` records of it; as it is if that is nothing."""
+    """Return `model` with what `recorder` records of it; unchanged if it can record nothing."""
     sizes, rs = recorded_sizes(max_batch), [level.r for level in model.info.grid]
     graphed = _graphed(model, recorder, device, sizes, rs, memory, alone)
     return model if graphed is None else replace(model, graphs=graphed)
@@ -310,7 +313,7 @@ def _graphed(
     memory: int,
     alone: AbstractContextManager[object],
 ) -> GraphedModel | None:
-    """Return what could be recorded, None if that is nothing; the log says which."""
+    """Return what could be recorded, None if nothing could; the log says which."""
     began = time.monotonic()
     try:
         before = recorder.taken()

@@ -10,7 +10,7 @@ from tome_server.execution.batch import BatchItem, BatchResult, ItemResult
 from tome_server.merging import unmerge
 from tome_server.models.loaded import LoadedModel
 
-# How the rows of a result are written down.
+# The types of the bytes that results hold.
 _WIRE = {"features": "<f4", "logits": "<f4", "patches": "<f4", "token_map": "<i4"}
 
 
@@ -23,10 +23,21 @@ def run_batch(
     *,
     packed: bool = True,
 ) -> BatchResult:
-    """Run `batch` on `device` in the calling thread, at one r or at each image's own; results are in its order.
+    """Run a batch on `device` in the calling thread.
 
-    Images that differ in r share one call of the model, or if not `packed` only with those of the same r. Raises
-    ValueError if `rs` isn't as long as the batch, and whatever the model raises.
+    Args:
+        model: The model, on that device.
+        batch: The images, and which outputs to return for each.
+        rs: One r for all images, or one for each.
+        device: Where to run them.
+        packed: Whether images of different r share one call of the model. Otherwise there is a call for each r.
+
+    Returns:
+        The results in the order of the batch.
+
+    Raises:
+        ValueError: If `rs` isn't as long as the batch.
+        Exception: What the model raises.
     """
     start = time.perf_counter()
     if packed or isinstance(rs, int):
@@ -61,7 +72,7 @@ def _run(
         wanted["patches"] = unmerge(output.tokens, output.token_map).float()
     given = _fetched(wanted, device)
     all_ids, all_scores = given.pop("class_ids").tolist(), given.pop("scores").tolist()
-    # As bytes, which cost the way to the server nothing, where each number of a list would be an object.
+    # Bytes are copied to the server's process as a whole; each number of a list would be an object of its own.
     rows = {name: values.numpy().astype(_WIRE[name], copy=False) for name, values in given.items()}
     return [
         ItemResult(
@@ -79,17 +90,17 @@ def _run(
 def _input(model: LoadedModel, images: Sequence[Tensor], device: torch.device) -> Tensor:
     """Return images [C, H, W] as the batch [B, C, H, W] that the network takes."""
     if len({image.dtype for image in images}) > 1:
-        # Tensors that came normalised beside images that didn't.
+        # Some images are normalised already, others aren't.
         return torch.cat([_input(model, [image], device) for image in images])
     if device.type != "cuda" or any(image.is_cuda for image in images):
         return model.input(torch.stack([image.to(device) for image in images]), device)
-    # From pinned memory the copy needn't be waited for; torch keeps that memory until it is done, and for later.
+    # A copy from pinned memory needn't be waited for. torch keeps that memory until the copy is done, then reuses it.
     staged = torch.empty(len(images), *images[0].shape, dtype=images[0].dtype, pin_memory=True)
     return model.input(torch.stack(list(images), out=staged), device)
 
 
 def _fetched(wanted: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Return `wanted` on the CPU, having waited for the device once."""
+    """Return tensors copied to the CPU, waiting for the device only once."""
     fetched = {name: values.to("cpu", non_blocking=True) for name, values in wanted.items()}
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()

@@ -1,4 +1,4 @@
-"""How a model wants its images: timm's data config, and what a spec overrides of it."""
+"""How a model's images are prepared: timm's data config, and what a spec overrides of it."""
 
 import math
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def _numbers(value: Any, least: int = 1, most: int = 1000) -> bool:
 
 
 def image_settings(spec: ModelSpec, model: VisionTransformer) -> ImageSettings:
-    """Return how a model wants its images. Raises ModelLoadError if what the spec says of that makes no sense."""
+    """Return how a model's images are prepared. Raises ModelLoadError if the spec's overrides make no sense."""
     # timm's data config knows the size that the pretrained weights had, which kwargs may have changed.
     size = (model.in_chans, *default_size(model))
     try:

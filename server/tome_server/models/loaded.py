@@ -85,7 +85,7 @@ def normalise(images: Tensor, settings: ImageSettings) -> Tensor:
 
 
 def loaded_model(merged: MergedModel, preprocess: Preprocess, *, name: str, architecture: str) -> LoadedModel:
-    """Return a model of a network, with what the network itself tells about it; the rest of `info` is left out."""
+    """Return a model of a network. Only what follows from the network is in `info`; the rest is at its defaults."""
     _, height, width = preprocess.settings.input_size
     rows, columns = merged.grid(height, width)
     largest_r = mergeable(rows * columns + merged.prefix, merged.prefix)

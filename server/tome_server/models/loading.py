@@ -1,4 +1,4 @@
-"""Loads what is to be served: the bundled model, a timm architecture with pretrained weights, or a local checkpoint."""
+"""Loads models: the bundled one, a timm architecture with pretrained weights, or a local checkpoint."""
 
 import logging
 import math
@@ -31,28 +31,35 @@ from tome_server.models.quality_report import measured_quality, read_report
 from tome_server.models.spec import ModelSpec, Outline, in_dtype
 from tome_server.models.timm_names import check_architecture
 from tome_server.models.transform import ImageSettings
-from tome_server.models.weights.importing import Imported, fitted, inferred, outline_weights, read_weights
+from tome_server.models.weights.importing import ImportedWeights, fitted, inferred, outline_weights, read_weights
 
 log = logging.getLogger(__name__)
 
-# Largest difference between timm's logits and ours at r = 0, as a share of the largest logit, that rounding explains.
+# The largest difference between timm's logits and ours at r = 0, as a share of the largest logit, that is rounding.
 EQUAL = 1e-4
-# More than any model has; a mistyped number would otherwise be found out by memory that runs out.
+# More than any model has. A mistyped number would otherwise use up all memory.
 MOST_BLOCKS = 1000
-# Tokens to an image, of which the largest of timm's models have a third.
+# Tokens of an image: three times as many as the largest of timm's models have.
 MOST_PATCHES = 2**14
-# Returns what a function that measures returns, or what it returned before.
+# Calls a function that measures and returns its value, or returns the value of an earlier call.
 Recall: TypeAlias = Callable[[Callable[[], float]], float]
 
 
 def load(
     spec: ModelSpec, device: torch.device, limits: Limits | None = None, *, recall: Recall = lambda measure: measure()
 ) -> LoadedModel:
-    """Load a model onto `device` and prove that it gives timm's own answer at r = 0. A dtype of auto is float32 here.
+    """Load a model onto a device, and prove that it gives timm's own logits at r = 0.
 
-    On a CPU it is made for as many threads as torch is set to; `recall` may know what these gain by dividing a single
-    image among them. Raises ModelLoadError, in words for the operator, if any part of the spec can't be had or doesn't
-    fit.
+    On a CPU it is made for as many threads as torch is set to.
+
+    Args:
+        spec: What to load. A dtype of auto means float32 here.
+        device: Where to load it.
+        limits: What one image may cost.
+        recall: Returns how much faster the threads run a single image by dividing it, measured now or earlier.
+
+    Raises:
+        ModelLoadError: If any part of the spec can't be read or doesn't fit. The message is for the operator.
     """
     if spec.dtype == "auto":
         spec = in_dtype(spec, "float32")
@@ -61,7 +68,7 @@ def load(
 
 
 def _load(spec: ModelSpec, device: torch.device, limits: Limits, recall: Recall) -> LoadedModel:
-    spec = outline(spec).spec  # what can be told without weights is said before they are read or downloaded
+    spec = outline(spec).spec  # raises for most faults, before weights are read or downloaded
     model = create(spec)
     if spec.checkpoint is not None:
         weights = read_weights(spec.checkpoint)
@@ -76,7 +83,7 @@ def _load(spec: ModelSpec, device: torch.device, limits: Limits, recall: Recall)
     if spec.dtype == "float32":
         merged, gain = _packed(merged, recall)
     _check_equal(plain, merged, settings, device)
-    # Only now, for the rounding of lesser types would hide what the check looks for.
+    # After the check, for which the rounding of types of lower precision is too coarse.
     merged = merged.to(getattr(torch, spec.dtype))
     if spec.dtype != "float32":
         _check_finite(merged.model, f"{spec.checkpoint or spec.architecture} in {spec.dtype}")
@@ -103,10 +110,11 @@ def _load(spec: ModelSpec, device: torch.device, limits: Limits, recall: Recall)
 
 
 def outline(spec: ModelSpec) -> Outline:
-    """Find out what can be known of a model without reading, downloading or making room for its weights.
+    """Find out what can be known about a model without reading or downloading its weights, or memory for them.
 
-    Raises ModelLoadError, in words for the operator, for whatever is wrong by then: the architecture's name, what can't
-    be merged, tensors that don't fit as their file's header has them, labels, settings of images, the quality report.
+    Raises ModelLoadError, with a message for the operator, for faults that show without weights: an unknown
+    architecture or one that can't be merged, tensors that don't fit by their file's header, labels, image settings, the
+    quality report.
     """
     with _said_where(spec):
         return _outline(spec)
@@ -114,7 +122,7 @@ def outline(spec: ModelSpec) -> Outline:
 
 @contextmanager
 def _said_where(spec: ModelSpec) -> Iterator[None]:
-    """Have what is wrong with a model that has a folder of its own begin with that, where it doesn't name it."""
+    """Put the folder of the model before the message of a ModelLoadError that doesn't name it, if there is a folder."""
     try:
         yield
     except ModelLoadError as error:
@@ -139,7 +147,7 @@ def _outline(spec: ModelSpec) -> Outline:
     try:
         with torch.device("meta"):
             model = timm.create_model(spec.architecture, **dict(spec.kwargs)).eval()
-    except Exception:  # not every architecture can be built without memory; what is wrong shows in building it for real
+    except Exception:  # some architectures can't be built without memory; for faults, building the model raises again
         return Outline(spec)
     try:
         check_supported(model)
@@ -147,7 +155,7 @@ def _outline(spec: ModelSpec) -> Outline:
         raise ModelLoadError(f"{spec.architecture} can't be merged: {error}") from error
     if weights is not None and (tensors := _without_values(weights, model)):
         _check_fit(model, tensors, weights.path, spec.architecture)
-    if spec.labels is None or not spec.labels.is_fifo():  # a pipe, as of `<(command)`, can be read but once
+    if spec.labels is None or not spec.labels.is_fifo():  # a pipe, such as `<(command)`, can be read only once
         _labels(spec, model)
     settings = image_settings(spec, model)
     patches = math.prod(patch_grid(model, *settings.input_size[1:]))
@@ -162,8 +170,8 @@ def _outline(spec: ModelSpec) -> Outline:
         raise ModelLoadError(f"{spec.name} fails on an input of {list(settings.input_size)}: {error}") from error
 
 
-def _without_values(weights: Imported, model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """Return what `fitted` does, without values; None where timm needs them to convert it."""
+def _without_values(weights: ImportedWeights, model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """Return the tensors in the form of `model`, without values; None if timm needs the values to convert them."""
     outlined = {name: tensor.to("meta") for name, tensor in weights.tensors.items()}
     try:
         return fitted(replace(weights, tensors=outlined), model)
@@ -172,7 +180,10 @@ def _without_values(weights: Imported, model: nn.Module) -> dict[str, torch.Tens
 
 
 def _packed(merged: MergedModel, recall: Recall) -> tuple[MergedModel, float | None]:
-    """Return `merged` with packed weights if it can have them, and by what gain few threads divide single images."""
+    """Return `merged` with packed weights, if it can have them.
+
+    On a few threads, also return how many times as fast these run a single image by dividing it, else None.
+    """
     if not packable(merged):
         return merged, None
     if not few_threads():
@@ -182,9 +193,9 @@ def _packed(merged: MergedModel, recall: Recall) -> tuple[MergedModel, float | N
 
 
 def create(spec: ModelSpec) -> VisionTransformer:
-    """Build timm's model: with pretrained weights from the hub or, where there is a checkpoint, with random ones.
+    """Build timm's model: with pretrained weights from the hub or, if there is a checkpoint, with random weights.
 
-    Raises ModelLoadError if there is none of that name, it can't be merged, or the hub can't be reached.
+    Raises ModelLoadError if timm has no such model, it can't be merged, or the hub can't be reached.
     """
     check_architecture(spec.architecture)
     try:
@@ -195,9 +206,9 @@ def create(spec: ModelSpec) -> VisionTransformer:
     except UnsupportedModelError as error:
         raise ModelLoadError(f"{spec.architecture} can't be merged: {error}") from error
     except Exception as error:
-        # Whatever the hub's client raises without a network, or timm for arguments that don't fit.
+        # The hub's client and timm raise all kinds of errors, without a network or for arguments that don't fit.
         if spec.checkpoint:
-            # torch's own errors go on with a trace of its C++ code.
+            # After the first line, torch's own errors have a trace of its C++ code.
             why = str(error).partition("\n")[0] or repr(error)
             raise ModelLoadError(f"{spec.architecture} can't be built: {why}") from error
         raise ModelLoadError(
@@ -208,9 +219,9 @@ def create(spec: ModelSpec) -> VisionTransformer:
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Path, architecture: str) -> None:
-    """Put the weights that came from `path` into a model.
+    """Put weights that were read from `path` into a model.
 
-    Raises ModelLoadError unless they fit to the last tensor and each of their values is a number.
+    Raises ModelLoadError unless every tensor fits and every value is finite.
     """
     _check_fit(model, weights, path, architecture)
     model.load_state_dict(weights)
@@ -218,7 +229,7 @@ def put_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Pat
 
 
 def _check_fit(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Path, architecture: str) -> None:
-    """Raises ModelLoadError unless tensors, with or without values, have the names, shapes and kind of the model's."""
+    """Raises ModelLoadError unless tensors, which need no values, have the names, shapes and kinds of the model's."""
     wanted = model.state_dict()
     both = [key for key in wanted if key in weights]
     problems = {
@@ -246,8 +257,8 @@ def _check_finite(model: nn.Module, what: str) -> None:
             raise ModelLoadError(f"{what}: {name} holds {held}; such weights give no answer")
 
 
-def _first(keys: list[str], most: int = 5) -> str:
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+def _first(keys: list[str], count: int = 5) -> str:
+    return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")
 
 
 def _labels(spec: ModelSpec, model: VisionTransformer) -> tuple[str, ...]:

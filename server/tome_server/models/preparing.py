@@ -1,4 +1,4 @@
-"""Makes the folder that a model of a repository is served from: of the hub's weights, local ones, or a new head."""
+"""Makes the folder of a model in a repository, from the hub's weights, local ones, or a new head."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -39,39 +39,40 @@ _DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a model is to be made of."""
+    """What to make a model from."""
 
     source: str
     """bundled:NAME, or timm's name of an architecture, with or without a tag."""
     weights: Path | None = None
-    """A checkpoint, or an ONNX export; None takes timm's pretrained weights from the hub."""
+    """A checkpoint or an ONNX export; None for timm's pretrained weights from the hub."""
     labels: Path | None = None
-    """One class name a line; None takes ImageNet's where the classes are ImageNet's."""
+    """A file with one class name a line; None for ImageNet's names, if the classes are ImageNet's."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of timm's create_model; num_classes and img_size are taken from the weights if left out."""
+    """Further arguments of timm's create_model. If left out, num_classes and img_size follow from the weights."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Overrides of timm's data config."""
     default_budget: float | None = None
-    """seconds"""
+    """Seconds."""
     license: str = ""
     description: str = ""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model whose folder was made, and which was loaded from it to prove that it can be."""
+    """A model whose folder was made, and which was loaded from it as a proof."""
 
     spec: ModelSpec
     model: LoadedModel
     left_out: tuple[str, ...] = ()
-    """Tensors of the weights' file that aren't the Vision Transformer's."""
+    """Tensors of the file of weights that aren't part of the Vision Transformer."""
 
 
 def prepare(recipe: Recipe, name: str, folder: Path) -> Prepared:
     """Fill the empty `folder` with the model that requests will call `name`.
 
-    Raises ModelLoadError if the weights can't be had or don't fit, or the model can't be served; ConfigError if there
-    is no such bundled model.
+    Raises:
+        ModelLoadError: If the weights can't be read or downloaded or don't fit, or the model can't be served.
+        ConfigError: If there is no such bundled model.
     """
     if recipe.source.startswith(BUNDLED_PREFIX):
         spec = bundled_spec(recipe.source.removeprefix(BUNDLED_PREFIX))
@@ -79,7 +80,7 @@ def prepare(recipe: Recipe, name: str, folder: Path) -> Prepared:
         return _proved(folder, name)
     left_out: tuple[str, ...] = ()
     licensed = recipe.license
-    # What is wrong with it is said before weights are read or downloaded, as far as that goes.
+    # Raises for most faults, before weights are read or downloaded.
     spec = outline(
         ModelSpec(name=name, architecture=recipe.source, kwargs=dict(recipe.kwargs), checkpoint=recipe.weights)
     ).spec
@@ -106,7 +107,7 @@ def prepare(recipe: Recipe, name: str, folder: Path) -> Prepared:
     _write_weights(folder, model.state_dict())
     _write_config(folder, config)
     prepared = _proved(folder, name)
-    # What timm says of a name may change, so that all that it says now is written down.
+    # timm may change the data config of a name, so all of it is written down.
     _write_config(folder, config | {"data": asdict(prepared.model.info.preprocess.settings)})
     if prepared.model.info.labels and not recipe.labels:
         write_labels(folder, prepared.model.info.labels)
@@ -114,7 +115,7 @@ def prepare(recipe: Recipe, name: str, folder: Path) -> Prepared:
 
 
 def headless_weights(spec: ModelSpec) -> dict[str, Tensor]:
-    """Return a stored model's weights but for its classifier.
+    """Return a stored model's weights without its classifier.
 
     Raises ModelLoadError if they can't be read, or the classifier is more than one linear layer.
     """
@@ -128,9 +129,17 @@ def headless_weights(spec: ModelSpec) -> dict[str, Tensor]:
 def prepare_with_head(
     spec: ModelSpec, weights: Mapping[str, Tensor], head: Head, labels: Sequence[str], folder: Path
 ) -> Prepared:
-    """Fill the empty `folder` with a stored model of other `weights`, its own without a head, and a classifier.
+    """Fill the empty `folder` with a stored model that has a new classifier.
 
-    Raises ModelLoadError if that can't be served.
+    Args:
+        spec: The stored model.
+        weights: Its weights without a classifier.
+        head: The new classifier.
+        labels: The names of its classes.
+        folder: Where the model is written.
+
+    Raises:
+        ModelLoadError: If the model can't be served.
     """
     assert spec.checkpoint is not None
     config = yaml.safe_load(read_text(spec.checkpoint.parent / CONFIG))
@@ -142,7 +151,7 @@ def prepare_with_head(
 
 
 def carry_over(spec: ModelSpec, folder: Path) -> None:
-    """Copy what else lies in a stored model's folder, such as its licence, into the one that takes its place."""
+    """Copy the other files in a stored model's folder, such as a licence, into the folder that replaces it."""
     assert spec.checkpoint is not None
     made = {CONFIG, WEIGHTS, OTHER_WEIGHTS, LABELS, PROFILES, *(quality_file(folder, dtype).name for dtype in _DTYPES)}
     for path in spec.checkpoint.parent.iterdir():
@@ -166,19 +175,19 @@ def _proved(folder: Path, name: str) -> Prepared:
 
 def _write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
-    # safetensors lets only the file's owner read it; the server may be another user.
+    # safetensors makes files that only their owner can read, but the server may run as another user.
     (folder / WEIGHTS).chmod(0o644)
 
 
 def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write what is set."""
+    """Write the settings that are set."""
     given = {key: _plain(value) for key, value in config.items() if value not in (None, "", {})}
     text = yaml.safe_dump(given, default_flow_style=None, width=120, sort_keys=False, allow_unicode=True)
     (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:
-    """Return `value` with lists in place of tuples, which YAML has none of."""
+    """Return `value` with lists in place of tuples, which YAML doesn't have."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

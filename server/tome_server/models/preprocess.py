@@ -1,4 +1,4 @@
-"""From an encoded image, pixels or a ready tensor to a model's input, with bounds on what a request may cost."""
+"""Turns an encoded image, pixels or a ready tensor into a model's input, within bounds on what a request may cost."""
 
 import math
 from collections.abc import Sequence
@@ -28,42 +28,42 @@ class Limits:
     max_pixels: int = 50_000_000
     """Width times height, before and after resizing."""
     max_decode_bytes: int = 320 * 2**20
-    """Memory to decode and prepare it, as its header foretells."""
+    """Memory to decode and prepare it, estimated from its header."""
 
 
 @dataclass(frozen=True)
 class InputSize:
-    """What preparing an input takes, as far as its first bytes say."""
+    """What preparing an input costs, estimated from its first bytes."""
 
     kind: str
-    """Inputs of one kind take about the same time a megapixel."""
+    """Inputs of the same kind take about the same time for each megapixel."""
     megapixels: float
     decode_bytes: int
-    """The most memory that it takes while it is prepared."""
+    """The most memory that preparing it takes."""
 
 
 class Preprocess:
     """Prepares one image at a time; safe to call from several threads.
 
-    What it returns as uint8 is still to be normalised, which `LoadedModel.input` does.
+    Images that it returns as uint8 are normalised later, by `LoadedModel.input`.
     """
 
     def __init__(self, settings: ImageSettings, limits: Limits) -> None:
         self.settings = settings
         self.limits = limits
         self.shortest = math.floor(max(settings.input_size[1:]) / settings.crop_pct)
-        """Pixels: timm resizes the shorter side to this, or to less where height and width differ, then crops."""
+        """Pixels to which timm resizes the shorter side, or to fewer if height and width differ, before it crops."""
 
     def encoded_size(self, data: bytes) -> InputSize:
-        """Return what `encoded` takes, without decoding anything.
+        """Return what `encoded` will cost, without decoding anything.
 
-        Raises InvalidRequestError for what `encoded` refuses, as far as the first bytes say.
+        Raises InvalidRequestError if the first bytes show that `encoded` will refuse the image.
         """
         header = self._header(data)
         return InputSize(header.kind_at(self.shortest), header.megapixels, header.decode_bytes(self.shortest))
 
     def pixels_size(self, shape: Sequence[int], data: bytes) -> InputSize:
-        """Return what `pixels` takes. Raises InvalidRequestError for what it refuses."""
+        """Return what `pixels` will cost. Raises InvalidRequestError for pixels that it refuses."""
         if len(shape) != 3 or shape[2] != 3 or min(shape) < 1:
             raise InvalidRequestError("tensor.shape", f"must be [height, width, 3] for uint8, not {list(shape)}")
         self._check_length(shape, data, 1)
@@ -71,7 +71,7 @@ class Preprocess:
         return InputSize("pixels", shape[0] * shape[1] / 1e6, 2 * len(data))
 
     def normalised_size(self, shape: Sequence[int], data: bytes) -> InputSize:
-        """Return what `normalised` takes. Raises InvalidRequestError for what it refuses, but for values."""
+        """Return what `normalised` will cost. Raises InvalidRequestError for a shape or length that it refuses."""
         if tuple(shape) != self.settings.input_size:
             raise InvalidRequestError(
                 "tensor.shape", f"must be {list(self.settings.input_size)} for float32, not {list(shape)}"
@@ -82,8 +82,8 @@ class Preprocess:
     def encoded(self, data: bytes) -> NDArray[np.uint8]:
         """Decode and prepare a JPEG, PNG, WebP or BMP image: [C, H, W] uint8.
 
-        EXIF orientation is honoured, transparency is laid on white, and nothing else that lies beside the pixels is
-        read. Raises InvalidRequestError if the image can't be decoded, is animated, or is larger than the limits.
+        EXIF orientation is applied and transparency laid on white; no other metadata is read. Raises
+        InvalidRequestError if the image can't be decoded, is animated, or is larger than the limits.
         """
         header = self._header(data)
         return transform(decode(bare(data, header), header, self.shortest, self._mode("image")), self.settings)
@@ -124,7 +124,7 @@ class Preprocess:
         return transform(Upright(image, None, self._mode("tensor.shape"), 1), self.settings)
 
     def normalised(self, shape: Sequence[int], data: bytes) -> NDArray[np.float32]:
-        """Take a model's input as it is, `shape` [C, H, W] little-endian float32.
+        """Return a ready input, `shape` [C, H, W] in little-endian float32, as an array.
 
         Raises InvalidRequestError if the shape isn't the model's or a value isn't finite.
         """
@@ -135,7 +135,7 @@ class Preprocess:
         return values.astype(np.float32, copy=False)
 
     def _mode(self, field: str) -> str:
-        """Return what Pillow calls an image that has the model's channels."""
+        """Return Pillow's mode of an image that has the model's channels."""
         channels = self.settings.input_size[0]
         if channels not in (1, 3):
             raise InvalidRequestError(field, f"can't feed this model, whose input has {channels} channels")
@@ -155,14 +155,14 @@ class Preprocess:
         limit = self.limits.max_pixels
         if width * height > limit:
             raise InvalidRequestError(field, f"is {width}×{height} pixels; at most {limit:,} pixels are accepted")
-        # A thread of pixels grows enormous when its shorter side is brought to the model's size.
+        # A very long and thin image becomes huge when its shorter side is resized to the model's size.
         growth = self.shortest / min(width, height)
         if width * height * growth**2 > limit:
             raise InvalidRequestError(field, f"is {width}×{height} pixels, too long and thin to be resized")
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the orientation of an image that Pillow has opened. EXIF that can't be read means none."""
+    """Return the EXIF orientation of an image that Pillow has opened; 1, upright, if it can't be read."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:

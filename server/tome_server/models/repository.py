@@ -1,8 +1,8 @@
-"""Models on disk: one folder a model, with everything that serving it takes. Knows nothing of torch.
+"""Models on disk: one folder for each model, with everything that serving it needs. Doesn't import torch.
 
 A model's folder holds `config.yaml` and `weights.safetensors`, and may hold `labels.txt`, `quality.json` and
-`profiles/`. Or it holds versions: folders named 1, 2, … that each are such a folder; then its own `config.yaml`, if
-there is one, may say which of them is served, else the highest is.
+`profiles/`. Or it holds versions: folders named 1, 2, …, each of which is such a folder. Then its own `config.yaml`, if
+there is one, may say which version is served; by default it is the highest.
 """
 
 import logging
@@ -26,7 +26,7 @@ from tome_server.models.weights.checkpoint_header import check_header
 
 log = logging.getLogger(__name__)
 
-# What torch wrote. Read with weights_only, so that no code in it is run.
+# Weights that torch.save wrote. They are read with weights_only, so that no code in them is run.
 OTHER_WEIGHTS = "weights.pth"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -39,7 +39,7 @@ _FORBIDDEN = frozenset({
 
 
 def check_name(name: str) -> str:
-    """Return `name` if a model may be called that, and a folder after it. Raises ConfigError if not."""
+    """Return `name` if models and their folders may have it. Raises ConfigError if not."""
     if not _NAME.fullmatch(name):
         raise ConfigError(
             f"{name!r} is no name of a model: 1 to 100 letters, digits, dots, dashes and underscores, the first a "
@@ -55,7 +55,7 @@ def _kwargs(value: dict[str, Any]) -> dict[str, Any]:
 
 
 class VersionConfig(ModelSettings):
-    """What `config.yaml` says of a model."""
+    """What `config.yaml` says about a model."""
 
     architecture: str
     """timm's name, with or without a tag."""
@@ -78,13 +78,13 @@ class Contents:
     """What a repository holds."""
 
     specs: list[ModelSpec]
-    """Of the models that can be loaded, as far as can be told without doing so; in order of name."""
+    """The models without faults, as far as that shows without loading them; in order of name."""
     faults: dict[str, ConfigError]
-    """What is wrong with each of the others, by name. No model's fault is another's."""
+    """What is wrong with each of the others, by name."""
 
 
 class Repository:
-    """The models in one folder. Reads the disk anew at every call, so that it says what is there now."""
+    """The models in one folder. Every call reads the disk anew."""
 
     def __init__(self, folder: Path) -> None:
         """Raises ConfigError if `folder` is none."""
@@ -93,7 +93,7 @@ class Repository:
         self.folder = folder
 
     def names(self) -> list[str]:
-        """Return the models' names in order: those of the folders that can be a model's.
+        """Return the models' names in order: the names of all folders that can be a model's.
 
         Raises ConfigError if the repository can't be read.
         """
@@ -104,7 +104,7 @@ class Repository:
         folder = self._model(name)
         try:
             found = [path.name for path in folder.iterdir() if path.name.isdecimal() and _is_folder(path)]
-        except OSError as error:  # removed meanwhile, or not ours to read
+        except OSError as error:  # removed meanwhile, or not readable
             raise ConfigError(f"{folder} can't be read: {error.strerror}") from error
         for version in found:
             if not _VERSION.fullmatch(version):
@@ -112,7 +112,7 @@ class Repository:
         return sorted(map(int, found))
 
     def served(self, name: str) -> int | None:
-        """Return the version that is served unless another is asked for, None without versions. Raises ConfigError."""
+        """Return the version that is served by default, None if there are no versions. Raises ConfigError."""
         versions = self.versions(name)
         if not versions:
             return None
@@ -136,7 +136,7 @@ class Repository:
         return self._model(name) / str(version or "")
 
     def spec(self, name: str, version: int | None = None) -> ModelSpec:
-        """Return what to load for a model, checked as far as that goes without loading it.
+        """Return what to load for a model, after all checks that don't need to load it.
 
         Raises ConfigError, naming file and field, if anything is missing or wrong.
         """
@@ -144,10 +144,10 @@ class Repository:
         return read_folder(folder, name, int(folder.name) if self.versions(name) else None)
 
     def scan(self) -> Contents:
-        """Return what to load for every model, and what is wrong with those that can't be.
+        """Return what to load for every model, and what is wrong with those that can't be loaded.
 
-        What can't be a model, such as a file or the folder `lost+found`, is passed over with a line of the log. Raises
-        ConfigError if the repository can't be read.
+        Entries that can't be a model, such as a file or the folder `lost+found`, are skipped with a line in the log.
+        Raises ConfigError if the repository can't be read.
         """
         contents = Contents([], {})
         for path in self._entries():
@@ -163,11 +163,21 @@ class Repository:
         return contents
 
     def write(self, name: str, fill: Callable[[Path], None], *, version: int | None = None, replace: bool) -> Path:
-        """Make a model's folder, whole or not at all: `fill` writes into an empty one, which then takes its place.
+        """Write a model's folder, whole or not at all.
 
-        With `version`, a version folder of the model; a model that had no versions becomes its version 1 then. Returns
-        the folder. Raises ConfigError if there is one already and it isn't to be replaced, if a model has versions and
-        is written without one, and what `fill` raises.
+        Args:
+            name: The model.
+            fill: Writes the model into an empty folder, which then takes its place.
+            version: The version to write; None for a model without versions. A model that had no versions yet becomes
+                version 1 of itself.
+            replace: Whether a folder that is there already is replaced.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ConfigError: If the folder exists and may not be replaced, or if the model has versions and none is named.
+            Exception: What `fill` raises.
         """
         place = self.folder / check_name(name)
         if version is None and place.is_dir() and self.versions(name):
@@ -179,14 +189,14 @@ class Repository:
             place /= str(version)
         if place.exists() and not replace:
             raise ConfigError(f"{place} exists; remove it first, or take another name or version")
-        # On the same file system as its place, and passed over by names() meanwhile.
+        # On the same file system, and with a name that names() skips.
         draft, before = (self.folder / f".{name}-{secrets.token_hex(4)}" for _ in range(2))
         draft.mkdir()
         try:
             try:
                 fill(draft)
             except (ConfigError, ModelLoadError) as error:
-                # As the folder would have been called.
+                # Messages name the final folder, not the draft.
                 raise type(error)(str(error).replace(str(draft), str(place))) from error
             if version is not None and plain:
                 _with_version_1(plain, draft, str(version), before)
@@ -201,9 +211,9 @@ class Repository:
         return place
 
     def remove(self, name: str, version: int | None = None) -> Path:
-        """Delete a model, or one version of it. Returns the folder that was. Raises ConfigError if there is none."""
+        """Delete a model, or one version of it, and return its folder. Raises ConfigError if there is none."""
         folder = self._model(name) if version is None else self.path(name, version)
-        # Out of sight first: a scan sees all of it or nothing.
+        # Renamed first, so that a scan sees all of it or nothing.
         gone = self.folder / f".{name}-{secrets.token_hex(4)}"
         folder.rename(gone)
         shutil.rmtree(gone)
@@ -261,10 +271,10 @@ def read_folder(folder: Path, name: str, version: int | None = None) -> ModelSpe
 
 
 def _with_version_1(model: Path, draft: Path, version: str, both: Path) -> None:
-    """Give a model that has no versions two: what it is, as version 1, and `draft`. `both` is a place to do it in.
+    """Turn a model without versions into one with two: itself as version 1, and `draft`.
 
-    The model's folder is exchanged as a whole: a scan finds the old one or the new one, but none between two renames.
-    If the second fails, the first is undone.
+    `both` is a path for the new folder, until it takes the model's place. Between the last two renames a scan finds no
+    such model; if the second fails, the first is undone.
     """
     both.mkdir()
     draft.rename(both / version)
@@ -283,12 +293,12 @@ def _is_there(path: Path) -> bool:
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except OSError:  # not ours to look into
+    except OSError:  # not readable
         return False
 
 
 def _is_file(path: Path) -> bool:
-    """Return whether there is a file. Raises ConfigError for what is there and is none: a folder, a broken link."""
+    """Return whether there is a file. Raises ConfigError for anything else that is there: a folder, a broken link."""
     try:
         if path.is_file():
             return True
@@ -300,7 +310,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _holds_a_model(folder: Path) -> bool:
-    """Return whether somebody meant a folder to be a model's, though it can't be called what it is."""
+    """Return whether a folder looks like a model's, though its name isn't one that a model may have."""
     if folder.name.startswith("."):
         return False
     with suppress(OSError):
@@ -309,5 +319,5 @@ def _holds_a_model(folder: Path) -> bool:
 
 
 def _shown(name: str) -> str:
-    """Return a file's name as messages have it: one that holds line breaks, or isn't text, in quotes."""
+    """Return a file's name as messages show it: in quotes if it holds line breaks or isn't text."""
     return name if name.isprintable() else repr(name)

@@ -1,4 +1,4 @@
-"""What to load: where a model's parts are. Knows nothing of torch."""
+"""What to load: where a model's parts are. Doesn't import torch."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -37,32 +37,32 @@ class ModelSpec:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of timm's create_model."""
     checkpoint: Path | None = None
-    """Local weights (.safetensors, or .pth read with weights_only); None takes timm's pretrained ones from the hub."""
+    """Local weights (.safetensors, or .pth read with weights_only); None for timm's pretrained ones from the hub."""
     labels: Path | None = None
-    """One class name a line; None takes ImageNet's where the classes are ImageNet's."""
+    """A file with one class name a line; None for ImageNet's names, if the classes are ImageNet's."""
     quality: Path | None = None
-    """What `tome-server evaluate` or `tome-server tune` wrote, in the model's dtype; in float32 where that is auto."""
+    """A report of `tome-server evaluate` or `tome-server tune` in the model's dtype, or in float32 if that is auto."""
     quality_bfloat16: Path | None = None
-    """The same in bfloat16, where dtype is auto: bfloat16 is chosen only if it says that this agrees with float32."""
+    """A report in bfloat16, if dtype is auto: bfloat16 is only chosen if this shows that it agrees with float32."""
     schedules: Mapping[int, Sequence[int]] = field(default_factory=dict)
-    """By r, the tokens that each block merges there, beside those that `quality` holds."""
+    """By r, the tokens that each block merges, in addition to the schedules in `quality`."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Overrides of timm's data config: input_size, mean, std, interpolation, crop_pct, crop_mode."""
     default_budget: float | None = None
     """Latency budget, in seconds, of requests that set none."""
     proportional_attention: bool | None = None
-    """None: on, but for MAE weights."""
+    """None means on, except for MAE weights."""
     dtype: DtypeSetting = "auto"
-    """Of weights and activations; auto is what `calibration.choose_dtype` makes of it, elsewhere float32."""
+    """Of weights and activations. `calibration.choose_dtype` decides what auto is; everywhere else it is float32."""
     description: str = ""
     version: int | None = None
-    """Of a model that has versions."""
+    """None for a model without versions."""
     profiles: Path | None = None
-    """Folder of latencies that came with the model; more may be kept elsewhere."""
+    """Folder of profiles that came with the model; others may be kept elsewhere."""
     overrides: "ModelOverrides | None" = None
-    """How it is served where that isn't as the server's settings say; None if it is in everything."""
+    """The model's settings that take the place of the server's; None if there are none."""
     file: Path | None = None
-    """The model's own file that says so, if there is one."""
+    """The model's own file of settings, if there is one."""
 
     @property
     def max_batch(self) -> int | None:
@@ -76,26 +76,26 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Outline:
-    """What is known of a model without its weights."""
+    """What is known about a model without its weights."""
 
     spec: ModelSpec
-    """With the arguments of create_model that the checkpoint tells, where they were left out."""
+    """Completed by arguments of create_model that follow from the checkpoint."""
     rs: tuple[int, ...] = ()
-    """The r grid; empty where timm can't build the model without memory for its weights."""
+    """The r grid; empty if timm can't build the model without memory for its weights."""
 
 
 def quality_file(folder: Path, dtype: DtypeSetting) -> Path:
-    """Return where a model's folder keeps what `tome-server evaluate` measured of it in `dtype`."""
+    """Return where a model's folder keeps the report of `tome-server evaluate` in `dtype`."""
     return quality_beside(folder / QUALITY, dtype)
 
 
 def quality_beside(report: Path, dtype: str) -> Path:
-    """Return where the counterpart in `dtype` of a report in float32 is kept; auto's is that one itself."""
+    """Return where the counterpart in `dtype` of a report in float32 is kept; for auto, that is the report itself."""
     return report if dtype in ("auto", "float32") else report.with_stem(f"{report.stem}-{dtype}")
 
 
 def in_dtype(spec: ModelSpec, dtype: Dtype) -> ModelSpec:
-    """Return `spec` with `dtype` in place of auto, and the quality that goes with it."""
+    """Return `spec` with `dtype` in place of auto, and the quality report of that dtype."""
     quality = spec.quality_bfloat16 if dtype == "bfloat16" else spec.quality if dtype == "float32" else None
     return replace(spec, dtype=dtype, quality=quality, quality_bfloat16=None)
 
@@ -125,7 +125,7 @@ def bundled_spec(name: str, dtype: DtypeSetting = "auto") -> ModelSpec:
 
 
 def qualities(report: Path, dtype: DtypeSetting) -> dict[str, Any]:
-    """Return the fields of a ModelSpec that name quality reports, of those that lie where `report` does in float32."""
+    """Return the fields of a ModelSpec for the quality reports that exist: `report` in float32, others beside it."""
     found = {"quality": quality_beside(report, dtype)}
     if dtype == "auto":
         found["quality_bfloat16"] = quality_beside(report, "bfloat16")
@@ -133,7 +133,7 @@ def qualities(report: Path, dtype: DtypeSetting) -> dict[str, Any]:
 
 
 def weights_digest(path: Path) -> str:
-    """Return the SHA-256 of a checkpoint, in hexadecimal. Raises ModelLoadError if it can't be read, or is gone."""
+    """Return the SHA-256 of a checkpoint in hexadecimal. Raises ModelLoadError if it can't be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""timm's names of architectures, read from its source: importing timm, and with it torch, takes seconds."""
+"""timm's names of architectures, read from its source, since importing timm and with it torch takes seconds."""
 
 import difflib
 import importlib.util
@@ -11,7 +11,7 @@ from tome_server.errors import ModelLoadError
 _REGISTERED = re.compile(r"^@register_model\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
 _DEPRECATED = re.compile(r"^register_model_deprecations\(__name__, \{(.*?)^\}", re.MULTILINE | re.DOTALL)
 _KEY = re.compile(r"^\s*['\"]([\w.]+)['\"]\s*:", re.MULTILINE)
-# Fewer are not all: a timm that registers its models in another way.
+# Fewer names mean that this timm registers its models in another way.
 _LEAST = 500
 # How many names an error suggests.
 _SUGGESTED = 3
@@ -19,7 +19,7 @@ _SUGGESTED = 3
 
 @cache
 def architectures() -> frozenset[str]:
-    """Return every name that the installed timm knows, without tags; none if its source doesn't show them."""
+    """Return all names that the installed timm knows, without tags; none if they can't be read from its source."""
     found: set[str] = set()
     spec = importlib.util.find_spec("timm")
     for place in (spec.submodule_search_locations or ()) if spec else ():
@@ -32,7 +32,7 @@ def architectures() -> frozenset[str]:
 
 
 def check_architecture(architecture: str) -> None:
-    """Raises ModelLoadError, with the nearest names, for one that timm doesn't know. Its tag isn't looked at."""
+    """Raises ModelLoadError, with the nearest names, for a name that timm doesn't know. The tag isn't checked."""
     name, known = architecture.split(".")[0], architectures()
     if not known or name in known:
         return

@@ -1,7 +1,7 @@
 """timm's evaluation transform without torch, which the process that answers requests never imports.
 
-Bit for bit what `timm.data.create_transform(..., is_training=False)` gives, as a test holds. Its last step,
-normalising, is left to the device (`LoadedModel.input`): until then an image takes a byte a value, and not four.
+It gives bit for bit what `timm.data.create_transform(..., is_training=False)` gives; a test checks that. The last step,
+normalisation, is done on the device (`LoadedModel.input`): until then a value takes one byte instead of four.
 """
 
 import math
@@ -18,7 +18,7 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How a model wants its input, in timm's terms. Raises ValueError if they make no sense."""
+    """How a model's images are prepared, in timm's terms. Raises ValueError for settings that make no sense."""
 
     input_size: tuple[int, int, int]
     """channels, height, width"""
@@ -54,24 +54,24 @@ class ImageSettings:
 
     @property
     def scaled_size(self) -> tuple[int, int]:
-        """Height and width of which the crop is `crop_pct`."""
+        """Height and width that images are resized to; the crop is `crop_pct` of them."""
         _, height, width = self.input_size
         return math.floor(height / self.crop_pct), math.floor(width / self.crop_pct)
 
 
 class Picture(Protocol):
-    """What can be resized: a Pillow image that has the model's channels, or what is made into one on the way."""
+    """An image that can be resized: Pillow's with the model's channels, or one that is converted to that meanwhile."""
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height."""
 
     def resize(self, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-        """Resize it to a width and height."""
+        """Return it resized to a width and height."""
 
 
 def transform(picture: Picture, settings: ImageSettings) -> NDArray[np.uint8]:
-    """Resize and crop an image that has the model's channels: [C, H, W], to be normalised."""
+    """Resize and crop an image. Return it as [C, H, W], not yet normalised."""
     _, height, width = settings.input_size
     resample = Image.Resampling[settings.interpolation.upper()]
     resized = picture.resize(_resized_size(*picture.size, settings), resample)
@@ -82,7 +82,7 @@ def transform(picture: Picture, settings: ImageSettings) -> NDArray[np.uint8]:
 
 
 def _resized_size(width: int, height: int, settings: ImageSettings) -> tuple[int, int]:
-    """Width and height to bring an image to: its shape is kept, but by `squash`."""
+    """Return the width and height to resize an image to. Only `squash` changes its proportions."""
     scaled_height, scaled_width = settings.scaled_size
     if settings.crop_mode == "squash":
         return scaled_width, scaled_height
@@ -90,14 +90,14 @@ def _resized_size(width: int, height: int, settings: ImageSettings) -> tuple[int
         short, long = sorted((width, height))
         longer = int(scaled_height * long / short)
         return (scaled_height, longer) if width <= height else (longer, scaled_height)
-    # So large that it covers what is wanted, or that it lies within.
+    # The smallest size that covers the scaled size or, with a border, the largest that lies within it.
     choose = max if settings.crop_mode == "border" else min
     ratio = choose(height / scaled_height, width / scaled_width)
     return round(width / ratio), round(height / ratio)
 
 
 def _centre(image: Image.Image, height: int, width: int, fill: tuple[int, ...]) -> Image.Image:
-    """Cut out the middle; where the image is smaller, lay it on `fill`."""
+    """Return the middle of an image; if the image is smaller, in the middle of a border in the colour `fill`."""
     wider, higher = max(0, width - image.width), max(0, height - image.height)
     if wider or higher:
         border = (wider // 2, higher // 2, (wider + 1) // 2, (higher + 1) // 2)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tome_server.calibration.schedule_search import PerBlock, Room, search
+from tome_server.calibration.schedule_search import PerBlock, SearchSpace, search
 from tome_server.merging import tokens_per_block
 
 DEPTH = 12
@@ -18,13 +18,13 @@ def work(patches: int, prefix: int, per_block: PerBlock) -> int:
     return patches + prefix + sum(tokens_per_block(patches, prefix, per_block))
 
 
-def room(patches: int, r: int, *, prefix: int = 1, free: int = DEPTH) -> Room:
+def room(patches: int, r: int, *, prefix: int = 1, free: int = DEPTH) -> SearchSpace:
     most = work(patches, prefix, (r,) * DEPTH)
     rest = (r,) * (DEPTH - free)
-    return Room(patches, prefix, free, rest, lambda per_block: work(patches, prefix, per_block) <= most)
+    return SearchSpace(patches, prefix, free, rest, lambda per_block: work(patches, prefix, per_block) <= most)
 
 
-def tried(given: Room, better: Callable[[PerBlock], float] = lambda _: 0.0, **options: int) -> list[PerBlock]:
+def tried(given: SearchSpace, better: Callable[[PerBlock], float] = lambda _: 0.0, **options: int) -> list[PerBlock]:
     """All schedules that a search runs; `better` is to be brought down."""
     ran: list[PerBlock] = []
 

@@ -8,6 +8,7 @@ is read, here.
 import re
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tome_server.errors import InvalidRequestError
@@ -104,53 +105,82 @@ _CRITICAL = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 
 
-def _png(data: bytes) -> BareImage:
-    view = memoryview(data)
-    width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
-    at = len(PNG_SIGNATURE) + 25
-    kept: list[bytes | memoryview] = [view[:at]]
-    exif = b""
-    palette, compressed = False, 0
+@dataclass(frozen=True)
+class _Chunk:
+    name: bytes
+    whole: memoryview
+    """With its length, name and check sum."""
+
+    @property
+    def body(self) -> memoryview:
+        return self.whole[8:-4]
+
+    @property
+    def sound(self) -> bool:
+        """Whether its check sum is right."""
+        return zlib.crc32(self.whole[4:-4]) == int.from_bytes(self.whole[-4:])
+
+
+def _chunks(data: bytes) -> Iterator[_Chunk]:
+    """Yield the chunks after the first, IHDR. Raises InvalidRequestError if the file is cut off before its last pixels.
+
+    If it is cut off later, it may be without its end; the decoder finds out whether pixels are missing.
+    """
+    view, at, pixels = memoryview(data), len(PNG_SIGNATURE) + 25, False
     for _ in range(MOST_CHUNKS):
         if len(data) < at + 8:
-            if not compressed:
+            if not pixels:
                 raise cut_off("before its pixels")
-            break  # without its end, but if pixels are missing the decoder finds that out
+            return
         length, name = struct.unpack_from(">I4s", data, at)
-        body, end = at + 8, at + 12 + length
+        end = at + 12 + length
         if end > len(data):
-            if name == b"IDAT" or not compressed:
+            if name == b"IDAT" or not pixels:
                 raise cut_off(f"where {end - len(data):,} bytes or more are missing")
-            break
-        sound = zlib.crc32(view[at + 4 : end - 4]) == int.from_bytes(view[end - 4 : end])
+            return
+        yield _Chunk(name, view[at:end])
+        pixels |= name == b"IDAT" and length > 0
+        at = end
+    raise InvalidRequestError("image", f"has more than {MOST_CHUNKS:,} chunks; save it anew")
+
+
+def _png(data: bytes) -> BareImage:
+    width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
+    kept: list[bytes | memoryview] = [memoryview(data)[: len(PNG_SIGNATURE) + 25]]
+    exif = b""
+    palette, compressed = False, 0
+    for chunk in _chunks(data):
+        name, body = chunk.name, chunk.body
         if name in _CRITICAL or name == b"tRNS":
-            if not sound:
+            if not chunk.sound:
                 raise damaged(f"the check sum of a chunk that belongs to its pixels, {name.decode()}, is wrong")
             if name == b"IEND":
                 break
             if name == b"IDAT":
-                compressed += length
-                kept.append(view[at:end])
+                compressed += len(body)
+                kept.append(chunk.whole)
             elif not compressed and name != b"IHDR":
                 palette |= name == b"PLTE"
-                kept.append(_scaled(view[at:end], depth) if (name, colour) == (b"tRNS", 0) else view[at:end])
+                kept.append(_scaled(chunk.whole, depth) if (name, colour) == (b"tRNS", 0) else chunk.whole)
         elif not name.isalpha():
             raise damaged("there is something else where a PNG chunk must begin")
         elif name[:1].isupper():
             raise damaged(f"it has a PNG chunk that must be understood and isn't known, {name.decode()}")
-        elif sound and name == b"eXIf" and not exif:
-            exif = bytes(view[body : end - 4])
-        elif sound and name == b"acTL" and not compressed and length >= 4 and int.from_bytes(view[body : body + 4]) > 1:
+        elif name == b"eXIf" and not exif and chunk.sound:
+            exif = bytes(body)
+        elif name == b"acTL" and not compressed and _frames(body) > 1 and chunk.sound:
             raise InvalidRequestError("image", "is animated; send one frame")
-        at = end
-    else:
-        raise InvalidRequestError("image", f"has more than {MOST_CHUNKS:,} chunks; save it anew")
     if colour == 3 and not palette:
         raise damaged("its palette is missing")
     if compressed * _HIGHEST_DEFLATE_RATIO < width * height * _CHANNELS[colour] * depth // 8:
         raise cut_off("before its last pixel")
     kept.append(b"\0\0\0\0IEND\xaeB`\x82")
     return BareImage(b"".join(kept), orientation(exif))
+
+
+def _frames(control: memoryview) -> int:
+    """Return the number of frames that an animation's control chunk tells; 0 if it is too short."""
+    return int.from_bytes(control[:4]) if len(control) >= 4 else 0
 
 
 def _scaled(chunk: memoryview, depth: int) -> bytes | memoryview:

@@ -1,4 +1,4 @@
-"""What the header of a .safetensors file says of its tensors, read without torch, whose import takes seconds."""
+"""Reads what the header of a .safetensors file says about its tensors, without torch, whose import takes seconds."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +8,14 @@ from safetensors import SafetensorError, safe_open
 from tome_server.errors import ConfigError
 
 SUFFIX = ".safetensors"
-# What git-lfs leaves in the place of a file that it hasn't fetched.
+# The beginning of the file that git-lfs leaves in place of one that it hasn't fetched.
 _POINTER = b"version https://git-lfs"
-# Of these, weights may be: as the header names them.
+# The types that weights may have, by safetensors' names.
 _FLOATING = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor as the header describes it."""
 
     dtype: str
@@ -24,14 +24,14 @@ class Stored:
 
     @property
     def floating(self) -> bool:
-        """Whether it holds numbers that weights may be."""
+        """Whether its type is one that weights may have."""
         return self.dtype in _FLOATING
 
 
 def check_header(path: Path) -> None:
-    """Raises ConfigError for weights that are missing, aren't readable, or are damaged as far as the header tells.
+    """Raises ConfigError for weights that are missing, can't be read, or are damaged by what their header says.
 
-    Of other files than .safetensors, only that they are there and not empty is checked.
+    Files of other formats than .safetensors are only checked to be there, and not to be empty.
     """
     try:
         with path.open("rb") as file:
@@ -47,12 +47,12 @@ def check_header(path: Path) -> None:
         read_header(path)
 
 
-def read_header(path: Path) -> dict[str, Stored]:
-    """Return the tensors of a .safetensors file by name. Raises ConfigError if it can't be read or is cut short."""
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a .safetensors file by name. Raises ConfigError if it can't be read, or is cut short."""
     try:
         with safe_open(path, "numpy") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
-            return {name: Stored(part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+            return {name: StoredTensor(part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise ConfigError(f"checkpoint {path} can't be read: {_in_words(error)}") from error
 

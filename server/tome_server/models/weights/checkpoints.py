@@ -10,21 +10,21 @@ from timm.models import clean_state_dict, load_state_dict
 from torch import Tensor
 
 from tome_server.errors import ConfigError, ModelLoadError
-from tome_server.models.weights.checkpoint_header import SUFFIX, Stored, check_header, read_header
+from tome_server.models.weights.checkpoint_header import SUFFIX, StoredTensor, check_header, read_header
 
-# Stands for the type of a tensor of a header: all that matters is whether weights may be of it.
+# The types that tensors without values get: all that matters is whether weights may have them.
 _FLOATING, _OTHER = torch.float32, torch.int64
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint, .safetensors or what torch wrote; no pickled code in it is run.
+    """Read the tensors of a checkpoint, .safetensors or one that torch.save wrote. Pickled code in it is never run.
 
     Raises ModelLoadError if it can't be read.
     """
     _check(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's, about kinds of tensors that are refused below
+            warnings.simplefilter("ignore")  # torch warns of kinds of tensors that are refused below
             weights = load_state_dict(str(path), device="cpu", weights_only=True)
         tensors = {key: value for key, value in weights.items() if isinstance(value, Tensor)}
     except Exception as error:
@@ -41,7 +41,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def _oddity(tensor: Tensor) -> str | None:
-    """Return what keeps a tensor from being used as it is: most operators, copying among them, raise at it."""
+    """Return why a tensor can't be used as it is, None if it can: most operators, even copying, would raise."""
     if tensor.is_nested:
         return "is a nested tensor"
     if tensor.layout != torch.strided:
@@ -62,7 +62,7 @@ def outlined_checkpoint(path: Path) -> dict[str, Tensor]:
     return dict(clean_state_dict({name: _without_values(stored) for name, stored in header.items()}))
 
 
-def _without_values(stored: Stored) -> Tensor:
+def _without_values(stored: StoredTensor) -> Tensor:
     return torch.empty(stored.shape, dtype=_FLOATING if stored.floating else _OTHER, device="meta")
 
 

@@ -1,4 +1,4 @@
-"""Brings weights that were saved elsewhere into the form that timm's own models have."""
+"""Brings weights that other code saved into the form of timm's own models."""
 
 import math
 import re
@@ -20,7 +20,7 @@ from tome_server.merging.support import check_supported
 from tome_server.models.weights.checkpoint_header import SUFFIX
 from tome_server.models.weights.checkpoints import outlined_checkpoint, read_checkpoint
 
-# The names that Hugging Face's Dinov2Model gives to what timm calls otherwise.
+# Names of Hugging Face's Dinov2Model, and what timm calls the same parameters.
 _DINOV2_MARK = "embeddings.patch_embeddings.projection.weight"
 _DINOV2_NAMES = (
     (r"embeddings\.cls_token", "cls_token"),
@@ -36,34 +36,34 @@ _DINOV2_NAMES = (
     (r"layernorm\.(weight|bias)", r"norm.\1"),
 )
 _DINOV2_QKV = r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)"
-# Used in training alone.
+# Only used in training.
 _DINOV2_UNUSED = ("embeddings.mask_token",)
 
 
 @dataclass(frozen=True)
-class Imported:
+class ImportedWeights:
     """Weights under timm's names, from which a model can be built and filled."""
 
     path: Path
     tensors: dict[str, Tensor]
     left_out: tuple[str, ...]
-    """Tensors of other parts of the file, such as a decoder, that a Vision Transformer doesn't have."""
+    """Tensors of the file that aren't part of a Vision Transformer, such as those of a decoder."""
     input_size: tuple[int, int] | None = None
-    """Height and width in pixels that the export is for, if it says."""
+    """Height and width in pixels that the export is for, if it says so."""
     antialias: bool = True
-    """Whether the code that the weights come from antialiases position embeddings when it resizes them."""
+    """Whether the code that saved the weights antialiases position embeddings when it resizes them."""
 
     @property
     def num_classes(self) -> int:
-        """Length of the scores that the weights give; 0 for a backbone without a head."""
+        """The number of classes of the head; 0 for a backbone without one."""
         head = self.tensors.get("head.weight")
         return len(head) if head is not None and head.ndim else 0
 
 
-def read_weights(path: Path) -> Imported:
+def read_weights(path: Path) -> ImportedWeights:
     """Read a checkpoint: .safetensors, .pth or .bin (tensors only, no pickled code), or .onnx.
 
-    Raises ModelLoadError if it can't be read, or is of ONNX and the package onnx is missing.
+    Raises ModelLoadError if it can't be read, or if it is an ONNX file and the package onnx is missing.
     """
     if path.suffix == ".onnx" and path.is_file():
         try:
@@ -75,49 +75,49 @@ def read_weights(path: Path) -> Imported:
     return _imported(path, read_checkpoint(path))
 
 
-def outline_weights(path: Path) -> Imported:
-    """Do what `read_weights` does, but for the values of a .safetensors file, whose header alone is read."""
+def outline_weights(path: Path) -> ImportedWeights:
+    """Read a checkpoint like `read_weights`, but of a .safetensors file only the header: its tensors have no values."""
     return _imported(path, outlined_checkpoint(path)) if path.suffix == SUFFIX else read_weights(path)
 
 
-def _imported(path: Path, tensors: Mapping[str, Tensor], size: tuple[int, int] | None = None) -> Imported:
+def _imported(path: Path, tensors: Mapping[str, Tensor], size: tuple[int, int] | None = None) -> ImportedWeights:
     marks = [name for name in tensors if name.endswith(_DINOV2_MARK)]
     if not marks:
-        return Imported(path, dict(tensors), (), size)
+        return ImportedWeights(path, dict(tensors), (), size)
     try:
         return _from_dinov2(path, tensors, marks[0].removesuffix(_DINOV2_MARK), size)
-    except (RuntimeError, IndexError) as error:  # tensors that can't be put together
+    except (RuntimeError, IndexError) as error:  # query, key and value don't fit together
         raise ModelLoadError(f"checkpoint {path} isn't what Hugging Face's Dinov2Model saves: {error}") from error
 
 
-def fitted(weights: Imported, model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors in the form of `model`, brought there as timm does it with those of its own hub.
+def fitted(weights: ImportedWeights, model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors in the form of `model`, converted by the function that timm uses for weights of its hub.
 
-    Position embeddings of another grid are resized, and names of other code bases translated. What doesn't fit then is
-    for the caller to find. Raises ModelLoadError for tensors that timm can't make anything of.
+    It resizes position embeddings of another grid, and translates names of other code. The result may still not fit the
+    model, which the caller must check. Raises ModelLoadError for tensors that timm can't convert.
     """
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     tensors = dict(weights.tensors)
     if convert is not None:
         try:
             tensors = dict(convert(tensors, model, **({} if weights.antialias else {"antialias": False})))
-        except Exception as error:  # whatever tensors of other shapes make of timm's arithmetic
+        except Exception as error:  # timm's arithmetic raises all kinds of errors for tensors of other shapes
             raise ModelLoadError(
                 f"checkpoint {weights.path} can't be brought into the form of {type(model).__name__}: "
                 f"{str(error) or repr(error)}"
             ) from error
-    if getattr(model, "num_classes", None) == 0:  # a head that isn't wanted
+    if getattr(model, "num_classes", None) == 0:  # without a head
         tensors = {name: value for name, value in tensors.items() if not name.startswith("head.")}
     return tensors
 
 
-def inferred(architecture: str, kwargs: Mapping[str, Any], weights: Imported) -> dict[str, Any]:
-    """Return the arguments of create_model that the weights themselves tell, where timm's default would be another."""
+def inferred(architecture: str, kwargs: Mapping[str, Any], weights: ImportedWeights) -> dict[str, Any]:
+    """Return the arguments of create_model that follow from the weights, where timm's default is another value."""
     try:
         with torch.device("meta"):
             usual = timm.create_model(architecture, **{"num_classes": weights.num_classes, **kwargs})
             check_supported(usual)
-    except Exception:  # what is wrong shows in building it for real
+    except Exception:  # building the model itself will raise it again
         return {}
     found: dict[str, Any] = {"num_classes": weights.num_classes}
     size = weights.input_size or _trained_size(usual, weights)
@@ -126,20 +126,22 @@ def inferred(architecture: str, kwargs: Mapping[str, Any], weights: Imported) ->
     return found
 
 
-def _trained_size(usual: Any, weights: Imported) -> tuple[int, int] | None:
-    """Return the image size that the position embeddings are for, if they tell: their patches make a square."""
+def _trained_size(usual: Any, weights: ImportedWeights) -> tuple[int, int] | None:
+    """Return the image size that the position embeddings are for; None unless their patches make a square."""
     theirs, ours = weights.tensors.get("pos_embed"), getattr(usual, "pos_embed", None)
     if theirs is None or ours is None or theirs.ndim != 3 or theirs.shape[1] == ours.shape[1]:
         return None
     height, width = default_size(usual)
     rows, columns = patch_grid(usual, height, width)
-    patches = theirs.shape[1] - (ours.shape[1] - rows * columns)  # as many prefix tokens have a position
+    patches = theirs.shape[1] - (ours.shape[1] - rows * columns)  # the number of prefix tokens is the same
     side = math.isqrt(max(patches, 0))
     return (side * height // rows, side * width // columns) if side and side * side == patches else None
 
 
-def _from_dinov2(path: Path, tensors: Mapping[str, Tensor], prefix: str, size: tuple[int, int] | None) -> Imported:
-    """Translate Hugging Face's names, found under `prefix`, to timm's."""
+def _from_dinov2(
+    path: Path, tensors: Mapping[str, Tensor], prefix: str, size: tuple[int, int] | None
+) -> ImportedWeights:
+    """Translate Hugging Face's names, which begin with `prefix`, to timm's."""
     found: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
     left_out = []
@@ -157,7 +159,7 @@ def _from_dinov2(path: Path, tensors: Mapping[str, Tensor], prefix: str, size: t
     if "pos_embed" not in found and (halves := _position_embeddings(tensors, left_out)):
         found["pos_embed"] = torch.cat([tensors[half] for half in halves], dim=1)
         left_out = [name for name in left_out if name not in halves]
-    return Imported(path, found, tuple(left_out), size, antialias=False)
+    return ImportedWeights(path, found, tuple(left_out), size, antialias=False)
 
 
 def _translated(name: str) -> str:
@@ -168,7 +170,10 @@ def _translated(name: str) -> str:
 
 
 def _position_embeddings(tensors: Mapping[str, Tensor], among: list[str]) -> tuple[str, str] | None:
-    """Return the class token's and the patches', which an export for another input size stores apart and unnamed."""
+    """Return the names of the position embeddings of the class token and of the patches.
+
+    An export for another input size stores them apart, under names of its own.
+    """
     rows = {name: tensors[name].shape for name in among if "::" in name and tensors[name].ndim == 3}
     classes = [name for name, shape in rows.items() if shape[:2] == (1, 1)]
     patches = [name for name, shape in rows.items() if shape[1] > 1 and math.isqrt(shape[1]) ** 2 == shape[1]]

@@ -1,7 +1,7 @@
-"""Reads a network's tensors out of an ONNX export, under the names that its PyTorch modules had.
+"""Reads a network's tensors from an ONNX export, under the names that its PyTorch modules had.
 
-Exporters keep the names of parameters that the graph uses as they are. A linear layer's weight is stored transposed,
-under a number, and is known again by the bias added right after it.
+Exporters keep the names of most parameters. The weight of a linear layer is stored transposed and under a number, but
+is recognised by the bias that is added right after it.
 """
 
 from dataclasses import dataclass
@@ -18,26 +18,26 @@ from tome_server.errors import ModelLoadError
 
 @dataclass(frozen=True)
 class OnnxWeights:
-    """What an export says of the model it was made of."""
+    """What an export tells about the model that it was made from."""
 
     tensors: dict[str, Tensor]
-    """By the parameters' names; those that have none go by the graph's own."""
+    """By the names of parameters; tensors that lost theirs have the graph's names."""
     input_size: tuple[int, int] | None
-    """Height and width of its first input in pixels; None where the export left them open."""
+    """Height and width of its first input in pixels; None if the export leaves them open."""
 
 
 def read_onnx(path: Path) -> OnnxWeights:
-    """Read the tensors of the ONNX file at `path`, and of files of data beside it that it names.
+    """Read the tensors of the ONNX file at `path`, including those in data files beside it.
 
     Raises ModelLoadError if it can't be read.
     """
     try:
         graph = onnx.load(str(path)).graph
         stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
-        for node in graph.node:  # of equal tensors, such as biases of zeros, an export keeps one
+        for node in graph.node:  # an export keeps only one of several equal tensors, such as biases of zeros
             if node.op_type == "Identity" and node.input[0] in stored:
                 stored[node.output[0]] = stored[node.input[0]]
-    except Exception as error:  # protobuf's and onnx's own, and whatever a damaged file makes numpy raise
+    except Exception as error:  # errors of protobuf and onnx, and whatever numpy raises for a damaged file
         raise ModelLoadError(f"checkpoint {path} can't be read as ONNX: {str(error) or repr(error)}") from error
     if not stored:
         raise ModelLoadError(f"checkpoint {path} can't be read as ONNX: it holds no tensors")
@@ -50,7 +50,7 @@ def read_onnx(path: Path) -> OnnxWeights:
 def _name_linear_weights(
     graph: onnx.GraphProto, stored: dict[str, "np.typing.NDArray[np.generic]"]
 ) -> "dict[str, np.typing.NDArray[np.generic]]":
-    """Give each matrix that tokens are multiplied by, and that a bias X.bias follows, the name X.weight."""
+    """Give each matrix that tokens are multiplied by the name X.weight, if a bias X.bias is added to the product."""
     tensors = dict(stored)
     products = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
     for node in graph.node:
