@@ -241,8 +241,7 @@ def _timer(model: LoadedModel, device: torch.device, run: Run, stop: threading.E
     def timed(kind: _Kind) -> float:
         if stop.is_set():
             raise InterruptedError
-        rs = kind.rs[0] if len(set(kind.rs)) == 1 else kind.rs
-        return run(model, [work] * len(kind.rs), rs, device, packed=kind.packed).seconds
+        return run(model, [work] * len(kind.rs), kind.rs, device, packed=kind.packed).seconds
 
     return timed
 

@@ -143,10 +143,9 @@ class DeviceProcess:
     def _run(self, call: RunBatch) -> BatchResult:
         self._use_threads()
         images = self._images[call.key]
-        r = call.rs[0] if len(set(call.rs)) == 1 else call.rs
         with self._running:
             batch = [item.on(images.take(item.image)) for item in call.batch]
-            return run_batch(self._models[call.key], batch, r, self._device, packed=call.packed)
+            return run_batch(self._models[call.key], batch, call.rs, self._device, packed=call.packed)
 
     def _probe(self, call: Probe) -> float:
         self._use_threads()

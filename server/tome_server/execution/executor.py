@@ -40,13 +40,16 @@ def run_batch(
         Exception: What the model raises.
     """
     start = time.perf_counter()
+    if not isinstance(rs, int):
+        if len(rs) != len(batch):
+            raise ValueError(f"rs must be one for each of the {len(batch)} images, not {len(rs)}")
+        if len(set(rs)) == 1:
+            rs = rs[0]
     if packed or isinstance(rs, int):
         return BatchResult(tuple(_run(model, batch, rs, device)), time.perf_counter() - start)
-    if len(rs) != len(batch):
-        raise ValueError(f"rs must be one for each of the {len(batch)} images, not {len(rs)}")
     results: dict[int, ItemResult] = {}
     for r in sorted(set(rs)):
-        members = [i for i, own in enumerate(rs) if own == r]
+        members = [i for i, each in enumerate(rs) if each == r]
         results.update(zip(members, _run(model, [batch[i] for i in members], r, device), strict=True))
     return BatchResult(tuple(results[i] for i in range(len(batch))), time.perf_counter() - start)
 

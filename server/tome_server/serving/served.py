@@ -35,7 +35,7 @@ class Bounds:
 
 
 class ServedModel(Generic[T]):
-    """A hosted model with its profile, scheduler and defaults."""
+    """A model in service, with its profile, scheduler and defaults."""
 
     def __init__(
         self,

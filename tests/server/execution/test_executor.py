@@ -149,6 +149,22 @@ def test_the_model_is_called_once_or_once_for_each_r(
     assert batches == calls
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_one_r_for_each_image_is_one_r_for_all_if_they_are_equal(
+    model: LoadedModel, images: torch.Tensor, packed: bool
+) -> None:
+    """CUDA graphs are recorded for batches of one r, and run no others."""
+    asked: list[object] = []
+
+    def graphs(batch: torch.Tensor, r: object, **kwargs: Any) -> Any:
+        asked.append(r)
+        return model.merged(batch, r, **kwargs)
+
+    batch = [BatchItem(image, 1) for image in images]
+    run_batch(replace(model, graphs=graphs), batch, [3, 3, 3], CPU, packed=packed)
+    assert asked == [3]
+
+
 def test_time_on_the_device_is_reported(model: LoadedModel, images: torch.Tensor) -> None:
     assert run_batch(model, [BatchItem(images[0], Outputs(1))], 0, CPU).seconds > 0
 
