@@ -1,8 +1,8 @@
-"""What of an encoded image makes its pixels, without all that lies beside them.
+"""Reduces an encoded image to the bytes that its pixels are made from.
 
-Text, colour profiles, previews, EXIF and what comes after the image never reach the decoder: however large, damaged or
-hostile they are, they cost nothing, refuse nothing, and are no reason for a library's warnings. Of EXIF the orientation
-is read, here.
+Text, colour profiles, previews, EXIF and whatever follows the image never reach the decoder. However large, damaged or
+hostile they are, they take no time, cause no refusal, and make no library warn. Only the orientation is read from EXIF,
+here.
 """
 
 import re
@@ -38,7 +38,7 @@ class BareImage:
 
     data: bytes
     orientation: int
-    """As in EXIF: 1 is upright."""
+    """EXIF's orientation: 1 is upright."""
     whole: bool = True
     """False if the format's end is missing, so that the pixels may be cut off too."""
 
@@ -85,7 +85,7 @@ def _jpeg(data: bytes, header: ImageHeader) -> BareImage:
 
 
 def _end_of_scans(data: bytes, at: int) -> int | None:
-    """Return where the JPEG ends whose first scan's pixels begin at `at`; None if its end is missing."""
+    """Return where a JPEG ends, the pixels of whose first scan begin at `at`; None if its end is missing."""
     scans = 1
     while found := _AFTER_SCAN.search(data, at):
         marker = data[found.end() - 1]
@@ -109,7 +109,7 @@ _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 class _Chunk:
     name: bytes
     whole: memoryview
-    """With its length, name and check sum."""
+    """Including its length, name and check sum."""
 
     @property
     def body(self) -> memoryview:
@@ -184,7 +184,7 @@ def _frames(control: memoryview) -> int:
 
 
 def _scaled(chunk: memoryview, depth: int) -> bytes | memoryview:
-    """Scale a transparent grey of 2 or 4 bits to 8, as Pillow scales the pixels that it compares with it."""
+    """Scale a transparent grey of 2 or 4 bits to 8 bits, like the pixels that Pillow compares with it."""
     if depth not in (2, 4) or len(chunk) < 14:
         return chunk
     most = 2**depth - 1
@@ -198,7 +198,7 @@ _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), 
 
 
 def png_lacks_rows(data: bytes) -> bool:
-    """Whether the compressed pixels of a bare PNG end before its last row, though they end as they should."""
+    """Return whether the pixels of a bare PNG lack rows, though their compressed data ends properly."""
     width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
     passes = _ADAM7 if data[28] else ((0, 0, 1, 1),)
     sizes = ((-(-(width - left) // across), -(-(height - top) // down)) for left, top, across, down in passes)

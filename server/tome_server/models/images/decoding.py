@@ -1,4 +1,4 @@
-"""From the bare bytes of an image to its pixels, by Pillow."""
+"""Decodes bare images by Pillow."""
 
 import hashlib
 import io
@@ -21,7 +21,7 @@ logging.getLogger("PIL").setLevel(logging.WARNING)
 
 
 def decode(stored: BareImage, header: ImageHeader, shortest: int, mode: str) -> Upright:
-    """Decode an image, to be made upright and into `mode` piece by piece.
+    """Decode an image. It is turned upright and converted to `mode` later, piece by piece.
 
     A JPEG is decoded straight to the smallest of its scales at which no side is shorter than `shortest`. That is
     several times faster.
@@ -53,7 +53,7 @@ def _pixels(stored: BareImage, header: ImageHeader, shortest: int) -> tuple[Imag
 
 
 def _ends_in_black(image: Image.Image) -> bool:
-    """Whether the last row, or the one before it, which an interlaced PNG stores later, is all zeros.
+    """Return whether the last row is all zeros, or the one before it, which an interlaced PNG stores later.
 
     Pillow leaves rows so that aren't there.
     """
@@ -116,7 +116,7 @@ _NOT_PIXELS = bytes(1 + 89 * at % 253 for at in range(1, 254)) * 2  # in no orde
 
 
 def _without_end(data: bytes, header: ImageHeader, shortest: int) -> Image.Image:
-    """Decode a JPEG that stops without saying so, as cameras and cut video streams leave them, if its pixels are whole.
+    """Decode a JPEG without an end marker, as cameras and cut video streams leave them, if its pixels are complete.
 
     A decoder makes up the pixels that are missing, and doesn't say that it did. But if what follows the file changes
     the pixels, then the file didn't hold them.
@@ -130,7 +130,7 @@ def _without_end(data: bytes, header: ImageHeader, shortest: int) -> Image.Image
 
 
 def _something_else(data: bytes) -> bytes:
-    """Return what no decoder would make up, for where `data` goes on, and for after each restart that is due then."""
+    """Return data that no decoder would make up, to append to `data` and after each restart that is due then."""
     last = max(range(8), key=lambda number: data.rfind(bytes([0xFF, 0xD0 + number])))
     due = ((last + after) % 8 for after in range(1, 9))
     return _NOT_PIXELS + b"".join(bytes([0xFF, 0xD0 + number]) + _NOT_PIXELS for number in due)

@@ -11,7 +11,7 @@ _PREFIX = b"Exif\0\0"
 
 
 def orientation(exif: bytes) -> int:
-    """Return EXIF's orientation, 1 to 8. It is 1, upright, where EXIF can't be read or doesn't say."""
+    """Return EXIF's orientation, 1 to 8. It is 1, upright, if EXIF can't be read or has none."""
     exif = exif.removeprefix(_PREFIX)
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None or len(exif) < 8:

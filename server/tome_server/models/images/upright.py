@@ -32,16 +32,16 @@ _STRIP_PIXELS = 2**19
 
 @dataclass(frozen=True)
 class Upright:
-    """Looks like a Pillow image, as far as `transform` needs one."""
+    """Looks like a Pillow image, with the methods that `transform` uses."""
 
     stored: Image.Image
     """As it was decoded, of any mode."""
     transparent: Image.Image | None
     """A mask of the pixels of `stored` that are transparent though its mode doesn't say so."""
     mode: str
-    """What its parts are made into: RGB, or L for a model that sees grey."""
+    """What its parts are converted to: RGB, or L for a model of one channel."""
     orientation: int
-    """EXIF's: 1 if `stored` is upright, up to 8."""
+    """EXIF's, from 1 to 8: 1 if `stored` is upright."""
 
     @property
     def size(self) -> tuple[int, int]:
