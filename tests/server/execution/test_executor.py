@@ -160,7 +160,7 @@ def test_one_r_for_each_image_is_one_r_for_all_if_they_are_equal(
         asked.append(r)
         return model.merged(batch, r, **kwargs)
 
-    batch = [BatchItem(image, 1) for image in images]
+    batch = [BatchItem(image, Outputs(1)) for image in images]
     run_batch(replace(model, graphs=graphs), batch, [3, 3, 3], CPU, packed=packed)
     assert asked == [3]
 
