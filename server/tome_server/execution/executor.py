@@ -63,7 +63,9 @@ def _run(
     mapped = patches or any(outputs.token_map for outputs in asked)
     output = model.run(images, r, return_tokens=patches, return_token_map=mapped)
     logits = output.logits.float()
-    scores, class_ids = logits.softmax(dim=-1).topk(min(logits.shape[-1], max(outputs.top_k for outputs in asked)))
+    scores, class_ids = logits.softmax(dim=-1).topk(
+        min(model.info.num_classes, max(outputs.top_k for outputs in asked))
+    )
     wanted = {"scores": scores, "class_ids": class_ids}
     if any(outputs.features for outputs in asked):
         wanted["features"] = output.features.float()

@@ -165,6 +165,14 @@ def test_one_r_for_each_image_is_one_r_for_all_if_they_are_equal(
     assert asked == [3]
 
 
+def test_a_model_without_classes_predicts_none(model: LoadedModel, images: torch.Tensor) -> None:
+    """timm gives the features in place of its logits."""
+    headless = replace(model, info=replace(model.info, num_classes=0))
+    [result] = run_batch(headless, [BatchItem(images[0], Outputs(top_k=5, features=True))], 0, CPU).results
+    assert (result.class_ids, result.scores) == ((), ())
+    assert result.features
+
+
 def test_time_on_the_device_is_reported(model: LoadedModel, images: torch.Tensor) -> None:
     assert run_batch(model, [BatchItem(images[0], Outputs(1))], 0, CPU).seconds > 0
 
