@@ -57,7 +57,7 @@ def model_metadata(served: Served) -> dict[str, Any]:
 
 def model_config(served: Served, engine: Engine) -> dict[str, Any]:
     """Return ModelConfig, with the limits and defaults of this model."""
-    model, own, limits = served.model, served.own, served.model.preprocess.limits
+    model, overrides, limits = served.model, served.overrides, served.model.preprocess.limits
     about = {
         "architecture": model.architecture,
         "dtype": model.dtype,
