@@ -63,9 +63,7 @@ def outputs_of(model: ModelInfo) -> dict[str, Output]:
     return {output.name: output for output in found}
 
 
-def wanted_of(
-    model: ModelInfo, requested: Sequence[RequestedOutput], terms: Terms, as_bytes: AsBytes
-) -> list[Wanted]:
+def wanted_of(model: ModelInfo, requested: Sequence[RequestedOutput], terms: Terms, as_bytes: AsBytes) -> list[Wanted]:
     """Return the outputs that a request names, or the default ones if it names none.
 
     Raises InvalidRequestError for an output that the model doesn't have, that is named twice, or that can't be written
