@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pytest
 import timm
 import torch
 from timm.layers import Attention, LayerNorm, SwiGLU, SwiGLUPacked
@@ -208,3 +209,19 @@ OTHER_KINDS: dict[str, Kind] = {
 }
 
 KINDS = {**PLAIN_KINDS, **OTHER_KINDS}
+
+# One of each family, pool and way to keep tokens apart: enough for what no option of a layer can change.
+TYPICAL = {
+    "class token", "registers", "avg pool, no class token", "max pool with prefix", "map pool beside prefix",
+    "distilled", "gate, all norms", "SwiGLU packed", "one block", "odd number of patches, even prefix", "padded image",
+    "parallel scaling, fused output", "parallel things", "norms after", "DINOv3", "EVA-02, norms inside",
+    "RoPE, mixed", "Sapiens2, shared keys", "NaFlex, map pool",
+}  # fmt: skip
+assert KINDS.keys() >= TYPICAL
+
+each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+typical_kinds = pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, id=name, marks=() if name in TYPICAL else pytest.mark.nightly) for name, kind in KINDS.items()],
+)
+"""The typical kinds for every change, the others every night."""

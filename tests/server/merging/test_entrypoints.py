@@ -156,9 +156,24 @@ def test_entrypoint_is_unchanged_at_r_0_and_sound_at_r_above_0(entrypoint: Entry
         assert out.tokens_per_block[0] == macs(model, R).tokens
         assert (out.logits - expected).abs().max() > atol  # it did merge
 
-        # Images of a batch against each alone: in float64, where rounding cannot turn a matching.
-        model.double()
-        images = images.double()
+
+# One of each prefix, pool and family; what batches have to do with the rest is in test_model.py and test_mixed.py.
+IN_BATCHES = {
+    "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2",
+    "vit_so150m_patch16_reg4_map_256", "vit_wee_patch16_reg1_gap_256", "eva02_tiny_patch14_224",
+    "vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_ape_224", "vit_pe_core_tiny_patch16_384",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(each.name, marks=() if each.name in IN_BATCHES else pytest.mark.nightly) for each in ENTRYPOINTS],
+)
+def test_a_batch_of_an_entrypoint_gives_what_each_image_gives_alone(name: str) -> None:
+    """In float64, where rounding cannot turn a matching."""
+    model, size = build(name, num_classes=20)
+    merged, images = merge(model.double()), images_of(size, 2, torch.float64)
+    with torch.inference_mode():
         together = merged(images, R, return_token_map=True)
         for i, image in enumerate(images):
             alone = merged(image[None], R, return_token_map=True)

@@ -13,11 +13,10 @@ from torch import Tensor
 from tome_server.merging import MergedModel, MergedOutput, Schedule, merge, pack
 
 from .outputs import equal
-from .small_models import DEPTH, KINDS, PLAIN_KINDS, Kind
+from .small_models import DEPTH, KINDS, Kind, each_kind, typical_kinds
 
 SCHEDULES = (Schedule.linear(8), Schedule.linear(5, 1.0), Schedule.explicit([0, 20, 3]), Schedule.constant(4))
 
-each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 r_or_schedule = st.one_of(st.sampled_from([0, 4, 9, 1000]), st.integers(0, 40), st.sampled_from(SCHEDULES))
 
 
@@ -57,7 +56,7 @@ def test_each_image_gets_what_it_gets_alone(kind: Kind) -> None:
         assert_as_alone(merged, images, rs, merged(images, rs, return_tokens=True, return_token_map=True))
 
 
-@pytest.mark.parametrize("kind", PLAIN_KINDS.values(), ids=PLAIN_KINDS.keys())
+@typical_kinds
 def test_packed_weights_give_it_too(kind: Kind) -> None:
     merged = merge(kind.build(dtype=torch.float32).requires_grad_(False))
     images, rs = kind.images(4, dtype=torch.float32), [7, 0, 3, 7]

@@ -26,7 +26,7 @@ from tome_server.merging import (
 
 from . import reference
 from .outputs import equal
-from .small_models import KINDS, PLAIN_KINDS, SMALL, Kind, kind, randomise
+from .small_models import KINDS, PLAIN_KINDS, SMALL, Kind, each_kind, kind, randomise, typical_kinds
 
 RS: dict[str, int | Schedule] = {
     "r=0": 0,
@@ -36,8 +36,6 @@ RS: dict[str, int | Schedule] = {
     "falling": Schedule.linear(8),
     "rising": Schedule.linear(8, 1.0),
 }
-
-each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 
 
 def per_block(r: int | Schedule, depth: int) -> tuple[int, ...]:
@@ -125,7 +123,7 @@ def test_merging_equal_tokens_changes_nothing(kind: Kind) -> None:
             close(merge(model)(images, r).logits, dense)
 
 
-@each_kind
+@typical_kinds
 def test_a_batch_gives_what_each_image_gives_alone(kind: Kind) -> None:
     model, images = kind.build(), kind.images(3)
     merged = merge(model)
@@ -138,7 +136,7 @@ def test_a_batch_gives_what_each_image_gives_alone(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("r", [0, 5, 1000])
-@each_kind
+@typical_kinds
 def test_asking_for_tokens_or_the_map_does_not_change_the_answer(kind: Kind, r: int) -> None:
     merged, images = merge(kind.build()), kind.images(2)
     with torch.no_grad():
@@ -160,7 +158,7 @@ def test_asking_for_tokens_or_the_map_does_not_change_the_answer(kind: Kind, r: 
 
 
 @pytest.mark.parametrize("r", [0, 4, 11, 1000])
-@each_kind
+@typical_kinds
 def test_token_map_and_sizes_agree(kind: Kind, r: int) -> None:
     model, images = kind.build(), kind.images(2)
     out = merge(model)(images, r, return_tokens=True, return_token_map=True)
@@ -203,7 +201,7 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("training", [False, True])
-@each_kind
+@typical_kinds
 def test_the_original_is_untouched(kind: Kind, training: bool) -> None:
     model, images = kind.build().train(training), kind.images(1)
     with torch.no_grad():
@@ -330,7 +328,7 @@ def test_threads_that_share_a_merged_model_get_what_each_gets_alone(name: str) -
 
 
 @pytest.mark.parametrize("r", [0, 7])
-@each_kind
+@typical_kinds
 def test_gradients_flow_to_the_images(kind: Kind, r: int) -> None:
     merged, images = merge(kind.build()), kind.images(2).requires_grad_()
     merged(images, r).logits.square().sum().backward()
@@ -354,7 +352,7 @@ def test_gradients_of_a_merged_model_are_those_of_finite_differences(name: str) 
 
 
 @pytest.mark.parametrize("r", [0, 6, 1000])
-@each_kind
+@typical_kinds
 def test_bf16_gives_finite_results_of_its_type(kind: Kind, r: int) -> None:
     model = kind.build(dtype=torch.bfloat16)
     images = kind.images(2, dtype=torch.bfloat16)

@@ -12,14 +12,14 @@ from tome_server.merging import MergedModel, macs, merge, pack, packable
 from tome_server.merging.cpu.kernels import PackedLinear, _faster, _Mkl, _OneDnn
 from tome_server.merging.cpu.packing import PackedPatches, _has_bfloat16
 
-from ..small_models import KINDS, Kind
+from ..small_models import KINDS, Kind, each_kind
 
 
 def frozen(model: nn.Module) -> MergedModel:
     return merge(model.eval().requires_grad_(False))
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+@each_kind
 def test_packed_results_are_the_plain_ones_to_rounding(kind: Kind) -> None:
     merged = frozen(kind.build(dtype=torch.float32))
     images = kind.images(dtype=torch.float32)
@@ -33,7 +33,7 @@ def test_packed_results_are_the_plain_ones_to_rounding(kind: Kind) -> None:
         assert difference < 1e-4 * expected.logits.abs().max()
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+@each_kind
 def test_no_linear_layer_of_a_block_is_left_as_it_was_and_counts_are(kind: Kind) -> None:
     merged = frozen(kind.build(dtype=torch.float32))
     packed = pack(merged)
