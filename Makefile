@@ -19,6 +19,9 @@ PROTOC = $(BIN)/python -m grpc_tools.protoc -I $(PROTO_DIR) \
 # Grafana's types, which the dashboard is checked by, and the compiler that does it.
 TYPES := $(VENV)/grafana
 
+# Processes that share the tests of `make test`: they wait as often as they compute. Each starts servers of its own.
+WORKERS ?= 2
+
 # Debian packages that tests use.
 DEBIAN := prometheus nginx faketime
 
@@ -31,7 +34,7 @@ demo: $(SERVED)  ## serve the bundled model and send it its sample images at sev
 	$(BIN)/tome-server demo
 
 test: $(STAMP) $(BIN)/helm tools $(TYPES) lint  ## lint, type-check and run every test that guards a change
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 stack: $(SERVED) tools  ## a server and the Prometheus that watches it, without containers; ARGS as `make stack ARGS=--help` says
 	$(BIN)/python deploy/stack.py $(ARGS)

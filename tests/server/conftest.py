@@ -1,6 +1,7 @@
 """Fixtures of a scripted engine, and of a wall clock that tests set."""
 
 import contextlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,13 @@ import pytest
 
 with contextlib.suppress(ModuleNotFoundError):  # where only the tests of CUDA run
     from scripted_engine import bench, bundled, clock, start, stopped  # noqa: F401
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """One torch thread: several collapse where other tests and servers run. Tests of several threads set them."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 @pytest.fixture
