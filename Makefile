@@ -104,7 +104,7 @@ gpu: export PYTHONPATH := protos:server:client
 gpu:  ## CUDA tests and benchmarks with the python3 at hand (PYTHON); installs nothing, needs no network
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"torch {torch.__version__} sees no CUDA device")'
 	@status=0; run() { echo "$$*"; "$$@" || status=1; }; \
-	run $(PYTHON) -m pytest -c /dev/null --rootdir . -p no:cacheprovider -o 'markers=cuda: needs a CUDA device' -m cuda \
+	run $(PYTHON) -m pytest -c /dev/null --rootdir . -p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning -m cuda \
 	  tests/server/merging/test_cuda.py; \
 	run $(PYTHON) -m benchmarks.gpu; \
 	run $(PYTHON) -m benchmarks.gpu --model deit_small_patch16_224 --r 0,8,13,16; \
