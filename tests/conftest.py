@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from server_process import ServerProcess, start_server, stop_server
+
+from tests.server_process import ServerProcess, start_server, stop_server
 
 try:
     from hypothesis import HealthCheck, settings

@@ -5,9 +5,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from tests.server_process import ServerProcess
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -67,7 +68,7 @@ def test_there_are_snippets() -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
-def test_a_pages_python_runs(page: Path, server: Any, samples: dict[Path, str], tmp_path: Path) -> None:
+def test_a_pages_python_runs(page: Path, server: ServerProcess, samples: dict[Path, str], tmp_path: Path) -> None:
     """Those of one page run one after the other, as its reader would type them; files are where the page has them."""
     for folder in ("server", "benchmarks"):
         (tmp_path / folder).symlink_to(ROOT / folder)

@@ -2,7 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .peer import Peer
+from tests.client.peer import Peer
 
 
 @pytest.fixture

@@ -3,9 +3,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from tests.client.peer import Peer
 from tome_client import AsyncClient, StreamItem
-
-from .peer import Peer
 
 
 async def test_items_may_come_from_an_asynchronous_generator(peer: Peer) -> None:

@@ -12,9 +12,8 @@ from typing import Any
 import grpc
 import pytest
 
+from tests.client.peer import Failure, Health, Peer
 from tome_client import AsyncClient, Client, PredictOptions, StreamItem, StreamResult, TomeError
-
-from .peer import Failure, Health, Peer
 
 _END = object()
 

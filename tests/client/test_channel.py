@@ -12,10 +12,9 @@ import grpc
 import pytest
 import trustme
 
+from tests.client.peer import Failure, Health, Peer
 from tome_client import Client, StreamItem, TomeError, __version__
 from tome_client.channel import channel_credentials, channel_options
-
-from .peer import Failure, Health, Peer
 
 PAGE = Path(__file__).parents[2] / "docs/load-balancing.md"
 UNAVAILABLE = Failure(grpc.StatusCode.UNAVAILABLE)

@@ -14,11 +14,10 @@ import pytest
 import trustme
 from PIL import Image
 
+from tests.client.peer import Failure, Health, Peer, answer
 from tome_api.v1 import inference_pb2
 from tome_client import __version__
 from tome_client.cli import argument_parser, main
-
-from .peer import Failure, Health, Peer, answer
 
 
 @pytest.fixture

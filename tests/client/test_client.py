@@ -3,9 +3,8 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 
+from tests.client.peer import Peer
 from tome_client import Client, StreamItem, TomeError
-
-from .peer import Peer
 
 
 def test_threads_share_a_client_and_get_their_own_answers(peer: Peer) -> None:

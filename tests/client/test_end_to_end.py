@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.server_process import ServerProcess
 from tome_client import AsyncClient, Client, PredictOptions, StreamItem, TomeError
 from tome_client.cli import main
 
@@ -21,7 +21,7 @@ def image_file(samples: dict[Path, str]) -> Path:
 
 
 @pytest.fixture
-def client(server: Any) -> Client:
+def client(server: ServerProcess) -> Client:
     with Client(server.target, timeout=60) as connected:
         yield connected
 
@@ -62,7 +62,7 @@ def test_work_without_a_deadline_is_answered_and_has_no_slack(client: Client, im
 
 
 def test_the_command_needs_no_budget_for_a_folder(
-    server: Any, image_file: Path, capsys: pytest.CaptureFixture[str]
+    server: ServerProcess, image_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--target", server.target, "predict", str(image_file.parent), "--json"]) == 0
     answers = json.loads(capsys.readouterr().out)
@@ -130,7 +130,9 @@ def test_a_stream_answers_every_item(client: Client, image_file: Path, samples: 
     assert all(results[name].result for name in names)
 
 
-async def test_the_asynchronous_client_does_the_same(server: Any, image_file: Path, samples: dict[Path, str]) -> None:
+async def test_the_asynchronous_client_does_the_same(
+    server: ServerProcess, image_file: Path, samples: dict[Path, str]
+) -> None:
     async with AsyncClient(server.target, timeout=60) as client:
         assert (await client.models())[0].ready
         result = await client.predict(image_file, r=0)
@@ -150,20 +152,22 @@ def test_the_model_says_what_each_r_costs(client: Client) -> None:
     assert len(set(macs)) == len(macs)
 
 
-def test_the_command_line_predicts(server: Any, capsys: pytest.CaptureFixture[str], samples: dict[Path, str]) -> None:
+def test_the_command_line_predicts(
+    server: ServerProcess, capsys: pytest.CaptureFixture[str], samples: dict[Path, str]
+) -> None:
     images = [str(file) for file in samples]
     assert main(["--target", server.target, "predict", *images, "--json"]) == 0
     assert [one["image"] for one in json.loads(capsys.readouterr().out)] == images
 
 
-def test_the_command_line_lists_models(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_lists_models(server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--target", server.target, "models"]) == 0
     name = capsys.readouterr().out.splitlines()[1].split()[0]
     assert main(["--target", server.target, "models", name]) == 0
     assert "agreement" in capsys.readouterr().out
 
 
-def test_the_command_line_draws(server: Any, tmp_path: Path, image_file: Path) -> None:
+def test_the_command_line_draws(server: ServerProcess, tmp_path: Path, image_file: Path) -> None:
     picture = tmp_path / "out.png"
     argv = ["--target", server.target, "visualize", str(image_file), "--r", "8", "-o", str(picture)]
     assert main(argv) == 0

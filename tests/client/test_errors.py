@@ -6,10 +6,9 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 
+from tests.client.peer import Failure, Peer, status
 from tome_client import Client, FieldViolation, TomeError
 from tome_client.errors import error_from_rpc, error_from_status
-
-from .peer import Failure, Peer, status
 
 BAD_REQUEST = error_details_pb2.BadRequest(
     field_violations=[error_details_pb2.BadRequest.FieldViolation(field="r", description="at most 16")]

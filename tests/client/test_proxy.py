@@ -9,14 +9,13 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
-from http_proxy import EXCEPTIONS, VARIABLES, HttpProxy, running_proxy
 
+from tests.client.peer import Failure, Peer, status
+from tests.http_proxy import EXCEPTIONS, VARIABLES, HttpProxy, running_proxy
 from tome_api.v1 import inference_pb2, inference_pb2_grpc
 from tome_client import AsyncClient, Client, TomeError
 from tome_client.load import LoadPlan, Renewal, Sample, parse_budgets, run_load
 from tome_client.proxy import proxy_of
-
-from .peer import Failure, Peer, status
 
 ELSEWHERE = "vision.invalid:8500"
 

@@ -11,9 +11,8 @@ import grpc
 import pytest
 import trustme
 
+from tests.client.peer import Peer
 from tome_client.reachability import advice
-
-from .peer import Peer
 
 NO_SERVER = "is a server running there? tome-server serve starts one, --target names another"
 NO_TARGET = "--target names the server, as HOST:PORT"

@@ -6,6 +6,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from tests.client.peer import MODEL, status
 from tome_api.v1 import inference_pb2
 from tome_client.results import (
     ImageInput,
@@ -19,8 +20,6 @@ from tome_client.results import (
     predict_result,
     stream_result,
 )
-
-from .peer import MODEL, status
 
 FULL = inference_pb2.PredictResponse(
     model="fashion",

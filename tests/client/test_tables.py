@@ -1,8 +1,7 @@
+from tests.client.peer import MODEL, answer
 from tome_api.v1 import inference_pb2
 from tome_client.results import ModelSummary, Prediction, model_info, predict_result
 from tome_client.tables import model_details, model_table, prediction_header, prediction_line, prediction_text
-
-from .peer import MODEL, answer
 
 
 def test_a_prediction_without_a_label_shows_its_class() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .chart import ROOT
+from tests.deploy.chart import ROOT
 
 SCRIPT = ROOT / "deploy/audit.py"
 # What pip-audit prints of a package, where the index has reports.

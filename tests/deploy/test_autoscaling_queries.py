@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from .chart import NAMESPACE, RELEASE, render, the
-from .test_rules import promtool
+from tests.deploy.chart import NAMESPACE, RELEASE, render, the
+from tests.deploy.test_rules import promtool
 
 SCRAPE = 15
 QUERIES = {

@@ -9,7 +9,7 @@ import pytest
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
 from cloudcoil.models.prometheus_operator.v1 import PodMonitor, PrometheusRule
 
-from .chart import CHART, EVERYTHING, Manifest, Values, helm, refusal, render
+from tests.deploy.chart import CHART, EVERYTHING, Manifest, Values, helm, refusal, render
 
 # The oldest that the chart takes, and the newest that can be checked.
 KUBERNETES = ("1.30", "1.37")

@@ -13,14 +13,13 @@ import pytest
 import yaml
 from starlette.routing import Route
 
+from tests.deploy.chart import CHART, EVERYTHING, FULL, ROOT, Values, container, helm, render, settings_text, the
+from tests.deploy.promql import SERVED, selected
 from tome_server.api.rest.routes import application
 from tome_server.api.rpc import health, oip_servicer
 from tome_server.api.rpc.server import SERVICE
 from tome_server.config.server import ServerConfig, read_config
 from tome_server.observability.metrics import Metrics, Missed
-
-from .chart import CHART, EVERYTHING, FULL, ROOT, Values, container, helm, render, settings_text, the
-from .promql import SERVED, selected
 
 FILES = ("values.yaml", "values-cpu.yaml", "values-gpu.yaml")
 DOCKERFILE = (ROOT / "Dockerfile").read_text()

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from server_process import ServerProcess, start_server, stop_server
-from silent import silent_connections
 
-from .prometheus import free_port, until
+from tests.deploy.prometheus import free_port, until
+from tests.server_process import ServerProcess, start_server, stop_server
+from tests.silent import silent_connections
 
 SECONDS = float(os.environ.get("TOME_CHURN_SECONDS", "300"))
 SERVERS = 3

@@ -8,10 +8,9 @@ import pytest
 import yaml
 from compose_spec import PyCompose
 
+from tests.deploy.chart import ROOT
 from tome_api.durations import parse_duration
 from tome_server.config.server import ServerConfig
-
-from .chart import ROOT
 
 FILE = ROOT / "deploy/compose.yaml"
 TEXT = FILE.read_text()

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from .promql import SERVED, selected
-from .test_rules import RECORDED
+from tests.deploy.promql import SERVED, selected
+from tests.deploy.test_rules import RECORDED
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy/grafana"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .chart import ROOT
+from tests.deploy.chart import ROOT
 
 
 @pytest.mark.nightly

@@ -18,9 +18,8 @@ from typing import Any
 
 import pytest
 
+from tests.deploy.chart import ROOT, Values, container, render, settings_text
 from tome_client import Client
-
-from .chart import ROOT, Values, container, render, settings_text
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1800)]
 

@@ -24,11 +24,10 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import HealthServicer
-from server_process import ServerProcess, start_server, stop_server
 
+from tests.deploy.prometheus import free_port, until
+from tests.server_process import ServerProcess, start_server, stop_server
 from tome_client import Client, TomeError
-
-from .prometheus import free_port, until
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SERVERS = 3

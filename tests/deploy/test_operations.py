@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from .chart import CHART, ROOT
-from .promql import SERVED
+from tests.deploy.chart import CHART, ROOT
+from tests.deploy.promql import SERVED
 
 PAGE = ROOT / "docs/operations.md"
 TEXT = PAGE.read_text()

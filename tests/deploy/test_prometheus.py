@@ -16,17 +16,17 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.deploy.chart import NAMESPACE, RELEASE, render, the
+from tests.deploy.prometheus import PATIENCE, Prometheus, until, watching
+from tests.deploy.test_dashboard import BOARD, NAMES, PANELS, QUERIES
+from tests.deploy.test_rules import ALERTS, RECORDED
+from tests.server_process import ServerProcess
 from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
 from tome_client import PredictOptions
 from tome_client.load import LoadPlan, Renewal, event_loop, parse_budgets, read_samples, run_load
 from tome_client.load.record import write_requests
 from tome_server.observability import buckets
-
-from .chart import NAMESPACE, RELEASE, render, the
-from .prometheus import PATIENCE, Prometheus, until, watching
-from .test_dashboard import BOARD, NAMES, PANELS, QUERIES
-from .test_rules import ALERTS, RECORDED
 
 SAMPLES = Path(__file__).parents[2] / "server/tome_server/models/bundled/fashion/samples"
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -40,7 +40,7 @@ UNSEEN = 1.1
 class Watched:
     """A server after a load that has ended, and who watched it."""
 
-    server: Any
+    server: ServerProcess
     now: Prometheus
     prometheus: Prometheus
     """As it was once the end had been scraped and the rules evaluated on that, however many scrapes fail later."""
@@ -100,7 +100,7 @@ def account(url: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 
 
 @pytest.fixture(scope="module")
-def watched(module_server: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+def watched(module_server: Callable[..., ServerProcess], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     server = module_server("--threads", "1")
     folder = tmp_path_factory.mktemp("watched")
     with watching(urlsplit(server.metrics_url).netloc, folder) as now:

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.deploy.promql import SERVED, selected
 from tome_server.observability.metrics import Missed, Rejected
-
-from .promql import SERVED, selected
 
 FOLDER = Path(__file__).parents[2] / "deploy/prometheus"
 RULES = [rule for group in yaml.safe_load((FOLDER / "rules.yml").read_text())["groups"] for rule in group["rules"]]

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_proxy import HttpProxy, running_proxy
 
-from .prometheus import INSTALL, Prometheus, free_port, until
+from tests.deploy.prometheus import INSTALL, Prometheus, free_port, until
+from tests.http_proxy import HttpProxy, running_proxy
 
 STACK = Path(__file__).parents[2] / "deploy/stack.py"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 with contextlib.suppress(ModuleNotFoundError):  # where only the tests of CUDA run
-    from scripted_engine import bench, bundled, clock, start, stopped  # noqa: F401
+    from tests.server.scripted_engine import bench, bundled, clock, start, stopped  # noqa: F401
 
 
 @pytest.fixture(scope="session", autouse=True)

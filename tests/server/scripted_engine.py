@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 import pytest
-from scripted import LATE, QUICK, RS, Bench, Clock, ScriptedDecoder, ScriptedDevice, profile_of, until
 
+from tests.server.scripted import LATE, QUICK, RS, Bench, Clock, ScriptedDecoder, ScriptedDevice, profile_of, until
 from tome_server.config.model_overrides import ModelOverrides
 from tome_server.models.model_info import ModelInfo
 from tome_server.observability.metrics import Metrics

@@ -16,16 +16,18 @@ import grpc
 import pytest
 import trustme
 import yaml
-from api.rest.wire import INFER, JSON_LENGTH, ask
-from api.rpc.wire import connected, device_held, refusal, refusal_in, refusal_of, scrape, until
 from cryptography import x509
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safetensors.torch import save_file
 
+from tests.server.api.rest.wire import INFER, JSON_LENGTH, ask
+from tests.server.api.rpc.wire import connected, device_held, refusal, refusal_in, refusal_of, scrape, until
+
 import tome_server.merging.timm_import  # noqa: F401  isort: skip
 import timm
 
+from tests.server_process import ServerProcess
 from tome_api.v1 import inference_pb2 as pb
 
 BUNDLED = Path(__file__).parents[2] / "server/tome_server/models/bundled/fashion"
@@ -234,7 +236,7 @@ def listed(stub: Any) -> dict[str, bool]:
 
 
 def test_a_model_is_measured_at_its_first_start_and_again_when_the_profile_is_corrupt(
-    own_server: Callable[..., Any], tmp_path: Path, image: bytes
+    own_server: Callable[..., ServerProcess], tmp_path: Path, image: bytes
 ) -> None:
     folder = tmp_path / "profiles"
 
@@ -255,7 +257,7 @@ def test_a_model_is_measured_at_its_first_start_and_again_when_the_profile_is_co
 
 
 def test_a_checkpoint_of_other_classes_is_served_with_those(
-    own_server: Callable[..., Any], image: bytes, tmp_path: Path
+    own_server: Callable[..., ServerProcess], image: bytes, tmp_path: Path
 ) -> None:
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=64)
     save_file(model.state_dict(), tmp_path / "tén classes.safetensors")
@@ -267,7 +269,7 @@ def test_a_checkpoint_of_other_classes_is_served_with_those(
         assert len(stub.Predict(pb.PredictRequest(image=image, top_k=20), timeout=60).predictions) == 10
 
 
-def test_both_ports_may_be_ipv6(own_server: Callable[..., Any], image: bytes) -> None:
+def test_both_ports_may_be_ipv6(own_server: Callable[..., ServerProcess], image: bytes) -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
@@ -311,7 +313,7 @@ def watch(target: str, channel: grpc.Channel) -> Any:
 
 @pytest.mark.parametrize("order", [signal.SIGTERM, signal.SIGINT], ids=lambda order: order.name)
 def test_a_server_told_to_stop_answers_what_is_in_flight(
-    own_server: Callable[..., Any], patient: pb.PredictRequest, order: signal.Signals
+    own_server: Callable[..., ServerProcess], patient: pb.PredictRequest, order: signal.Signals
 ) -> None:
     """Nothing else holds it up: it would wait for ten minutes."""
     server = own_server("--drain-timeout", "600s")
@@ -355,7 +357,7 @@ def test_a_server_told_to_stop_answers_what_is_in_flight(
 
 
 def test_a_stream_that_sends_on_while_the_server_drains_loses_nothing(
-    own_server: Callable[..., Any], image: bytes
+    own_server: Callable[..., ServerProcess], image: bytes
 ) -> None:
     """Each message is answered with a prediction, or with UNAVAILABLE, or was not taken from the stream."""
     server = own_server()
@@ -383,7 +385,7 @@ def test_a_stream_that_sends_on_while_the_server_drains_loses_nothing(
 
 
 def test_calls_that_outlast_the_drain_timeout_are_cut(
-    own_server: Callable[..., Any], patient: pb.PredictRequest
+    own_server: Callable[..., ServerProcess], patient: pb.PredictRequest
 ) -> None:
     server = own_server("--drain-timeout", "0s")
     with connected(server.target) as stub:
@@ -396,7 +398,9 @@ def test_calls_that_outlast_the_drain_timeout_are_cut(
         assert server.process.wait(60) == 0
 
 
-def test_a_server_told_twice_to_stop_stops_at_once(own_server: Callable[..., Any], patient: pb.PredictRequest) -> None:
+def test_a_server_told_twice_to_stop_stops_at_once(
+    own_server: Callable[..., ServerProcess], patient: pb.PredictRequest
+) -> None:
     server = own_server("--drain-timeout", "600s", "--default-budget", "600s")
     (device,) = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
     with connected(server.target) as stub, grpc.insecure_channel(server.target) as channel, device_held(server):
@@ -417,7 +421,7 @@ def test_a_server_told_twice_to_stop_stops_at_once(own_server: Callable[..., Any
 
 
 def test_tls_is_served_and_nothing_else_and_its_certificate_may_be_exchanged(
-    own_server: Callable[..., Any], tmp_path: Path, image: bytes
+    own_server: Callable[..., ServerProcess], tmp_path: Path, image: bytes
 ) -> None:
     certificate, key = tmp_path / "server.pem", tmp_path / "server.key"
     days = iter((30, 90))

@@ -21,11 +21,11 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from api.rpc.wire import scrape, until
 from google.protobuf.duration_pb2 import Duration
 from PIL import Image
-from server_process import ServerProcess
 
+from tests.server.api.rpc.wire import scrape, until
+from tests.server_process import ServerProcess
 from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
 

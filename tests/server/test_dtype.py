@@ -4,17 +4,17 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from tests.server_process import ServerProcess
 from tome_client import Client
 from tome_server.models.bundled import BUNDLED
 from tome_server.models.spec import quality_file
 
 
 def test_a_server_left_to_choose_computes_in_the_type_that_its_log_names(
-    own_server: Callable[..., Any], tmp_path: Path, samples: dict[Path, str]
+    own_server: Callable[..., ServerProcess], tmp_path: Path, samples: dict[Path, str]
 ) -> None:
     folder = tmp_path / "profiles"
     flags = ("--threads", "1", "--max-batch", "2", "--profile-time", "300ms", "--profiles", str(folder))

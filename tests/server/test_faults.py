@@ -14,9 +14,10 @@ from typing import Any
 
 import grpc
 import pytest
-from api.rpc.wire import PATIENCE, connected, refusal_of, scrape, until
 from google.protobuf.duration_pb2 import Duration
 
+from tests.server.api.rpc.wire import PATIENCE, connected, refusal_of, scrape, until
+from tests.server_process import ServerProcess
 from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
 
@@ -25,7 +26,7 @@ VANISHING, AT_ONCE = 1000, 100
 
 
 @pytest.fixture(scope="module")
-def busy(module_server: Callable[..., Any]) -> Any:
+def busy(module_server: Callable[..., ServerProcess]) -> ServerProcess:
     return module_server("--default-budget", "600s", "--max-pending", "64", "--drain-timeout", "600s")
 
 
@@ -34,7 +35,7 @@ def good(samples: dict[Path, str]) -> pb.PredictRequest:
     return pb.PredictRequest(image=min(samples).read_bytes(), latency_budget=Duration(seconds=600))
 
 
-def open_files(server: Any) -> int:
+def open_files(server: ServerProcess) -> int:
     return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
 
 
@@ -45,7 +46,9 @@ def vanish(connection: socket.socket, *, rudely: bool) -> None:
     connection.close()
 
 
-def test_a_thousand_clients_that_connect_and_vanish_leave_nothing_behind(busy: Any, good: pb.PredictRequest) -> None:
+def test_a_thousand_clients_that_connect_and_vanish_leave_nothing_behind(
+    busy: ServerProcess, good: pb.PredictRequest
+) -> None:
     chance = random.Random(0)
     host, _, port = busy.target.rpartition(":")
     # Nothing, a greeting, a greeting and nonsense, half a greeting, another protocol.
@@ -71,7 +74,9 @@ def test_a_thousand_clients_that_connect_and_vanish_leave_nothing_behind(busy: A
         until(lambda: scrape(busy.metrics_url).total("tome_requests_pending") == 0, "nothing waits")
 
 
-def test_who_does_not_read_a_streams_answers_is_read_from_no_further(busy: Any, good: pb.PredictRequest) -> None:
+def test_who_does_not_read_a_streams_answers_is_read_from_no_further(
+    busy: ServerProcess, good: pb.PredictRequest
+) -> None:
     """Else the answers of one client would fill the server's memory. Others are served meanwhile."""
     total, sent = 5_000, 0
 
@@ -95,7 +100,7 @@ def test_who_does_not_read_a_streams_answers_is_read_from_no_further(busy: Any, 
         assert read == sent == total
 
 
-def test_a_server_told_to_stop_at_full_load_loses_no_request(busy: Any, good: pb.PredictRequest) -> None:
+def test_a_server_told_to_stop_at_full_load_loses_no_request(busy: ServerProcess, good: pb.PredictRequest) -> None:
     """Each is answered, or told that the server stops; and what the server says it answered has arrived.
 
     Clients try again what gRPC cancels, as the documented service config has them do: calls that arrive in the moment

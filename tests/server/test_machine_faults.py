@@ -15,10 +15,11 @@ from typing import Any
 
 import grpc
 import pytest
-from api.rpc.wire import connected, refusal, refusal_in, refusal_of, scrape, until
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.server.api.rpc.wire import connected, refusal, refusal_in, refusal_of, scrape, until
+from tests.server_process import ServerProcess
 from tome_api.v1 import inference_pb2 as pb
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
@@ -52,7 +53,7 @@ def exists(pid: int) -> bool:
 
 
 def test_when_the_device_is_killed_under_load_everybody_is_told_and_the_server_ends(
-    own_server: Callable[..., Any], image: bytes
+    own_server: Callable[..., ServerProcess], image: bytes
 ) -> None:
     """With a status that has it started again, and at once: it would drain for ten minutes."""
     server = own_server("--drain-timeout", "600s")
@@ -96,7 +97,7 @@ def test_when_the_device_is_killed_under_load_everybody_is_told_and_the_server_e
 
 
 def test_a_wall_clock_that_is_set_neither_ends_requests_nor_keeps_them(
-    wall_clock: Callable[[str], object], own_server: Callable[..., Any], image: bytes
+    wall_clock: Callable[[str], object], own_server: Callable[..., ServerProcess], image: bytes
 ) -> None:
     server = own_server()
     [device] = children(server.process.pid)

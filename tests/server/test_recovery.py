@@ -14,10 +14,11 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from api.rpc.wire import connected, refusal_of, scrape, until
 from google.protobuf.duration_pb2 import Duration
 from PIL import Image
 
+from tests.server.api.rpc.wire import connected, refusal_of, scrape, until
+from tests.server_process import ServerProcess
 from tome_api.v1 import inference_pb2 as pb
 
 # Ten times and more what a request takes where nothing else runs.
@@ -62,7 +63,9 @@ def recovers(stub: Any, image: bytes, before: str) -> None:
     until(answered, f"a request is answered after {before}")
 
 
-def test_after_a_process_was_stopped_with_requests_in_flight(own_server: Callable[..., Any], image: bytes) -> None:
+def test_after_a_process_was_stopped_with_requests_in_flight(
+    own_server: Callable[..., ServerProcess], image: bytes
+) -> None:
     server = own_server()
     with connected(server.target) as stub:
         recovers(stub, image, "the start")
@@ -80,7 +83,7 @@ def test_after_a_process_was_stopped_with_requests_in_flight(own_server: Callabl
 
 
 def test_after_images_that_took_long_to_decode(
-    own_server: Callable[..., Any], image: bytes, photograph: bytes, dear: bytes
+    own_server: Callable[..., ServerProcess], image: bytes, photograph: bytes, dear: bytes
 ) -> None:
     server = own_server()
     with connected(server.target) as stub:
@@ -94,7 +97,7 @@ def test_after_images_that_took_long_to_decode(
 
 
 def test_overload_by_images_that_are_dear_to_decode_is_answered_in_part_and_over_when_it_ends(
-    own_server: Callable[..., Any], image: bytes, photograph: bytes
+    own_server: Callable[..., ServerProcess], image: bytes, photograph: bytes
 ) -> None:
     server = own_server()
     with connected(server.target) as stub:

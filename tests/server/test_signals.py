@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from api.rpc.wire import until
 
+from tests.server.api.rpc.wire import until
 from tome_server.cli.serve import FREE_PORTS, start
 
 BUNDLED = Path(__file__).parents[2] / "server/tome_server/models/bundled/fashion"

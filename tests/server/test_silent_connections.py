@@ -9,10 +9,11 @@ import grpc
 import pytest
 import trustme
 import yaml
-from api.rpc.wire import connected, device_held, scrape, until
 from google.protobuf.duration_pb2 import Duration
-from silent import silent_connections
 
+from tests.server.api.rpc.wire import connected, device_held, scrape, until
+from tests.server_process import ServerProcess
+from tests.silent import silent_connections
 from tome_api.v1 import inference_pb2 as pb
 
 IN_FLIGHT = 8
@@ -33,7 +34,7 @@ def settings(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[dict[str, 
 
 def test_connections_that_say_nothing_cost_neither_the_stop_nor_an_answer(
     settings: tuple[dict[str, Any], grpc.ChannelCredentials | None],
-    own_server: Callable[..., Any],
+    own_server: Callable[..., ServerProcess],
     samples: dict[Path, str],
     tmp_path: Path,
 ) -> None:

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import pytest
-from api.rpc.wire import scrape, until
 
+from tests.server.api.rpc.wire import scrape, until
+from tests.server_process import ServerProcess
 from tome_client.load import BudgetClass, LoadPlan, Outcome, Renewal, event_loop, read_samples, run_load
 
 SECONDS = float(os.environ.get("TOME_SOAK_SECONDS", "600"))
@@ -60,7 +60,7 @@ def capacity(folder: Path) -> float:
 
 
 def test_a_server_that_is_overloaded_for_long_answers_everybody_once_and_does_not_grow(
-    own_server: Callable[..., Any], samples: dict[Path, str], tmp_path: Path
+    own_server: Callable[..., ServerProcess], samples: dict[Path, str], tmp_path: Path
 ) -> None:
     profiles = tmp_path / "profiles"
     server = own_server("--profiles", str(profiles), "--profile-time", "5s", "--threads", "1")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from tests.client.peer import MODEL
 from tome_api.v1 import inference_pb2
 from tome_client.load import LoadPlan, LoadResult, Outcome, Renewal, Sample, parse_budgets
 from tome_client.results import Merging, Timing, model_info
-
-from ..peer import MODEL
 
 TIMING = Timing(decode=0.001, queue=0.002, compute=0.003, total=0.006, slack=0.01, batch_size=2, predicted=0.003)
 PLAN = LoadPlan([Sample("a.png", b"")], Renewal(10), parse_budgets("100ms"), duration=10)

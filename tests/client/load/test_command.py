@@ -6,16 +6,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 
+from tests.client.peer import Failure, Peer
+from tests.server_process import ServerProcess
 from tome_client.cli import main
 from tome_client.load import Progress
 from tome_client.load.text import progress_text
-
-from ..peer import Failure, Peer
 
 
 @pytest.fixture
@@ -272,7 +271,7 @@ def test_progress_is_a_line() -> None:
 
 
 def test_the_real_server_under_a_light_load(
-    server: Any, samples: dict[Path, str], capsys: pytest.CaptureFixture[str]
+    server: ServerProcess, samples: dict[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = min(samples).parent
     argv = f"--target {server.target} load --images {folder} --labels {folder}/labels.json --rate 8".split()

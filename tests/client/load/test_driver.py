@@ -9,6 +9,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 
+from tests.client.peer import Failure, Peer
 from tome_client import PredictOptions, TomeError
 from tome_client.load import (
     BudgetClass,
@@ -21,8 +22,6 @@ from tome_client.load import (
     run_load,
     summarize,
 )
-
-from ..peer import Failure, Peer
 
 SAMPLES = [Sample("a.png", b"first", "Coat"), Sample("b.png", b"second", "Trouser")]
 CONSTANT = Renewal(50, cv2=0)

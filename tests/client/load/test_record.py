@@ -7,11 +7,10 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+from tests.client.load.outcomes import PLAN, answered, failed, result
 from tome_client import PredictOptions
 from tome_client.load import Arrival, Criterion, LoadPlan, LoadResult, Trace, parse_budgets, search_rate, summarize
 from tome_client.load.record import plan_fields, run_fields, search_fields, write_requests
-
-from .outcomes import PLAN, answered, failed, result
 
 
 def test_a_run_is_json_with_what_was_asked_for_and_the_figures() -> None:

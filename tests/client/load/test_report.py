@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.client.load.outcomes import answered, failed, result
 from tome_client.load import LoadResult, summarize
-
-from .outcomes import answered, failed, result
 
 pytest.importorskip("matplotlib", reason="needs the report extra")
 

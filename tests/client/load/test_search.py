@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.client.load.outcomes import PLAN, answered, failed, result
 from tome_client.load import (
     Arrival,
     Criterion,
@@ -16,8 +17,6 @@ from tome_client.load import (
     parse_criterion,
     search_rate,
 )
-
-from .outcomes import PLAN, answered, failed, result
 
 
 def at_rate(plan: LoadPlan, *, capacity: float, lags_above: float = 1e9) -> LoadResult:

@@ -4,10 +4,9 @@ import math
 
 import pytest
 
+from tests.client.load.outcomes import answered, failed, result
 from tome_client.load import summarize
 from tome_client.load.summary import Ending, percentile, percentiles, wilson
-
-from .outcomes import answered, failed, result
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,3 @@
 """A model small enough to run in every test."""
 
-from tiny_model import _seed, model, quiet  # noqa: F401
+from tests.server.tiny_model import _seed, model, quiet  # noqa: F401

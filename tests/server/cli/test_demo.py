@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_proxy import HttpProxy, running_proxy
 
+from tests.http_proxy import HttpProxy, running_proxy
 from tome_server.cli import demo
 
 

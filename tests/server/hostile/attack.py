@@ -6,10 +6,9 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from api.rpc.wire import PATIENCE, connected, until
-
+from tests.server.api.rpc.wire import PATIENCE, connected, until
+from tests.server_process import ServerProcess
 from tome_api.v1 import inference_pb2 as pb
 
 MIB = 2**20
@@ -34,7 +33,7 @@ def descriptors(pid: int) -> int:
 class Others:
     """Callers who do nothing wrong: a prediction, health and metrics, again and again in a thread."""
 
-    server: Any
+    server: ServerProcess
     image: bytes
     rounds: int = 0
     failures: list[str] = field(default_factory=list)
@@ -63,7 +62,7 @@ class Others:
 
 
 @contextlib.contextmanager
-def others(server: Any, image: bytes) -> Iterator[Others]:
+def others(server: ServerProcess, image: bytes) -> Iterator[Others]:
     """Have others call for as long as this lasts; at the end all of their calls must have been answered."""
     calling = Others(server, image)
     thread = threading.Thread(target=calling.run)
@@ -78,7 +77,7 @@ def others(server: Any, image: bytes) -> Iterator[Others]:
 
 
 @contextlib.contextmanager
-def at_most(server: Any, memory: int) -> Iterator[None]:
+def at_most(server: ServerProcess, memory: int) -> Iterator[None]:
     """Hold the server's process to so many bytes more than it has now."""
     pid = server.process.pid
     before = resident(pid)

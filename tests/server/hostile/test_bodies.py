@@ -7,15 +7,15 @@ from typing import Any
 
 import grpc
 import pytest
-from api.rest.wire import INFER, ask
-from api.rpc.wire import refusal
 
+from tests.server.api.rest.wire import INFER, ask
+from tests.server.api.rpc.wire import refusal
+from tests.server.hostile.attack import MIB, at_most, others
+from tests.server_process import ServerProcess
 from tome_api.oip import open_inference_pb2 as oip
 from tome_api.oip import open_inference_pb2_grpc
 from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
-
-from .attack import MIB, at_most, others
 
 SIZE = 8 * MIB
 # What one body of JSON may take while it is read, its own bytes among them: docs/security.md.
@@ -81,7 +81,7 @@ def image(samples: dict[Path, str]) -> bytes:
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_json_that_says_much_is_refused_at_a_bounded_cost(server: Any, image: bytes, name: str) -> None:
+def test_json_that_says_much_is_refused_at_a_bounded_cost(server: ServerProcess, image: bytes, name: str) -> None:
     make, status = BODIES[name]
     body = make()
     with others(server, image), at_most(server, MEMORY):
@@ -144,7 +144,7 @@ MESSAGES: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("name", MESSAGES)
-def test_a_message_of_many_fields_is_refused_at_a_bounded_cost(server: Any, image: bytes, name: str) -> None:
+def test_a_message_of_many_fields_is_refused_at_a_bounded_cost(server: ServerProcess, image: bytes, name: str) -> None:
     make, code = MESSAGES[name]
     message = make()
     with others(server, image), at_most(server, MESSAGE_MEMORY), grpc.insecure_channel(server.target) as channel:
@@ -155,7 +155,7 @@ def test_a_message_of_many_fields_is_refused_at_a_bounded_cost(server: Any, imag
     assert "Traceback" not in server.log.read_text()
 
 
-def test_every_method_counts_fields_and_a_stream_goes_on_beside_others(server: Any, image: bytes) -> None:
+def test_every_method_counts_fields_and_a_stream_goes_on_beside_others(server: ServerProcess, image: bytes) -> None:
     flood = b"\xf8\x7f\1" * 100_000
     with others(server, image), grpc.insecure_channel(server.target) as channel:
         for method in (
@@ -169,7 +169,7 @@ def test_every_method_counts_fields_and_a_stream_goes_on_beside_others(server: A
             assert refusal(lambda stream=stream: [*stream(iter([flood]))]).code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_a_large_tensor_in_fields_is_answered(server: Any) -> None:
+def test_a_large_tensor_in_fields_is_answered(server: ServerProcess) -> None:
     """Elements that need the reader's thread give what they give in few."""
     shape, pixels = [40, 28, 28, 3], [i % 256 for i in range(40 * 28 * 28 * 3)]
     typed = oip.ModelInferRequest(model_name="fashion")
@@ -184,7 +184,7 @@ def test_a_large_tensor_in_fields_is_answered(server: Any) -> None:
     assert a.outputs[0].contents.int64_contents == list(memoryview(b.raw_output_contents[0]).cast("q"))
 
 
-def test_a_model_of_a_very_long_name_is_not_found(server: Any) -> None:
+def test_a_model_of_a_very_long_name_is_not_found(server: ServerProcess) -> None:
     with grpc.insecure_channel(server.target) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
         refused = refusal(lambda: stub.Predict(pb.PredictRequest(model="a" * MIB, image=b"x")))

@@ -10,13 +10,13 @@ from typing import Any
 
 import grpc
 import pytest
-from api.rpc.wire import refusal, until
 
+from tests.server.api.rpc.wire import refusal, until
+from tests.server.hostile.attack import MIB, at_most, descriptors, others, resident
+from tests.server_process import ServerProcess
 from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
 from tome_server.api.rpc.server import RpcSettings, server_options
-
-from .attack import MIB, at_most, descriptors, others, resident
 
 # With the acknowledgement of the server's settings, without which gRPC closes the connection after a minute.
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]) + bytes([0, 0, 0, 4, 1, 0, 0, 0, 0])
@@ -74,7 +74,7 @@ def flood(target: str, parts: list[bytes], most: int) -> tuple[int, bytes]:
 
 @pytest.mark.parametrize("algorithm", [grpc.Compression.Gzip, grpc.Compression.Deflate], ids=["gzip", "deflate"])
 def test_a_compressed_message_is_refused_before_it_is_inflated(
-    server: Any, image: bytes, algorithm: grpc.Compression
+    server: ServerProcess, image: bytes, algorithm: grpc.Compression
 ) -> None:
     options = [("grpc.max_send_message_length", -1)]
     with others(server, image), grpc.insecure_channel(server.target, options=options) as channel:
@@ -98,14 +98,14 @@ def test_compression_can_be_allowed() -> None:
 
 
 @pytest.mark.nightly
-def test_a_flood_of_pings_is_cut_off(server: Any, image: bytes) -> None:
+def test_a_flood_of_pings_is_cut_off(server: ServerProcess, image: bytes) -> None:
     pings = frame(PING, 0, 0, bytes(8)) * 1000
     with others(server, image), at_most(server, 32 * MIB):
         sent, _ = flood(server.target, [pings], 64 * MIB)
     assert sent < 64 * MIB
 
 
-def test_a_flood_of_resets_leaves_no_call_behind(server: Any, image: bytes) -> None:
+def test_a_flood_of_resets_leaves_no_call_behind(server: ServerProcess, image: bytes) -> None:
     calls = [
         frame(HEADERS, 4, 2 * i + 1, head_of_call()) + frame(RST, 0, 2 * i + 1, struct.pack(">I", 8))
         for i in range(20_000)
@@ -115,7 +115,7 @@ def test_a_flood_of_resets_leaves_no_call_behind(server: Any, image: bytes) -> N
         flood(server.target, parts, sum(map(len, parts)))
 
 
-def test_messages_that_never_end_are_given_back_with_their_connection(server: Any, image: bytes) -> None:
+def test_messages_that_never_end_are_given_back_with_their_connection(server: ServerProcess, image: bytes) -> None:
     before = descriptors(server.process.pid)
     message = pb.PredictRequest(image=bytes(MIB)).SerializeToString()
     host, _, port = server.target.rpartition(":")
@@ -132,7 +132,7 @@ def test_messages_that_never_end_are_given_back_with_their_connection(server: An
 
 
 @pytest.mark.nightly
-def test_a_message_is_waited_for_no_longer_than_is_said(server: Any, image: bytes) -> None:
+def test_a_message_is_waited_for_no_longer_than_is_said(server: ServerProcess, image: bytes) -> None:
     """Half of it came; the call gets its status, and the rest of its connection's calls go on."""
     host, _, port = server.target.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=200) as connection:
@@ -146,7 +146,7 @@ def test_a_message_is_waited_for_no_longer_than_is_said(server: Any, image: byte
     assert b"grpc-status\x013" in said
 
 
-def test_answers_that_nobody_reads_keep_no_one_else_from_theirs(server: Any, image: bytes) -> None:
+def test_answers_that_nobody_reads_keep_no_one_else_from_theirs(server: ServerProcess, image: bytes) -> None:
     before = resident(server.process.pid)
     request = pb.PredictStreamRequest(id="", request=pb.PredictRequest(image=image, no_deadline=True, r=0))
 

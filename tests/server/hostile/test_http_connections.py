@@ -11,14 +11,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from api.rest.wire import INFER, JSON_LENGTH, ask
-from api.rpc.wire import until
 
+from tests.server.api.rest.wire import INFER, JSON_LENGTH, ask
+from tests.server.api.rpc.wire import until
+from tests.server.hostile.attack import MIB, at_most, descriptors, others
+from tests.server_process import ServerProcess
 from tome_server.api.rest.body import BodyMemory
 from tome_server.api.rest.connection import Connections
 from tome_server.errors import CrowdedError
-
-from .attack import MIB, at_most, descriptors, others
 
 # What a client that goes on for ever sends until the server has hung up.
 ENDLESS = 64 * MIB
@@ -34,12 +34,12 @@ def image(samples: dict[Path, str]) -> bytes:
     return min(samples).read_bytes()
 
 
-def connect(server: Any, source: str = "127.0.0.1") -> socket.socket:
+def connect(server: ServerProcess, source: str = "127.0.0.1") -> socket.socket:
     url = urlsplit(server.metrics_url)
     return socket.create_connection((url.hostname, url.port), timeout=100, source_address=(source, 0))
 
 
-def send_on(server: Any, start: bytes, part: bytes) -> tuple[bytes, int]:
+def send_on(server: ServerProcess, start: bytes, part: bytes) -> tuple[bytes, int]:
     """Send a part again and again until the server hangs up; return what it said and how much it was sent."""
     sent = 0
     with connect(server) as connection:
@@ -89,7 +89,7 @@ ENDLESS_HEADS: dict[str, tuple[bytes, bytes, int]] = {
 
 
 @pytest.mark.parametrize("name", ENDLESS_HEADS)
-def test_a_request_without_end_is_refused_at_a_bounded_cost(server: Any, image: bytes, name: str) -> None:
+def test_a_request_without_end_is_refused_at_a_bounded_cost(server: ServerProcess, image: bytes, name: str) -> None:
     start, part, status = ENDLESS_HEADS[name]
     memory = MEMORY if status != 413 else MEMORY + 4 * 32 * MIB
     with others(server, image), at_most(server, memory):
@@ -113,7 +113,7 @@ def test_a_request_without_end_is_refused_at_a_bounded_cost(server: Any, image: 
     ids=["value", "lines", "target", "value that is taken", "lines that are taken", "target that is taken"],
 )
 def test_a_head_is_taken_up_to_its_bounds_and_beyond_them_refused_in_words(
-    server: Any, sent: bytes, status: int
+    server: ServerProcess, sent: bytes, status: int
 ) -> None:
     with connect(server) as connection:
         connection.sendall(sent)
@@ -125,7 +125,7 @@ def test_a_head_is_taken_up_to_its_bounds_and_beyond_them_refused_in_words(
             assert connection.recv(1) == b""
 
 
-def test_requests_sent_before_the_answers_to_others_are_few(server: Any, image: bytes) -> None:
+def test_requests_sent_before_the_answers_to_others_are_few(server: ServerProcess, image: bytes) -> None:
     with others(server, image), at_most(server, MEMORY):
         said, sent = send_on(server, b"", GET + b"\r\n")
     assert sent < ENDLESS
@@ -146,7 +146,7 @@ def test_places_are_counted_in_all_and_for_each_address() -> None:
 
 @pytest.mark.nightly
 def test_connections_are_bounded_and_metrics_and_health_go_on(
-    own_server: Callable[..., Any], image: bytes, tmp_path: Path
+    own_server: Callable[..., ServerProcess], image: bytes, tmp_path: Path
 ) -> None:
     config = tmp_path / "server.yaml"
     config.write_text("connections: {max_http_connections: 40, max_http_connections_per_address: 30}\n")
@@ -172,7 +172,7 @@ def test_connections_are_bounded_and_metrics_and_health_go_on(
 
 
 @pytest.fixture
-def slow_server(server: Any) -> Iterator[Any]:
+def slow_server(server: ServerProcess) -> Iterator[Any]:
     before = descriptors(server.process.pid)
     yield server
     until(lambda: descriptors(server.process.pid) <= before, "all connections are given up")

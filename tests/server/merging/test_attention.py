@@ -3,11 +3,10 @@
 import pytest
 import torch
 
+from tests.server.merging.outputs import assert_close
+from tests.server.merging.small_models import KINDS
 from tome_server.merging import merge
 from tome_server.merging.attention import attention, size_bias, size_column
-
-from .outputs import assert_close
-from .small_models import KINDS
 
 FAMILIES = (
     "class token",

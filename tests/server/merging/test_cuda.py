@@ -12,6 +12,8 @@ import timm
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tests.server.merging.outputs import assert_close, equal
+from tests.server.merging.small_models import OTHER_KINDS
 from tome_server.calibration.choose_dtype import load_chosen
 from tome_server.config.dtypes import Dtype, DtypeSetting
 from tome_server.device.client import Device
@@ -31,9 +33,6 @@ from tome_server.models.loading import load
 from tome_server.models.preprocess import Limits, Preprocess
 from tome_server.models.spec import bundled_spec
 from tome_server.models.transform import ImageSettings
-
-from .outputs import assert_close, equal
-from .small_models import OTHER_KINDS
 
 pytestmark = pytest.mark.cuda
 

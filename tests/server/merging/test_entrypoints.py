@@ -11,9 +11,8 @@ from timm.layers import LayerScale
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.server.merging.small_models import randomise
 from tome_server.merging import Schedule, UnsupportedModelError, macs, merge, tokens_per_block
-
-from .small_models import randomise
 
 GRID = (5, 6)  # patches; other than any model's own
 R = 4

@@ -16,12 +16,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.server.merging.small_models import KINDS
 from tome_server.merging import merge
 from tome_server.merging.families.eva import fix_positions
 from tome_server.models.loaded import normalise
 from tome_server.models.transform import ImageSettings
-
-from .small_models import KINDS
 
 FAMILIES = (
     "class token",

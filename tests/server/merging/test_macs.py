@@ -12,9 +12,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.server.merging.small_models import KINDS, Kind
 from tome_server.merging import Schedule, UnsupportedModelError, dispatch, macs, merge, tokens_per_block
-
-from .small_models import KINDS, Kind
 
 DEIT_TI, DEIT_S = "deit_tiny_patch16_224", "deit_small_patch16_224"
 VIT_B, VIT_L, VIT_H = "vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"

@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.server.merging import reference
 from tome_server.merging import matching
 from tome_server.merging.cpu import matching_c
 from tome_server.merging.matching import Matching, add_by_product, combine
-
-from . import reference
 
 REAL_COUNTS = [(129, 1), (161, 1), (197, 1), (257, 5), (577, 1)]  # tokens, prefix
 

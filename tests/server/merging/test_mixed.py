@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.server.merging.outputs import equal
+from tests.server.merging.small_models import DEPTH, KINDS, Kind, each_kind, typical_kinds
 from tome_server.merging import MergedModel, MergedOutput, Schedule, merge, pack
-
-from .outputs import equal
-from .small_models import DEPTH, KINDS, Kind, each_kind, typical_kinds
 
 SCHEDULES = (Schedule.linear(8), Schedule.linear(5, 1.0), Schedule.explicit([0, 20, 3]), Schedule.constant(4))
 

@@ -13,6 +13,9 @@ from timm.layers import Attention, AttentionPoolLatent, DiffAttention, DropPath
 from timm.models.vision_transformer import Block, DiffParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
 
+from tests.server.merging import reference
+from tests.server.merging.outputs import equal
+from tests.server.merging.small_models import KINDS, PLAIN_KINDS, SMALL, Kind, each_kind, kind, randomise, typical_kinds
 from tome_server.merging import (
     MergedModel,
     MergedOutput,
@@ -23,10 +26,6 @@ from tome_server.merging import (
     tokens_per_block,
     unmerge,
 )
-
-from . import reference
-from .outputs import equal
-from .small_models import KINDS, PLAIN_KINDS, SMALL, Kind, each_kind, kind, randomise, typical_kinds
 
 RS: dict[str, int | Schedule] = {
     "r=0": 0,

@@ -5,9 +5,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tests.server.merging.small_models import KINDS
 from tome_server.merging import Schedule, merge, tokens_per_block
-
-from .small_models import KINDS
 
 rs = st.integers(0, 200)
 depths = st.integers(1, 48)

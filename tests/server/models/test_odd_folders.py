@@ -13,12 +13,11 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tests.server.models.conftest import ARCHITECTURE, KWARGS
 from tome_server.errors import ConfigError, ModelLoadError
 from tome_server.models.loading import load, outline
 from tome_server.models.repository import Repository, read_folder
 from tome_server.models.spec import ModelSpec, weights_digest
-
-from .conftest import ARCHITECTURE, KWARGS
 
 CPU = torch.device("cpu")
 Spoil = Callable[[Path], object]

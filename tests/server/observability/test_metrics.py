@@ -5,21 +5,32 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from api.rpc.wire import Metrics, connected, device_held, exemplars, exposition, openmetrics, refusal, scrape, until
 from google.protobuf.duration_pb2 import Duration
 
+from tests.server.api.rpc.wire import (
+    Metrics,
+    connected,
+    device_held,
+    exemplars,
+    exposition,
+    openmetrics,
+    refusal,
+    scrape,
+    until,
+)
+from tests.server_process import ServerProcess
 from tome_api.v1 import inference_pb2 as pb
 from tome_server.observability import buckets
 
 
 @pytest.fixture(scope="module")
-def stub(server: Any) -> Iterator[Any]:
+def stub(server: ServerProcess) -> Iterator[Any]:
     with connected(server.target) as stub:
         yield stub
 
@@ -48,7 +59,9 @@ class Change:
         }
 
 
-def test_counters_and_histograms_equal_the_sums_over_the_replies(server: Any, stub: Any, image: bytes) -> None:
+def test_counters_and_histograms_equal_the_sums_over_the_replies(
+    server: ServerProcess, stub: Any, image: bytes
+) -> None:
     change = Change(server.metrics_url)
     rs = [0, 1, 4, 8, 15, 98] * 4
     calls = [stub.Predict.future(pb.PredictRequest(image=image, r=r)) for r in rs]
@@ -116,7 +129,9 @@ def test_counters_and_histograms_equal_the_sums_over_the_replies(server: Any, st
     assert scrape(server.metrics_url).total("tome_queue_depth") == 0
 
 
-def test_refused_requests_are_counted_under_their_codes_and_nowhere_else(server: Any, stub: Any, image: bytes) -> None:
+def test_refused_requests_are_counted_under_their_codes_and_nowhere_else(
+    server: ServerProcess, stub: Any, image: bytes
+) -> None:
     change = Change(server.metrics_url)
     bad = [
         pb.PredictRequest(image=b"nothing"),
@@ -144,7 +159,7 @@ def test_refused_requests_are_counted_under_their_codes_and_nowhere_else(server:
         assert now.total(f"tome_{name}") == 0
 
 
-def test_cancelled_requests_are_counted_as_such(server: Any, stub: Any, image: bytes) -> None:
+def test_cancelled_requests_are_counted_as_such(server: ServerProcess, stub: Any, image: bytes) -> None:
     change = Change(server.metrics_url)
     with device_held(server):
         calls = [stub.Predict.future(pb.PredictRequest(image=image)) for _ in range(6)]
@@ -155,7 +170,7 @@ def test_cancelled_requests_are_counted_as_such(server: Any, stub: Any, image: b
     assert change.requests() == {("fashion", "CANCELLED"): 6}
 
 
-def test_overload_is_counted(own_server: Any, image: bytes) -> None:
+def test_overload_is_counted(own_server: Callable[..., ServerProcess], image: bytes) -> None:
     server = own_server("--max-pending", "1", "--threads", "1")
     request = pb.PredictRequest(image=image, latency_budget=Duration(seconds=100))
     refused = []
@@ -176,7 +191,7 @@ def test_overload_is_counted(own_server: Any, image: bytes) -> None:
     assert counted.total("tome_slo_missed_total", model="fashion", reason="queue_full") == len(refused)
 
 
-def test_exemplars_name_the_traces_of_answers_and_misses(server: Any, stub: Any, image: bytes) -> None:
+def test_exemplars_name_the_traces_of_answers_and_misses(server: ServerProcess, stub: Any, image: bytes) -> None:
     recorded, not_recorded = f"{random.getrandbits(127) + 1:032x}", f"{random.getrandbits(127) + 1:032x}"
     for trace, flags in ((recorded, "01"), (not_recorded, "00")):
         metadata = [("traceparent", f"00-{trace}-00f067aa0ba902b7-{flags}")]
@@ -190,7 +205,7 @@ def test_exemplars_name_the_traces_of_answers_and_misses(server: Any, stub: Any,
     assert not any(not_recorded in traces for traces in found.values())
 
 
-def test_openmetrics_says_the_same_as_the_older_format(server: Any) -> None:
+def test_openmetrics_says_the_same_as_the_older_format(server: ServerProcess) -> None:
     new = {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in openmetrics(server.metrics_url).values()
@@ -199,7 +214,7 @@ def test_openmetrics_says_the_same_as_the_older_format(server: Any) -> None:
     assert new == scrape(server.metrics_url)
 
 
-def test_names_have_our_prefix_and_base_units(server: Any) -> None:
+def test_names_have_our_prefix_and_base_units(server: ServerProcess) -> None:
     text = exposition(server.metrics_url)
     families = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
     assert set(re.findall(r"^# HELP (\S+) \S", text, re.MULTILINE)) == set(families)
@@ -234,7 +249,7 @@ def test_buckets_rise_and_have_a_reason(histogram: buckets.Buckets) -> None:
     assert histogram.reason.endswith(".")
 
 
-def test_promtool_finds_nothing_wrong(server: Any) -> None:
+def test_promtool_finds_nothing_wrong(server: ServerProcess) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("needs promtool: apt-get install -y --no-install-recommends prometheus")

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from api.rpc.collector import collecting
-from http_proxy import EXCEPTIONS, running_proxy
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
+from tests.http_proxy import EXCEPTIONS, running_proxy
+from tests.server.api.rpc.collector import collecting
 from tome_server.errors import InfeasibleError
 from tome_server.mac_count import MacCount
 from tome_server.observability import request_context

@@ -4,12 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.server.scheduling.cases import QUALITY, RS, device
 from tome_server.scheduling.policy.lookahead import Lookahead
 from tome_server.scheduling.policy.view import Traffic, View
 from tome_server.scheduling.profile import Latency
 from tome_server.scheduling.queue import Waiting
-
-from .cases import QUALITY, RS, device
 
 LATENCY = Latency(device(largest=8))
 TOP = len(RS) - 1

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.server.scheduling.cases import ADAPTIVE, NAMES, QUALITY, RS, Asked, asked, assert_fits, device, profiles
 from tome_server.config.policy_names import NAMES as ALL_NAMES
 from tome_server.scheduling.policy import policy_named
 from tome_server.scheduling.policy.price import Price
@@ -13,8 +14,6 @@ from tome_server.scheduling.policy.published import Fixed, SlackFit, max_accurac
 from tome_server.scheduling.policy.view import Traffic, View
 from tome_server.scheduling.profile import Latency, Profile
 from tome_server.scheduling.queue import Waiting
-
-from .cases import ADAPTIVE, NAMES, QUALITY, RS, Asked, asked, assert_fits, device, profiles
 
 traffics = st.builds(
     lambda rate, dispersion, budgets: Traffic(

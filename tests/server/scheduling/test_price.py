@@ -5,14 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.server.scheduling.cases import QUALITY, RS, device, profiles, steps
 from tome_server.scheduling.policy.curve import price_curve
 from tome_server.scheduling.policy.price import Price
 from tome_server.scheduling.policy.view import Traffic, View
 from tome_server.scheduling.profile import Latency, Profile
 from tome_server.scheduling.queue import Waiting
 from tome_server.scheduling.scheduler import Scheduler
-
-from .cases import QUALITY, RS, device, profiles, steps
 
 # (price from which it is used, speed as a share of the last level's)
 STEPS = ((0.0, 0.5), (0.1, 0.7), (0.4, 0.9), (0.8, 1.0))

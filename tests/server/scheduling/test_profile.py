@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.server.scheduling.cases import steps
 from tome_server.scheduling.profile import Latency, Profile
-
-from .cases import steps
 
 SIZES, RS = (1, 2, 4, 8), (0, 4, 8, 16)
 

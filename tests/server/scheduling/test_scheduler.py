@@ -8,14 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from tests.server.scheduling.cases import NAMES, QUALITY, RS, Asked, asked, device, named, profiles
 from tome_server.errors import InfeasibleError
 from tome_server.scheduling.policy.published import max_batch
 from tome_server.scheduling.policy.view import Decision, Policy, View
 from tome_server.scheduling.profile import Latency, Profile
 from tome_server.scheduling.queue import Waiting
 from tome_server.scheduling.scheduler import Scheduler
-
-from .cases import NAMES, QUALITY, RS, Asked, asked, device, named, profiles
 
 TOP = len(RS) - 1
 

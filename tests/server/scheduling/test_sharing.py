@@ -7,14 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.server.scheduling.cases import NAMES, QUALITY, RS, Asked, asked, device, named, profiles
 from tome_server.errors import InfeasibleError
 from tome_server.scheduling.policy.view import Decision, Traffic, View, uniform
 from tome_server.scheduling.profile import Latency, Profile
 from tome_server.scheduling.queue import Waiting
 from tome_server.scheduling.scheduler import Scheduler, share_device
 from tome_server.scheduling.traffic import together
-
-from .cases import NAMES, QUALITY, RS, Asked, asked, device, named, profiles
 
 TOP = len(RS) - 1
 

@@ -7,8 +7,22 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from scripted import LATE, QUICK, RS, SLOW, SOON, TOP, Bench, Clock, image_of, profile_of, refused, until, use
 
+from tests.server.scripted import (
+    LATE,
+    QUICK,
+    RS,
+    SLOW,
+    SOON,
+    TOP,
+    Bench,
+    Clock,
+    image_of,
+    profile_of,
+    refused,
+    until,
+    use,
+)
 from tome_server.config.model_overrides import BatchingOverrides, ModelOverrides
 from tome_server.errors import ModelFailedError, NoMemoryError
 from tome_server.models.model_info import ModelInfo

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import pytest
-from scripted import until
 
+from tests.server.scripted import until
 from tome_server.models.preprocess import InputSize
 from tome_server.serving.decode_queue import RESERVE, Decode, Decoders, HopelessError
 from tome_server.serving.overhead import DecodeTimes

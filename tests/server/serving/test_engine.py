@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 from google.rpc import error_details_pb2
 from prometheus_client import generate_latest
-from scripted import (
+
+from tests.server.scripted import (
     LATE,
     POLICIES,
     QUICK,
@@ -30,7 +31,6 @@ from scripted import (
     until,
     use,
 )
-
 from tome_server.api.oip.messages import InferRequest, RequestedOutput, Tensor
 from tome_server.api.oip.service import OpenInference
 from tome_server.api.rest.errors import refusal

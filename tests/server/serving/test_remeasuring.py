@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import LATE, Bench, Clock, image_of, profile_of, until
 
+from tests.server.scripted import LATE, Bench, Clock, image_of, profile_of, until
+from tests.server_process import ServerProcess
 from tome_client import Client, TomeError
 from tome_server.errors import DeviceDiedError
 from tome_server.scheduling.measured import Measured
@@ -192,7 +193,7 @@ def slowed(file: Path, measured: dict[str, Any] | None) -> None:
     ids=["provisional", "of an older version"],
 )
 def test_a_server_with_a_profile_eight_times_too_long_answers_at_the_budgets_that_it_could_meet(
-    own_server: Callable[..., Any], tmp_path: Path, samples: dict[Path, str], measured: dict[str, Any] | None
+    own_server: Callable[..., ServerProcess], tmp_path: Path, samples: dict[Path, str], measured: dict[str, Any] | None
 ) -> None:
     folder, image = tmp_path / "profiles", next(iter(samples)).read_bytes()
     flags = ("--profiles", str(folder), "--profile-time", "500ms", "--threads", "1", "--max-batch", "2")

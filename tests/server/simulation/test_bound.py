@@ -4,8 +4,8 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduling.cases import NAMES, QUALITY, device, named, profiles
 
+from tests.server.scheduling.cases import NAMES, QUALITY, device, named, profiles
 from tome_server.scheduling.profile import Profile
 from tome_server.simulation.bound import clairvoyant_bound
 from tome_server.simulation.simulator import Cluster, simulate

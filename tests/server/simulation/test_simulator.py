@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduling.cases import NAMES, QUALITY, RS, device, named, profiles
 
+from tests.server.scheduling.cases import NAMES, QUALITY, RS, device, named, profiles
 from tome_server.scheduling.policy.published import Fixed
 from tome_server.scheduling.policy.view import Decision, View
 from tome_server.scheduling.profile import Profile

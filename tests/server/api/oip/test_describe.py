@@ -4,8 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from scripted import QUICK, Bench, profile_of
 
+from tests.server.scripted import QUICK, Bench, profile_of
 from tome_server.api.oip.describe import model_config
 from tome_server.models.model_info import ModelInfo
 from tome_server.serving.served import ServedModel

@@ -2,10 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.server.api.oip.attempts import attempt
 from tome_server.api.oip.messages import MOST_ELEMENTS, joined, shown, split
 from tome_server.errors import InvalidRequestError, TooLargeError
-
-from .attempts import attempt
 
 
 @given(st.lists(st.binary(max_size=50), max_size=20))

@@ -5,10 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.server.api.oip.attempts import attempt
 from tome_server.api.oip.parameters import Terms, terms_of
 from tome_server.errors import InvalidRequestError
-
-from .attempts import attempt
 
 
 def test_nothing_asked_is_nothing_bound() -> None:

@@ -7,18 +7,17 @@ import socket
 import tracemalloc
 import zlib
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import tritonclient.http
 
-from api.rpc.wire import device_held, scrape, until
+from tests.server.api.rest.wire import INFER, JSON_LENGTH, ask, images, infer, outputs
+from tests.server.api.rpc.wire import device_held, scrape, until
+from tests.server_process import ServerProcess
 from tome_server.api.rest.body import inflated
 from tome_server.errors import InvalidRequestError, TooLargeError
-
-from .wire import INFER, JSON_LENGTH, ask, images, infer, outputs
 
 MIB = 2**20
 # As the server bounds it: twice max_image_bytes.
@@ -27,7 +26,7 @@ COMPRESS = {"gzip": gzip.compress, "deflate": zlib.compress}
 
 
 @pytest.fixture(scope="module")
-def base(server: Any) -> str:
+def base(server: ServerProcess) -> str:
     return str(server.metrics_url.removesuffix("/metrics"))
 
 
@@ -88,7 +87,9 @@ def test_a_damaged_body_is_400_and_says_where(base: str, image: bytes) -> None:
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])
-def test_what_inflates_to_more_than_is_taken_is_413_and_never_held(base: str, server: Any, coding: str) -> None:
+def test_what_inflates_to_more_than_is_taken_is_413_and_never_held(
+    base: str, server: ServerProcess, coding: str
+) -> None:
     body = bomb(coding, 8 * MOST)
     answer = ask(base, INFER, body, {"Content-Encoding": coding, JSON_LENGTH: "0"})
     assert answer.status == 413
@@ -140,7 +141,7 @@ def post(body: bytes, *lines: str) -> bytes:
     return "\r\n".join([*head, "", ""]).encode() + body
 
 
-def test_a_client_that_closes_its_side_has_left(base: str, server: Any, image: bytes) -> None:
+def test_a_client_that_closes_its_side_has_left(base: str, server: ServerProcess, image: bytes) -> None:
     """It can't be told from one that closed altogether, whose request is given up; nothing else is."""
     with device_held(server):
         assert raw(base, post(image, "Content-Type: image/png"), half_close=True) == b""
@@ -168,7 +169,7 @@ def test_a_body_lost_to_an_upgrade_is_said_so(base: str, image: bytes, protocol:
     ],
     ids=["grpc", "tls", "path", "port", "chunk"],
 )
-def test_what_is_no_http_1_is_400_and_costs_no_line_of_the_log(base: str, server: Any, sent: bytes) -> None:
+def test_what_is_no_http_1_is_400_and_costs_no_line_of_the_log(base: str, server: ServerProcess, sent: bytes) -> None:
     before = len(server.log.read_text())
     assert raw(base, sent).startswith(b"HTTP/1.1 400 ")
     lines = server.log.read_text()[before:].splitlines()

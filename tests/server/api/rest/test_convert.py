@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api.oip.attempts import attempt
+from tests.server.api.oip.attempts import attempt
 from tome_server.api.oip.messages import AsBytes, InferResponse, Tensor, split
 from tome_server.api.rest.convert import request_from, response_to
 from tome_server.errors import InvalidRequestError

@@ -18,17 +18,17 @@ import yaml
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from api.rpc.wire import connected, device_held, scrape, until
+from tests.server.api.rest.wire import INFER, JSON_LENGTH, Answer, ask, connect, images, infer, outputs
+from tests.server.api.rpc.wire import connected, device_held, scrape, until
+from tests.server_process import ServerProcess
 from tome_api.v1 import inference_pb2 as pb
-
-from .wire import INFER, JSON_LENGTH, Answer, ask, connect, images, infer, outputs
 
 TOKEN = "a-token-of-the-tests"
 NAMES = ["logits", "probabilities", "class_id", "label", "features"]
 
 
 @pytest.fixture(scope="module")
-def base(server: Any) -> str:
+def base(server: ServerProcess) -> str:
     return str(server.metrics_url.removesuffix("/metrics"))
 
 
@@ -174,7 +174,7 @@ async def test_tritons_asyncio_client_infers(base: str, encoded: Any) -> None:
 
 
 def test_all_ways_to_write_images_down_get_the_answer_of_our_own_api(
-    base: str, server: Any, files: list[Path], rgb: np.ndarray
+    base: str, server: ServerProcess, files: list[Path], rgb: np.ndarray
 ) -> None:
     with connected(server.target) as stub:
         own = [stub.Predict(pb.PredictRequest(image=file.read_bytes(), r=4, top_k=10)) for file in files]
@@ -296,7 +296,7 @@ def test_a_request_that_cannot_be_right_is_400_and_says_why(base: str, message: 
     assert answer.json["code"] == "INVALID_ARGUMENT"
 
 
-def test_outputs_that_overflow_are_400_in_json_and_come_as_bytes(base: str, server: Any) -> None:
+def test_outputs_that_overflow_are_400_in_json_and_come_as_bytes(base: str, server: ServerProcess) -> None:
     huge = images([0.0] * 2352 + [3e38] * 2352, "FP32", [2, 3, 28, 28])
     for names in ((), ("logits",), ("label", "probabilities"), ("features",)):
         answer = infer(base, {**huge, "outputs": [{"name": name} for name in names]})
@@ -377,7 +377,7 @@ def test_metrics_come_as_the_scraper_likes_them(base: str) -> None:
     assert modern.body.endswith(b"# EOF\n")
 
 
-def test_an_answer_is_counted_like_one_over_grpc(base: str, server: Any) -> None:
+def test_an_answer_is_counted_like_one_over_grpc(base: str, server: ServerProcess) -> None:
     def counts() -> list[float]:
         metrics = scrape(server.metrics_url)
         return [metrics.total("tome_requests_total", model="fashion", code=code) for code in ("OK", "INVALID_ARGUMENT")]
@@ -388,7 +388,7 @@ def test_an_answer_is_counted_like_one_over_grpc(base: str, server: Any) -> None
     assert [now - then for now, then in zip(counts(), before, strict=True)] == [1, 1]
 
 
-def test_a_client_that_goes_takes_its_request_along(base: str, server: Any, files: list[Path]) -> None:
+def test_a_client_that_goes_takes_its_request_along(base: str, server: ServerProcess, files: list[Path]) -> None:
     cancelled = scrape(server.metrics_url).total("tome_requests_total", code="CANCELLED")
     image = base64.b64encode(files[0].read_bytes()).decode()
     body = json.dumps(images([image] * 8, "BYTES", [8], content_type="base64")).encode()
@@ -404,7 +404,7 @@ def test_a_client_that_goes_takes_its_request_along(base: str, server: Any, file
         )
 
 
-def test_a_client_that_goes_before_its_body_came_is_forgotten(base: str, server: Any) -> None:
+def test_a_client_that_goes_before_its_body_came_is_forgotten(base: str, server: ServerProcess) -> None:
     cancelled = scrape(server.metrics_url).total("tome_requests_total", code="CANCELLED")
     connection = connect(base)
     connection.putrequest("POST", INFER)
@@ -419,7 +419,7 @@ def test_a_client_that_goes_before_its_body_came_is_forgotten(base: str, server:
 # A server of its own
 
 
-def test_tokens_a_full_queue_and_draining(own_server: Callable[..., Any], tmp_path: Path) -> None:
+def test_tokens_a_full_queue_and_draining(own_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
     (tmp_path / "tokens").write_text(f"{TOKEN}\n")
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({"auth": {"tokens": str(tmp_path / "tokens")}, "batching": {"max_pending": 1}}))

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.server.api.rpc.wire import connected
+from tests.server_process import ServerProcess
 from tome_api.v1 import inference_pb2 as pb
-
-from .wire import connected
 
 
 @pytest.fixture(scope="session")
-def stub(server: Any) -> Iterator[Any]:
+def stub(server: ServerProcess) -> Iterator[Any]:
     with connected(server.target) as stub:
         yield stub
 

@@ -19,6 +19,19 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from tests.server.api.rpc.collector import Collector, collecting
+from tests.server.api.rpc.wire import (
+    PATIENCE,
+    device_held,
+    exemplars,
+    openmetrics,
+    refusal,
+    refusal_in,
+    refusal_of,
+    scrape,
+    until,
+)
+from tests.server_process import ServerProcess
 from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
 from tome_client import Client, TomeError
@@ -26,9 +39,6 @@ from tome_server.api.rpc.access import AccessInterceptor
 from tome_server.api.rpc.server import RpcSettings, server_options
 from tome_server.api.tokens import Tokens
 from tome_server.observability.metrics import Metrics as ServerMetrics
-
-from .collector import Collector, collecting
-from .wire import PATIENCE, device_held, exemplars, openmetrics, refusal, refusal_in, refusal_of, scrape, until
 
 ALICE, BOB, EVE = "alice-0123456789abcdef", "bob-0123456789abcdef", "eve-0123456789abcdef"
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
@@ -50,7 +60,7 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="module")
-def guarded(module_server: Callable[..., Any], tokens: Path, collector: Collector) -> Any:
+def guarded(module_server: Callable[..., ServerProcess], tokens: Path, collector: Collector) -> ServerProcess:
     """A server that asks for tokens, and tells all it can."""
     config = tokens.parent / "server.yaml"
     settings = {
@@ -66,7 +76,7 @@ def guarded(module_server: Callable[..., Any], tokens: Path, collector: Collecto
 
 
 @pytest.fixture(scope="module")
-def channel(guarded: Any) -> Iterator[grpc.Channel]:
+def channel(guarded: ServerProcess) -> Iterator[grpc.Channel]:
     with grpc.insecure_channel(guarded.target) as channel:
         yield channel
 
@@ -89,7 +99,7 @@ def calls(channel: grpc.Channel, request: pb.PredictRequest, metadata: Any) -> d
 
 @pytest.mark.parametrize("method", ["Predict", "PredictStream", "ListModels", "GetModel"])
 def test_every_method_takes_calls_with_a_token_and_no_others(
-    guarded: Any, channel: grpc.Channel, good: pb.PredictRequest, method: str
+    guarded: ServerProcess, channel: grpc.Channel, good: pb.PredictRequest, method: str
 ) -> None:
     counted = scrape(guarded.metrics_url).total("tome_requests_total", code="UNAUTHENTICATED")
     strangers = [(), bearer(EVE), bearer(""), (("authorization", ALICE),), (*bearer(ALICE), *bearer(BOB))]
@@ -103,7 +113,7 @@ def test_every_method_takes_calls_with_a_token_and_no_others(
         assert calls(channel, good, bearer(token))[method]()
 
 
-def test_the_client_library_sends_its_token(guarded: Any, good: pb.PredictRequest) -> None:
+def test_the_client_library_sends_its_token(guarded: ServerProcess, good: pb.PredictRequest) -> None:
     for health_checks in (False, True):
         with Client(guarded.target, token=ALICE, health_checks=health_checks) as client:
             assert client.predict(good.image).predictions
@@ -139,7 +149,7 @@ def test_reflection_can_be_switched_off(channel: grpc.Channel) -> None:
 
 
 def test_tokens_exchanged_under_a_running_server_hold_from_the_next_call_on(
-    guarded: Any, channel: grpc.Channel, good: pb.PredictRequest, tokens: Path
+    guarded: ServerProcess, channel: grpc.Channel, good: pb.PredictRequest, tokens: Path
 ) -> None:
     predict = inference_pb2_grpc.InferenceStub(channel).Predict
     assert refusal(lambda: predict(good, metadata=bearer(EVE))).code is UNAUTHENTICATED
@@ -155,7 +165,7 @@ def test_tokens_exchanged_under_a_running_server_hold_from_the_next_call_on(
 # REST
 
 
-def rest(guarded: Any, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+def rest(guarded: ServerProcess, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
     """Ask over HTTP; returns status and body."""
     url = guarded.metrics_url.removesuffix("/metrics") + path
     try:
@@ -165,7 +175,7 @@ def rest(guarded: Any, path: str, body: bytes | None = None, **headers: str) -> 
         return error.code, error.read()
 
 
-def test_rest_takes_the_same_tokens(guarded: Any, good: pb.PredictRequest) -> None:
+def test_rest_takes_the_same_tokens(guarded: ServerProcess, good: pb.PredictRequest) -> None:
     infer = ("/v2/models/fashion/infer", good.image)
     binary = {"Inference-Header-Content-Length": "0", "Content-Type": "application/octet-stream"}
     for path, body in (infer, ("/v2", None), ("/v2/models/fashion", None)):
@@ -179,7 +189,7 @@ def test_rest_takes_the_same_tokens(guarded: Any, good: pb.PredictRequest) -> No
 @pytest.mark.parametrize(
     "path", ["/v2/health/../models/fashion", "//v2/models/fashion", "/V2/models/fashion", "/v2%2Fmodels/fashion"]
 )
-def test_no_other_spelling_of_a_path_goes_past_the_tokens(guarded: Any, path: str) -> None:
+def test_no_other_spelling_of_a_path_goes_past_the_tokens(guarded: ServerProcess, path: str) -> None:
     assert rest(guarded, path)[0] in (401, 404)
 
 
@@ -187,7 +197,7 @@ def test_no_other_spelling_of_a_path_goes_past_the_tokens(guarded: Any, path: st
 
 
 def test_each_message_is_a_span_of_its_callers_trace(
-    guarded: Any, channel: grpc.Channel, good: pb.PredictRequest, collector: Collector
+    guarded: ServerProcess, channel: grpc.Channel, good: pb.PredictRequest, collector: Collector
 ) -> None:
     trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     metadata = (*bearer(ALICE), ("traceparent", f"00-{trace}-{parent}-01"))
@@ -208,7 +218,7 @@ def test_each_message_is_a_span_of_its_callers_trace(
 
 
 def test_exemplars_name_traces_that_began_here(
-    guarded: Any, channel: grpc.Channel, good: pb.PredictRequest, collector: Collector
+    guarded: ServerProcess, channel: grpc.Channel, good: pb.PredictRequest, collector: Collector
 ) -> None:
     inference_pb2_grpc.InferenceStub(channel).Predict(good, metadata=bearer(ALICE))
     named = exemplars(openmetrics(guarded.metrics_url))["tome_request_duration_seconds"]
@@ -225,7 +235,9 @@ def test_exemplars_name_traces_that_began_here(
 # Limits
 
 
-def test_one_client_cannot_take_all_the_room(guarded: Any, channel: grpc.Channel, good: pb.PredictRequest) -> None:
+def test_one_client_cannot_take_all_the_room(
+    guarded: ServerProcess, channel: grpc.Channel, good: pb.PredictRequest
+) -> None:
     predict = inference_pb2_grpc.InferenceStub(channel).Predict
 
     def in_the_server(count: int) -> Callable[[], bool]:
@@ -249,7 +261,7 @@ def test_one_client_cannot_take_all_the_room(guarded: Any, channel: grpc.Channel
 
 
 def test_each_message_of_a_stream_counts_as_a_request(
-    guarded: Any, channel: grpc.Channel, good: pb.PredictRequest
+    guarded: ServerProcess, channel: grpc.Channel, good: pb.PredictRequest
 ) -> None:
     stream = inference_pb2_grpc.InferenceStub(channel).PredictStream
     messages = [pb.PredictStreamRequest(id=str(number), request=good) for number in range(5)]
@@ -263,7 +275,7 @@ def test_each_message_of_a_stream_counts_as_a_request(
 
 
 def test_a_connection_carries_only_so_many_calls_at_once(
-    guarded: Any, channel: grpc.Channel, good: pb.PredictRequest
+    guarded: ServerProcess, channel: grpc.Channel, good: pb.PredictRequest
 ) -> None:
     """The eighth waits in the client until one of the seven ends."""
     watch = health_pb2_grpc.HealthStub(channel).Watch
@@ -280,7 +292,7 @@ def test_a_connection_carries_only_so_many_calls_at_once(
 
 
 def test_logs_hold_neither_tokens_nor_images(
-    guarded: Any, channel: grpc.Channel, good: pb.PredictRequest, tokens: Path
+    guarded: ServerProcess, channel: grpc.Channel, good: pb.PredictRequest, tokens: Path
 ) -> None:
     """Whatever else these tests had the server do; and once more with an image and a token that can't be missed."""
     marked = b"not-an-image-but-a-mark" * 50

@@ -19,9 +19,9 @@ from google.protobuf.duration_pb2 import Duration
 from PIL import Image
 from timm.data import create_transform
 
+from tests.server.api.rpc.wire import MIB, black_png, chunk, normalised, pixels, refusal, scores, scrape
+from tests.server_process import ServerProcess
 from tome_api.v1 import inference_pb2 as pb
-
-from .wire import MIB, black_png, chunk, normalised, pixels, refusal, scores, scrape
 
 UINT8, FLOAT32 = pb.Tensor.DATA_TYPE_UINT8, pb.Tensor.DATA_TYPE_FLOAT32
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -89,7 +89,7 @@ def test_an_image_that_cannot_be_used_is_refused_with_the_reason(stub: Any, imag
     assert re.match(f"image: {problem}", refused.message)
 
 
-def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(stub: Any, server: Any) -> None:
+def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(stub: Any, server: ServerProcess) -> None:
     process = Path(f"/proc/{server.process.pid}")
     if not process.exists():
         pytest.skip("needs /proc")
@@ -234,7 +234,7 @@ def test_top_k_is_at_most_the_number_of_classes(stub: Any, file: Path, model: pb
     "name", ["nothing", "Fashion", "../fashion", "x\0\n\u2028é", "x" * 100_000], ids=lambda n: n[:9]
 )
 def test_an_unknown_model_is_not_found_and_its_name_stays_out_of_the_metrics(
-    stub: Any, server: Any, file: Path, name: str
+    stub: Any, server: ServerProcess, file: Path, name: str
 ) -> None:
     before = scrape(server.metrics_url)
     for call in (
@@ -456,7 +456,9 @@ def test_any_sensible_size_is_answered(stub: Any, size: tuple[int, int]) -> None
     assert scores(response).sum() == pytest.approx(1, abs=1e-4)
 
 
-def test_bytes_that_are_no_message_end_their_stream_after_the_answers_due(server: Any, good: pb.PredictRequest) -> None:
+def test_bytes_that_are_no_message_end_their_stream_after_the_answers_due(
+    server: ServerProcess, good: pb.PredictRequest
+) -> None:
     first = pb.PredictStreamRequest(id="first", request=good).SerializeToString()
     with grpc.insecure_channel(server.target) as channel:
         stream = channel.stream_stream(

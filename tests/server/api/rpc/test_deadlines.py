@@ -13,9 +13,9 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from tests.server.api.rpc.wire import connected, device_held, refusal, refusal_in, refusal_of, scrape, until
+from tests.server_process import ServerProcess
 from tome_api.v1 import inference_pb2 as pb
-
-from .wire import connected, device_held, refusal, refusal_in, refusal_of, scrape, until
 
 # Enough requests at once for several batches.
 CROWD = 64
@@ -142,7 +142,7 @@ def test_a_request_has_a_budget_or_no_deadline(stub: Any, image: bytes) -> None:
 # Infeasible
 
 
-def test_what_cannot_be_met_is_refused_with_what_could_be(server: Any, stub: Any, image: bytes) -> None:
+def test_what_cannot_be_met_is_refused_with_what_could_be(server: ServerProcess, stub: Any, image: bytes) -> None:
     before = scrape(server.metrics_url)
     # An image whose pixels can't be decoded: it would be INVALID_ARGUMENT if that had been tried.
     assert b"IDAT\x78" in image
@@ -222,7 +222,7 @@ def drawn(chance: random.Random, image: bytes) -> pb.PredictRequest:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_bounds_hold_under_load(server: Any, stub: Any, image: bytes, model: pb.Model, seed: int) -> None:
+def test_bounds_hold_under_load(server: ServerProcess, stub: Any, image: bytes, model: pb.Model, seed: int) -> None:
     chance = random.Random(seed)
     requests = [drawn(chance, image) for _ in range(100)]
     with device_held(server):
@@ -253,7 +253,7 @@ def test_bounds_hold_under_load(server: Any, stub: Any, image: bytes, model: pb.
 
 
 @pytest.fixture(scope="module")
-def fixed(module_server: Callable[..., Any]) -> Iterator[Any]:
+def fixed(module_server: Callable[..., ServerProcess]) -> Iterator[Any]:
     """A stub of a server with one r for all."""
     with connected(module_server("--policy", "fixed:8", "--default-budget", "60s").target) as stub:
         yield stub

@@ -9,8 +9,8 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from scripted import Bench, Clock, until
 
+from tests.server.scripted import Bench, Clock, until
 from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
 from tome_client import AsyncClient, TomeError

@@ -4,9 +4,10 @@ import json
 import subprocess
 import venv
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from tests.server_process import ServerProcess
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1200)]
 
@@ -62,7 +63,7 @@ asyncio.run(main())
 
 
 def test_kserves_client_finds_the_model_and_infers_over_both_protocols(
-    server: Any, samples: dict[Path, str], tmp_path: Path
+    server: ServerProcess, samples: dict[Path, str], tmp_path: Path
 ) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
     python = str(tmp_path / "venv/bin/python")

@@ -9,10 +9,10 @@ from typing import Any
 import grpc
 import pytest
 
+from tests.server.api.rpc.wire import connected, refusal, scrape
+from tests.server_process import ServerProcess
 from tome_api.v1 import inference_pb2 as pb
 from tome_server.api.rpc.server import MOST_METADATA
-
-from .wire import connected, refusal, scrape
 
 GARBAGE = b"\xff\xff\xff"
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -35,7 +35,7 @@ STREAMS = [
 
 
 @contextmanager
-def quiet(server: Any) -> Iterator[None]:
+def quiet(server: ServerProcess) -> Iterator[None]:
     """Assert that nothing is logged meanwhile but summaries."""
     before = len(server.log.read_text())
     yield
@@ -44,7 +44,7 @@ def quiet(server: Any) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("method", [*UNARY, *STREAMS])
-def test_bytes_that_are_no_message_are_an_invalid_argument(server: Any, method: str) -> None:
+def test_bytes_that_are_no_message_are_an_invalid_argument(server: ServerProcess, method: str) -> None:
     counted = {"model": "unknown", "code": "INVALID_ARGUMENT"}
     before = scrape(server.metrics_url).total("tome_requests_total", **counted)
     with quiet(server), grpc.insecure_channel(server.target) as channel:
@@ -55,7 +55,7 @@ def test_bytes_that_are_no_message_are_an_invalid_argument(server: Any, method: 
     assert scrape(server.metrics_url).total("tome_requests_total", **counted) == before + 1
 
 
-def test_a_message_that_is_cut_off_is_no_message(server: Any, samples: Any) -> None:
+def test_a_message_that_is_cut_off_is_no_message(server: ServerProcess, samples: Any) -> None:
     whole = pb.PredictRequest(image=min(samples).read_bytes()).SerializeToString()
     with quiet(server), grpc.insecure_channel(server.target) as channel:
         predict = channel.unary_unary("/tome_api.v1.Inference/Predict")
@@ -92,7 +92,7 @@ def raw_call(target: str, method: str, body: bytes) -> bytes:
 
 @pytest.mark.parametrize("body", [b"", b"\0\0\0", b"\0\0\0\0\x10cut off", b"\0\xff\xff\xff\xff"], ids=len)
 @pytest.mark.parametrize("method", UNARY)
-def test_a_call_that_ends_before_its_message_does_is_answered(server: Any, method: str, body: bytes) -> None:
+def test_a_call_that_ends_before_its_message_does_is_answered(server: ServerProcess, method: str, body: bytes) -> None:
     with quiet(server):
         received = raw_call(server.target, method, body)
     assert b"grpc-status\x013" in received
@@ -100,19 +100,19 @@ def test_a_call_that_ends_before_its_message_does_is_answered(server: Any, metho
 
 
 @pytest.mark.parametrize("method", STREAMS)
-def test_a_stream_without_a_message_ends_well(server: Any, method: str) -> None:
+def test_a_stream_without_a_message_ends_well(server: ServerProcess, method: str) -> None:
     with quiet(server):
         assert b"grpc-status\x010" in raw_call(server.target, method, b"")
 
 
 @pytest.mark.parametrize("method", ["/tome_api.v1.Inference/Nothing", "/nobody.Knows/This", "/", "/grpc.health.v1.X/Y"])
-def test_an_unknown_method_is_unimplemented_whatever_it_is_sent(server: Any, method: str) -> None:
+def test_an_unknown_method_is_unimplemented_whatever_it_is_sent(server: ServerProcess, method: str) -> None:
     with quiet(server), grpc.insecure_channel(server.target) as channel:
         refused = refusal(lambda: channel.unary_unary(method)(GARBAGE, timeout=60))
     assert refused.code is grpc.StatusCode.UNIMPLEMENTED
 
 
-def test_a_message_that_is_too_large_is_refused_alone(server: Any, samples: Any) -> None:
+def test_a_message_that_is_too_large_is_refused_alone(server: ServerProcess, samples: Any) -> None:
     options = [("grpc.max_send_message_length", -1)]
     with quiet(server), grpc.insecure_channel(server.target, options=options) as channel:
         call = channel.unary_unary("/tome_api.v1.Inference/Predict")
@@ -121,7 +121,7 @@ def test_a_message_that_is_too_large_is_refused_alone(server: Any, samples: Any)
             assert stub.ListModels(pb.ListModelsRequest())
 
 
-def test_metadata_up_to_its_limit_is_taken_and_beyond_it_refused_always(server: Any) -> None:
+def test_metadata_up_to_its_limit_is_taken_and_beyond_it_refused_always(server: ServerProcess) -> None:
     """Not at random in between, as gRPC's own two limits have it."""
     with quiet(server), grpc.insecure_channel(server.target) as channel:
         live = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
@@ -138,7 +138,7 @@ def test_metadata_up_to_its_limit_is_taken_and_beyond_it_refused_always(server: 
                 assert refusal(lambda size=size: call(size)).code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_http_1_on_the_grpc_port_is_closed_and_costs_no_line(server: Any) -> None:
+def test_http_1_on_the_grpc_port_is_closed_and_costs_no_line(server: ServerProcess) -> None:
     host, _, port = server.target.rpartition(":")
     with quiet(server), socket.create_connection((host, int(port)), timeout=100) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")

@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.server.api.rpc import triton
+from tests.server.api.rpc.wire import until
+from tests.server_process import ServerProcess
 from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
 from tome_server.models.bundled import BUNDLED
-
-from . import triton
-from .wire import until
 
 FILES = ("config.yaml", "weights.safetensors", "labels.txt", "quality.json")
 
@@ -42,7 +42,7 @@ def repository(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def controlled(repository: Path, own_server: Callable[..., Any]) -> Any:
+def controlled(repository: Path, own_server: Callable[..., ServerProcess]) -> ServerProcess:
     """A server of both models that lets clients load and unload them."""
     config = repository.parent / "server.yaml"
     config.write_text("repository: models\nmodel_control: true\n")
@@ -75,7 +75,7 @@ def load_on(target: str, model: str, image: bytes) -> Iterator["Counter[str]"]:
 
 
 def test_a_model_can_be_unloaded_and_loaded_again_while_another_is_served(
-    controlled: Any, samples: dict[Path, str]
+    controlled: ServerProcess, samples: dict[Path, str]
 ) -> None:
     image = next(iter(samples)).read_bytes()
     with (
@@ -99,7 +99,7 @@ def test_a_model_can_be_unloaded_and_loaded_again_while_another_is_served(
 
 
 def test_a_model_is_replaced_without_a_request_lost(
-    controlled: Any, repository: Path, samples: dict[Path, str]
+    controlled: ServerProcess, repository: Path, samples: dict[Path, str]
 ) -> None:
     image = next(iter(samples)).read_bytes()
     labels = (repository / "second" / "labels.txt").read_text()
@@ -118,7 +118,7 @@ def test_a_model_is_replaced_without_a_request_lost(
 
 
 def test_the_version_that_is_served_is_told_and_honoured(
-    tmp_path: Path, own_server: Callable[..., Any], samples: dict[Path, str]
+    tmp_path: Path, own_server: Callable[..., ServerProcess], samples: dict[Path, str]
 ) -> None:
     models, image = tmp_path / "models", np.array([next(iter(samples)).read_bytes()], object)
     for version in ("1", "3"):
@@ -159,7 +159,7 @@ def test_the_version_that_is_served_is_told_and_honoured(
 
 
 def test_what_cannot_be_loaded_is_refused_in_words_and_what_was_served_stays(
-    controlled: Any, repository: Path, samples: dict[Path, str]
+    controlled: ServerProcess, repository: Path, samples: dict[Path, str]
 ) -> None:
     (repository / "second" / "weights.safetensors").write_bytes(b"nonsense")
     with triton.client.InferenceServerClient(controlled.target) as client:
@@ -175,7 +175,7 @@ def test_what_cannot_be_loaded_is_refused_in_words_and_what_was_served_stays(
 
 
 def test_a_models_own_limits_and_defaults_hold_and_are_told(
-    controlled: Any, repository: Path, samples: dict[Path, str]
+    controlled: ServerProcess, repository: Path, samples: dict[Path, str]
 ) -> None:
     image = next(iter(samples)).read_bytes()  # of 784 pixels
     file = repository / "second" / "config.yaml"
@@ -230,7 +230,7 @@ def test_a_models_own_limits_and_defaults_hold_and_are_told(
 
 
 def test_a_model_beyond_the_memory_budget_is_refused_and_the_others_stay(
-    repository: Path, own_server: Callable[..., Any]
+    repository: Path, own_server: Callable[..., ServerProcess]
 ) -> None:
     config = repository.parent / "server.yaml"
     # Each takes about 9.1 MiB.
@@ -246,7 +246,7 @@ def test_a_model_beyond_the_memory_budget_is_refused_and_the_others_stay(
         assert client.is_model_ready("third")
 
 
-def test_hanging_up_serves_what_the_repository_holds_now(controlled: Any, repository: Path) -> None:
+def test_hanging_up_serves_what_the_repository_holds_now(controlled: ServerProcess, repository: Path) -> None:
     store(repository, "third")
     shutil.rmtree(repository / "first")
     labels = (repository / "second" / "labels.txt").read_text()
@@ -261,7 +261,7 @@ def test_hanging_up_serves_what_the_repository_holds_now(controlled: Any, reposi
         assert [model.name for model in stub.ListModels(pb.ListModelsRequest()).models] == ["second", "third"]
 
 
-def test_a_faulty_model_keeps_no_other_from_coming_or_going(controlled: Any, repository: Path) -> None:
+def test_a_faulty_model_keeps_no_other_from_coming_or_going(controlled: ServerProcess, repository: Path) -> None:
     store(repository, "a-faulty")
     spoil(repository / "a-faulty")
     store(repository, "z-good")
@@ -295,7 +295,7 @@ def spoil(folder: Path) -> None:
 
 
 def test_a_server_starts_without_the_faulty_models_of_its_repository(
-    repository: Path, own_server: Callable[..., Any], samples: dict[Path, str]
+    repository: Path, own_server: Callable[..., ServerProcess], samples: dict[Path, str]
 ) -> None:
     spoil(repository / "first")
     (repository / "lost+found").mkdir()
@@ -313,7 +313,7 @@ def test_a_server_starts_without_the_faulty_models_of_its_repository(
 
 
 def test_a_server_whose_models_are_all_faulty_does_not_start(
-    repository: Path, own_server: Callable[..., Any], samples: dict[Path, str]
+    repository: Path, own_server: Callable[..., ServerProcess], samples: dict[Path, str]
 ) -> None:
     for name in ("first", "second"):
         spoil(repository / name)
@@ -321,7 +321,7 @@ def test_a_server_whose_models_are_all_faulty_does_not_start(
         own_server("--repository", str(repository), "--profile-time", "300ms")
 
 
-def test_clients_of_a_server_that_was_not_told_so_cannot_load_models(server: Any) -> None:
+def test_clients_of_a_server_that_was_not_told_so_cannot_load_models(server: ServerProcess) -> None:
     with triton.client.InferenceServerClient(server.target) as client:
         for call in (client.load_model, client.unload_model):
             with pytest.raises(triton.InferenceServerException, match=r"UNIMPLEMENTED.*model_control"):

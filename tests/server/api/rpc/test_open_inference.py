@@ -12,12 +12,12 @@ import pytest
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 from PIL import Image
 
+from tests.server.api.rpc import triton
+from tests.server.api.rpc.wire import device_held, refusal, scrape, until
+from tests.server_process import ServerProcess
 from tome_api.oip import open_inference_pb2 as oip
 from tome_api.oip import open_inference_pb2_grpc
 from tome_api.v1 import inference_pb2 as pb
-
-from . import triton
-from .wire import device_held, refusal, scrape, until
 
 OUTPUTS = {
     "logits": ("FP32", [-1, 10]),
@@ -31,13 +31,13 @@ Refused = tuple[str, str]
 
 
 @pytest.fixture(scope="module")
-def client(server: Any) -> Iterator[Any]:
+def client(server: ServerProcess) -> Iterator[Any]:
     with triton.client.InferenceServerClient(server.target) as connected:
         yield connected
 
 
 @pytest.fixture(scope="module")
-def raw(server: Any) -> Iterator[Any]:
+def raw(server: ServerProcess) -> Iterator[Any]:
     """A stub of our own, for what Triton's client wouldn't send."""
     with grpc.insecure_channel(server.target) as channel:
         yield open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
@@ -494,7 +494,7 @@ def test_outputs_that_cannot_be_are_refused(client: Any, one: Any) -> None:
         assert message.startswith(text)
 
 
-def test_one_bad_image_fails_its_request_and_is_named(client: Any, server: Any, files: list[Path]) -> None:
+def test_one_bad_image_fails_its_request_and_is_named(client: Any, server: ServerProcess, files: list[Path]) -> None:
     images = [files[0].read_bytes(), b"no image", files[1].read_bytes()]
     code, message = refused(lambda: client.infer("fashion", [tensor(images, "BYTES")]))
     assert code == "INVALID_ARGUMENT"
@@ -562,7 +562,7 @@ def test_calls_with_callbacks_answer(client: Any, one: Any) -> None:
     assert ids == {"0", "1", "2", "3", "4"}
 
 
-def test_a_cancelled_call_leaves_the_server(client: Any, server: Any, encoded: Any) -> None:
+def test_a_cancelled_call_leaves_the_server(client: Any, server: ServerProcess, encoded: Any) -> None:
     cancelled = scrape(server.metrics_url).total("tome_requests_total", code="CANCELLED")
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     with device_held(server):
@@ -607,7 +607,7 @@ def test_an_error_in_a_stream_has_its_requests_id(raw: Any) -> None:
     assert answer.infer_response.id == "me"
 
 
-async def test_the_asyncio_client_infers_streams_and_is_refused(server: Any, one: Any) -> None:
+async def test_the_asyncio_client_infers_streams_and_is_refused(server: ServerProcess, one: Any) -> None:
     async with triton.aio.InferenceServerClient(server.target) as client:
         assert await client.is_server_ready()
         assert (await client.get_model_metadata("fashion")).name == "fashion"

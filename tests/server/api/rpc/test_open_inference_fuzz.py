@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from tests.server.api.rpc.wire import scrape
+from tests.server_process import ServerProcess
 from tome_api.oip import open_inference_pb2 as pb
 from tome_api.oip import open_inference_pb2_grpc
-
-from .wire import scrape
 
 CASES = 2000
 REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
@@ -40,7 +40,7 @@ INTEGERS = ("timeout", "priority", "r", "min_r", "max_r")
 
 
 @pytest.fixture(scope="module")
-def raw(server: Any) -> Iterator[Any]:
+def raw(server: ServerProcess) -> Iterator[Any]:
     with grpc.insecure_channel(server.target) as channel:
         yield open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
 
@@ -255,7 +255,7 @@ FAULTS = (
 )
 
 
-def test_whatever_is_wrong_with_a_request_it_is_refused_as_one(raw: Any, server: Any, file: Path) -> None:
+def test_whatever_is_wrong_with_a_request_it_is_refused_as_one(raw: Any, server: ServerProcess, file: Path) -> None:
     image = file.read_bytes()
     codes: dict[grpc.StatusCode, int] = {}
 

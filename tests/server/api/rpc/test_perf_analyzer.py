@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.server.api.rpc.wire import scrape
+from tests.server_process import ServerProcess
 from tome_client import Client
 from tome_client.cli import main
-
-from .wire import scrape
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1200)]
 
@@ -50,7 +50,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def analyze(command: list[str], server: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+def analyze(command: list[str], server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Return a function that runs perf_analyzer, and returns the rows of its table."""
 
     def run(*flags: str, http: bool = False, of: Any = server) -> list[dict[str, str]]:
@@ -67,7 +67,7 @@ def analyze(command: list[str], server: Any, tmp_path_factory: pytest.TempPathFa
     return run
 
 
-def test_a_sweep_of_concurrency_completes(analyze: Callable[..., Any], server: Any) -> None:
+def test_a_sweep_of_concurrency_completes(analyze: Callable[..., Any], server: ServerProcess) -> None:
     before = scrape(server.metrics_url).total("tome_requests_total", code="OK")
     rows = analyze("--concurrency-range", "1:4", "--measurement-interval", "2000")
     assert sorted(int(row["Concurrency"]) for row in rows) == [1, 2, 3, 4]
@@ -90,7 +90,7 @@ def test_rest_completes(analyze: Callable[..., Any]) -> None:
 
 
 def test_at_fixed_rates_it_finds_what_our_own_client_finds(
-    analyze: Callable[..., Any], server: Any, samples: dict[Path, str], capsys: pytest.CaptureFixture[str]
+    analyze: Callable[..., Any], server: ServerProcess, samples: dict[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = analyze(
         "--request-rate-range", f"{RATES[0]}:{RATES[-1]}:{RATES[1] - RATES[0]}", "--measurement-interval", "5000"
@@ -128,14 +128,14 @@ def median_latency(target: str, concurrency: int) -> float:
 
 
 @pytest.fixture(scope="module")
-def one_thread(module_server: Callable[..., Any]) -> Any:
+def one_thread(module_server: Callable[..., ServerProcess]) -> ServerProcess:
     """A server that leaves a core to its clients, of which ours needs more of it."""
     return module_server("--threads", "1", "--default-budget", "60s")
 
 
 @pytest.mark.parametrize("concurrency", [1, 2, 4])
 def test_its_latencies_are_those_that_our_own_client_finds(
-    analyze: Callable[..., Any], one_thread: Any, concurrency: int
+    analyze: Callable[..., Any], one_thread: ServerProcess, concurrency: int
 ) -> None:
     ratios: list[float] = []
     while len(ratios) < LEAST or (len(ratios) < MOST and statistics.median(ratios) != pytest.approx(1, abs=0.1)):

@@ -12,10 +12,20 @@ from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from tests.server.api.rpc.wire import (
+    Refusal,
+    connected,
+    device_held,
+    refusal,
+    refusal_in,
+    refusal_of,
+    scores,
+    scrape,
+    until,
+)
+from tests.server_process import ServerProcess
 from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
-
-from .wire import Refusal, connected, device_held, refusal, refusal_in, refusal_of, scores, scrape, until
 
 SERVICE = "tome_api.v1.Inference"
 
@@ -179,7 +189,9 @@ def test_the_token_map_names_every_output_token(stub: Any, good: pb.PredictReque
     assert set(grid.token) == set(range(1, answer.merging.tokens_out))
 
 
-def test_batch_mates_get_what_each_asked_for(module_server: Callable[..., Any], samples: dict[Path, str]) -> None:
+def test_batch_mates_get_what_each_asked_for(
+    module_server: Callable[..., ServerProcess], samples: dict[Path, str]
+) -> None:
     """Images of one batch differ in top_k, features and token map, and none gets another's."""
     # Others take batches of one where the profile, which was measured beside whatever else ran, finds these as fast.
     server = module_server("--policy", "max_batch", "--default-budget", "600s", "--threads", "1")
@@ -240,7 +252,7 @@ def test_more_merging_costs_less(model: pb.Model) -> None:
 
 
 @pytest.mark.parametrize("service", ["", SERVICE, "inference.GRPCInferenceService"])
-def test_health_is_serving(server: Any, service: str) -> None:
+def test_health_is_serving(server: ServerProcess, service: str) -> None:
     with grpc.insecure_channel(server.target) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         answer = health.Check(health_pb2.HealthCheckRequest(service=service))
@@ -249,7 +261,7 @@ def test_health_is_serving(server: Any, service: str) -> None:
         assert unknown.code is grpc.StatusCode.NOT_FOUND
 
 
-def test_reflection_lists_the_services(server: Any) -> None:
+def test_reflection_lists_the_services(server: ServerProcess) -> None:
     with grpc.insecure_channel(server.target) as channel:
         reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
         question = reflection_pb2.ServerReflectionRequest(list_services="")
@@ -374,7 +386,7 @@ def test_a_failed_request_does_not_end_the_stream(stub: Any, good: pb.PredictReq
 
 
 def test_an_id_may_be_used_again_only_once_answered(
-    converse: Callable[..., Conversation], good: pb.PredictRequest, server: Any
+    converse: Callable[..., Conversation], good: pb.PredictRequest, server: ServerProcess
 ) -> None:
     counted = {"model": "fashion", "code": "INVALID_ARGUMENT"}
     before = scrape(server.metrics_url).total("tome_requests_total", **counted)
@@ -405,7 +417,7 @@ def test_a_long_id_is_returned_and_not_repeated(stub: Any, good: pb.PredictReque
 
 
 def test_hundreds_of_messages_go_through_to_a_slow_reader(
-    converse: Callable[..., Conversation], quick: pb.PredictRequest, server: Any
+    converse: Callable[..., Conversation], quick: pb.PredictRequest, server: ServerProcess
 ) -> None:
     """More than the server's window and the transport's buffers hold: sending waits for reading, nothing is lost."""
     counted = {"model": "fashion", "code": "OK"}
@@ -428,7 +440,7 @@ def test_hundreds_of_messages_go_through_to_a_slow_reader(
 
 
 def test_a_client_that_goes_away_leaves_nothing_behind(
-    server: Any, converse: Callable[..., Conversation], quick: pb.PredictRequest
+    server: ServerProcess, converse: Callable[..., Conversation], quick: pb.PredictRequest
 ) -> None:
     """Cancelled in the middle, or the whole connection cut: what was in flight ends, and the server goes on."""
     cancelled = {"model": "fashion", "code": "CANCELLED"}
@@ -453,7 +465,7 @@ def test_a_client_that_goes_away_leaves_nothing_behind(
 
 
 def test_a_client_that_goes_away_while_answers_wait_leaves_nothing_behind(
-    server: Any, converse: Callable[..., Conversation], quick: pb.PredictRequest
+    server: ServerProcess, converse: Callable[..., Conversation], quick: pb.PredictRequest
 ) -> None:
     """The stream's handler is held by the transport, not by the queue, when it's cancelled."""
     counted = {"model": "fashion", "code": "OK"}
@@ -472,7 +484,7 @@ def test_a_client_that_goes_away_while_answers_wait_leaves_nothing_behind(
 
 
 def test_the_deadline_of_a_stream_is_that_of_its_requests(
-    converse: Callable[..., Conversation], good: pb.PredictRequest, server: Any
+    converse: Callable[..., Conversation], good: pb.PredictRequest, server: ServerProcess
 ) -> None:
     conversation = converse(timeout=200)
     conversation.send("in time", good)
@@ -483,7 +495,7 @@ def test_the_deadline_of_a_stream_is_that_of_its_requests(
 
 
 def test_a_stream_ends_at_its_deadline(
-    converse: Callable[..., Conversation], good: pb.PredictRequest, server: Any
+    converse: Callable[..., Conversation], good: pb.PredictRequest, server: ServerProcess
 ) -> None:
     conversation = converse(timeout=1)
     conversation.send("in time", good)
@@ -493,7 +505,9 @@ def test_a_stream_ends_at_its_deadline(
     until(lambda: scrape(server.metrics_url).total("tome_requests_pending") == 0, "nothing is pending")
 
 
-def test_a_unary_call_that_is_cancelled_leaves_nothing_behind(stub: Any, server: Any, quick: pb.PredictRequest) -> None:
+def test_a_unary_call_that_is_cancelled_leaves_nothing_behind(
+    stub: Any, server: ServerProcess, quick: pb.PredictRequest
+) -> None:
     cancelled = {"model": "fashion", "code": "CANCELLED"}
     before = scrape(server.metrics_url).total("tome_requests_total", **cancelled)
     with device_held(server):

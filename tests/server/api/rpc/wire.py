@@ -21,6 +21,7 @@ from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.server_process import ServerProcess
 from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
 
@@ -163,7 +164,7 @@ def exemplars(families: dict[str, Metric]) -> dict[str, set[str]]:
 
 
 @contextmanager
-def device_held(server: Any) -> Iterator[None]:
+def device_held(server: ServerProcess) -> Iterator[None]:
     """Keep the process that runs a server's models from going on: what is sent meanwhile waits, for as long."""
     pid = server.process.pid
     [device] = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.server_process import ServerProcess
 from tome_client import Client
 from tome_server.calibration.tuning import Tuned, tune
 from tome_server.cli import main, offline
@@ -489,7 +490,7 @@ def test_supported_says_of_each_entry_point_whether_it_can_be_merged_and_why_not
 
 
 def test_what_was_added_is_served(
-    run: Run, models: Path, backbone: Path, own_server: Callable[..., Any], samples: dict[Path, str]
+    run: Run, models: Path, backbone: Path, own_server: Callable[..., ServerProcess], samples: dict[Path, str]
 ) -> None:
     add(run, models, backbone, "--name", "embedder", "--description", "random")
     run("add", "bundled:fashion", "--repository", models, "--no-profile")

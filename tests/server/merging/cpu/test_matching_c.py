@@ -6,10 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.server.merging.test_matching import kinds, seeds, shapes
 from tome_server.merging import matching
 from tome_server.merging.cpu import matching_c
-
-from ..test_matching import kinds, seeds, shapes
 
 pytestmark = pytest.mark.skipif(not matching_c.BUILT, reason="was installed without a C compiler")
 

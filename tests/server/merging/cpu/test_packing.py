@@ -8,11 +8,10 @@ import timm
 import torch
 from torch import nn
 
+from tests.server.merging.small_models import KINDS, Kind, each_kind
 from tome_server.merging import MergedModel, macs, merge, pack, packable
 from tome_server.merging.cpu.kernels import PackedLinear, _faster, _Mkl, _OneDnn
 from tome_server.merging.cpu.packing import PackedPatches, _has_bfloat16
-
-from ..small_models import KINDS, Kind, each_kind
 
 
 def frozen(model: nn.Module) -> MergedModel:

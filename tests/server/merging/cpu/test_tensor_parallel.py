@@ -8,13 +8,12 @@ import pytest
 import timm
 import torch
 
+from tests.server.merging.small_models import OTHER_KINDS
 from tome_server.merging import MergedModel, Schedule, macs, merge
 from tome_server.merging.cpu import packing
 from tome_server.merging.cpu.data_parallel import DataParallelModel
 from tome_server.merging.cpu.tensor_parallel import TensorParallelModel
 from tome_server.merging.cpu.workers import shared_workers
-
-from ..small_models import OTHER_KINDS
 
 Pack = Callable[[MergedModel], MergedModel]
 

@@ -6,10 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.server.merging import reference
+from tests.server.merging.small_models import DEPTH, OTHER_KINDS, PLAIN_KINDS, Kind
 from tome_server.merging import MergedOutput, Schedule, merge, unmerge
-
-from .. import reference
-from ..small_models import DEPTH, OTHER_KINDS, PLAIN_KINDS, Kind
 
 NAFLEX = {name: kind for name, kind in OTHER_KINDS.items() if name.startswith("NaFlex")}
 GRIDS = [(4, 6), (7, 3), (1, 2), (4, 6), (5, 7)]
