@@ -297,7 +297,7 @@ def decision_microseconds(waiting: int, decisions: int = 400) -> float:
     rng, now, missing, times = random.Random(0), 0.0, waiting, []
     for _ in range(decisions):
         for _ in range(missing):
-            # Budgets that leave room for all who wait, so that none is given up.
+            # Budgets that leave room for all queued requests, so that none is given up.
             budget = rng.choice((1.5, 3.0, 6.0)) * waiting * image
             scheduler.arrived(now, budget)
             scheduler.submit(Waiting(None, now, now + budget, 0, top), now, now)

@@ -140,7 +140,7 @@ def _rpc_settings(config: ServerConfig) -> RpcSettings:
     """Raises ConfigError for tokens that can't be read."""
     tls, auth, connections = config.tls, config.auth, config.connections
     if auth and not tls:
-        log.warning("tokens are asked for over plain text, which whoever is between can read: set tls")
+        log.warning("tokens are sent in plain text, which anyone between client and server can read: set tls")
     return RpcSettings(
         address=config.listen,
         max_image_bytes=config.limits.max_image_bytes,

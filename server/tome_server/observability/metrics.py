@@ -150,7 +150,7 @@ class Metrics:
         self.compute_seconds = self._counter("compute_seconds", "Time that batches took on the device")
         self.wasted_seconds = self._counter(
             "compute_wasted_seconds",
-            "The share of compute_seconds for requests that nobody waited for any more when it ended",
+            "The share of compute_seconds for requests whose callers had left by the time it ended",
         )
         self.speedup_ratio = self._histogram(
             "speedup_ratio",
