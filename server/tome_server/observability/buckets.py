@@ -16,8 +16,8 @@ SECONDS = Buckets(
         0.001, 0.0015, 0.0025, 0.004, 0.006, 0.01, 0.015, 0.025, 0.04, 0.06,
         0.1, 0.15, 0.25, 0.4, 0.6, 1.0, 1.5, 2.5, 4.0, 6.0, 10.0,
     ),
-    "A tiny model on a GPU takes about a millisecond; no service promises a latency beyond ten seconds. A factor of about "
-    "1.5 between neighbours keeps an interpolated p99 within a quarter of the truth.",
+    "A tiny model on a GPU takes about a millisecond; no service promises a latency beyond ten seconds. A factor of "
+    "about 1.5 between neighbours keeps an interpolated p99 within a quarter of the truth.",
 )  # fmt: skip
 
 BATCH = Buckets(

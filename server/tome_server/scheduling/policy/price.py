@@ -13,8 +13,8 @@ candidate, a size and a level, is judged by one step of look-ahead (`lookahead.p
 
     quality of its members - price x seconds + worth of the best batch after it, of the requests left and of newcomers
 
-and the best candidate runs. Where requests come in bursts and budgets are that short, a free device first waits a moment
-for batch-mates. Requests without a deadline run when no other request is queued, or where they cost no time.
+and the best candidate runs. Where requests come in bursts and budgets are that short, a free device first waits a
+moment for batch-mates. Requests without a deadline run when no other request is queued, or where they cost no time.
 """
 
 import math
