@@ -68,7 +68,7 @@ class BatchingConfig(Strict):
     max_batch: BatchSize = 8
     """Images in a batch."""
     max_delay: Duration = 0.0
-    """How long an idle device waits for batch-mates; 0 leaves it to the policy. While it is busy, batches form anyway."""
+    """How long an idle device waits for batch-mates; 0 leaves it to the policy. While it is busy, batches form."""
     max_pending: Count = 256
     """Requests held at once; more are refused with RESOURCE_EXHAUSTED."""
 
