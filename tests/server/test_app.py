@@ -252,7 +252,7 @@ def test_a_model_is_measured_at_its_first_start_and_again_when_the_profile_is_co
     kept = file.read_text()
     file.write_text(kept[: len(kept) // 2])
     log = log_of_a_start()
-    assert f"measuring how fast fashion is, for about 0 s: {file} is no JSON" in log
+    assert f"measuring how fast fashion is, for about 0 s: {file} can't be read: it is no JSON" in log
     assert json.loads(file.read_text()).keys() == json.loads(kept).keys()
 
 

@@ -6,7 +6,7 @@ import logging
 import re
 from pathlib import Path
 
-from tome_server.api.watched_file import state
+from tome_server.api.watched_file import MOST_BYTES, state
 from tome_server.config.text_file import read_text
 from tome_server.errors import ConfigError
 
@@ -36,6 +36,8 @@ class Tokens:
             self._digests = _read(path)
         except OSError as error:
             raise ConfigError(f"auth.tokens: {path}: {error.strerror}") from error
+        except ValueError as error:  # a path that no file can have
+            raise ConfigError(f"auth.tokens: {error}") from error
         if not self._digests:
             raise ConfigError(f"auth.tokens: {path} holds no tokens, so every call would be refused")
 
@@ -77,7 +79,7 @@ def _read(path: Path) -> list[bytes]:
     """
     digests = []
     try:
-        text = read_text(path)
+        text = read_text(path, MOST_BYTES)
     except ValueError as error:
         raise ConfigError(f"auth.tokens: {path}: {error}") from error
     for number, line in enumerate(text.splitlines(), 1):

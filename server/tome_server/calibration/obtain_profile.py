@@ -7,7 +7,14 @@ from pathlib import Path
 import torch
 
 from tome_server.calibration.profile_key import profile_key
-from tome_server.calibration.profile_store import ProfileError, default_folder, keep_profile, load_profile, nearest_path
+from tome_server.calibration.profile_store import (
+    DamagedProfileError,
+    ProfileError,
+    default_folder,
+    keep_profile,
+    load_profile,
+    nearest_path,
+)
 from tome_server.calibration.profiling import Run, load_of_single_images, measure
 from tome_server.execution.executor import run_batch
 from tome_server.models.loaded import LoadedModel
@@ -53,6 +60,8 @@ def obtain_profile(
             path = nearest_path(place or default_folder(), model.info.name, key)
             profile = load_profile(path, key)
         except ProfileError as error:
+            if isinstance(error, DamagedProfileError):
+                log.warning("the stored profile of %s isn't used: %s", model.info.name, error)
             reasons.append(str(error))
             continue
         if not profile.provisional:

@@ -11,12 +11,10 @@ from typing import Any
 import torch
 
 from tome_server.calibration.environment import device_name, software_versions
+from tome_server.config.json_file import shown
 from tome_server.merging.cpu import attention_c
 from tome_server.models.loaded import LoadedModel
 from tome_server.models.spec import weights_digest
-
-# Characters of a value that a message shows.
-_SHOWN = 60
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class ProfileKey:
         for name, value in asdict(self).items():
             wanted = list(value) if isinstance(value, tuple) else value
             if name not in stored or stored[name] != wanted:
-                yield f"{name} ({shortened(stored.get(name))}, not {shortened(wanted)})"
+                yield f"{name} ({shown(stored.get(name))}, not {shown(wanted)})"
 
 
 def profile_key(model: LoadedModel, checkpoint: Path | None, device: torch.device, max_batch: int) -> ProfileKey:
@@ -89,12 +87,6 @@ def profile_key(model: LoadedModel, checkpoint: Path | None, device: torch.devic
         attention="C" if dtype in attention_c.DTYPES and device.type == "cpu" else "torch",
         **software_versions(device),
     )
-
-
-def shortened(value: object) -> str:
-    """Return a value as messages show it."""
-    text = str(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _threads() -> int:

@@ -4,22 +4,35 @@ import json
 import logging
 import os
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
-from tome_server.calibration.profile_key import ProfileKey, shortened
-from tome_server.config.text_file import read_text, write_whole
+from tome_server.calibration.profile_key import ProfileKey
+from tome_server.config.json_file import JsonObject, read_json, shown
+from tome_server.config.text_file import write_whole
 from tome_server.scheduling.measured import Measured
 from tome_server.scheduling.profile import Profile
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+# Figures outside of these bounds are damage. Python takes longer than the least to launch one kernel; the largest of
+# timm's models takes a tenth of the most for an image, on one slow CPU.
+LEAST_SECONDS = 1e-7
+MOST_SECONDS_AN_IMAGE = 600.0
+_MOST_BATCH = 4096
+_MOST_R = 2**14
+_MOST_ROUNDS = 10**6
+_MOST_SPREAD = 1e6
+_MOST_OPERATIONS = 10**18
 
 
 class ProfileError(Exception):
     """A stored profile can't be used, or a profile can't be stored; the message says why."""
+
+
+class DamagedProfileError(ProfileError):
+    """A file holds no profile, or figures that no measurement gives."""
 
 
 def default_folder() -> Path:
@@ -58,26 +71,30 @@ def profile_text(key: ProfileKey, profile: Profile) -> str:
 
 
 def load_profile(path: Path, key: ProfileKey) -> Profile:
-    """Read a profile. Raises ProfileError if it isn't there, can't be read, or holds for another key."""
-    document = _read(path)
-    if different := list(key.differences(document["key"])):
+    """Read a profile.
+
+    Raises ProfileError if it isn't there, holds for another key, or can't be read: DamagedProfileError if what it holds
+    is no profile.
+    """
+    document, stored = _read(path)
+    if different := list(key.differences(stored.values)):
         raise ProfileError(f"{path} was measured with other {'; '.join(different)}")
     try:
         return _profile(document, key)
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise _damaged(path, error) from error
 
 
 def read_profile(path: Path) -> tuple[ProfileKey, Profile]:
-    """Read a profile and its key, whatever that is. Raises ProfileError if it isn't there or can't be read."""
-    document = _read(path)
-    stored: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in document["key"].items()
-    }
+    """Read a profile and its key, whatever that is.
+
+    Raises ProfileError if it isn't there or can't be read: DamagedProfileError if what it holds is no profile.
+    """
+    document, stored = _read(path)
     try:
-        key = ProfileKey(**stored)
+        key = _key(stored)
         return key, _profile(document, key)
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise _damaged(path, error) from error
 
 
@@ -115,65 +132,91 @@ def nearest_path(folder: Path, name: str, key: ProfileKey) -> Path:
     others: list[tuple[int, Path]] = []
     for other in [] if path in found else found:
         try:
-            others.append((len(list(key.differences(_read(other)["key"]))), other))
+            others.append((len(list(key.differences(_read(other)[1].values))), other))
         except ProfileError:
             continue  # damaged
     return min(others, default=(0, path))[1]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return the document in a file, after a check of its format and key. Raises ProfileError."""
+def _read(path: Path) -> tuple[JsonObject, JsonObject]:
+    """Return the document in a file and its key, after a check of its format. Raises ProfileError."""
     try:
-        document = json.loads(read_text(path))
+        document = read_json(path)
     except FileNotFoundError as error:
         raise ProfileError(f"there is no {path}") from error
     except OSError as error:
         raise ProfileError(f"{path} can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ProfileError(f"{path} is no JSON: {error}") from error
-    if not isinstance(document, dict) or "format" not in document:
-        raise ProfileError(f"{path} is no profile")
-    if document["format"] != FORMAT:
-        raise ProfileError(f"{path} has format {shortened(document['format'])}; this version reads {FORMAT}")
-    if not isinstance(document.get("key"), dict):
-        raise ProfileError(f"{path} is damaged: 'key' is missing")
-    return document
+    except ValueError as error:
+        raise DamagedProfileError(f"{path} can't be read: {error}") from error
+    if "format" not in document.values:
+        raise DamagedProfileError(f"{path} is no profile: format is missing")
+    if document.values["format"] != FORMAT:
+        raise ProfileError(f"{path} has format {shown(document.values['format'])}; this version reads {FORMAT}")
+    try:
+        return document, document.object("key")
+    except ValueError as error:
+        raise _damaged(path, error) from error
 
 
-def _profile(document: dict[str, Any], key: ProfileKey) -> Profile:
-    """Return the profile in a document. Raises KeyError, TypeError or ValueError if it holds none."""
-    sizes, one_call = document["batch_sizes"], document["packed"]
-    if type(one_call) is not bool or any(type(size) is not int for size in sizes):
-        raise TypeError("packed must be true or false, and batch sizes whole numbers")
-    profile = Profile(
-        sizes=tuple(sizes),
-        rs=key.rs,
-        p50=tuple(map(tuple, document["p50_seconds"])),
-        p95=tuple(map(tuple, document["p95_seconds"])),
-        extra_group=document["extra_group_seconds"],
-        one_call=one_call,
-        measured=_measured(document.get("measured")),
+def _key(stored: JsonObject) -> ProfileKey:
+    """Return a key of any model and machine. Raises ValueError if a field of it isn't as it must be."""
+    texts = ("model", "weights", "device", "dtype", "torch", "timm", "tome_serving")
+    later = ("schedules", "division", "merging", "attention")
+    rs = stored.wholes("rs", 0, _MOST_R, _MOST_R)
+    if unknown := stored.values.keys() - {field.name for field in fields(ProfileKey)}:
+        raise ValueError(f"{stored.place}.{shown(min(unknown))} is unknown")
+    return ProfileKey(
+        **{name: stored.text(name) for name in (*texts, *(name for name in later if name in stored.values))},
+        input_size=stored.wholes("input_size", 1, _MOST_R, 3),
+        macs=stored.wholes("macs", 0, _MOST_OPERATIONS, _MOST_R),
+        proportional_attention=stored.truth("proportional_attention"),
+        threads=stored.whole("threads", 0, _MOST_R),
+        max_batch=stored.whole("max_batch", 1, _MOST_BATCH),
+        rs=rs,
     )
-    if profile.max_batch != key.max_batch:
-        raise ValueError(f"batch sizes end at {profile.max_batch}")
+
+
+def _profile(document: JsonObject, key: ProfileKey) -> Profile:
+    """Return the profile in a document. Raises ValueError if it holds none."""
+    sizes = document.wholes("batch_sizes", 1, _MOST_BATCH, _MOST_BATCH)
+    if not sizes or sizes[-1] != key.max_batch:
+        raise ValueError(f"batch sizes end at {sizes[-1] if sizes else 'none'}")
+    most = MOST_SECONDS_AN_IMAGE * key.max_batch
+    profile = Profile(
+        sizes=sizes,
+        rs=key.rs,
+        p50=document.table("p50_seconds", LEAST_SECONDS, most, _MOST_R),
+        p95=document.table("p95_seconds", LEAST_SECONDS, most, _MOST_R),
+        extra_group=document.number("extra_group_seconds", 0, most),
+        one_call=document.truth("packed"),
+        measured=_measured(document),
+    )
+    for size, row in zip(profile.sizes, profile.p95, strict=True):
+        if row[0] > MOST_SECONDS_AN_IMAGE * size:
+            raise ValueError(f"p95_seconds has {row[0]:g} s for a batch of {size}, more than any model takes")
     return profile
 
 
-def _measured(part: dict[str, Any] | None) -> Measured | None:
+def _measured(document: JsonObject) -> Measured | None:
     """Return how a profile was measured; None if an older version wrote it, which didn't record that.
 
-    Raises KeyError, TypeError or ValueError for a damaged part.
+    Raises ValueError for a damaged part.
     """
-    if part is None:
+    if not document.holds("measured"):
         return None
-    rounds, extrapolated = part["rounds"], part["extrapolated"]
-    if type(rounds) is not int or type(extrapolated) is not bool:
-        raise TypeError("rounds must be a whole number, and extrapolated true or false")
-    return Measured(rounds, part["load"], part["spread"], extrapolated)
+    part = document.object("measured")
+    if "load" not in part.values:
+        raise ValueError(f"{part.place}.load is missing")
+    return Measured(
+        rounds=part.whole("rounds", 0, _MOST_ROUNDS),
+        load=part.number("load", 0, 1) if part.holds("load") else None,
+        spread=part.number("spread", 1 / _MOST_SPREAD, _MOST_SPREAD),
+        extrapolated=part.truth("extrapolated"),
+    )
 
 
-def _damaged(path: Path, error: Exception) -> ProfileError:
-    return ProfileError(f"{path} is damaged: {f'{error} is missing' if isinstance(error, KeyError) else error}")
+def _damaged(path: Path, error: Exception) -> DamagedProfileError:
+    return DamagedProfileError(f"{path} is damaged: {error}")
 
 
 def _short(value: float) -> float:

@@ -18,6 +18,7 @@ import torch
 from tome_server.calibration.cpu_load import LoadMeter
 from tome_server.calibration.environment import device_name, software_versions
 from tome_server.calibration.profile_store import ProfileError, default_folder, file_name, save_text
+from tome_server.config.json_file import read_json
 from tome_server.merging.cpu import attention_c
 from tome_server.merging.cpu.packing import packed_dtypes
 from tome_server.models.loading import Recall
@@ -25,6 +26,9 @@ from tome_server.models.spec import ModelSpec
 from tome_server.scheduling.measured import MOST_LOAD
 
 log = logging.getLogger(__name__)
+
+# The bounds of a speedup: beyond, no machine could have measured it, and it would choose by itself for ever.
+_LEAST, _MOST = 1e-3, 1e3
 
 
 def speed_key(spec: ModelSpec, device: torch.device, threads: int, max_batch: int) -> dict[str, Any]:
@@ -123,13 +127,16 @@ class Speedups:
     def _read(self, folder: Path | None) -> tuple[dict[str, float], dict[str, float]] | None:
         """Return the speedups that are kept, and for those measured on a busy machine, the share of time it waited."""
         try:
-            document = json.loads(((folder or default_folder()) / self._file).read_text(encoding="utf-8"))
-            found = {str(what): float(gain) for what, gain in document["gains"].items()}
-            loads = {str(what): float(load) for what, load in document.get("busy", {}).items()}
-            good = document["key"] == self._key and all(gain > 0 for gain in found.values())
-        except (ProfileError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            path = (folder or default_folder()) / self._file
+            document = read_json(path)
+            found = document.numbers("gains", _LEAST, _MOST)
+            loads = document.numbers("busy", 0, 1) if "busy" in document.values else {}
+            return (found, loads) if document.object("key").values == self._key else None
+        except (ProfileError, OSError):
             return None
-        return (found, loads) if good else None
+        except ValueError as error:
+            log.warning("what was measured to choose by (%s) is measured again: %s: %s", self._name, path, error)
+            return None
 
     def _write(self) -> None:
         parts: dict[str, Mapping[str, Any]] = {"key": self._key, "gains": self._found}

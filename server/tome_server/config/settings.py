@@ -19,6 +19,8 @@ from tome_server.errors import ConfigError
 _SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 # pydantic's context for values that come from a file, and not from code.
 FROM_FILE: Final = {"from": "file"}
+# The most bytes of one file; PyYAML takes a few seconds to parse as many.
+MOST_BYTES = 2**20
 # The most values in one file. Aliases of aliases can stand for more than any memory holds.
 MOST_VALUES = 100_000
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
@@ -104,7 +106,7 @@ def read_settings(path: Path, kind: type[Settings]) -> Settings:
     Raises ConfigError with file, line and, for an unknown key, the nearest valid one.
     """
     try:
-        root = yaml.compose(read_text(path), Loader=yaml.SafeLoader)
+        root = yaml.compose(read_text(path, MOST_BYTES, pipe=True), Loader=yaml.SafeLoader)
         if root is None or root.tag == "tag:yaml.org,2002:null":
             start = yaml.Mark(str(path), 0, 0, 0, None, 0)
             root = yaml.MappingNode("tag:yaml.org,2002:map", [], start, start)

@@ -264,7 +264,7 @@ def _first(keys: list[str], count: int = 5) -> str:
 def _labels(spec: ModelSpec, model: VisionTransformer) -> tuple[str, ...]:
     if spec.labels is not None:
         try:
-            labels = tuple(read_text(spec.labels).removesuffix("\n").split("\n"))
+            labels = tuple(read_text(spec.labels, pipe=True).removesuffix("\n").split("\n"))
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise ModelLoadError(f"labels {spec.labels} can't be read: {why}") from error

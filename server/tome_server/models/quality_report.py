@@ -1,13 +1,10 @@
 """Reads quality reports (quality.json): the quality measured at each r, for which weights and dtype, and schedules."""
 
-import json
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from tome_server.config.text_file import read_text
+from tome_server.config.json_file import JsonObject, read_json, shown
 from tome_server.errors import ModelLoadError
 from tome_server.models.model_info import Quality
 from tome_server.models.spec import ModelSpec, weights_digest
@@ -17,14 +14,23 @@ log = logging.getLogger(__name__)
 # Share of images that must get the same class as in float32. A dtype that keeps fewer is warned of, and never chosen by
 # the server itself.
 LEAST_AGREEMENT = 0.995
+# More than any report has. Shares are of images, so the least one above 0 is of one image.
+MOST_IMAGES = 10**9
+_MOST_LEVELS = _MOST_R = 2**14
+_MOST_BLOCKS = 1000
 
 
 @dataclass(frozen=True)
 class QualityReport:
     """What `tome-server evaluate` or `tome-server tune` wrote."""
 
-    document: Mapping[str, Any]
-    """The whole report."""
+    architecture: str | None
+    """timm's name, if the report says it."""
+    weights: str | None
+    """SHA-256 of the checkpoint; None for timm's pretrained weights."""
+    dtype: str
+    images: int | None
+    """How many images were compared, if the report says it."""
     levels: dict[int, Quality]
     """The quality measured, by r."""
     schedules: dict[int, tuple[int, ...]]
@@ -33,8 +39,8 @@ class QualityReport:
     def is_of_weights(self, spec: ModelSpec) -> bool:
         """Return whether it was measured on the spec's weights. Raises ModelLoadError if they can't be read."""
         if spec.checkpoint is not None:
-            return self.document.get("weights_sha256") == weights_digest(spec.checkpoint)
-        return self.document.get("weights_sha256") is None and self.document.get("model") == spec.architecture
+            return self.weights == weights_digest(spec.checkpoint)
+        return self.weights is None and self.architecture == spec.architecture
 
 
 def recorded_agreement(spec: ModelSpec) -> tuple[float, int]:
@@ -44,10 +50,11 @@ def recorded_agreement(spec: ModelSpec) -> tuple[float, int]:
     the spec's.
     """
     report = _own_report(spec)
-    try:
-        return report.levels[0].agreement, int(report.document["images"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ModelLoadError(f"quality report {spec.quality} can't be read: {error!r}") from error
+    if report.images is None:
+        raise ModelLoadError(f"quality report {spec.quality}: images is missing")
+    if 0 not in report.levels:
+        raise ModelLoadError(f"quality report {spec.quality}: levels has none of r = 0")
+    return report.levels[0].agreement, report.images
 
 
 def stored_schedules(spec: ModelSpec) -> dict[int, tuple[int, ...]]:
@@ -77,16 +84,34 @@ def measured_quality(spec: ModelSpec) -> tuple[dict[int, Quality], dict[int, tup
 
 
 def read_report(path: Path) -> QualityReport:
-    """Read a quality report. Raises ModelLoadError if it can't be read."""
+    """Read a quality report. Raises ModelLoadError, naming file, field and value, if it can't be read."""
     try:
-        document = json.loads(read_text(path))
-        levels = {int(level["r"]): _level_quality(level) for level in document["levels"]}
-        schedules = {int(level["r"]): tuple(level["schedule"]) for level in document["levels"] if "schedule" in level}
-        return QualityReport(document, levels, schedules)
+        return _report(read_json(path))
     except OSError as error:
         raise ModelLoadError(f"quality report {path} can't be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise ModelLoadError(f"quality report {path} can't be read: {error!r}") from error
+    except ValueError as error:
+        raise ModelLoadError(f"quality report {path} can't be read: {error}") from error
+
+
+def _report(document: JsonObject) -> QualityReport:
+    """Return the report in a document. Raises ValueError for a field that isn't as it must be."""
+    levels: dict[int, Quality] = {}
+    schedules: dict[int, tuple[int, ...]] = {}
+    for level in document.objects("levels", _MOST_LEVELS):
+        r = level.whole("r", 0, _MOST_R)
+        if r in levels:
+            raise ValueError(f"{level.place}.r is {r}, as that of another level")
+        levels[r] = Quality(_share(level, "agreement"), _share(level, "top1") if level.holds("top1") else None)
+        if "schedule" in level.values:
+            schedules[r] = level.wholes("schedule", 0, _MOST_R, _MOST_BLOCKS)
+    return QualityReport(
+        architecture=document.text("model") if document.holds("model") else None,
+        weights=document.text("weights_sha256") if document.holds("weights_sha256") else None,
+        dtype=document.text("dtype") if "dtype" in document.values else "float32",
+        images=document.whole("images", 1, MOST_IMAGES) if document.holds("images") else None,
+        levels=levels,
+        schedules=schedules,
+    )
 
 
 def _own_report(spec: ModelSpec) -> QualityReport:
@@ -98,21 +123,17 @@ def _own_report(spec: ModelSpec) -> QualityReport:
             f"quality report {spec.quality} was measured on other weights than "
             f"{spec.checkpoint or spec.architecture}; run tome-server evaluate again"
         )
-    if (measured := report.document.get("dtype", "float32")) != spec.dtype:
+    if report.dtype != spec.dtype:
         raise ModelLoadError(
-            f"quality report {spec.quality} was measured in {measured}, not {spec.dtype}; "
+            f"quality report {spec.quality} was measured in {shown(report.dtype)}, not {spec.dtype}; "
             "run tome-server evaluate again"
         )
     return report
 
 
-def _level_quality(level: Mapping[str, Any]) -> Quality:
-    top1 = level.get("top1")
-    return Quality(_share(level["agreement"]), None if top1 is None else _share(top1))
-
-
-def _share(value: Any) -> float:
-    share = float(value)
-    if not 0 <= share <= 1:
-        raise ValueError(f"{value!r} is no share of images")
+def _share(level: JsonObject, name: str) -> float:
+    """Return a share of images. Raises ValueError for one that no number of images gives."""
+    share = level.number(name, 0, 1)
+    if 0 < share < 1 / MOST_IMAGES:
+        raise ValueError(f"{level.place}.{name} must be 0 or at least {1 / MOST_IMAGES:g}, not {share:g}")
     return share

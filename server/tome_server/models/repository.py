@@ -160,6 +160,9 @@ class Repository:
                 contents.specs.append(self.spec(name))
             except ConfigError as error:
                 contents.faults[_shown(name)] = error
+            except Exception as error:  # whatever a file made a library raise, the other models are served
+                log.debug("reading %s", path, exc_info=True)
+                contents.faults[_shown(name)] = ConfigError(f"{path} can't be read: {type(error).__name__}: {error}")
         return contents
 
     def write(self, name: str, fill: Callable[[Path], None], *, version: int | None = None, replace: bool) -> Path:

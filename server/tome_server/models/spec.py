@@ -10,7 +10,7 @@ import yaml
 
 from tome_api.nearest import meant
 from tome_server.config.dtypes import Dtype, DtypeSetting
-from tome_server.config.text_file import read_text
+from tome_server.config.text_file import open_regular, read_text
 from tome_server.errors import ConfigError, ModelLoadError
 from tome_server.models.bundled import BUNDLED
 
@@ -135,7 +135,9 @@ def qualities(report: Path, dtype: DtypeSetting) -> dict[str, Any]:
 def weights_digest(path: Path) -> str:
     """Return the SHA-256 of a checkpoint in hexadecimal. Raises ModelLoadError if it can't be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ModelLoadError(f"checkpoint {path} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelLoadError(f"checkpoint {path} can't be read: {error}") from error

@@ -210,8 +210,9 @@ class ModelManager:
                 )
                 log.info("warming up %s, for at most %.0f s", spec.name, seconds)
                 await self._device.warm(key, max_batch=max_batch, seconds=seconds)
-            served: Served = ServedModel(model, profile, self._config.policy, key, _overrides(spec), spec.file)
-            await observed(self._device, key, served.scheduler.latency)
+            with _its_fault(spec):
+                served: Served = ServedModel(model, profile, self._config.policy, key, _overrides(spec), spec.file)
+                await observed(self._device, key, served.scheduler.latency)
         except Exception:
             await self._forget(key)
             raise

@@ -5,9 +5,8 @@ the whole load. That errs on the safe side: a balancer that sends each request t
 and bursts that are spread over many replicas are weaker in each of them.
 """
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any
 
 from tome_server.calibration.profile_key import ProfileKey
 from tome_server.calibration.profile_store import ProfileError, default_folder, read_profile
-from tome_server.config.text_file import read_text
-from tome_server.errors import ConfigError
+from tome_server.errors import ConfigError, ModelLoadError
 from tome_server.models.bundled import BUNDLED
+from tome_server.models.quality_report import QualityReport, read_report
 from tome_server.models.spec import QUALITY, quality_beside
 from tome_server.scheduling.policy import policy_named
 from tome_server.scheduling.profile import Profile
@@ -188,16 +187,12 @@ def _latest() -> Path:
 def _quality(path: Path, key: ProfileKey, *, given: bool) -> tuple[float, ...]:
     """Return top-1 accuracy by r of the profile; agreement with r = 0 if any r lacks top-1."""
     try:
-        report = json.loads(read_text(path))
-        levels = {int(level["r"]): level for level in report["levels"]}
-        same = _same_weights(report, key)
-        labelled = all(level.get("top1") is not None for level in levels.values())
-        worth = {r: float(level["top1" if labelled else "agreement"]) for r, level in levels.items()}
-    except OSError as error:
-        raise ConfigError(f"--quality: {path} can't be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"--quality: {path} isn't what tome-server evaluate writes: {error!r}") from error
-    if not same:
+        report = read_report(path)
+    except ModelLoadError as error:
+        raise ConfigError(f"--quality: {error}") from error
+    labelled = all(quality.top1 is not None for quality in report.levels.values())
+    worth = {r: (quality.top1 if labelled else None) or quality.agreement for r, quality in report.levels.items()}
+    if not _same_weights(report, key):
         needed = "was measured on other weights than the profile" if given else "is for the bundled model alone"
         raise ConfigError(f"--quality: {path} {needed}; tome-server evaluate --output FILE measures it for {key.model}")
     if missing := [r for r in key.rs if not worth.get(r, 0) > 0]:
@@ -205,9 +200,8 @@ def _quality(path: Path, key: ProfileKey, *, given: bool) -> tuple[float, ...]:
     return tuple(worth[r] for r in key.rs)
 
 
-def _same_weights(report: Mapping[str, Any], key: ProfileKey) -> bool:
-    weights = report.get("weights_sha256")
-    return bool(weights == key.weights if weights else key.weights == f"hub:{report.get('model')}")
+def _same_weights(report: QualityReport, key: ProfileKey) -> bool:
+    return key.weights == (report.weights or f"hub:{report.architecture}")
 
 
 def answer_fields(plan: Plan) -> dict[str, Any]:

@@ -233,9 +233,9 @@ def test_a_type_that_is_named_is_not_measured(
     ({"images": 20}, "bfloat16 was compared with it on 20 images, and 200 are the least"),
     ({"weights_sha256": "0" * 64}, "quality-bfloat16.json was measured on other weights than"),
     ({"dtype": "float16"}, "quality-bfloat16.json was measured in float16, not bfloat16"),
-    ({"levels": [{"r": 2, "agreement": 1.0}]}, "quality-bfloat16.json can't be read: KeyError(0)"),
-    ({"images": None}, "quality-bfloat16.json can't be read: TypeError"),
-    ({"levels": 3}, "quality-bfloat16.json can't be read: TypeError"),
+    ({"levels": [{"r": 2, "agreement": 1.0}]}, "quality-bfloat16.json: levels has none of r = 0"),
+    ({"images": None}, "quality-bfloat16.json: images is missing"),
+    ({"levels": 3}, "quality-bfloat16.json can't be read: levels must be a list, not 3"),
 ])  # fmt: skip
 def test_without_a_record_that_it_agrees_bfloat16_is_not_even_measured(
     spec: ModelSpec,

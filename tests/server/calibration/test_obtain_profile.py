@@ -207,7 +207,7 @@ def test_a_profile_that_came_with_the_model_is_read_and_never_written(
     assert len(measured) == 2
     assert file.read_text() == "{"
     assert len(list(own.iterdir())) == 1
-    assert f"there is no {own / file.name}; {file} is no JSON" in caplog.messages[-2]
+    assert f"there is no {own / file.name}; {file} can't be read: it is no JSON" in caplog.messages[-2]
 
 
 def test_a_profile_of_another_set_up_is_measured_again_and_what_differs_is_logged(
@@ -241,7 +241,7 @@ def test_a_damaged_profile_is_measured_again_and_replaced(
     caplog.clear()
     obtain(model, tmp_path)
     assert len(measured) == 2
-    assert f"{file} is no JSON" in caplog.text
+    assert f"{file} can't be read: it is no JSON" in caplog.text
     obtain(model, tmp_path)
     assert len(measured) == 2
 
@@ -289,7 +289,7 @@ def test_a_folder_that_cannot_be_read_does_not_stop_a_server(
         raise PermissionError(13, "Permission denied")
 
     caplog.set_level(logging.INFO)
-    for name in ("glob", "read_bytes", "mkdir"):
+    for name in ("glob", "stat", "mkdir"):
         monkeypatch.setattr(Path, name, denied)
     assert obtain(model, tmp_path).max_batch == 2
     assert "can't be read: Permission denied" in caplog.messages[0]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +92,16 @@ DAMAGES: list[Callable[[str], str]] = [
     lambda _: '{"gains": {"division": 2}}',
     lambda whole: whole.replace("1.5", "0"),
     lambda whole: whole.replace("1.5", "NaN"),
+    lambda whole: whole.replace("1.5", "1e400"),
+    lambda whole: whole.replace("1.5", "1e308"),
+    lambda whole: whole.replace("1.5", "1e-308"),
+    lambda whole: whole.replace("1.5", "-1.5"),
+    lambda whole: whole.replace("1.5", "true"),
+    lambda whole: whole.replace('"division": 1.5', '"division": 1.5, "division": 1.5'),
+    lambda _: "[" * 100_000,
+    lambda _: " " * (16 * 2**20 + 1),
+    lambda whole: whole.replace("\n}\n", ',\n  "busy": {"division": NaN}\n}\n'),
+    lambda whole: whole.replace("\n}\n", ',\n  "busy": {"division": 1e308}\n}\n'),
     lambda whole: whole.replace("1.5", '"fast"'),
     lambda whole: whole.replace("1.5", "null"),
     lambda whole: whole.replace('"vit"', '"other"'),
@@ -98,7 +109,9 @@ DAMAGES: list[Callable[[str], str]] = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_damaged_is_measured_again_and_replaced(tmp_path: Path, damage: Callable[[str], str]) -> None:
+def test_what_is_damaged_is_measured_again_and_replaced(
+    tmp_path: Path, damage: Callable[[str], str], caplog: pytest.LogCaptureFixture
+) -> None:
     Speedups("vit", KEY, tmp_path).get_or_measure("division", Clock(1.5))
     [file] = tmp_path.iterdir()
     whole = file.read_text()
@@ -107,6 +120,21 @@ def test_what_is_damaged_is_measured_again_and_replaced(tmp_path: Path, damage: 
     assert Speedups("vit", KEY, tmp_path).get_or_measure("division", clock) == 1.5
     assert clock.asked == 1
     assert file.read_text() == whole
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    if "other" not in damage(whole):  # that is of another set-up, not damaged
+        [warning] = warnings
+        assert warning.startswith(f"what was measured to choose by (vit) is measured again: {file}: ")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_measured_again_and_does_not_stop_the_start(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    Speedups("vit", KEY, tmp_path).get_or_measure("division", Clock(1.5))
+    [file] = tmp_path.iterdir()
+    file.unlink()
+    make(file)
+    assert Speedups("vit", KEY, tmp_path).get_or_measure("division", Clock(2.0)) == 2.0
 
 
 def test_what_fails_is_not_kept(tmp_path: Path) -> None:

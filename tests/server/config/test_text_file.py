@@ -1,3 +1,6 @@
+import os
+import socket
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -5,6 +8,7 @@ import pytest
 
 from tome_client.load.arrivals import read_trace as clients_trace
 from tome_server.api.tokens import Tokens
+from tome_server.config import text_file
 from tome_server.config.text_file import read_text
 from tome_server.errors import ConfigError
 from tome_server.models.loading import load
@@ -64,3 +68,71 @@ def test_reports_and_profiles_may_have_a_mark(tmp_path: Path) -> None:
     profile.write_bytes(MARK + PROFILE.read_bytes())
     assert load_replica(profile, quality) == load_replica(PROFILE, spec.quality)
     assert load(replace(spec, quality=quality), CPU).info.quality == load(spec, CPU).info.quality
+
+
+def test_a_file_of_more_bytes_than_are_read_is_refused_and_not_held(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * 100)
+    assert len(read_text(file, 100)) == 100
+    with pytest.raises(ValueError, match="it is larger than 99 bytes"):
+        read_text(file, 99)
+    with file.open("wb") as sparse:
+        sparse.truncate(2**40)  # more than any memory holds
+    with pytest.raises(ValueError, match="it is larger than 16,777,216 bytes"):
+        read_text(file)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+def test_what_is_no_file_is_named_and_not_waited_for(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "socket":
+        monkeypatch.chdir(tmp_path)  # a socket's path may be no longer than 108 bytes
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind("file")
+    else:
+        file.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=f"it is a {kind}, not a file"):
+        read_text(file)
+
+
+def test_a_pipe_is_read_where_it_may_be_one_and_bounded_as_a_file_is(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for content, most in (("a\n" * 50_000, 100_000), ("x" * 200_000, 100_000)):
+        writing = threading.Thread(target=_write, args=(pipe, content))
+        writing.start()
+        try:
+            if len(content) <= most:
+                assert read_text(pipe, most, pipe=True) == content
+            else:
+                with pytest.raises(ValueError, match="larger than 100,000 bytes"):
+                    read_text(pipe, most, pipe=True)
+        finally:
+            writing.join()
+
+
+def _write(pipe: Path, content: str) -> None:
+    try:
+        pipe.write_text(content)
+    except BrokenPipeError:
+        pass
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_pipe_that_nothing_is_written_to_is_given_up(
+    opened: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_file, "PIPE_TIME", 0.05)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = os.open(pipe, os.O_RDWR) if opened else None
+    try:
+        with pytest.raises(ValueError, match="it is a pipe, which wasn't written and closed within"):
+            read_text(pipe, pipe=True)
+    finally:
+        if writer is not None:
+            os.close(writer)

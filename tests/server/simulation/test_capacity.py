@@ -149,8 +149,8 @@ def test_agreement_counts_where_nothing_is_labelled(profile: Path, tmp_path: Pat
     [
         (lambda report: report.update(weights_sha256="other"), "was measured on other weights than the profile"),
         (lambda report: report.update(levels=report["levels"][:3]), "lacks r = 6, 8, 10, 12, 14"),
-        (lambda report: report.pop("levels"), "isn't what tome-server evaluate writes"),
-        (lambda report: report.update(levels=[1]), "isn't what tome-server evaluate writes"),
+        (lambda report: report.pop("levels"), "can't be read: levels"),
+        (lambda report: report.update(levels=[1]), "can't be read: levels"),
     ],
 )
 def test_a_quality_report_that_does_not_fit_is_refused(profile: Path, tmp_path: Path, change: Any, says: str) -> None:
@@ -238,7 +238,7 @@ def test_a_profile_that_is_not_there_is_said(tmp_path: Path) -> None:
     [
         (lambda document: document["key"].pop("rs"), "is damaged"),
         (lambda document: document["key"].update(more=1), "is damaged"),
-        (lambda document: document.pop("batch_sizes"), "is damaged: 'batch_sizes' is missing"),
+        (lambda document: document.pop("batch_sizes"), "is damaged: batch_sizes is missing"),
         (lambda document: document.update(p50_seconds=[[1.0]]), "is damaged: p50 must have 2 rows of 8 values"),
     ],
 )

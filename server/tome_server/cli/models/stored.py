@@ -11,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tome_server.config.json_file import read_json
 from tome_server.config.model_overrides import ModelOverrides
-from tome_server.config.text_file import read_text, write_whole
+from tome_server.config.text_file import write_whole
 from tome_server.errors import ConfigError
+from tome_server.models.quality_report import MOST_IMAGES
 from tome_server.models.repository import Repository
 from tome_server.models.spec import ModelSpec, quality_file
 from tome_server.models.weights.checkpoint_header import SUFFIX, read_header
@@ -100,9 +102,9 @@ def measured_or_fitted(spec: ModelSpec) -> str:
 
 def _reported(file: Path) -> str:
     """Name what a quality report holds."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        report = json.loads(read_text(file))
-        return f"the quality measured on {int(report['images']):,} images of {report['data']}"
+    with suppress(OSError, ValueError):
+        report = read_json(file)
+        return f"the quality measured on {report.whole('images', 0, MOST_IMAGES):,} images of {report.text('data')}"
     return "a quality report"
 
 
@@ -112,7 +114,7 @@ def write_report(spec: ModelSpec, report: Mapping[str, Any]) -> None:
     file = quality_file(spec.checkpoint.parent, spec.dtype)
     before: Any = None
     with suppress(OSError, ValueError):
-        before = json.loads(read_text(file))
+        before = read_json(file).values
     write_json(file, report)
     match before, report:
         case {"images": int(most), "data": str(old)}, {"images": int(images), "data": str(new)} if images < most:
@@ -132,8 +134,8 @@ def print_quality(spec: ModelSpec) -> None:
     from tome_server.cli.tables import quality_table
 
     assert spec.checkpoint is not None
-    report = json.loads(read_text(quality_file(spec.checkpoint.parent, spec.dtype)))
-    sys.stdout.write(quality_table(report["levels"]))
+    report = read_json(quality_file(spec.checkpoint.parent, spec.dtype))
+    sys.stdout.write(quality_table(report.values["levels"]))
 
 
 def log_progress() -> None:

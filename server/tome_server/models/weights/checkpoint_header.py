@@ -5,11 +5,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from tome_server.config.text_file import open_regular
 from tome_server.errors import ConfigError
 
 SUFFIX = ".safetensors"
 # The beginning of the file that git-lfs leaves in place of one that it hasn't fetched.
 _POINTER = b"version https://git-lfs"
+# More than a thousand times what the header of a model of hundreds of tensors takes.
+MOST_HEADER = 16 * 2**20
 # The types that weights may have, by safetensors' names.
 _FLOATING = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
@@ -34,16 +37,23 @@ def check_header(path: Path) -> None:
     Files of other formats than .safetensors are only checked to be there, and not to be empty.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(len(_POINTER))
     except OSError as error:
         why = "is no file" if path.is_dir() or not path.exists() else f"can't be read: {error.strerror}"
         raise ConfigError(f"checkpoint {path} {why}") from error
+    except ValueError as error:
+        raise ConfigError(f"checkpoint {path} can't be read: {error}") from error
     if not start:
         raise ConfigError(f"checkpoint {path} can't be read: the file is empty")
     if start == _POINTER:
         raise ConfigError(f"checkpoint {path} is a pointer of Git LFS, not the weights: git lfs pull fetches them")
     if path.suffix == SUFFIX:
+        # safetensors itself takes headers of 100 MB, which become a few hundred MB in memory.
+        if (size := int.from_bytes(start[:8], "little")) > MOST_HEADER:
+            raise ConfigError(
+                f"checkpoint {path} can't be read: it is not a .safetensors file (its header would have {size:,} bytes)"
+            )
         read_header(path)
 
 
