@@ -1,27 +1,21 @@
 """Counts requests by status code, for both protocols."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tome_server.api.status import code_name, status_of
-from tome_server.errors import RequestError
 from tome_server.serving.engine import Engine
-
-log = logging.getLogger(__name__)
 
 
 @contextmanager
 def counted(engine: Engine, model: str) -> Iterator[None]:
-    """Count the status with which the block ends. An error that isn't a RequestError is logged."""
+    """Count the status with which the block ends."""
     code = "CANCELLED"
     try:
         yield
         code = "OK"
     except Exception as error:
         code = code_name(status_of(error))
-        if not isinstance(error, RequestError):
-            log.exception("unexpected error")
         raise
     finally:
         count(engine, model, code)

@@ -1,4 +1,6 @@
+import contextlib
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,7 @@ def test_fields_are_read_as_what_they_are(document: JsonObject) -> None:
     ("read", "says"),
     [
         (lambda it: it.number("share", 0, 0.4), "share must be a number of 0 to 0.4, not 0.5"),
-        (lambda it: it.number("name", 0, 1), "share|name must be a number of 0 to 1, not a"),
+        (lambda it: it.number("name", 0, 1), "name must be a number of 0 to 1, not a"),
         (lambda it: it.number("on", 0, 1), "on must be a number of 0 to 1, not True"),
         (lambda it: it.number("gone", 0, 1), "gone is missing"),
         (lambda it: it.whole("share", 0, 1), "share must be a whole number of 0 to 1, not 0.5"),
@@ -108,12 +110,8 @@ def test_a_value_is_shown_in_one_short_line_whatever_it_is() -> None:
 
 @given(st.binary(max_size=200) | st.text(alphabet='{}[]":,0123456789eE+-.NaInftyrul \\', max_size=200).map(str.encode))
 def test_no_content_ends_in_anything_but_an_object_or_the_documented_error(content: bytes) -> None:
-    import tempfile
-
     with tempfile.NamedTemporaryFile() as file:
         file.write(content)
         file.flush()
-        try:
+        with contextlib.suppress(ValueError):
             assert isinstance(read_json(Path(file.name)), JsonObject)
-        except ValueError as error:
-            assert str(error)

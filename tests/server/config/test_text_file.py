@@ -1,3 +1,4 @@
+import contextlib
 import os
 import socket
 import threading
@@ -116,10 +117,8 @@ def test_a_pipe_is_read_where_it_may_be_one_and_bounded_as_a_file_is(tmp_path: P
 
 
 def _write(pipe: Path, content: str) -> None:
-    try:
+    with contextlib.suppress(BrokenPipeError):
         pipe.write_text(content)
-    except BrokenPipeError:
-        pass
 
 
 @pytest.mark.parametrize("opened", [False, True])

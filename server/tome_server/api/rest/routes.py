@@ -23,6 +23,7 @@ from tome_server.api.rest import convert
 from tome_server.api.rest.access import Access
 from tome_server.api.rest.body import BodyMemory, BodyShare, read_body
 from tome_server.api.rest.errors import refusal
+from tome_server.api.rest.failures import Failures
 from tome_server.api.tokens import Tokens
 from tome_server.errors import (
     ClientGoneError,
@@ -198,8 +199,8 @@ def application(protocol: Protocol | None, service: OpenInference, tokens: Token
     routes = [Route("/metrics", exposition), Route("/v2/health/live", live), Route("/v2/health/ready", ready)]
     return Starlette(
         routes=routes + (protocol.routes() if protocol else []),
-        middleware=[Middleware(Access, tokens=tokens, metrics=metrics)],
-        exception_handlers={RequestError: refused, HTTPException: no_such_path, Exception: refused},
+        middleware=[Middleware(Failures), Middleware(Access, tokens=tokens, metrics=metrics)],
+        exception_handlers={RequestError: refused, HTTPException: no_such_path},
     )
 
 

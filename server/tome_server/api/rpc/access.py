@@ -1,13 +1,15 @@
-"""Access control: one interceptor for the methods of every service, streams included."""
+"""Access control, and the end of calls that fail: one interceptor for the methods of every service."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeAlias
 from urllib.parse import unquote
 
 import grpc
 
+from tome_server.api.failures import final_status
 from tome_server.api.rpc import health
+from tome_server.api.status import abort
 from tome_server.api.tokens import Tokens
 from tome_server.observability import request_context
 from tome_server.observability.metrics import Metrics
@@ -21,7 +23,10 @@ OPEN = f"/{health.SERVICE}/"
 
 
 class AccessInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls without a known token, if tokens are required, and sets the `request_context`."""
+    """Refuses calls without a known token, if tokens are required, and sets the `request_context`.
+
+    A call that raises, in whatever service, ends with the contract's status. gRPC itself would send the error's text.
+    """
 
     def __init__(self, tokens: Tokens | None, metrics: Metrics) -> None:
         self._tokens = tokens
@@ -33,6 +38,22 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         details: grpc.HandlerCallDetails,
     ) -> "Handler | None":
         """Called before a message of the call is read."""
+        try:
+            return await self._handler(continuation, details)
+        except Exception as error:
+            status = final_status(error)
+
+            async def fail(_requests: object, context: Context) -> None:
+                async with _ended(context):
+                    await abort(context, status)
+
+            return grpc.stream_stream_rpc_method_handler(fail)
+
+    async def _handler(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], "Awaitable[Handler | None]"],
+        details: grpc.HandlerCallDetails,
+    ) -> "Handler | None":
         holder = None
         if self._tokens is not None and not str(details.method).startswith(OPEN):
             given = [value for key, value in details.invocation_metadata or () if key == "authorization"]
@@ -48,21 +69,26 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
 
 async def _refuse(_requests: object, context: Context) -> None:
-    with _ended():
+    async with _ended(context):
         await context.abort(
             grpc.StatusCode.UNAUTHENTICATED, "send metadata `authorization: Bearer TOKEN` with a known token"
         )
 
 
-@contextmanager
-def _ended() -> Iterator[None]:
-    """Free a call as soon as it was aborted.
+@asynccontextmanager
+async def _ended(context: Context) -> AsyncIterator[None]:
+    """Abort a call that raises, and free it as soon as it was aborted.
 
     gRPC keeps the exception of an abort in the call, and the exception's frames hold the call. Only the garbage
     collector would break this cycle, seconds or hours later. Until then the call counts against its connection's limit.
     """
     try:
-        yield
+        try:
+            yield
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await abort(context, final_status(error))
     except grpc.aio.AbortError as error:
         error.__traceback__ = error.__context__ = None
 
@@ -77,15 +103,14 @@ def _known(handler: Any, holder: str | None) -> Handler:
     # gRPC runs each call in a task of its own, so what is set here holds for the call and its tasks alone.
     async def one(request: object, context: Context) -> object:
         request_context.client.set(holder or address(context.peer()))
-        with _ended():
+        async with _ended(context):
             return await inner(request, context)
 
     async def many(request: object, context: Context) -> AsyncIterator[object]:
         request_context.client.set(holder or address(context.peer()))
-        with _ended():
-            async with aclosing(inner(request, context)) as responses:
-                async for response in responses:
-                    yield response
+        async with _ended(context), aclosing(inner(request, context)) as responses:
+            async for response in responses:
+                yield response
 
     known: Handler = handler._replace(**{kind: many if handler.response_streaming else one})
     return known

@@ -11,6 +11,7 @@ from google.protobuf.json_format import ParseDict
 from tome_api.oip import open_inference_pb2 as pb
 from tome_api.oip import open_inference_pb2_grpc
 from tome_server.api.counting import counted
+from tome_server.api.failures import final_status
 from tome_server.api.oip.describe import server_metadata
 from tome_server.api.oip.service import OpenInference
 from tome_server.api.reading import read_aside
@@ -110,7 +111,7 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
         try:
             return await self._infer(request, context)
         except Exception as error:
-            await abort(context, status_of(error))
+            await abort(context, final_status(error))
 
     async def ModelStreamInfer(  # noqa: N802
         self, requests: AsyncIterator[pb.ModelInferRequest], context: Context
@@ -122,7 +123,7 @@ class OpenInferenceServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer
                 return pb.ModelStreamInferResponse(infer_response=await self._infer(message, context))
             except Exception as error:
                 # The protocol has no field for the code.
-                status = status_of(error)
+                status = final_status(error)
                 return pb.ModelStreamInferResponse(
                     error_message=f"{code_name(status)}: {status.message}",
                     infer_response=pb.ModelInferResponse(id=message.id),

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from tome_api.v1 import inference_pb2 as pb
 from tome_api.v1 import inference_pb2_grpc
 from tome_server.api.counting import count, counted
+from tome_server.api.failures import final_status
 from tome_server.api.rpc import convert
 from tome_server.api.rpc.streams import Context, stream_replies
 from tome_server.api.status import abort, code_name, status_of
@@ -25,7 +26,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         try:
             return await self._predict(request, context)
         except Exception as error:
-            await abort(context, status_of(error))
+            await abort(context, final_status(error))
 
     async def PredictStream(  # noqa: N802
         self, requests: AsyncIterator[pb.PredictStreamRequest], context: Context
@@ -43,7 +44,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             try:
                 response.response.CopyFrom(await self._predict(message.request, context))
             except Exception as error:
-                response.error.CopyFrom(status_of(error))
+                response.error.CopyFrom(final_status(error))
             unanswered.discard(message.id)
             return response
 
