@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
 from tome_api import durations
 from tome_api.nearest import meant
@@ -24,6 +24,8 @@ MOST_BYTES = 2**20
 # The most values in one file. Aliases of aliases can stand for more than any memory holds.
 MOST_VALUES = 100_000
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+# NUL and surrogates.
+_ODD = re.compile("[\0\ud800-\udfff]")
 # In place of pydantic's messages that speak of Python.
 _WORDS = {
     "model_type": "must be a mapping, `setting: value`",
@@ -67,6 +69,17 @@ def parse_size(value: object) -> object:
     return int(found[1]) * _SIZES[found[2]]
 
 
+# Seconds of a year: what is longer is a mistake, and couldn't be told to clients.
+MOST_SECONDS = 365 * 86400.0
+
+
+def _bounded(budget: float) -> float:
+    """Return a budget. Raises ValueError for one that is longer than a year, but not infinite."""
+    if MOST_SECONDS < budget < math.inf:
+        raise ValueError("must be at most 365 days, or none")
+    return budget
+
+
 Count = Annotated[int, Field(ge=1, strict=True)]
 # The limit is more than any device gains from, and less than a mistyped number that would take all of its memory.
 BatchSize = Annotated[int, Field(ge=1, le=4096, strict=True)]
@@ -77,10 +90,12 @@ _PolicyText = Annotated[str, Field(pattern=f"^({POLICY_PATTERN})$")]
 Duration = Annotated[
     float,
     BeforeValidator(parse_duration, json_schema_input_type=Literal[0] | _DurationText),
-    Field(ge=0, allow_inf_nan=False),
+    Field(ge=0, le=MOST_SECONDS, allow_inf_nan=False),
 ]
 _BudgetText = Annotated[str, Field(pattern=rf"^\s*(?:{durations.PATTERN}|{durations.NO_DEADLINE})\s*$")]
-Budget = Annotated[float, BeforeValidator(parse_budget, json_schema_input_type=_BudgetText), Field(gt=0)]
+Budget = Annotated[
+    float, BeforeValidator(parse_budget, json_schema_input_type=_BudgetText), AfterValidator(_bounded), Field(gt=0)
+]
 Size = Annotated[
     int, BeforeValidator(parse_size, json_schema_input_type=Annotated[int, Field(gt=0)] | _SizeText), Field(gt=0)
 ]
@@ -112,9 +127,9 @@ def read_settings(path: Path, kind: type[Settings]) -> Settings:
             root = yaml.MappingNode("tag:yaml.org,2002:map", [], start, start)
         if _values(root, {}) > MOST_VALUES:
             raise ConfigError(f"{path}: holds more than {MOST_VALUES:,} values, counting what aliases repeat")
-        wrong_keys = [f"{path}:{key.start_mark.line + 1}: {what}" for key, what in _wrong_keys(root, set())]
-        if wrong_keys:
-            raise ConfigError("\n".join(wrong_keys))
+        wrong = [f"{path}:{node.start_mark.line + 1}: {what}" for node, what in _wrong_nodes(root, set())]
+        if wrong:
+            raise ConfigError("\n".join(wrong))
         settings = yaml.SafeLoader("").construct_document(root)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
@@ -168,14 +183,16 @@ def _values(node: yaml.Node, known: dict[int, float]) -> float:
     return known[id(node)]
 
 
-def _wrong_keys(node: yaml.Node, seen: set[int]) -> Iterator[tuple[yaml.Node, str]]:
-    """Find keys that YAML accepts and settings don't: keys that are given twice or are not text."""
+def _wrong_nodes(node: yaml.Node, seen: set[int]) -> Iterator[tuple[yaml.Node, str]]:
+    """Find what YAML accepts and settings don't: keys that are given twice or aren't text, and odd characters."""
     if id(node) in seen:  # an anchor may hold itself
         return
     seen.add(id(node))
+    if isinstance(node, yaml.ScalarNode) and _ODD.search(node.value):
+        yield node, "text can't hold NUL or halves of characters, which files' names and messages don't have"
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            yield from _wrong_keys(item, seen)
+            yield from _wrong_nodes(item, seen)
     elif isinstance(node, yaml.MappingNode):
         first: dict[str, int] = {}
         for key, value in node.value:
@@ -185,7 +202,7 @@ def _wrong_keys(node: yaml.Node, seen: set[int]) -> Iterator[tuple[yaml.Node, st
                 yield key, f"{key.value} is given twice, first on line {first[key.value]}"
             else:
                 first[key.value] = key.start_mark.line + 1
-            yield from _wrong_keys(value, seen)
+            yield from _wrong_nodes(value, seen)
 
 
 def _explain(path: Path, root: yaml.Node, kind: type[Strict], location: tuple[str | int, ...], what: str | None) -> str:

@@ -24,6 +24,7 @@ from tome_server.merging.cpu.packing import LEAST_GAIN, division_gain, few_threa
 from tome_server.merging.families.eva import fix_positions
 from tome_server.merging.geometry import patch_grid
 from tome_server.merging.support import check_supported
+from tome_server.models.bounded_building import BoundedBuilding, TooLargeError, most_bytes
 from tome_server.models.data_config import check_data, image_settings
 from tome_server.models.loaded import LoadedModel, loaded_model, with_schedules
 from tome_server.models.preprocess import Limits, Preprocess
@@ -41,6 +42,8 @@ EQUAL = 1e-4
 MOST_BLOCKS = 1000
 # Tokens of an image: three times as many as the largest of timm's models have.
 MOST_PATCHES = 2**14
+# Tokens beside the patches, of which timm's models have at most a few tens.
+MOST_PREFIX = 256
 # Calls a function that measures and returns its value, or returns the value of an earlier call.
 Recall: TypeAlias = Callable[[Callable[[], float]], float]
 
@@ -164,6 +167,8 @@ def _outline(spec: ModelSpec) -> Outline:
         raise ModelLoadError(f"{spec.name}: images of {size} pixels are {patches:,} patches, not 1 to {MOST_PATCHES:,}")
     try:
         merged = merge(model, proportional_attention=spec.proportional_attention)
+        if merged.prefix > MOST_PREFIX:
+            raise ModelLoadError(f"{spec.name}: {merged.prefix:,} prefix tokens are more than {MOST_PREFIX}")
         loaded = loaded_model(merged, Preprocess(settings, Limits()), name=spec.name, architecture=spec.architecture)
         return Outline(spec, loaded.info.rs)
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -199,10 +204,13 @@ def create(spec: ModelSpec) -> VisionTransformer:
     """
     check_architecture(spec.architecture)
     try:
-        model: VisionTransformer = timm.create_model(
-            spec.architecture, pretrained=spec.checkpoint is None, **dict(spec.kwargs)
-        )
+        with BoundedBuilding(most_bytes(spec)):
+            model: VisionTransformer = timm.create_model(
+                spec.architecture, pretrained=spec.checkpoint is None, **dict(spec.kwargs)
+            )
         check_supported(model)
+    except TooLargeError as error:
+        raise ModelLoadError(f"{spec.name}: {error}") from error
     except UnsupportedModelError as error:
         raise ModelLoadError(f"{spec.architecture} can't be merged: {error}") from error
     except Exception as error:

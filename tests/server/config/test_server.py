@@ -402,3 +402,37 @@ def test_the_examples_are_valid(example: Path) -> None:
 def test_a_models_requests_may_have_no_deadline_by_default(file: Path) -> None:
     file.write_text("models:\n- default_budget: none\n")
     assert read_config(file).models[0].default_budget == math.inf
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'models: [{source: vit, checkpoint: "a\\0b"}]',
+        'auth: {tokens: "a\\0b"}',
+        'repository: "a\\0b"',
+        'models: [{description: "\\ud800"}]',
+        'models: [{kwargs: {a: [{b: "\\udfff"}]}}]',
+    ],
+)
+def test_text_that_no_path_or_message_can_hold_is_refused(file: Path, text: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=f"{file}:1: text can't hold NUL or halves of characters"):
+        read_config(file)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["models: [{default_budget: 9999999999999999m}]", "drain_timeout: 99999999999m", "profile_time: 1000000000s"],
+)
+def test_a_duration_of_more_than_a_year_is_refused(file: Path, text: str) -> None:
+    """As a message to clients it could not be told, so that GetModel would fail."""
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=f"{file}:1: .*must be at most"):
+        read_config(file)
+
+
+def test_a_file_of_more_than_a_mebibyte_is_refused_before_it_is_parsed(file: Path) -> None:
+    with file.open("wb") as sparse:
+        sparse.truncate(2**30)
+    with pytest.raises(ConfigError, match="it is larger than 1,048,576 bytes"):
+        read_config(file)

@@ -11,12 +11,14 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from tests.server.models.conftest import ARCHITECTURE, KWARGS
 from tome_server.errors import ConfigError, ModelLoadError
 from tome_server.merging import MergedModel
 from tome_server.models import loading
 from tome_server.models.loaded import LoadedModel
-from tome_server.models.loading import load
+from tome_server.models.loading import create, load
 from tome_server.models.model_info import Quality
 from tome_server.models.quality_report import stored_schedules
 from tome_server.models.spec import ModelSpec, bundled_spec, weights_digest
@@ -281,8 +283,8 @@ def test_a_quality_report_may_say_how_much_each_block_merges(spec: ModelSpec, tm
         ([4, 4, 4], r"quality\.json: the schedule has 3 values, the model 2 blocks"),
         ([3, 4], r"quality\.json: the schedule of r = 4 takes .* multiply-accumulates, not"),
         ([9, 0], r"quality\.json: .* can't merge 9 of 17 tokens in block 0"),
-        ([4.5, 4], r"quality\.json: r must be an int, not float"),
-        ("44", r"quality\.json: r must be an int, not str"),
+        ([4.5, 4], r"levels\[1\]\.schedule\[0\] must be a whole number of 0 to 16,384, not 4.5"),
+        ("44", r"levels\[1\]\.schedule must be a list, not 44"),
         (None, r"quality\.json can't be read"),
         (4, r"quality\.json can't be read"),
     ],
@@ -470,3 +472,28 @@ def test_weights_beyond_what_a_lesser_type_holds_are_named(spec: ModelSpec, tiny
     load(replace(spec, checkpoint=checkpoint), CPU)
     said = refusal(replace(spec, checkpoint=checkpoint, dtype="float16"))
     assert said == f"{checkpoint} in float16: head.bias holds infinity; such weights give no answer"
+
+
+@pytest.mark.parametrize("changes", [{"embed_dim": 3 * 512, "depth": 12}, {"num_classes": 10**7}, {"mlp_ratio": 1e4}])
+def test_arguments_that_ask_for_far_more_memory_than_the_weights_take_are_refused_before_it_is_taken(
+    spec: ModelSpec, changes: dict[str, Any]
+) -> None:
+    """`create` is the last to look: what `outline` can't build without memory comes here unchecked."""
+    torch_made: list[int] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and not made.is_meta:
+                torch_made.append(made.nbytes)
+            return made
+
+    with Watch(), pytest.raises(ModelLoadError, match=r"tiny: kwargs make it take more than [0-9,]+ MiB of memory"):
+        create(replace(spec, kwargs={**KWARGS, **changes}))
+    assert sum(torch_made) < 2**30
+
+
+def test_too_large_arguments_for_weights_of_the_hub_are_refused_before_memory_is_taken_or_anything_fetched() -> None:
+    large = ModelSpec(name="large", architecture=ARCHITECTURE, kwargs={"embed_dim": 3 * 4096})
+    with pytest.raises(ModelLoadError, match="large: kwargs make it take more than"):
+        create(large)

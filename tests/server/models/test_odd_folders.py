@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,18 @@ def versioned(*versions: str, choice: str = "") -> Spoil:
     return spoil
 
 
+def compressed(folder: Path) -> None:
+    """A few hundred kilobytes that would become a gigabyte."""
+    (folder / "weights.safetensors").unlink()
+    torch.save({"head.weight": torch.zeros(1)}, folder / "plain.pth")
+    with zipfile.ZipFile(folder / "plain.pth") as plain, zipfile.ZipFile(folder / "weights.pth", "w") as packed:
+        for part in plain.infolist():
+            packed.writestr(part.filename, plain.read(part), zipfile.ZIP_DEFLATED)
+        packed.writestr("archive/data/1", bytes(10**8), zipfile.ZIP_DEFLATED)
+    (folder / "plain.pth").unlink()
+
+
+HEADER_SIZE = (99_000_000).to_bytes(8, "little")
 LABELS = "".join(f"class {i}\n" for i in range(7))
 HUGE = 10**30
 ODD: dict[str, Spoil] = {
@@ -209,6 +222,15 @@ ODD: dict[str, Spoil] = {
     "a broken link for weights": link("weights.safetensors", "gone"),
     "weights that link to themselves": link("weights.safetensors", "weights.safetensors"),
     "a pipe for weights": fifo("weights.safetensors"),
+    "a device for weights": link("weights.safetensors", "/dev/zero"),
+    "a header of 99 MB": lambda folder: os.truncate(
+        folder / "weights.safetensors", (folder / "weights.safetensors").write_bytes(HEADER_SIZE) + 99_000_000
+    ),
+    "compressed weights": compressed,
+    "thousands of registers": lambda folder: (
+        kwargs(reg_tokens=5000)(folder),
+        safe_weights(lambda tensors: tensors.update(reg_token=torch.zeros(1, 5000, 48)))(folder),
+    ),
     "both kinds of weights": written("weights.pth", b""),
     "a nameless file of torch's": lambda folder: (folder / "weights.safetensors").rename(folder / "weights.pth"),
     # Labels, profiles and reports
@@ -219,6 +241,15 @@ ODD: dict[str, Spoil] = {
     "a label too many": written("labels.txt", f"{LABELS}another\n"),
     "no labels": written("labels.txt", ""),
     "a file for profiles": written("profiles", ""),
+    "a pipe for labels": fifo("labels.txt"),
+    "a device for labels": link("labels.txt", "/dev/zero"),
+    "labels without end": lambda folder: ((folder / "labels.txt").touch(), os.truncate(folder / "labels.txt", 2**40)),
+    "a pipe for a report": fifo("quality.json"),
+    "a device for a report": link("quality.json", "/dev/urandom"),
+    "a report without end": lambda folder: (
+        (folder / "quality.json").touch(),
+        os.truncate(folder / "quality.json", 2**40),
+    ),
     "a folder for a report": made_folder("quality.json"),
     "a folder for another report": made_folder("quality-bfloat16.json"),
     "a report that links to itself": link("quality.json", "quality.json"),
@@ -230,6 +261,25 @@ ODD: dict[str, Spoil] = {
     "levels that are none": report(levels=None),
     "levels that are a mapping": report(levels={"0": 1}),
     "an r beyond all": level(r=1e400),
+    "an r of 1e308": level(r=1e308),
+    "a negative r": level(r=-1),
+    "an r that is true": level(r=True),
+    "an r twice": level(r=0),
+    "an agreement that is true": level(agreement=True),
+    "an agreement of 1e-308": level(agreement=1e-308),
+    "an agreement of 1e308": level(agreement=1e308),
+    "infinitely many images": report(images=float("inf")),
+    "images of 1e308": report(images=1e308),
+    "half an image": report(images=0.5),
+    "levels without end": report(levels=[{"r": 0, "agreement": 1.0}] * 20_000),
+    "a type of a list": report(dtype=[]),
+    "a digest of a list": report(weights_sha256=[[]]),
+    "a model given twice": written("quality.json", '{"model": "a", "model": "b", "levels": []}'),
+    "a schedule nested deeply": written("quality.json", '{"levels": [{"r": 0, "schedule": ' + "[" * 100_000),
+    "a report in Latin-1": written("quality.json", b'{"data": "\xf6"}'),
+    "a report of nothing": written("quality.json", ""),
+    "a schedule of nothing": level(schedule=None),
+    "a schedule without end": level(schedule=[0] * 2000),
     "an r of text": level(r="four"),
     "an agreement of NaN": level(agreement=float("nan")),
     "an agreement of a list": level(agreement=[1]),
@@ -247,6 +297,10 @@ ODD: dict[str, Spoil] = {
     "a folder for settings": made_folder("config.yaml"),
     "a broken link for settings": link("config.yaml", "gone"),
     "a pipe for settings": fifo("config.yaml"),
+    "a device for settings": link("config.yaml", "/dev/zero"),
+    "settings without end": lambda folder: os.truncate(folder / "config.yaml", 2**40),
+    "a description that is no Unicode": config_text(f'architecture: {ARCHITECTURE}\ndescription: "\\ud800"\n'),
+    "a tag that is no Unicode": config_text(f'architecture: "{ARCHITECTURE}.\\ud800"\n'),
     "empty settings": config_text(""),
     "settings that are a list": config_text("- a\n- b\n"),
     "settings that are no YAML": config_text("architecture: [\n"),
@@ -276,6 +330,9 @@ ODD: dict[str, Spoil] = {
     "a negative number of classes": kwargs(num_classes=-1),
     "half a class": kwargs(num_classes=1.5),
     "a huge embedding": kwargs(embed_dim=10**7),
+    "registers without end": kwargs(reg_tokens=10**9),
+    "an MLP without end": kwargs(mlp_ratio=1e9),
+    "an MLP of NaN": kwargs(mlp_ratio=float("nan")),
     "a huge depth": kwargs(depth=10**9),
     "a negative depth": kwargs(depth=-1),
     "a depth of text": kwargs(depth="deep"),

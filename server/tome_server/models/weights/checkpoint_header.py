@@ -1,5 +1,6 @@
 """Reads what the header of a .safetensors file says about its tensors, without torch, whose import takes seconds."""
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class StoredTensor:
 def check_header(path: Path) -> None:
     """Raises ConfigError for weights that are missing, can't be read, or are damaged by what their header says.
 
-    Files of other formats than .safetensors are only checked to be there, and not to be empty.
+    Files of other formats than .safetensors are only checked to be there, and neither empty nor compressed.
     """
     try:
         with open_regular(path) as file:
@@ -55,6 +56,23 @@ def check_header(path: Path) -> None:
                 f"checkpoint {path} can't be read: it is not a .safetensors file (its header would have {size:,} bytes)"
             )
         read_header(path)
+    else:
+        _check_archive(path)
+
+
+def _check_archive(path: Path) -> None:
+    """Raises ConfigError for an archive that holds more than the file has bytes: torch.save compresses nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError):
+        return  # another format, or damaged, which reading it will say
+    held = sum(part.file_size for part in parts)
+    if held > path.stat().st_size or any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+        raise ConfigError(
+            f"checkpoint {path} can't be read: it is an archive that is compressed, and would become "
+            f"{held:,} bytes; torch.save compresses nothing"
+        )
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
