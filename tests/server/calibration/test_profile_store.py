@@ -1,13 +1,18 @@
+import contextlib
 import json
 import os
 import stat
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from tests.server.json_mutations import mutated
 from tome_server.calibration.profile_key import ProfileKey
 from tome_server.calibration.profile_store import (
     ProfileError,
@@ -20,7 +25,7 @@ from tome_server.calibration.profile_store import (
     save_profile,
 )
 from tome_server.scheduling.measured import Measured
-from tome_server.scheduling.profile import Profile
+from tome_server.scheduling.profile import Latency, Profile
 
 CPU = torch.device("cpu")
 PROFILE = Profile(
@@ -35,23 +40,26 @@ GOOD = Measured(rounds=5, load=0.0123456789, spread=1.06)
 BUSY = Measured(rounds=5, load=0.374, spread=1.3)
 
 
+KEY = ProfileKey(
+    model="vit_tiny_patch16_224",
+    weights="ab" * 32,
+    input_size=(3, 16, 16),
+    macs=(1000, 600),
+    proportional_attention=True,
+    device="A Processor",
+    dtype="float32",
+    threads=1,
+    torch="2.13.0+cpu",
+    timm="1.0.31",
+    tome_serving="0.1.0",
+    max_batch=4,
+    rs=(0, 2),
+)
+
+
 @pytest.fixture
 def key() -> ProfileKey:
-    return ProfileKey(
-        model="vit_tiny_patch16_224",
-        weights="ab" * 32,
-        input_size=(3, 16, 16),
-        macs=(1000, 600),
-        proportional_attention=True,
-        device="A Processor",
-        dtype="float32",
-        threads=1,
-        torch="2.13.0+cpu",
-        timm="1.0.31",
-        tome_serving="0.1.0",
-        max_batch=4,
-        rs=(0, 2),
-    )
+    return KEY
 
 
 @pytest.fixture
@@ -65,8 +73,8 @@ def path(tmp_path: Path, key: ProfileKey) -> Path:
 def test_what_is_read_is_what_was_stored_to_six_digits(path: Path, key: ProfileKey) -> None:
     read = load_profile(path, key)
     assert (read.sizes, read.rs, read.one_call) == (PROFILE.sizes, PROFILE.rs, PROFILE.one_call)
-    for given, stored in ((read.p50, PROFILE.p50), (read.p95, PROFILE.p95)):
-        assert [list(row) for row in given] == [pytest.approx(row, rel=1e-5) for row in stored]
+    for rows, stored in ((read.p50, PROFILE.p50), (read.p95, PROFILE.p95)):
+        assert [list(row) for row in rows] == [pytest.approx(row, rel=1e-5) for row in stored]
     assert read.extra_group == pytest.approx(PROFILE.extra_group, rel=1e-5)
     save_profile(path, key, read)
     assert load_profile(path, key) == read
@@ -328,3 +336,30 @@ def test_profiles_are_kept_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, t
 
 def test_the_text_is_the_files(path: Path, key: ProfileKey) -> None:
     assert profile_text(key, PROFILE) == path.read_text()
+
+
+@given(st.data())
+def test_a_mutated_profile_ends_in_a_sound_record_or_the_documented_error(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "tiny.json")
+        save_profile(path, KEY, replace(PROFILE, measured=GOOD))
+        path.write_bytes(data.draw(mutated(json.loads(path.read_text()))))
+        try:
+            profile = load_profile(path, KEY)
+        except ProfileError as error:
+            assert str(error).startswith((str(path), f"there is no {path}"))  # noqa: PT017
+        else:
+            _check_sound(profile)
+        with contextlib.suppress(ProfileError):
+            _check_sound(read_profile(path)[1])
+
+
+def _check_sound(profile: Profile) -> None:
+    """A server that relies on it predicts finite times, whatever batches then take."""
+    latency = Latency(profile)
+    for seconds in (1e-6, 1e-3, 10.0):
+        for size in range(1, profile.max_batch + 1):
+            for level in range(len(profile.rs)):
+                assert 0 < latency.expected(size, level) <= latency.promised(size, level) * (1 + 1e-9) < 1e12
+        latency.observe([0], seconds)
+    assert str(profile.measured) is not None
