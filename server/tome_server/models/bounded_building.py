@@ -62,7 +62,8 @@ def most_bytes(spec: ModelSpec) -> int:
             usual = timm.create_model(spec.architecture)
     except Exception:  # some architectures can't be built without memory
         return _UNKNOWN
-    return _TIMES * sum(part.nbytes for part in (*usual.parameters(), *usual.buffers())) + _BESIDES
+    held: int = sum(part.nbytes for part in (*usual.parameters(), *usual.buffers()))
+    return _TIMES * held + _BESIDES
 
 
 def _mib(count: int) -> str:
