@@ -73,11 +73,11 @@ def parse_size(value: object) -> object:
 MOST_SECONDS = 365 * 86400.0
 
 
-def _bounded(budget: float) -> float:
-    """Return a budget. Raises ValueError for one that is longer than a year, but not infinite."""
-    if MOST_SECONDS < budget < math.inf:
-        raise ValueError("must be at most 365 days, or none")
-    return budget
+def _bounded(seconds: float) -> float:
+    """Return seconds. Raises ValueError for more than a year, but not for infinity, no deadline."""
+    if MOST_SECONDS < seconds < math.inf:
+        raise ValueError("must be at most 365 days")
+    return seconds
 
 
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -90,7 +90,8 @@ _PolicyText = Annotated[str, Field(pattern=f"^({POLICY_PATTERN})$")]
 Duration = Annotated[
     float,
     BeforeValidator(parse_duration, json_schema_input_type=Literal[0] | _DurationText),
-    Field(ge=0, le=MOST_SECONDS, allow_inf_nan=False),
+    AfterValidator(_bounded),
+    Field(ge=0, allow_inf_nan=False),
 ]
 _BudgetText = Annotated[str, Field(pattern=rf"^\s*(?:{durations.PATTERN}|{durations.NO_DEADLINE})\s*$")]
 Budget = Annotated[
