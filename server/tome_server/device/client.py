@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TypeVar, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
+from tome_server.device.channel import Channel
 from tome_server.device.messages import (
     Call,
     ChooseThreads,
@@ -52,7 +53,7 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
-# Seconds in which the process must end once its connection is closed: it finishes the batch that it runs.
+# Seconds in which the process must end once its connection is closed, at most: it finishes the batch that it runs.
 STOP_TIMEOUT = 10.0
 # Seconds that the event loop waits for the process's exit status: its connection closes just before it exits.
 STATUS_TIMEOUT = 1.0
@@ -75,19 +76,22 @@ class Device:
         self._lost = asyncio.Event()
         self._death = "the process that runs the models has ended"
         ours, theirs = socket.socketpair()
-        with theirs:
+        # Files go on a connection of their own, since they must be received together with the byte that carries them.
+        our_files, their_files = socket.socketpair()
+        with theirs, their_files:
+            ends = (theirs.fileno(), their_files.fileno())
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "tome_server.device.process", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "tome_server.device.process", *map(str, ends)],
                 stdin=subprocess.DEVNULL,
                 stdout=sys.__stderr__.fileno() if sys.__stderr__ else subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=ends,
                 # In a group of its own: Ctrl-C goes to the server alone, which then ends this process.
                 process_group=0,
             )
-        self._connection = Connection(ours.detach())
+        self._files = Connection(our_files.detach())
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._connection.fileno(), self._read)
-        self._connection.send(logging.getLogger("tome_server").getEffectiveLevel())
+        self._channel = Channel(ours, self._receive, self._lose)
+        self._channel.send(logging.getLogger("tome_server").getEffectiveLevel())
 
     @property
     def pid(self) -> int:
@@ -140,7 +144,7 @@ class Device:
         try:
             images = SharedImages(model.preprocess.settings.input_size, slots)
             mapped = self._post(MapImages(key, images.shape, images.slots))
-            images.send(self._connection, self.pid)
+            images.send(self._files, self.pid)
             await mapped
         except Exception:  # more than there is room for
             await self._call(UnloadModel(key))
@@ -191,8 +195,8 @@ class Device:
 
     def prefetch(self, key: str, slot: Slot) -> None:
         """Begin to copy an image to the GPU while other batches run; without a GPU, do nothing."""
-        if self.name.startswith("cuda") and not self._connection.closed:
-            self._send(None, PrefetchImage(key, slot.place))
+        if self.name.startswith("cuda"):
+            self._channel.send((None, PrefetchImage(key, slot.place)))
 
     async def run(self, key: str, batch: Sequence[BatchItem[Slot]], rs: Sequence[int], packed: bool) -> BatchResult:
         """Run a batch, each image at its own r; `packed` says whether different r share one call of the model.
@@ -207,12 +211,12 @@ class Device:
         await self._lost.wait()
         raise DeviceDiedError(self._death)
 
-    async def close(self) -> None:
-        """End the process, after the batch that it runs."""
+    async def close(self, timeout: float = STOP_TIMEOUT) -> None:
+        """End the process after the batch that it runs, or after `timeout` seconds."""
         self._hang_up()
         # A thread waits in one system call. Popen's own timeout polls by a clock that may be set meanwhile.
         ended = asyncio.ensure_future(asyncio.to_thread(self._process.wait))
-        if not (await asyncio.wait({ended}, timeout=STOP_TIMEOUT))[0]:
+        if not (await asyncio.wait({ended}, timeout=min(timeout, STOP_TIMEOUT)))[0]:
             self._process.kill()
             await ended
 
@@ -222,32 +226,24 @@ class Device:
         self._process.kill()
         await asyncio.to_thread(self._process.wait)
 
+    def give_up(self, why: str) -> None:
+        """End the process at once because it hangs: calls and `ended` raise DeviceDiedError, which says `why`."""
+        self._process.kill()
+        self._end(f"the process that runs the models {why}")
+
     async def _call(self, call: Call[R]) -> R:
         return await self._post(call)
 
     def _post(self, call: Call[R]) -> asyncio.Future[R]:
         """Send a call, and return the future of its answer."""
         future: asyncio.Future[R] = self._loop.create_future()
-        if self._connection.closed:
+        if self._channel.closed:
             future.set_exception(DeviceDiedError(self._death))
             return future
         ticket = next(self._tickets)
         self._calls[ticket] = future
-        self._send(ticket, call)
+        self._channel.send((ticket, call))
         return future
-
-    def _send(self, ticket: int | None, message: Call[R] | PrefetchImage) -> None:
-        try:
-            self._connection.send((ticket, message))
-        except OSError:
-            self._lose()
-
-    def _read(self) -> None:
-        try:
-            while self._connection.poll():
-                self._receive(self._connection.recv())
-        except (EOFError, OSError):
-            self._lose()
 
     def _receive(self, message: FromProcess) -> None:
         match message:
@@ -265,18 +261,23 @@ class Device:
                 assert_never(message)
 
     def _lose(self) -> None:
+        death = self._death
         # This blocks the event loop, which can serve nothing any more.
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._death = f"the process that runs the models {_ending(self._process.wait(STATUS_TIMEOUT))}"
-        log.error("%s (process %d)", self._death, self.pid)
+            death = f"the process that runs the models {_ending(self._process.wait(STATUS_TIMEOUT))}"
+        self._end(death)
+
+    def _end(self, death: str) -> None:
+        self._death = death
+        log.error("%s (process %d)", death, self.pid)
         self._hang_up()
         self._lost.set()
 
     def _hang_up(self) -> None:
-        if self._connection.closed:
+        if self._channel.closed:
             return
-        self._loop.remove_reader(self._connection.fileno())
-        self._connection.close()
+        self._channel.close()
+        self._files.close()
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(DeviceDiedError(self._death))

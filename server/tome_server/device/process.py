@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import socket
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ import torch
 from tome_server.calibration.choose_dtype import load_chosen
 from tome_server.calibration.choose_threads import choose_threads
 from tome_server.calibration.obtain_profile import measure_again, obtain_profile
+from tome_server.device.channel import BlockingChannel
 from tome_server.device.fair_lock import FairLock
 from tome_server.device.messages import (
     AnyCall,
@@ -70,8 +72,9 @@ class DeviceProcess:
     in a second thread, and calls that take longer, such as loading a model, in a third.
     """
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, channel: BlockingChannel, files: Connection) -> None:
+        self._channel = channel
+        self._files = files
         self._sending = threading.Lock()
         self._models: dict[str, LoadedModel] = {}
         self._images: dict[str, Prefetcher] = {}
@@ -86,7 +89,7 @@ class DeviceProcess:
         self._running = FairLock()
         self._batches = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
-        logging.getLogger("tome_server").setLevel(connection.recv())
+        logging.getLogger("tome_server").setLevel(channel.recv())
         logging.getLogger().addHandler(_ServerLog(self._send))
         # timm has imported the hub's client, whose own handler would write each of its lines a second time.
         logging.getLogger("huggingface_hub").handlers.clear()
@@ -95,7 +98,7 @@ class DeviceProcess:
         """Answer until the other end is closed, and then finish the batch that runs."""
         while True:
             try:
-                message: ToProcess = self._connection.recv()
+                message: ToProcess = self._channel.recv()
             except (EOFError, OSError):
                 self._batches.shutdown(cancel_futures=True)
                 return
@@ -114,7 +117,7 @@ class DeviceProcess:
             case Probe():
                 self._batches.submit(self._answer, ticket, call.handled_by(self._probe))
             case MapImages():
-                # In this thread: the file descriptor follows in the stream, so nothing else may read from it first.
+                # In this thread, which handles one call after the other: files come in the order of these calls.
                 self._answer(ticket, call.handled_by(self._map_images))
             case MeasureAgain():
                 self._called = threading.Event()
@@ -154,7 +157,7 @@ class DeviceProcess:
             return run_batch(model, [_empty(model)], call.r, self._device).seconds
 
     def _map_images(self, call: MapImages) -> None:
-        self._images[call.key] = Prefetcher(receive(self._connection, call.shape, call.slots), self._device)
+        self._images[call.key] = Prefetcher(receive(self._files, call.shape, call.slots), self._device)
 
     def _prefetch(self, message: PrefetchImage) -> None:
         try:
@@ -284,7 +287,7 @@ class DeviceProcess:
 
     def _send(self, message: FromProcess) -> None:
         with self._sending:
-            self._connection.send(message)
+            self._channel.send(message)
 
 
 def _empty(model: LoadedModel) -> BatchItem[torch.Tensor]:
@@ -335,8 +338,9 @@ def _sendable(error: Exception) -> Exception:
 
 
 def main() -> None:
-    """Answer calls on the connection whose file descriptor is the first argument."""
-    DeviceProcess(Connection(int(sys.argv[1]))).answer_calls()
+    """Answer calls on the socket whose file descriptor is the first argument; files come on the second."""
+    channel, files = BlockingChannel(socket.socket(fileno=int(sys.argv[1]))), Connection(int(sys.argv[2]))
+    DeviceProcess(channel, files).answer_calls()
     # Without waiting for the other thread: its call has no caller any more.
     os._exit(0)
 
