@@ -7,7 +7,8 @@ import os
 import signal
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from tome_server.api.oip.service import OpenInference
@@ -26,7 +27,8 @@ from tome_server.serving.control import ModelControl
 from tome_server.serving.engine import Engine
 from tome_server.serving.model_manager import ModelManager
 from tome_server.serving.remeasuring import remeasure
-from tome_server.signals import stop_line, stop_status
+from tome_server.serving.watchdog import watch_device
+from tome_server.signals import end_in, stop_line, stop_status
 
 if TYPE_CHECKING:
     # Not part of every installation, and nothing is imported of it where no traces are asked for.
@@ -36,6 +38,9 @@ log = logging.getLogger(__name__)
 
 # Seconds that answers may take on their way to slow readers, once a part has died and no new ones come.
 FAILED_TIMEOUT = 5.0
+# Seconds that the server may take to leave once calls in flight have had their time. Then it ends whatever still runs,
+# a thread that decodes or the device's process, and however these hang.
+LEAVE_TIMEOUT = 3.0
 
 
 async def serve(config: ServerConfig) -> int:
@@ -50,7 +55,7 @@ async def serve(config: ServerConfig) -> int:
     batching, decode_threads = config.batching, available_cpus()
     async with AsyncExitStack() as stack:
         device = Device()
-        stopping = _Stopping(device)
+        stopping = _Stopping(device, config.drain_timeout + LEAVE_TIMEOUT)
         stack.push_async_callback(device.kill)
         metrics = Metrics()
         engine = Engine(
@@ -85,55 +90,72 @@ async def serve(config: ServerConfig) -> int:
         _on_hangup(models.refresh)
         dispatching = asyncio.create_task(engine.run())
         remeasuring = asyncio.create_task(remeasure(device, engine, config.profile_time))
+        watching: asyncio.Task[Any] | None = None
         ends = [asyncio.create_task(stopping.ordered.wait()), asyncio.create_task(device.ended())]
-        grace, status = min(config.drain_timeout, FAILED_TIMEOUT), 0
+        grace, status = min(config.drain_timeout, FAILED_TIMEOUT), 1
         try:
             await _first(loading, dispatching, *ends)
             if loading.done():
                 rpc.ready()
+                watching = asyncio.create_task(
+                    watch_device(engine, device, config.hung_device_timeout, hangs=rpc.unready, answers=rpc.ready)
+                )
                 seconds = round(time.monotonic() - began, 3)
                 ready = {"grpc": rpc.address, "metrics": metrics_url, "seconds": seconds}
                 print(json.dumps({"ready": ready}), flush=True)
                 log.info("ready after %.1f s", seconds)
-                await _first(dispatching, *ends)
+                await _first(dispatching, watching, *ends)
                 log.info("stopping; answering what is in flight, for at most %.0f s", config.drain_timeout)
-                grace = config.drain_timeout
+                grace, status = config.drain_timeout, 0
             else:
                 log.info(stop_line(stopping.signum))
                 grace, status = 0.0, stop_status(stopping.signum)
-                # It would first finish what it is doing, and nothing waits for that any more.
-                await device.kill()
         finally:
+            end_in(grace + LEAVE_TIMEOUT, status, device.end)
+            end = time.monotonic() + grace
+            if watching:
+                watching.cancel()  # so that health stays NOT_SERVING
+            if not loading.done():
+                # The device would first finish what it is doing, and nothing waits for that any more.
+                await device.kill()
             loading.cancel()
             answered = [rpc.stop(grace)] + ([http.drain(grace)] if http else [])
             await asyncio.gather(*answered)
             dispatching.cancel()
             remeasuring.cancel()
-            for end in ends:
-                end.cancel()
+            for each in ends:
+                each.cancel()
             await asyncio.gather(loading, dispatching, remeasuring, *ends, return_exceptions=True)
-        await device.close()
+        await device.close(max(0.0, end - time.monotonic()))
     log.info("stopped")
     return status
 
 
 class _Stopping:
-    """The order to stop, by SIGTERM or SIGINT; a second one ends the process at once."""
+    """The order to stop, by SIGTERM or SIGINT; a second one ends the process at once.
 
-    def __init__(self, device: Device) -> None:
+    Its handlers are Python's and not the event loop's, so that the process ends in time even if something blocks that.
+    """
+
+    def __init__(self, device: Device, timeout: float) -> None:
+        """The process ends `timeout` seconds after the order at the latest."""
         self.ordered = asyncio.Event()
         self.signum = 0
         self._device = device
+        self._timeout = timeout
+        self._loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(signum, self._order, signum)
+            signal.signal(signum, self._order)
 
-    def _order(self, signum: int) -> None:
-        if self.ordered.is_set():
+    def _order(self, signum: int, _frame: FrameType | None) -> None:
+        if self.signum:
             log.warning("told again to stop: stopping at once, whatever is in flight")
-            os.kill(self._device.pid, signal.SIGKILL)
+            self._device.end()
             os._exit(128 + signum)
         self.signum = signum
-        self.ordered.set()
+        end_in(self._timeout, stop_status(signum), self._device.end)
+        with suppress(RuntimeError):  # the loop is closed: the server has ended by itself
+            self._loop.call_soon_threadsafe(self.ordered.set)
 
 
 def _rpc_settings(config: ServerConfig) -> RpcSettings:

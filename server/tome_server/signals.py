@@ -3,7 +3,8 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
@@ -43,6 +44,26 @@ def stop_status(signum: int) -> int:
 def stop_line(signum: int) -> str:
     """Say that such a server ends."""
     return f"{signal.Signals(signum).name} before any model was served: stopping at once"
+
+
+def end_in(seconds: float, status: int, before: Callable[[], None]) -> None:
+    """End the process after so many seconds, whatever it does then, unless it has ended: first calls `before`."""
+
+    def end() -> None:
+        before()
+        _end(f"still busy {seconds:.1f} s after it was to stop: stopping at once", status)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+
+
+def leave(status: int) -> NoReturn:
+    """End the process now that all is done; Python would first wait for threads, which may decode for minutes."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 def _stop(signum: int, _frame: FrameType | None) -> None:

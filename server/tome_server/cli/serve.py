@@ -6,10 +6,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tome_server.cli.flags import Commands, add_model_flags
-from tome_server.signals import stopping_at_once
+from tome_server.signals import leave, stopping_at_once
 
 FREE_PORTS = ("--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0")
 """Flags that have a server listen on ports of this machine that nothing else uses; it says which."""
@@ -36,14 +36,17 @@ def add_to(commands: Commands) -> None:
     serve.add_argument("--profile-time", metavar="TIME", help="how long to measure them if none fit (default: 5s)")
     serve.add_argument("--drain-timeout", metavar="TIME", help="time for calls in flight after SIGTERM (default: 30s)")
     serve.add_argument(
+        "--hung-device-timeout", metavar="TIME", help="end the server once its device hangs so long (default: 20s)"
+    )
+    serve.add_argument(
         "--log-level", default="info", choices=["debug", "info", "warning", "error"], help="info (default)"
     )
     serve.add_argument("--log-format", choices=["auto", "json", "text"], help="auto (default): text at a terminal")
     serve.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Serve; returns the exit status."""
+def run(args: argparse.Namespace) -> NoReturn:
+    """Serve, and exit."""
     with stopping_at_once():  # before the imports, which take seconds
         import asyncio
 
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         from tome_server.observability import logs
 
         logs.configure(args.log_level, config.log_format)
-        return asyncio.run(serve(config))
+        leave(asyncio.run(serve(config)))
 
 
 def start(*flags: str, **options: Any) -> "subprocess.Popen[str]":

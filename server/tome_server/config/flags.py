@@ -12,7 +12,7 @@ from tome_server.errors import ConfigError
 
 _TOP = (
     "repository", "listen", "metrics", "device", "threads", "policy", "profiles", "profile_time", "log_format",
-    "drain_timeout",
+    "drain_timeout", "hung_device_timeout",
 )  # fmt: skip
 _BATCHING = ("max_batch", "max_delay", "max_pending")
 _MODEL = ("checkpoint", "labels", "quality", "default_budget", "dtype")

@@ -171,6 +171,8 @@ class ServerConfig(Strict):
     """The least time kept back from each deadline for the answer's way to the client; more where that is measured."""
     drain_timeout: Duration = 30.0
     """How long requests in flight may take after SIGTERM."""
+    hung_device_timeout: Duration = 20.0
+    """How long a device may hang, with the server NOT_SERVING, until its process is killed and the server ends."""
 
     @model_validator(mode="before")
     @classmethod

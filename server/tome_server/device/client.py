@@ -211,12 +211,12 @@ class Device:
         await self._lost.wait()
         raise DeviceDiedError(self._death)
 
-    async def close(self, timeout: float = STOP_TIMEOUT) -> None:
-        """End the process after the batch that it runs, or after `timeout` seconds."""
+    async def close(self, within: float = STOP_TIMEOUT) -> None:
+        """End the process after the batch that it runs, or `within` so many seconds."""
         self._hang_up()
         # A thread waits in one system call. Popen's own timeout polls by a clock that may be set meanwhile.
         ended = asyncio.ensure_future(asyncio.to_thread(self._process.wait))
-        if not (await asyncio.wait({ended}, timeout=min(timeout, STOP_TIMEOUT)))[0]:
+        if not (await asyncio.wait({ended}, timeout=min(within, STOP_TIMEOUT)))[0]:
             self._process.kill()
             await ended
 
@@ -225,6 +225,10 @@ class Device:
         self._hang_up()
         self._process.kill()
         await asyncio.to_thread(self._process.wait)
+
+    def end(self) -> None:
+        """End the process without waiting until it has ended. May be called from any thread, and by signal handlers."""
+        self._process.kill()
 
     def give_up(self, why: str) -> None:
         """End the process at once because it hangs: calls and `ended` raise DeviceDiedError, which says `why`."""

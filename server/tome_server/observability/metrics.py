@@ -141,6 +141,10 @@ class Metrics:
         )
         self.pending = self._gauge("requests_pending", "Requests in the server, not answered yet")
         self.pending_limit = self._gauge("requests_pending_limit", "At so many pending requests more are refused")
+        self.device_hung = self._gauge(
+            "device_hung",
+            "1 while a batch takes more than ten seconds and fifty times what was promised: the server is NOT_SERVING",
+        )
         self.queue_depth = self._gauge("queue_depth", "Requests that wait for the device", "model")
         self.decode_queue_depth = self._gauge("decode_queue_depth", "Requests that wait for their images to be decoded")
         self.batch_size = self._histogram("batch_size", "Images in a batch", buckets.BATCH)

@@ -64,6 +64,19 @@ class Job:
 Served: TypeAlias = ServedModel[Job]
 
 
+@dataclass(frozen=True, eq=False)
+class OnDevice:
+    """A batch that runs on the device, or an empty image."""
+
+    key: str
+    """Of its model, on the device."""
+    model: str
+    """Its model's name."""
+    began: float
+    promised: float
+    """Seconds within which it should end."""
+
+
 @dataclass(frozen=True)
 class BatchedResult:
     """A request's result, and the batch that it ran in."""
@@ -95,8 +108,9 @@ class Batcher:
         self._arrived = asyncio.Event()
         self._unanswered: set[Job] = set()
         self._ended = False
-        # Key of the model whose batch is running, and when it should end; if none runs, None and when the last ended.
-        self._on_device: str | None = None
+        self.on_device: OnDevice | None = None
+        """The batch that is running, if any."""
+        # When that should end; if none runs, when the last ended.
         self._free_at = -math.inf
         self._device_left = asyncio.Event()
         # Until when an idle device's slowness has been forgotten, and when it may run its next probe.
@@ -114,7 +128,7 @@ class Batcher:
 
     async def remove(self, served: Served) -> None:
         """Forget a model without requests, once it has left the device."""
-        while self._on_device == served.key:
+        while self.on_device is not None and self.on_device.key == served.key:
             self._device_left.clear()
             await self._device_left.wait()
         self._models.remove(served)
@@ -216,7 +230,7 @@ class Batcher:
     def _idle(self) -> bool:
         """Whether no batch runs, and no request is queued or being decoded."""
         schedulers = (served.scheduler for served in self._models)
-        return self._on_device is None and not any(len(each) or each.expected for each in schedulers)
+        return self.on_device is None and not any(len(each) or each.expected for each in schedulers)
 
     def _probe_next(self) -> Served | None:
         """Return a model whose predictions an idle device should probe; None if there is none, or it isn't idle."""
@@ -235,7 +249,7 @@ class Batcher:
         if enough:
             self._in_doubt.discard(served.key)
         began = _now()
-        self._on_device, self._free_at = served.key, began + latency.promised(1, level)
+        self._begins(served, began, latency.promised(1, level))
         try:
             seconds = await self._device.probe(served.key, served.rs[level])
         except DeviceDiedError:
@@ -244,7 +258,7 @@ class Batcher:
             log.debug("model %s: an empty image could not be run", served.model.name, exc_info=True)
             return
         finally:
-            self._on_device, self._free_at = None, _now()
+            self.on_device, self._free_at = None, _now()
             self._rested_at = self._free_at + (LONG_REST if enough else PROBE_REST) * (self._free_at - began)
             self._device_left.set()
         latency.observe([level], seconds)
@@ -307,7 +321,7 @@ class Batcher:
         failure: Exception | None = None
         started, predicted = _now(), latency.of_batch(levels)
         promised = latency.of_batch(levels, promised=True)
-        self._on_device, self._free_at = served.key, started + promised
+        self._begins(served, started, promised)
         try:
             items = [BatchItem(job.slot, job.outputs) for job in batch]
             done = await self._device.run(served.key, items, rs, served.profile.one_call)
@@ -316,7 +330,7 @@ class Batcher:
         except Exception as error:
             failure = error
         finally:
-            self._on_device, self._free_at = None, _now()
+            self.on_device, self._free_at = None, _now()
             self._device_left.set()
         if failure is not None:
             await self._run_parts(served, batch, levels, failure)
@@ -382,6 +396,9 @@ class Batcher:
             first += part
             if rest:
                 await self._run_batch(served, [job for job, _ in rest], [level for _, level in rest])
+
+    def _begins(self, served: Served, now: float, promised: float) -> None:
+        self.on_device, self._free_at = OnDevice(served.key, served.model.name, now, promised), now + promised
 
     def _queue_changed(self, served: Served) -> None:
         self._metrics.of_model(served.model.name).queue_depth.set(len(served.scheduler))

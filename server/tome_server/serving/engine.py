@@ -29,7 +29,7 @@ from tome_server.observability import request_context
 from tome_server.observability.metrics import Metrics, Missed, Rejected, Stage, exemplar
 from tome_server.observability.request_outcome import Observer, RequestOutcome, Timing, Trace, Tracer
 from tome_server.scheduling.queue import Waiting
-from tome_server.serving.batcher import BatchedResult, Batcher, Job, Served
+from tome_server.serving.batcher import BatchedResult, Batcher, Job, OnDevice, Served
 from tome_server.serving.client_limit import ClientLimit
 from tome_server.serving.decode_queue import Decode, Decoders, HopelessError
 from tome_server.serving.overhead import DecodeTimes, Margin
@@ -69,6 +69,8 @@ class Engine:
     """The models in service."""
     draining: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     """Set once new requests are refused because the server is stopping."""
+    hung: bool = field(default=False, init=False)
+    """Whether new requests are refused because the device hangs: see `watchdog`."""
 
     def __post_init__(self, names: Sequence[str]) -> None:
         self._margin = Margin(self.reply_margin)
@@ -79,7 +81,18 @@ class Engine:
         self._pending = 0
         self._last_left = -math.inf
         self.metrics.pending_limit.set(self.max_pending)
+        self.metrics.device_hung.set(0)
         self.metrics.decode_queue_depth.set_function(lambda: len(self._decoders))
+
+    @property
+    def on_device(self) -> OnDevice | None:
+        """The batch that runs on the device, if any."""
+        return self._batcher.on_device
+
+    def set_hung(self, hung: bool) -> None:
+        """Refuse new requests because the device hangs, or accept them again."""
+        self.hung = hung
+        self.metrics.device_hung.set(hung)
 
     @property
     def idle_since(self) -> float:
@@ -133,6 +146,8 @@ class Engine:
         """Resolve what the request names, answer it, and count how that went."""
         if self.draining.is_set():
             raise UnavailableError("the server is shutting down")
+        if self.hung:
+            raise UnavailableError("the device hangs; another replica may answer")
         served = served or self.registry.model(request.model)
         bounds = served.bounds(request.r, request.min_r, request.max_r, request.min_quality)
         if request.outputs.top_k < 1:

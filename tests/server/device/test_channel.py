@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tome_server.device import client
 from tome_server.device.channel import BlockingChannel, Channel
 from tome_server.device.client import Device
 
@@ -104,3 +105,14 @@ async def test_calls_to_a_process_that_has_stopped_block_nothing_and_it_is_given
         assert "the process that runs the models hung" in caplog.text
     finally:
         await device.kill()
+
+
+async def test_a_process_that_has_stopped_is_ended_in_the_time_that_it_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client, "STOP_TIMEOUT", 1000.0)
+    device = Device()
+    await device.set_threads(1)
+    os.kill(device.pid, signal.SIGSTOP)
+    await device.close(within=0.0)
+    assert device._process.returncode == -signal.SIGKILL

@@ -28,15 +28,15 @@ class OpenInference:
 
     @property
     def ready(self) -> bool:
-        """Whether every model is in service and the server isn't stopping."""
+        """Whether every model is in service, the device answers and the server isn't stopping."""
         names = self.engine.registry.names
         return bool(names) and all(self.model_ready(name) for name in names)
 
     def model_ready(self, name: str, version: str = "") -> bool:
         """Return whether a model is ready; False if no model has that name."""
-        registry, draining = self.engine.registry, self.engine.draining.is_set()
+        registry, away = self.engine.registry, self.engine.draining.is_set() or self.engine.hung
         served = registry.models.get(name or registry.default_name)
-        return served is not None and version in ("", describe.version_of(served)) and not draining
+        return served is not None and version in ("", describe.version_of(served)) and not away
 
     def metadata(self, name: str, version: str = "") -> dict[str, Any]:
         """Describe a model's inputs and outputs."""

@@ -99,6 +99,10 @@ class RpcServer:
         """Report SERVING."""
         self._health.ready()
 
+    def unready(self) -> None:
+        """Report NOT_SERVING until `ready` again."""
+        self._health.stop()
+
     async def stop(self, grace: float) -> None:
         """Report NOT_SERVING, refuse new calls, and end once calls in flight are answered, or after `grace` seconds."""
         loop = asyncio.get_running_loop()
