@@ -7,7 +7,7 @@ the settings name keeps the server from starting.
 import asyncio
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +28,10 @@ from tome_server.serving.served import FIXED, ServedModel
 log = logging.getLogger(__name__)
 
 
+def _unheard() -> None:
+    """Do nothing: the caller doesn't wait for a change to begin."""
+
+
 class ModelManager:
     """Loads stored models onto the device, measures them, and registers them with the engine; and the reverse."""
 
@@ -41,6 +45,7 @@ class ModelManager:
         # What each model in service was loaded from, by name.
         self._sources: dict[str, _Source] = {}
         self._changing = asyncio.Lock()
+        self._to_refresh = False
 
     async def start(self, wanted: FoundModels) -> None:
         """Load and measure models, whose names the engine expects, and serve them.
@@ -51,31 +56,40 @@ class ModelManager:
         async with self._changing:
             await self._start(wanted)
 
-    async def load(self, name: str) -> None:
+    async def load(self, name: str, begins: Callable[[], None] = _unheard) -> None:
         """Take a model into service as it is stored now, replacing the one of its name.
 
         No request is dropped: until the new model is ready, the old one answers; without an old one, requests get
         UnavailableError. Raises UnknownModelError if neither the configuration nor the repository has the model,
         ConfigError or ModelLoadError if it can't be loaded; the old one then stays in service.
+
+        `begins` is called once the changes before this one are done; until then this one may be cancelled.
         """
         async with self._changing:
+            begins()
             spec = await asyncio.to_thread(self._stored, name)
             await self._replace(_Source(spec))
 
-    async def unload(self, name: str) -> None:
+    async def unload(self, name: str, begins: Callable[[], None] = _unheard) -> None:
         """Take a model out of service: new requests are refused at once, and those it has are answered first.
 
-        Raises UnknownModelError if it isn't there, UnavailableError if it is loading.
+        Raises UnknownModelError if it isn't there, UnavailableError if it is loading. `begins` is as for `load`.
         """
         async with self._changing:
+            begins()
             await self._take_out(name)
 
     async def refresh(self) -> None:
         """Load models that are new or changed in the configuration and the repository, and unload those that are gone.
 
-        A model that can't be loaded is logged, and its predecessor stays in service.
+        A model that can't be loaded is logged, and its predecessor stays in service. While one call waits for earlier
+        changes, further ones do nothing, since that one will see what they would.
         """
+        if self._to_refresh:
+            return
+        self._to_refresh = True
         async with self._changing:
+            self._to_refresh = False
             try:
                 wanted = await asyncio.to_thread(find_models, self._config, strict=False)
             except ConfigError as error:

@@ -111,12 +111,12 @@ class Protocol:
 
     async def load(self, request: Request) -> Response:
         """Take a model into service."""
-        await self._service.load(request.path_params["name"])
+        await _unless_gone(request.receive, self._service.load(request.path_params["name"]))
         return Response()
 
     async def unload(self, request: Request) -> Response:
         """Take a model out of service."""
-        await self._service.unload(request.path_params["name"])
+        await _unless_gone(request.receive, self._service.unload(request.path_params["name"]))
         return Response()
 
     async def unsupported(self, request: Request) -> Response:
