@@ -14,15 +14,24 @@ from tome_server.scheduling.measured import Measured
 _RECENT = 9
 # The share of batches that may break their promise: a little less than 5 %, so that 95 % keep it while this is learned.
 _MISSES = 0.04
-# How far one broken promise raises the margin of promises; 24 kept ones lower it by as much.
+# How far one broken promise raises the margin of promises; 24 kept ones lower it by as much. After a long row of kept
+# ones each lowers it further than the one before: with 4 % of misses so long a row is rare, and a margin that a noisy
+# spell has doubled is gone after 300 good batches instead of 900.
 _MARGIN_RATE = 0.02
+_LONG_ROW = 50
 _MARGIN_MOST = math.log(2)
 # How far one batch moves the correction of its cell, the share of it that is forgotten, and the largest correction.
 _CELL_STEP = 0.005
 _CELL_LEAK = 0.002
 _CELL_MOST = math.log(2)
-# Seconds of idleness after which half of a machine's slowness is forgotten.
+# Seconds of idleness after which half of a machine's slowness is forgotten, where it refuses requests.
 _HALF_LIFE = 0.5
+# Seconds after which slowness that no batch has confirmed is stale, and again until half of it is forgotten, whatever
+# else the device does: drift, which any batch confirms, and what takes many batches to learn.
+_STALE_DRIFT = 60.0
+_STALE = 300.0
+# Seconds from one look for what is stale to the next.
+_AGE_EVERY = 1.0
 # Predictions that are further above the profile than this share are doubted.
 _DOUBTED = 0.1
 
@@ -110,6 +119,8 @@ class Latency:
 
     It learns three things, from fast to slow: how fast the machine is now (drift), how far latencies scatter above what
     is expected (the margin of promises), and where single cells, a size and a level, differ from the profile.
+
+    Slowness that was learned and that no batch confirms any more is forgotten with time: each figure by its own clock.
     """
 
     def __init__(self, profile: Profile) -> None:
@@ -123,6 +134,13 @@ class Latency:
             for rows in zip(profile.every_size(profile.p95), self._median, strict=True)
         ]
         self._cells: dict[tuple[int, int], float] = {}
+        # When each was last corrected.
+        self._corrected: dict[tuple[int, int], float] = {}
+        self.learned_at = -math.inf
+        """When the last batch was observed."""
+        self._broken_at = -math.inf
+        self._kept_in_a_row = 0
+        self._aged_at = -math.inf
         # As log factors on the profile rather than on the prediction, so that old ones stay comparable as drift moves.
         self._recent: deque[float] = deque([0.0] * _RECENT, maxlen=_RECENT)
         # The cell of each, with level -1 for batches of several r; None for initial values, of no batch.
@@ -188,15 +206,25 @@ class Latency:
         slowness = max(self._drift, self._worst) if promised else self._drift
         return mean + (len(counts) - 1) * self.profile.extra_group * slowness
 
-    def observe(self, levels: Sequence[int], seconds: float) -> float:
-        """Learn how long a batch took; returns that as a ratio of what was expected."""
+    def observe(self, levels: Sequence[int], seconds: float, now: float = 0.0) -> float:
+        """Learn how long a batch took that ended `now`; returns that as a ratio of what was expected.
+
+        Without a clock, no time passes.
+        """
+        self.age(now)
+        self.learned_at = now
         ratio = seconds / self.of_batch(levels)
         missed = seconds > self.of_batch(levels, promised=True)
-        log_margin = self._log_margin + _MARGIN_RATE * (missed - _MISSES)
+        if missed:
+            self._broken_at, self._kept_in_a_row = now, 0
+            log_margin = self._log_margin + _MARGIN_RATE * (1 - _MISSES)
+        else:
+            self._kept_in_a_row += 1
+            log_margin = self._log_margin - _MARGIN_RATE * _MISSES * max(1.0, self._kept_in_a_row / _LONG_ROW)
         self._log_margin = min(max(log_margin, self._least_margin), _MARGIN_MOST)
         size = len(levels)
         cell = (size, levels[0] if levels.count(levels[0]) == size else -1)
-        self._correct(cell, ratio)
+        self._correct(cell, ratio, now)
         self._recent.append(math.log(ratio * self._drift))
         self._recent_cells.append(cell)
         self._weigh()
@@ -220,6 +248,26 @@ class Latency:
         measured = self._measured[1][top] * self._spread[1][top]
         return self.promised(1, top) <= (1 + _DOUBTED) * measured
 
+    def age(self, now: float) -> bool:
+        """Forget slowness that has become stale; return whether there was time to look for it.
+
+        It keeps promises too long where no batch corrects them: on an idle server, in batches of a kind that isn't run,
+        and for a model without requests while others have some.
+        """
+        since = self._aged_at
+        if now - since < _AGE_EVERY:
+            return False
+        self._aged_at = now
+        kept = _kept(_STALE_DRIFT, self.learned_at, since, now)
+        if kept < 1:
+            self._recent.extend([min(log, log * kept) for log in self._recent])
+        self._log_margin = min(self._log_margin, self._log_margin * _kept(_STALE, self._broken_at, since, now))
+        for cell, at in self._corrected.items():
+            if (kept := _kept(_STALE, at, since, now)) < 1:
+                self._set_cell(cell, min(self._cells[cell], self._cells[cell] * kept))
+        self._weigh()
+        return True
+
     def forget_slowness(self, seconds: float) -> None:
         """Forget by how much batches were slower than the profile, by half for each half second.
 
@@ -229,23 +277,31 @@ class Latency:
         kept = 0.5 ** (seconds / _HALF_LIFE)
         self._recent.extend([min(log, log * kept) for log in self._recent])
         self._log_margin = min(self._log_margin, self._log_margin * kept)
-        for (size, level), log in self._cells.items():
-            self._cells[size, level] = min(log, log * kept)
-            self._median[size][level] = self._measured[size][level] * math.exp(self._cells[size, level])
+        for cell, log in self._cells.items():
+            self._set_cell(cell, min(log, log * kept))
         self._weigh()
 
-    def _correct(self, cell: tuple[int, int], ratio: float) -> None:
+    def _correct(self, cell: tuple[int, int], ratio: float, now: float) -> None:
         """Correct a cell that differs from the profile while other recent cells don't."""
-        size, level = cell
-        if level < 0 or sum(other not in (cell, None) for other in self._recent_cells) <= _RECENT // 2:
+        if cell[1] < 0 or sum(other not in (cell, None) for other in self._recent_cells) <= _RECENT // 2:
             return  # with too few other cells, drift comes from this very cell, and already explains the difference
         # A step of fixed length towards the observation follows the median, which ignores stalls as the mean doesn't.
         log = (1 - _CELL_LEAK) * self._cells.get(cell, 0.0) + math.copysign(_CELL_STEP, ratio - 1)
-        self._cells[cell] = min(max(log, -_CELL_MOST), _CELL_MOST)
-        self._median[size][level] = self._measured[size][level] * math.exp(self._cells[cell])
+        self._corrected[cell] = now
+        self._set_cell(cell, min(max(log, -_CELL_MOST), _CELL_MOST))
+
+    def _set_cell(self, cell: tuple[int, int], log: float) -> None:
+        size, level = cell
+        self._cells[cell] = log
+        self._median[size][level] = self._measured[size][level] * math.exp(log)
 
     def _weigh(self) -> None:
         ranked = sorted(self._recent)
         self._drift = math.exp(ranked[_RECENT // 2])
         self._worst = math.exp(ranked[-2])
         self._margin = math.exp(self._log_margin)
+
+
+def _kept(stale: float, at: float, since: float, now: float) -> float:
+    """Return the share that is kept of a figure learned `at`, of what was left of it `since`."""
+    return math.pow(0.5, max(0.0, now - max(since, at + stale)) / stale)

@@ -85,6 +85,7 @@ class Scheduler(Generic[T]):
         The device will be free at `free_at`. `ready` returns when a request of a given deadline is decoded, and must
         not fall as the deadline rises. Takes O(log n) for each model, besides what `ready` takes.
         """
+        self._age(now)
         if self._ends(max(now, free_at), request.deadline, request.high, ready) > request.deadline:
             # An earlier deadline might fit by jumping the queue; don't offer it, since others would be late.
             raise InfeasibleError(self.earliest(now, free_at, request.high, request.deadline, ready) - request.arrival)
@@ -151,6 +152,7 @@ class Scheduler(Generic[T]):
 
         None if the queue is empty.
         """
+        self._age(now)
         shed = self._drop_hopeless(now)
         if not self._queue:
             return Decision((), (), shed) if shed else None
@@ -164,6 +166,12 @@ class Scheduler(Generic[T]):
             decision = _without_policy(view)
         self._queue.take((*decision.batch, *decision.shed))
         return replace(decision, shed=(*shed, *decision.shed)) if shed else decision
+
+    def _age(self, now: float) -> None:
+        """Have the predictions of all models of the device forget what is stale."""
+        self.latency.age(now)
+        for other in self.others:
+            other.latency.age(now)
 
     def _drop_hopeless(self, now: float) -> list[Waiting[T]]:
         """Take out the requests that would be late even if each ran alone, now, at its highest level."""

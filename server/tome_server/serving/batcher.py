@@ -113,10 +113,11 @@ class Batcher:
         # When that should end; if none runs, when the last ended.
         self._free_at = -math.inf
         self._device_left = asyncio.Event()
-        # Until when an idle device's slowness has been forgotten, and when it may run its next probe.
-        self._forgotten = -math.inf
+        # When an idle device may run its next probe.
         self._rested_at = -math.inf
-        # By model: probes since its last batch, and when a refusal last put its predictions in doubt.
+        # By model: until when its slowness has been forgotten, probes since its last batch, and when a refusal last put
+        # its predictions in doubt.
+        self._forgotten: dict[str, float] = {}
         self._probes: Counter[str] = Counter()
         self._doubted: dict[str, float] = {}
         self._in_doubt: set[str] = set()
@@ -133,6 +134,7 @@ class Batcher:
             await self._device_left.wait()
         self._models.remove(served)
         share_device([each.scheduler for each in self._models])
+        self._forgotten.pop(served.key, None)
         self._probes.pop(served.key, None)
         self._doubted.pop(served.key, None)
         self._in_doubt.discard(served.key)
@@ -207,8 +209,8 @@ class Batcher:
     def _doubt(self, served: Served) -> bool:
         """Doubt predictions that refuse a request while the device is idle; returns whether they were changed.
 
-        As long as every request is refused, no batch corrects the predictions. So the longer the device has been idle,
-        the more of the slowness they learned is forgotten, and the device soon runs a probe.
+        As long as every request is refused, no batch corrects the predictions. So the longer ago the model's last batch
+        is, the more of the slowness they learned is forgotten, and the device soon runs a probe.
         """
         now = _now()
         if not self._idle:
@@ -218,11 +220,12 @@ class Batcher:
             self._probes[served.key] = 0
             self._in_doubt.add(served.key)
             self._arrived.set()
-        since = max(self._free_at, self._forgotten)
+        latency = served.scheduler.latency
+        since = max(latency.learned_at, self._forgotten.get(served.key, -math.inf))
         if since == -math.inf:
             return False
-        served.scheduler.latency.forget_slowness(now - since)
-        self._forgotten = now
+        latency.forget_slowness(now - since)
+        self._forgotten[served.key] = now
         self._drifted(served)
         return True
 
@@ -261,7 +264,7 @@ class Batcher:
             self.on_device, self._free_at = None, _now()
             self._rested_at = self._free_at + (LONG_REST if enough else PROBE_REST) * (self._free_at - began)
             self._device_left.set()
-        latency.observe([level], seconds)
+        latency.observe([level], seconds, _now())
         self._drifted(served)
 
     async def _next(self) -> tuple[Served, Decision]:
@@ -270,6 +273,9 @@ class Batcher:
             waiting = [served for served in self._models if len(served.scheduler)]
             start = min(map(self._start, waiting), default=None)
             now = _now()
+            for served in self._models:
+                if served.scheduler.latency.age(now):
+                    self._drifted(served)
             if start is not None and start <= now:
                 urgent = min(waiting, key=lambda served: served.scheduler.urgency)
                 decision = self._decide(urgent, now)
@@ -338,7 +344,7 @@ class Batcher:
         # What the same batch would have taken unmerged, had it run when this one did.
         unmerged = latency.expected(len(batch), 0)
         self._probes[served.key] = 0
-        ratio = latency.observe(levels, done.seconds)
+        ratio = latency.observe(levels, done.seconds, self._free_at)
         metrics = self._metrics.of_model(served.model.name)
         metrics.batch_size.observe(len(batch))
         metrics.prediction_ratio.observe(ratio)

@@ -68,7 +68,8 @@ async def observed(device: Device, key: str, latency: Latency) -> None:
     """Let predictions start from what batches take now, rather than when the profile was measured."""
     level, end = latency.levels - 1, _now() + OBSERVED_FOR
     while not latency.observed and _now() < end:
-        latency.observe([level], await device.probe(key, latency.profile.rs[level]))
+        seconds = await device.probe(key, latency.profile.rs[level])
+        latency.observe([level], seconds, _now())
 
 
 def _is_served(engine: Engine, served: Served) -> bool:

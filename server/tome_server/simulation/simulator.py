@@ -284,7 +284,7 @@ class _Simulation:
         """Answer the requests of a batch that has ended."""
         batch, ends, late = replica.running, replica.ends, 0
         seconds = ends - replica.began
-        replica.scheduler.latency.observe(replica.levels, seconds)
+        replica.scheduler.latency.observe(replica.levels, seconds, ends)
         answered = ends + self.cluster.reply
         outcomes, quality, by_level, arrivals = self.outcomes, self.cluster.quality, self.by_level, self.arrivals
         for request, level in zip(batch, replica.levels, strict=True):

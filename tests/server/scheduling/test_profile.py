@@ -359,6 +359,81 @@ def test_however_slow_a_machine_was_its_predictions_are_those_of_the_profile_wit
             assert latency.promised(size, level) <= 1.02 * untouched.promised(size, level)
 
 
+def noisy() -> Latency:
+    """Return predictions of a machine whose batches have broken every promise until a moment ago, at 1000 s."""
+    latency = Latency(profile())
+    for number in range(100):
+        latency.observe([number % 4] * (1 + number % 8), 4 * latency.promised(8, 0), 1000.0)
+    return latency
+
+
+def longest(latency: Latency) -> float:
+    """Return how much longer the promise for some batch is than at first."""
+    untouched = Latency(latency.profile)
+    cells = [(size, level) for size in range(1, 9) for level in range(4)]
+    return max(latency.promised(*cell) / untouched.promised(*cell) for cell in cells)
+
+
+def test_promises_that_a_noisy_spell_has_raised_age_though_nothing_runs() -> None:
+    latency = noisy()
+    assert longest(latency) > 2
+    before = longest(latency)
+    latency.age(1030.0)
+    assert longest(latency) == before  # a pause between two batches forgets nothing
+    for now in range(1030, 1000 + 3600, 60):
+        latency.age(now)
+    assert longest(latency) < 1.02
+
+
+def test_how_often_it_is_looked_for_what_is_stale_changes_nothing() -> None:
+    often, once = noisy(), noisy()
+    for now in range(1000, 1901):
+        often.age(now)
+    once.age(1900.0)
+    assert longest(once) == pytest.approx(longest(often))
+    assert once.drift == pytest.approx(often.drift)
+
+
+def test_a_margin_ages_also_on_a_server_that_runs_probes_and_a_batch_now_and_then() -> None:
+    """Each of them keeps its promise, and would lower it by less than a thousandth."""
+    latency = noisy()
+    for number in range(60):
+        latency.observe([3], latency.profile.p50[0][3], 1000.0 + 60 * number)
+    assert longest(latency) < 1.1
+
+
+def test_what_only_batches_of_other_kinds_have_confirmed_ages() -> None:
+    """A correction that keeps a kind of batch from being run would never be made good."""
+    latency = Latency(profile())
+    for number in range(400):
+        size = 4 + number % 2
+        slow = 1.5 if size == 4 else 1.0
+        latency.observe([0] * size, slow * latency.profile.every_size(latency.profile.p50)[size][0], 1000.0)
+    assert latency.medians(4)[0] > 1.05 * Latency(latency.profile).medians(4)[0]
+    for number in range(1000):
+        kinds = [(5, 0), (6, 1), (7, 2)]
+        size, level = kinds[number % 3]
+        seconds = latency.profile.every_size(latency.profile.p50)[size][level]
+        latency.observe([level] * size, seconds, 1000.0 + 5 * number)
+    assert latency.medians(4)[0] == pytest.approx(Latency(latency.profile).medians(4)[0], rel=0.001)
+
+
+def test_three_hundred_good_batches_bring_doubled_promises_back() -> None:
+    latency = noisy()
+    for number in range(320):
+        level, size = number % 4, 1 + number % 8
+        latency.observe([level] * size, latency.profile.every_size(latency.profile.p50)[size][level], 1000.0)
+    assert latency._log_margin <= 0
+
+
+def test_what_was_fast_does_not_age() -> None:
+    latency = Latency(profile())
+    for _ in range(20):
+        latency.observe([0], latency.profile.p50[0][0] / 8, 1000.0)
+    latency.age(100_000.0)
+    assert latency.drift == pytest.approx(1 / 8)
+
+
 def test_predictions_are_settled_once_enough_batches_took_what_the_profile_says_or_less() -> None:
     latency = Latency(profile())
     top = latency.levels - 1

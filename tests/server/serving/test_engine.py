@@ -567,6 +567,42 @@ async def test_an_idle_server_finds_out_by_itself_that_it_is_slow_no_more(
     assert image_of(await bench.predict(98, within=2.0)) == 98
 
 
+async def test_what_one_model_forgets_or_runs_leaves_the_clock_of_another_alone(
+    start: Callable[..., Bench], stopped: Clock
+) -> None:
+    bench = start(unit=SLOW)
+    bench.device.slowness = 8.0
+    for model in ("first", "second"):
+        for image in range(10):
+            await bench.predict(image, model=model)
+    latency = {name: served.scheduler.latency for name, served in bench.engine.registry.models.items()}
+    stopped.skip(2.0)
+    # Refused, by either model: its slowness of two seconds ago is forgotten by all but a sixteenth.
+    for model in ("first", "second"):
+        await asyncio.gather(bench.predict(99, model=model, within=0.1), return_exceptions=True)
+        assert latency[model].drift < 1.2
+
+
+async def test_a_model_without_batches_forgets_that_it_was_slow_though_another_keeps_the_device_busy(
+    start: Callable[..., Bench], stopped: Clock
+) -> None:
+    bench = start(unit=SLOW)
+    bench.device.slowness = 8.0
+    for model in ("first", "second"):
+        for image in range(10):
+            await bench.predict(image, model=model)
+    bench.device.slowness = 1.0
+    for image in range(200):
+        stopped.skip(5.0)
+        await bench.predict(image, model="first")
+    holding = await bench.hold_device()
+    # What is expected of the batch on the device, and twice what the second model's own takes.
+    second = bench.predict(98, model="second", within=10.0)
+    await bench.queued(1)
+    bench.device.gate.set()
+    await asyncio.gather(holding, second)
+
+
 async def test_a_profile_that_is_far_too_slow_is_corrected_by_an_idle_server(start: Callable[..., Bench]) -> None:
     bench = start(unit=SLOW)
     bench.device.slowness = 1 / 8
