@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from tome_server.api.descriptors import ConnectionBounds, connection_bounds, raise_limit
 from tome_server.api.oip.service import OpenInference
 from tome_server.api.rest.server import HttpServer
 from tome_server.api.rpc.server import RpcServer, RpcSettings
@@ -51,7 +52,13 @@ async def serve(config: ServerConfig) -> int:
     ModelLoadError or PortInUseError, in words for the operator, if it can't start.
     """
     began = time.monotonic()
-    wanted = find_models(config)
+    wanted, connections = find_models(config), config.connections
+    bounds = connection_bounds(
+        raise_limit(),
+        connections.max_connections,
+        connections.max_http_connections,
+        connections.max_http_connections_per_address,
+    )
     batching, decode_threads = config.batching, available_cpus()
     async with AsyncExitStack() as stack:
         device = Device()
@@ -76,10 +83,10 @@ async def serve(config: ServerConfig) -> int:
             engine.tracer = traces.begin
             stack.push_async_callback(asyncio.to_thread, traces.close)
         stack.callback(engine.close)
-        models, settings = ModelManager(device, engine, config), _rpc_settings(config)
+        models, settings = ModelManager(device, engine, config), _rpc_settings(config, bounds.grpc)
         service = OpenInference(engine, ModelControl(models) if config.model_control else None)
         rpc = RpcServer(engine, service, settings)
-        http = _http_server(config, service, settings.tokens)
+        http = _http_server(config, service, settings.tokens, bounds)
         metrics_url = f"http://{http.address}/metrics" if http else None
         if http:
             stack.push_async_callback(http.stop)
@@ -158,7 +165,7 @@ class _Stopping:
             self._loop.call_soon_threadsafe(self.ordered.set)
 
 
-def _rpc_settings(config: ServerConfig) -> RpcSettings:
+def _rpc_settings(config: ServerConfig, max_connections: int) -> RpcSettings:
     """Raises ConfigError for tokens that can't be read."""
     tls, auth, connections = config.tls, config.auth, config.connections
     if auth and not tls:
@@ -169,7 +176,7 @@ def _rpc_settings(config: ServerConfig) -> RpcSettings:
         tls=TlsFiles(tls.certificate, tls.key, tls.client_ca) if tls else None,
         tokens=Tokens(auth.tokens) if auth else None,
         max_concurrent_streams=connections.max_concurrent_streams,
-        max_connections=connections.max_connections,
+        max_connections=max_connections,
         compression=connections.compression,
         max_age=connections.max_age,
         max_age_grace=connections.max_age_grace,
@@ -186,7 +193,9 @@ def _traces(endpoint: str) -> "Traces":
     return Traces(otlp_processor(endpoint))
 
 
-def _http_server(config: ServerConfig, service: OpenInference, tokens: Tokens | None) -> HttpServer | None:
+def _http_server(
+    config: ServerConfig, service: OpenInference, tokens: Tokens | None, bounds: ConnectionBounds
+) -> HttpServer | None:
     if config.metrics is None:
         return None
     return HttpServer(
@@ -194,8 +203,8 @@ def _http_server(config: ServerConfig, service: OpenInference, tokens: Tokens | 
         config.metrics,
         max_image_bytes=config.limits.max_image_bytes,
         body_memory=config.limits.body_memory,
-        max_connections=config.connections.max_http_connections,
-        max_connections_per_address=config.connections.max_http_connections_per_address,
+        max_connections=bounds.http,
+        max_connections_per_address=bounds.http_per_address,
         protocol=config.tls is None if config.rest is None else config.rest,
         tokens=tokens,
     )

@@ -112,7 +112,7 @@ class ConnectionsConfig(Strict):
     max_concurrent_streams: Count = 1024
     """Calls at once on one connection, a Watch of its health included; a client's further calls wait."""
     max_connections: Count | None = None
-    """gRPC connections at once; more are closed as they come. By default as many as there may be open files."""
+    """gRPC connections at once; more are closed as they come. By default as many as open files allow."""
     compression: bool = Field(default=False, strict=True)
     """Take gRPC messages that come compressed, which gRPC inflates whole, to any size, before it limits their bytes."""
     max_http_connections: Count = 1024

@@ -21,6 +21,10 @@ Format: TypeAlias = Literal["auto", "json", "text"]
 SUMMARY_SECONDS = 10.0
 # Characters of a requested model's name that a line repeats; the name may be of no model.
 NAME_SHOWN = 100
+# Of libraries' lines that repeat: how often one is written, how much of it is compared, and how many are remembered.
+REPEATED_SECONDS = 1.0
+LINE_COMPARED = 200
+LINES_REMEMBERED = 100
 
 log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(__name__)
 
@@ -28,7 +32,7 @@ log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(__name__)
 def configure(level: str, form: Format, stream: TextIO = sys.stderr) -> None:
     """Send the server's logs to `stream`: a line of JSON each; as text if `form` is text, or auto and it is a terminal.
 
-    Libraries log only warnings and errors.
+    Libraries log only warnings and errors, each at most once a second.
     """
     terminal = stream.isatty()
     # JSON can escape the letters that the stream's encoding lacks.
@@ -61,11 +65,33 @@ def configure(level: str, form: Format, stream: TextIO = sys.stderr) -> None:
             foreign_pre_chain=common, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last]
         )
     )
+    handler.addFilter(Repeated())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("tome_server").setLevel(level.upper())
     logging.captureWarnings(True)
+
+
+class Repeated(logging.Filter):
+    """Drops a library's line if the same was written within a second: some write one for each connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # When each line was last written, by logger and beginning; what follows may name a socket.
+        self._written: dict[tuple[str, str], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether to write a line."""
+        if record.name.partition(".")[0] == "tome_server":
+            return True
+        line = record.name, record.getMessage().partition("\n")[0][:LINE_COMPARED]
+        if record.created - self._written.get(line, -math.inf) < REPEATED_SECONDS:
+            return False
+        if len(self._written) >= LINES_REMEMBERED:
+            self._written.clear()
+        self._written[line] = record.created
+        return True
 
 
 def _first_keys(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

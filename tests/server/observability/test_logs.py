@@ -187,3 +187,31 @@ def test_a_server_that_cannot_start_says_so_in_plain_text() -> None:
     command = [sys.executable, "-m", "tome_server", "serve", "--policy", "cheapest"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.stderr.startswith("tome-server: --policy: 'cheapest' is no policy")
+
+
+def test_a_librarys_line_that_repeats_is_written_once_a_second() -> None:
+    stream = io.StringIO()
+    logs.configure("info", "json", stream)
+    asyncios, own = logging.getLogger("asyncio"), logging.getLogger("tome_server.own")
+
+    def write(logger: logging.Logger, line: str, at: float) -> None:
+        record = logger.makeRecord(logger.name, logging.ERROR, "", 0, line, (), None)
+        record.created = at
+        logger.handle(record)
+
+    for number in range(1000):
+        write(asyncios, f"socket.accept() out of system resource\nsocket: fd={number}", 100.0 + number / 1000)
+        write(own, "model first failed", 100.0 + number / 1000)
+    write(asyncios, "something else", 100.5)
+    write(asyncios, "socket.accept() out of system resource\nsocket: fd=1", 101.0)
+    events = [json.loads(line)["event"].partition("\n")[0] for line in stream.getvalue().splitlines()]
+    assert events.count("socket.accept() out of system resource") == 2
+    assert events.count("something else") == 1
+    assert events.count("model first failed") == 1000
+
+
+def test_lines_without_end_of_different_libraries_take_no_memory_without_end() -> None:
+    repeated = logs.Repeated()
+    for number in range(10 * logs.LINES_REMEMBERED):
+        assert repeated.filter(logging.makeLogRecord({"name": "other", "msg": f"line {number}"}))
+    assert len(repeated._written) <= logs.LINES_REMEMBERED
