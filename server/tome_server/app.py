@@ -118,9 +118,9 @@ async def serve(config: ServerConfig) -> int:
                 log.info(stop_line(stopping.signum))
                 grace, status = 0.0, stop_status(stopping.signum)
         finally:
-            end_in(grace + LEAVE_TIMEOUT, status, device.end)
             end = time.monotonic() + grace
-            if watching:
+            if watching:  # models were served, so that threads may decode
+                end_in(grace + LEAVE_TIMEOUT, status, device.end)
                 watching.cancel()  # so that health stays NOT_SERVING
             if not loading.done():
                 # The device would first finish what it is doing, and nothing waits for that any more.
