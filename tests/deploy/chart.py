@@ -1,8 +1,9 @@
-"""Runs helm on the chart, and takes what it renders apart."""
+"""Runs helm 3 and helm 4 on the chart, and takes apart what they render."""
 
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,42 +54,70 @@ EVERYTHING: Values = {
 
 
 @functools.cache
-def binary() -> Path:
-    """Return the helm that `make` put beside Python, or one on the PATH."""
-    beside = Path(sys.executable).parent / "helm"
-    found = beside if beside.exists() else shutil.which("helm")
-    if found is None:
-        assert "CI" not in os.environ, "there is no helm; run `make .venv/bin/helm`"
-        pytest.skip("there is no helm; run `make .venv/bin/helm`")
-    return Path(found)
+def helms() -> tuple[Path, ...]:
+    """Return the helms that `make` put beside Python, or those on the PATH."""
+    beside = Path(sys.executable).parent
+    found = [
+        Path(helm) for name in ("helm3", "helm4") if (helm := shutil.which(name, path=beside) or shutil.which(name))
+    ]
+    if len(found) < 2:
+        say = f"of helm 3 and helm 4 there are {len(found)}; run `make .venv/bin/helm3 .venv/bin/helm4`"
+        assert "CI" not in os.environ, say
+        if not found:
+            pytest.skip(say)
+    return tuple(found)
 
 
-def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run helm."""
-    return subprocess.run([binary(), *arguments], capture_output=True, text=True, check=False)
+def run(helm: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run one helm."""
+    return subprocess.run([helm, *arguments], capture_output=True, text=True, check=False)
+
+
+def options(values: str, files: tuple[str, ...]) -> list[str]:
+    """Return the options that give helm values files of the chart, and `values` on top."""
+    return [*(word for name in files for word in ("-f", str(CHART / name))), "-f", values]
 
 
 @functools.cache
-def _template(values: str, files: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+def _template(helm: Path, values: str, files: tuple[str, ...], release: str) -> subprocess.CompletedProcess[str]:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(values)
         file.flush()
-        chosen = [argument for name in (*(str(CHART / name) for name in files), file.name) for argument in ("-f", name)]
-        return helm("template", RELEASE, str(CHART), "--namespace", NAMESPACE, *chosen)
+        return run(helm, "template", release, CHART, "--namespace", NAMESPACE, *options(file.name, files))
 
 
-def refusal(values: Values) -> str:
-    """Return what helm says of values that it must refuse."""
-    done = _template(json.dumps(values), ())
-    assert done.returncode != 0, "helm rendered what it must refuse"
-    return done.stderr
+def said(stderr: str) -> str:
+    """Return what helm says against values, in helm 3's form: helm 4 writes paths and unknown names in another."""
+    dotted = re.sub(r"'/([\w/]+)'", lambda path: path[1].replace("/", "."), stderr)
+    missing = re.sub(r"missing propert\w+ (.+)", lambda names: re.sub(r"'(\w+)'", r"\1 is required", names[1]), dotted)
+    return re.sub(r"additional properties '(\w+)' not allowed", r"Additional property \1 is not allowed", missing)
 
 
-def render(values: Values | None = None, *files: str) -> list[Manifest]:
+def refusals(values: Values, *files: str, release: str = RELEASE) -> list[str]:
+    """Return what each helm says of values that it must refuse."""
+    answers = [_template(helm, json.dumps(values), files, release) for helm in helms()]
+    for done in answers:
+        assert done.returncode != 0, "helm rendered what it must refuse"
+    return [said(done.stderr) for done in answers]
+
+
+def text(values: Values | None = None, *files: str, release: str = RELEASE) -> str:
+    """Return what helm 3 and helm 4 render alike, with values files of the chart and `values` on top."""
+    answers = [_template(helm, json.dumps(values or {}), files, release) for helm in helms()]
+    for done in answers:
+        assert done.returncode == 0, done.stderr
+    assert len({done.stdout.strip() for done in answers}) == 1, "helm 3 and helm 4 render the chart differently"
+    return answers[0].stdout
+
+
+def render(values: Values | None = None, *files: str, release: str = RELEASE) -> list[Manifest]:
     """Render the chart with values files of its own, and `values` on top."""
-    done = _template(json.dumps(values or {}), files)
-    assert done.returncode == 0, done.stderr
-    return [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest]
+    return parsed(text(values, *files, release=release))
+
+
+def parsed(manifests: str) -> list[Manifest]:
+    """Return the manifests of a rendered chart."""
+    return [manifest for manifest in yaml.safe_load_all(manifests) if manifest]
 
 
 def the(kind: str, manifests: list[Manifest], suffix: str = "") -> Manifest:

