@@ -13,7 +13,7 @@ import pytest
 import yaml
 from starlette.routing import Route
 
-from tests.deploy.chart import CHART, EVERYTHING, FULL, ROOT, Values, container, helm, render, settings_text, the
+from tests.deploy.chart import CHART, EVERYTHING, FULL, ROOT, Values, container, helms, render, run, settings_text, the
 from tests.deploy.promql import SERVED, selected
 from tome_server.api.rest.routes import application
 from tome_server.api.rpc import health, oip_servicer
@@ -286,12 +286,6 @@ def test_names_stay_within_what_kubernetes_allows() -> None:
         assert len(manifest["metadata"]["name"]) <= 63
 
 
-def test_an_autoscaler_rules_the_number_of_pods_alone() -> None:
-    assert the("Deployment", render())["spec"]["replicas"] == 2
-    for kind in ("hpa", "keda"):
-        assert "replicas" not in the("Deployment", render({"autoscaling": {"kind": kind}}))["spec"]
-
-
 def queries(values: Values) -> dict[str, str]:
     """Return the autoscaler's queries by the name of their target."""
     manifests = render(values)
@@ -372,10 +366,12 @@ def test_the_dashboard_is_the_repositorys_and_marked_for_grafana() -> None:
 
 
 def test_a_packaged_chart_has_what_lies_outside_its_folder(tmp_path: Path) -> None:
-    done = helm("package", str(CHART), "--destination", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    with tarfile.open(next(tmp_path.glob("*.tgz"))) as archive:
-        for name, source in FILES_OF_OTHERS.items():
-            member = archive.extractfile(f"tome-serving/files/{name}")
-            assert member is not None
-            assert member.read() == (ROOT / source).read_bytes()
+    for helm in helms():
+        folder = tmp_path / helm.name
+        done = run(helm, "package", CHART, "--destination", folder)
+        assert done.returncode == 0, done.stderr
+        with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+            for name, source in FILES_OF_OTHERS.items():
+                member = archive.extractfile(f"tome-serving/files/{name}")
+                assert member is not None
+                assert member.read() == (ROOT / source).read_bytes()

@@ -9,20 +9,26 @@
 {{- default $full .Values.fullnameOverride | trunc 52 | trimSuffix "-" }}
 {{- end }}
 
+{{/* Services and InferenceServices: before Kubernetes 1.36 their names must begin with a letter. */}}
+{{- define "tome-serving.serviceName" -}}
+{{- $full := include "tome-serving.fullname" . }}
+{{- ternary (printf "tome-%s" $full | trunc 52 | trimSuffix "-") $full (regexMatch "^[0-9]" $full) }}
+{{- end }}
+
 {{- define "tome-serving.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "tome-serving.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "tome-serving.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{- define "tome-serving.labels" -}}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | quote }}
 {{ include "tome-serving.selectorLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
+app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
 {{- end }}
 
 {{- define "tome-serving.serviceAccountName" -}}
-{{- ternary (default (include "tome-serving.fullname" .) .Values.serviceAccount.name) (default "default" .Values.serviceAccount.name) .Values.serviceAccount.create }}
+{{- ternary (default (include "tome-serving.fullname" .) .Values.serviceAccount.name) (default "default" .Values.serviceAccount.name) (not (not .Values.serviceAccount.create)) }}
 {{- end }}
 
 {{- define "tome-serving.image" -}}
@@ -33,18 +39,26 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 {{- end }}
 
+{{- define "tome-serving.profilesSpec" -}}
+accessModes: {{ .Values.profiles.accessModes | toJson }}
+{{- with .Values.profiles.storageClassName }}
+storageClassName: {{ . | quote }}
+{{- end }}
+resources:
+  requests:
+    storage: {{ .Values.profiles.size | quote }}
+{{- end }}
+
+{{/* Kubernetes changes no claim, so the name follows from what is claimed: other values make another claim. What it
+     held is measured again. */}}
 {{- define "tome-serving.profilesClaim" -}}
-{{- default (printf "%s-profiles" (include "tome-serving.fullname" .)) .Values.profiles.existingClaim }}
+{{- $full := include "tome-serving.fullname" . }}
+{{- $digest := printf "%s %s" $full (include "tome-serving.profilesSpec" .) | sha256sum | trunc 8 }}
+{{- default (printf "%s-profiles-%s" ($full | trunc 45 | trimSuffix "-") $digest) .Values.profiles.existingClaim }}
 {{- end }}
 
 {{/* The server's settings: those of the chart's user, and those that must agree with the manifests. */}}
 {{- define "tome-serving.settings" -}}
-{{- range $i, $model := default list .Values.config.models }}
-{{- $source := default "bundled:fashion" $model.source }}
-{{- if not (or (hasPrefix "bundled:" $source) $model.checkpoint $.Values.hub.enabled) }}
-{{- fail (printf "config.models[%d]: the weights of %s come from the hub; set hub.enabled, or a checkpoint from modelsVolume" $i $source) }}
-{{- end }}
-{{- end }}
 {{- $settings := dict
   "listen" "0.0.0.0:8500"
   "metrics" "0.0.0.0:8501"
@@ -77,15 +91,15 @@ grpc: {port: 8500, service: {{ index . 1 | quote }}}
 {{- end }}
 
 {{- define "tome-serving.container" -}}
-image: {{ include "tome-serving.image" . }}
+image: {{ include "tome-serving.image" . | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
-args: {{ concat (list "serve" "--config" "/etc/tome/server.yaml") .Values.args | toJson }}
+args: {{ concat (list "serve" "--config" "/etc/tome/server.yaml") (default list .Values.args) | toJson }}
 {{- with .Values.env }}
 env:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 ports:
-  - {name: {{ ternary "h2c" "grpc" .Values.kserve.enabled }}, containerPort: 8500, protocol: TCP}
+  - {name: {{ ternary "h2c" "grpc" (not (not .Values.kserve.enabled)) }}, containerPort: 8500, protocol: TCP}
   - {name: metrics, containerPort: 8501, protocol: TCP}
 # From the first process to SERVING; until then the other two don't ask.
 startupProbe:
@@ -141,20 +155,20 @@ volumeMounts:
 {{- define "tome-serving.volumes" -}}
 - name: settings
   configMap:
-    name: {{ include "tome-serving.fullname" . }}
+    name: {{ include "tome-serving.fullname" . | quote }}
 - name: profiles
   {{- if or .Values.profiles.create .Values.profiles.existingClaim }}
   persistentVolumeClaim:
-    claimName: {{ include "tome-serving.profilesClaim" . }}
+    claimName: {{ include "tome-serving.profilesClaim" . | quote }}
   {{- else }}
   emptyDir: {sizeLimit: 100Mi}
   {{- end }}
 - name: hub
   {{- if .Values.hub.existingClaim }}
   persistentVolumeClaim:
-    claimName: {{ .Values.hub.existingClaim }}
+    claimName: {{ .Values.hub.existingClaim | quote }}
   {{- else }}
-  emptyDir: {sizeLimit: {{ .Values.hub.sizeLimit }}}
+  emptyDir: {sizeLimit: {{ .Values.hub.sizeLimit | quote }}}
   {{- end }}
 - name: tmp
   emptyDir: {sizeLimit: 100Mi}
@@ -162,7 +176,7 @@ volumeMounts:
 {{- if $secret }}
 - name: {{ $name }}
   secret:
-    secretName: {{ $secret }}
+    secretName: {{ $secret | quote }}
     # For the server's group, which fsGroup makes the owner.
     defaultMode: 0440
 {{- end }}
@@ -179,7 +193,7 @@ volumeMounts:
 {{/* What Deployment and ServingRuntime have in common of a pod. */}}
 {{- define "tome-serving.pod" -}}
 automountServiceAccountToken: false
-serviceAccountName: {{ include "tome-serving.serviceAccountName" . }}
+serviceAccountName: {{ include "tome-serving.serviceAccountName" . | quote }}
 terminationGracePeriodSeconds: {{ include "tome-serving.graceSeconds" . }}
 securityContext:
   runAsNonRoot: true
@@ -191,10 +205,10 @@ securityContext:
   seccompProfile: {type: RuntimeDefault}
 enableServiceLinks: false
 {{- with .Values.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with .Values.runtimeClassName }}
-runtimeClassName: {{ . }}
+runtimeClassName: {{ . | quote }}
 {{- end }}
 {{- if .Values.topologySpread.enabled }}
 topologySpreadConstraints:
@@ -216,19 +230,4 @@ topologySpreadConstraints:
 {{/* What may pass between deletion and SIGKILL: preStop, the drain, and a moment to leave. */}}
 {{- define "tome-serving.graceSeconds" -}}
 {{- add .Values.drain.preStopSeconds .Values.drain.timeoutSeconds 5 }}
-{{- end }}
-
-{{/* What a schema can't say of values that must go together. */}}
-{{- define "tome-serving.check" -}}
-{{- with .Values.autoscaling }}
-{{- if and (ne .kind "none") (lt (int .maxReplicas) (int .minReplicas)) }}
-{{- fail (printf "autoscaling.maxReplicas, %d, is less than minReplicas, %d" (int .maxReplicas) (int .minReplicas)) }}
-{{- end }}
-{{- end }}
-{{- if and .Values.tls.clients (not .Values.tls.secretName) }}
-{{- fail "tls.clients needs tls.secretName" }}
-{{- end }}
-{{- if and (has (toString .Values.strategy.maxSurge) (list "0" "0%")) (has (toString .Values.strategy.maxUnavailable) (list "0" "0%")) }}
-{{- fail "strategy: with maxSurge and maxUnavailable both 0 no pod could ever be replaced" }}
-{{- end }}
 {{- end }}
