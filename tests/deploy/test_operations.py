@@ -2,12 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from tests.deploy.chart import CHART, ROOT
 from tests.deploy.promql import SERVED
+from tome_server.config.server import ServerConfig
 
 PAGE = ROOT / "docs/operations.md"
 TEXT = PAGE.read_text()
@@ -20,7 +22,8 @@ SECTIONS = dict(re.findall(r"^### (Tome\w+)\n\n(.+?)(?=^##|\Z)", TEXT, re.MULTIL
 def anchors(page: Path) -> set[str]:
     """Return what can be linked to on a page, as headings are turned into links."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    named = re.findall(r'<a id="([\w-]+)">', page.read_text())
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings} | {*named}
 
 
 def test_every_alert_has_its_section_and_every_section_its_alert() -> None:
@@ -55,6 +58,28 @@ def test_values_that_the_page_names_exist() -> None:
         found = values
         for step in name.split("."):
             found = found[step]
+
+
+def test_commands_set_values_that_exist() -> None:
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    settings = ServerConfig.model_fields
+    commands = re.findall(r"(?:--set |set_values\s)([\w.]+=[^\s`\"]+)", TEXT)
+    assert len(commands) > 8
+    for name in (assignment.partition("=")[0] for command in commands for assignment in command.split(",")):
+        first, _, rest = name.partition(".")
+        if first == "config":
+            assert rest in settings, name
+        else:
+            found: Any = values
+            for step in name.split("."):
+                assert step in found, name
+                found = found[step]
+
+
+@pytest.mark.parametrize("name", ALERTS)
+def test_an_alerts_steps_never_part_the_cluster_from_the_release(name: str) -> None:
+    """Helm 3 undoes what `kubectl scale` has done, Helm 4 refuses to go on; a rollback resets the number of pods."""
+    assert not re.search(r"kubectl (scale|edit|patch|set)|helm rollback", SECTIONS[name])
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)]+)\)", TEXT))))
