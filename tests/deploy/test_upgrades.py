@@ -154,6 +154,10 @@ def notes(cluster: Cluster, values: Values) -> list[str]:
     ("values", "warning"),
     [
         ({"config": {"traces": "http://collector:4317"}}, "networkPolicy.egress"),
+        (
+            {"config": {"traces": "http://c:4317"}, "networkPolicy": {"egress": [{"ports": [{"port": 443}]}]}},
+            "networkPolicy.egress",
+        ),
         ({"profiles": {"create": True, "accessModes": ["ReadWriteOnce"]}}, "profiles.accessModes"),
         ({"autoscaling": {"kind": "hpa"}}, "monitoring.podMonitor.enabled"),
         ({"autoscaling": {"kind": "keda"}}, "not helm rollback"),
@@ -170,7 +174,9 @@ def test_notes_warn_of_what_may_fail_later(cluster: Cluster, values: Values, war
 
 def test_traces_that_the_network_policy_lets_out_need_no_warning(cluster: Cluster) -> None:
     traced: Values = {"config": {"traces": "http://collector:4317"}}
-    rule = {"ports": [{"port": 4317, "protocol": "TCP"}]}
-    for policy in ({"egress": [rule]}, {"enabled": False}):
+    one_port, range_of_ports = {"ports": [{"port": 4317}]}, {"ports": [{"port": 4000, "endPort": 5000}]}
+    all_ports = {"to": [{"podSelector": {}}]}
+    egress = [{"egress": [rule]} for rule in (one_port, range_of_ports, all_ports)]
+    for policy in (*egress, {"enabled": False}):
         for told in notes(cluster, {**traced, "networkPolicy": policy}):
             assert "WARNING" not in told

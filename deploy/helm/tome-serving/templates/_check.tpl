@@ -47,6 +47,20 @@
 {{- end }}
 {{- end }}
 
+{{/* Something where a rule of networkPolicy.egress lets the port of config.traces out, to wherever. A rule without ports
+     allows all, and a port's name could be any. */}}
+{{- define "tome-serving.tracesAllowed" -}}
+{{- $port := regexFind ":[0-9]+" .Values.config.traces | trimPrefix ":" | default "4317" | int }}
+{{- range .Values.networkPolicy.egress }}
+{{- if not .ports }}allowed{{ end }}
+{{- range .ports }}
+{{- $first := int (default 0 .port) }}
+{{- $last := int (default $first .endPort) }}
+{{- if or (not $first) (and (le $first $port) (ge $last $port)) }}allowed{{ end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{/* Files that the server would look for in vain: under /models with no volume there, or on the hub without a way out. */}}
 {{- define "tome-serving.checkModels" -}}
 {{- $paths := dict "config.repository" (default "" .Values.config.repository) }}
