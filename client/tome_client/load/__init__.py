@@ -11,9 +11,10 @@ print(summary.total.attainment.share, summary.verdict.valid)
 from tome_api.durations import BudgetClass, parse_budgets
 from tome_api.traces import Arrival
 from tome_client.load.arrivals import Arrivals, Renewal, Trace, parse_arrivals, read_trace
-from tome_client.load.driver import LoadResult, Outcome, Progress, event_loop, run_load
+from tome_client.load.driver import event_loop, run_load
 from tome_client.load.images import Sample, read_samples
-from tome_client.load.plan import LoadPlan, PlannedRequest
+from tome_client.load.outcome import LoadResult, Outcome, Progress
+from tome_client.load.plan import LoadPlan, OpenInference, PlannedRequest
 from tome_client.load.search import Criterion, Probe, SearchResult, parse_criterion, search_rate
 from tome_client.load.summary import Group, LoadSummary, Percentiles, Share, Verdict, summarize
 
@@ -26,6 +27,7 @@ __all__ = [
     "LoadPlan",
     "LoadResult",
     "LoadSummary",
+    "OpenInference",
     "Outcome",
     "Percentiles",
     "PlannedRequest",

@@ -28,9 +28,11 @@ from tome_client.connection import connection
 from tome_client.errors import TomeError
 from tome_client.json_text import json_text
 from tome_client.load.arrivals import Trace, parse_arrivals
-from tome_client.load.driver import LoadResult, Progress, event_loop, run_load
+from tome_client.load.driver import event_loop, run_load
 from tome_client.load.images import read_samples
-from tome_client.load.plan import LoadPlan
+from tome_client.load.open_inference import DATATYPES
+from tome_client.load.outcome import LoadResult, Progress
+from tome_client.load.plan import LoadPlan, OpenInference
 from tome_client.load.record import run_fields, search_fields
 from tome_client.load.search import Criterion, Probe, SearchResult, parse_criterion, search_rate
 from tome_client.load.summary import LoadSummary, summarize
@@ -47,6 +49,8 @@ examples:
   tome-client load --images DIR --rate 40 --budget mix:50ms,200ms --arrivals gamma:4 --report out
   tome-client load --images DIR --rate 40 --budget mix:50ms=3,none=1    one request in four has no deadline
   tome-client load --images DIR --rate 10 --budget 100ms --duration 10s --search p99
+  tome-client load --images DIR --rate 9000 --budget 20ms --processes 4
+  tome-client load --images DIR --rate 40 --budget 100ms --protocol oip --model NAME    also for other servers
 
 Exits with 0 after a run, 1 if nothing was answered, 2 if the command line is wrong, 3 if attainment is below
 --fail-under. Ctrl-C ends the run, shows what was measured until then, and exits with 130.
@@ -145,12 +149,55 @@ def _add_run(command: Parser) -> None:
         "--seed", type=int, default=0, metavar="N", help="seed of all random choices (default: %(default)s)"
     )
     command.add_argument(
-        "--connections", type=_count, default=1, metavar="N", help="connections to the server (default: %(default)s)"
+        "--connections",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="connections to the server, of each process (default: %(default)s)",
+    )
+    command.add_argument(
+        "--processes",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="processes that share the requests; one sends a few thousand a second (default: %(default)s)",
     )
     command.add_argument(
         "--deadline-only", action="store_true", help="send each budget as the gRPC deadline, without a latency budget"
     )
     add_merging_arguments(command)
+    _add_protocol(command)
+
+
+def _add_protocol(command: Parser) -> None:
+    """Adds which protocol is spoken, and what the images are sent as in it."""
+    command.add_argument(
+        "--protocol",
+        choices=("tome", "oip"),
+        default="tome",
+        help="tome, or oip for the Open Inference Protocol, which Triton, OpenVINO Model Server and KServe also speak; "
+        "budgets are then sent as gRPC deadlines (default: %(default)s)",
+    )
+    # None where they are left out: without oip, they would be ignored.
+    command.add_argument(
+        "--input", metavar="NAME", help="with oip: the model's input that takes the image (default: its only one)"
+    )
+    command.add_argument(
+        "--datatype",
+        choices=DATATYPES,
+        help="with oip: send encoded files, pixels or normalised pixels (default: what the model's metadata says; "
+        "files to tome-serving). Pixels need Pillow: pip install 'tome-serving[visualize]'",
+    )
+    command.add_argument(
+        "--mean",
+        type=_numbers,
+        metavar="N[,N...]",
+        help="with FP32: mean to subtract from pixels scaled to [0, 1], one for all channels or one for each "
+        "(default: 0)",
+    )
+    command.add_argument(
+        "--std", type=_numbers, metavar="N[,N...]", help="with FP32: standard deviation to divide by (default: 1)"
+    )
 
 
 def _add_findings(command: Parser) -> None:
@@ -244,11 +291,22 @@ def _plan(args: argparse.Namespace) -> LoadPlan:
         options=merging_options(args),
         deadline_only=args.deadline_only,
         connections=args.connections,
+        processes=args.processes,
+        oip=_open_inference(args),
     )
     for flag in ("fail_under", "search"):
         if getattr(args, flag) is not None and not any(map(math.isfinite, plan.possible_budgets())):
             raise ValueError(f"--{flag.replace('_', '-')} needs requests with a deadline, and --budget gives none")
     return plan
+
+
+def _open_inference(args: argparse.Namespace) -> OpenInference | None:
+    given = {name: value for name in ("input", "datatype", "mean", "std") if (value := getattr(args, name)) is not None}
+    if args.protocol == "oip":
+        return OpenInference(**given)
+    if given:
+        raise ValueError(f"--{next(iter(given))} is for --protocol oip, which is not given")
+    return None
 
 
 def _criterion(args: argparse.Namespace) -> Criterion | None:
@@ -345,3 +403,10 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(one) for one in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, or several with commas between") from None

@@ -26,6 +26,29 @@ class PlannedRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenInference:
+    """How requests are sent over the Open Inference Protocol.
+
+    Raises:
+        ValueError: A standard deviation is 0.
+    """
+
+    input: str = ""
+    """Name of the input that takes the image; empty for a model with one input."""
+    datatype: str = ""
+    """BYTES for the encoded file, UINT8 for pixels, FP32 for normalised pixels; empty for what the model's metadata
+    says. Our own server gets files then."""
+    mean: Sequence[float] = (0.0,)
+    """With FP32: what is subtracted from pixels scaled to [0, 1], one value for all channels or one for each."""
+    std: Sequence[float] = (1.0,)
+    """With FP32: what they are divided by, likewise."""
+
+    def __post_init__(self) -> None:
+        if 0.0 in self.std:
+            raise ValueError("a standard deviation of 0 divides by zero: --std")
+
+
+@dataclass(frozen=True, slots=True)
 class LoadPlan:
     """A run: what to send, when, and how long each answer may take.
 
@@ -51,9 +74,13 @@ class LoadPlan:
     """Send the budget as the gRPC deadline alone, like a client that knows nothing of latency budgets."""
     grace: float = 1.0
     """Seconds beyond its budget until a request is given up, so that late answers are measured and the server's own
-    refusals arrive. Not used with `deadline_only`. A request without a deadline is never given up."""
+    refusals arrive. Not used with `deadline_only` or `oip`. A request without a deadline is never given up."""
     connections: int = 1
-    """Connections to the server, between which requests take turns."""
+    """Connections of each process to the server, between which its requests take turns."""
+    processes: int = 1
+    """Processes that send the requests. Each sends every N-th request of the same schedule."""
+    oip: OpenInference | None = None
+    """Send the requests over the Open Inference Protocol, with budgets as gRPC deadlines; None for our own protocol."""
 
     def __post_init__(self) -> None:
         if not self.samples:
@@ -64,6 +91,8 @@ class LoadPlan:
             raise ValueError(f"the warm-up must not be negative; got {self.warmup} s")
         if self.connections < 1:
             raise ValueError(f"a run needs at least one connection; got {self.connections}")
+        if self.processes < 1:
+            raise ValueError(f"a run needs at least one process; got {self.processes}")
         # With a trace, a warm-up needs budgets as well: its requests are not those of the trace.
         lacking = isinstance(self.arrivals, Renewal) or any(one.budget is None for one in self.arrivals.arrivals)
         if not self.budgets and lacking:
@@ -72,6 +101,11 @@ class LoadPlan:
             )
         if self.deadline_only and math.inf in self.possible_budgets():
             raise ValueError("--deadline-only sends budgets as gRPC deadlines; requests without a deadline have none")
+
+    @property
+    def allowed_lateness(self) -> float:
+        """Seconds beyond its budget until a request is given up."""
+        return 0.0 if self.deadline_only or self.oip else self.grace
 
     def possible_budgets(self) -> frozenset[float]:
         """Returns every budget that a request of the run may have."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tome_client.load.arrivals import Renewal
-from tome_client.load.driver import LoadResult, Outcome
+from tome_client.load.outcome import LoadResult, Outcome
 from tome_client.load.plan import LoadPlan
 from tome_client.load.search import SearchResult
 from tome_client.load.summary import LoadSummary, summarize
@@ -19,7 +19,7 @@ from tome_client.load.summary import LoadSummary, summarize
 _COLUMNS = (
     "at", "lag", "latency", "budget", "attained", "image", "code", "reason", "right",
     "r", "tokens_in", "tokens_out", "flops", "flops_saved",
-    "decode", "queue", "compute", "predicted", "total", "slack", "batch_size",
+    "decode", "queue", "compute", "predicted", "total", "slack", "batch_size", "process",
 )  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def run_fields(result: LoadResult, summary: LoadSummary) -> dict[str, Any]:
     """Returns a run for JSON: its plan, its model and its figures. Durations are in seconds."""
     return {
         "model": result.model.summary.name,
-        "policy": result.model.policy,
+        "policy": result.model.policy or None,
         "plan": plan_fields(result.plan),
         "summary": asdict(summary),
     }
@@ -66,6 +66,9 @@ def plan_fields(plan: LoadPlan) -> dict[str, Any]:
         "deadline_only": plan.deadline_only,
         "grace": plan.grace,
         "connections": plan.connections,
+        "processes": plan.processes,
+        "protocol": "oip" if plan.oip else "tome",
+        "oip": asdict(plan.oip) if plan.oip else None,
     }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from tome_api.durations import duration_text
 from tome_client.json_text import json_text
-from tome_client.load.driver import LoadResult, Outcome
+from tome_client.load.outcome import LoadResult, Outcome
 from tome_client.load.record import plan_fields, run_fields, write_requests
 from tome_client.load.summary import LoadSummary
 from tome_client.load.text import budget_rows, ending_rows, lag_warning, summary_facts, verdict_text
@@ -98,14 +98,17 @@ def page(result: LoadResult, summary: LoadSummary, target: str) -> str:
                 "budget.",
                 lambda axes: _draw_attainment(axes, result),
             ),
+        ]
+    if result.outcomes and not summary.total.unmerged:
+        parts.append(
             _figure(
                 "r",
                 "Tokens merged in each block. Each dot is an answered request; the line is their mean.",
                 lambda axes: _draw_r(axes, result),
-            ),
-        ]
+            )
+        )
     facts = [("target", target), ("model", f"{name}, {result.model.summary.architecture}")]
-    facts += [("policy", result.model.policy)]
+    facts += [("policy", result.model.policy)] if result.model.policy else []
     facts += [(key.replace("_", " "), json.dumps(value)) for key, value in plan_fields(result.plan).items()]
     parts += ["<h2>Settings of the run</h2>", _table((), facts)]
     return (

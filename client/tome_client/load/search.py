@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from tome_client.load.arrivals import Renewal
-from tome_client.load.driver import LoadResult
+from tome_client.load.outcome import LoadResult
 from tome_client.load.plan import LoadPlan
 from tome_client.load.summary import LoadSummary, percentile, summarize
 

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tome_client.load.driver import LoadResult, Outcome
 from tome_client.load.early_stopping import enough, least_sent
+from tome_client.load.outcome import LoadResult, Outcome
 
 # MLPerf Inference's Server scenario: this share of the requests must be in time, with this confidence.
 PERCENTILE = 0.99
@@ -60,8 +60,9 @@ class Group:
     goodput: float
     """Requests a second that were answered within their budget; those without a deadline do not count."""
     latency: Percentiles | None
-    """Of the answers, from when the requests were meant to be sent; None without answers, like the next three."""
+    """Of the answers, from when the requests were meant to be sent; None without answers."""
     mean_r: float | None
+    """Over all answers that say how much was merged; None without such answers, like the next two."""
     tokens_saved: float | None
     """Share of the tokens entering the first block that were merged away by the last, over all answers."""
     flops_saved: float | None
@@ -71,6 +72,11 @@ class Group:
     without a deadline is in time."""
     answered_accuracy: float | None
     """Share of the answered with the right label, late or not; None without labels or answers."""
+
+    @property
+    def unmerged(self) -> bool:
+        """Whether there were answers and none said how much was merged, as with most servers that are not ours."""
+        return self.answered > 0 and self.mean_r is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +116,7 @@ class LoadSummary:
     endings: tuple[Ending, ...]
     """The most frequent first."""
     lag: Percentiles | None
-    """How late the generator sent requests; None if it sent none."""
+    """How late the generator sent requests, in the process that was latest; None if it sent none."""
     most_lag: float
     """Seconds that the 99th percentile of `lag` must not exceed: 5 ms, or a tenth of the smallest budget."""
     kept_schedule: bool
@@ -125,7 +131,7 @@ def summarize(result: LoadResult) -> LoadSummary:
     outcomes = result.outcomes
     budgets = sorted({one.budget for one in outcomes})
     total = _group(None, outcomes, result.duration)
-    lag = percentiles([one.lag for one in outcomes])
+    lag = _worst_lag(outcomes)
     most_lag = min(_MOST_LAG, _MOST_LAG_SHARE * budgets[0]) if budgets else _MOST_LAG
     kept_schedule = lag is None or lag.p99 <= most_lag
     return LoadSummary(
@@ -172,6 +178,15 @@ def wilson(count: int, of: int) -> Share:
     return Share(count, of, share, max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale))
 
 
+def _worst_lag(outcomes: Sequence[Outcome]) -> Percentiles | None:
+    """Returns the lag of the process whose 99th percentile is the largest. All requests together would hide it."""
+    lags: dict[int, list[float]] = {}
+    for one in outcomes:
+        lags.setdefault(one.process, []).append(one.lag)
+    spreads = [spread for some in lags.values() if (spread := percentiles(some))]
+    return max(spreads, key=lambda spread: spread.p99, default=None)
+
+
 def _group(budget: float | None, outcomes: Sequence[Outcome], duration: float) -> Group:
     judged_by_time = [one for one in outcomes if one.has_deadline]
     attained = [one for one in judged_by_time if one.attained]
@@ -184,7 +199,7 @@ def _group(budget: float | None, outcomes: Sequence[Outcome], duration: float) -
     return Group(
         budget=budget,
         sent=len(outcomes),
-        answered=len(mergings),
+        answered=sum(one.answered for one in outcomes),
         attainment=wilson(len(attained), len(judged_by_time)),
         goodput=len(attained) / duration if duration else 0.0,
         latency=percentiles([one.latency for one in outcomes if one.answered]),

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from tome_api.durations import duration_text
 from tome_api.tables import table
-from tome_client.load.driver import Progress
+from tome_client.load.outcome import Progress
 from tome_client.load.search import Probe, SearchResult
 from tome_client.load.summary import Group, LoadSummary, Percentiles
 from tome_client.tables import milliseconds
@@ -36,8 +36,9 @@ def summary_facts(summary: LoadSummary) -> Rows:
         ("attainment", _attainment(total)),
         ("goodput", f"{total.goodput:.1f}/s answered within their budget" if total.attainment.of else _ABSENT),
         ("latency", _percentiles(total.latency)),
-        ("merging", _merging(total)),
     ]
+    if not total.unmerged:
+        facts.append(("merging", _merging(total)))
     if total.effective_accuracy is not None:
         facts.append(("accuracy", _accuracy(total)))
     return [*facts, ("send lag", _percentiles(summary.lag)), ("verdict", verdict_text(summary))]
@@ -45,9 +46,9 @@ def summary_facts(summary: LoadSummary) -> Rows:
 
 def budget_rows(summary: LoadSummary) -> tuple[tuple[str, ...], Rows]:
     """Returns a header, and a line for each budget."""
-    header = ("budget", "sent", "answered", "attainment", "p50", "p99", "mean r", "effective accuracy")
-    return header, [
-        (
+    header = ["budget", "sent", "answered", "attainment", "p50", "p99", "mean r", "effective accuracy"]
+    rows = [
+        [
             duration_text(group.budget or 0.0),
             f"{group.sent:,}",
             f"{group.answered:,}",
@@ -56,9 +57,14 @@ def budget_rows(summary: LoadSummary) -> tuple[tuple[str, ...], Rows]:
             milliseconds(group.latency.p99) if group.latency else _ABSENT,
             _ABSENT if group.mean_r is None else f"{group.mean_r:.2f}",
             _share(group.effective_accuracy),
-        )
+        ]
         for group in summary.budgets
     ]
+    if summary.total.unmerged:
+        column = header.index("mean r")
+        for cells in (header, *rows):
+            del cells[column]
+    return tuple(header), [tuple(row) for row in rows]
 
 
 def ending_rows(summary: LoadSummary) -> tuple[tuple[str, ...], Rows]:
