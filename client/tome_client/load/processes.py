@@ -96,8 +96,8 @@ async def run_in_processes(
 
 async def _prepare(server: Server, plan: LoadPlan, workers: list[_Worker], *, progress: bool) -> Wire:
     """Starts the processes, adds each to `workers`, and waits until all are ready to send."""
-    # Where this process finds its modules, and not in the current folder.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # They find modules where this process does; an empty entry stands for the current folder.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
     for index in range(plan.processes):
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "tome_client.load.worker", str(index)),
