@@ -30,7 +30,7 @@ class OpenInference:
     """How requests are sent over the Open Inference Protocol.
 
     Raises:
-        ValueError: A standard deviation is 0.
+        ValueError: A standard deviation is not above 0, or a mean is not a number.
     """
 
     input: str = ""
@@ -44,8 +44,10 @@ class OpenInference:
     """With FP32: what they are divided by, likewise."""
 
     def __post_init__(self) -> None:
-        if 0.0 in self.std:
-            raise ValueError("a standard deviation of 0 divides by zero: --std")
+        if not all(0 < one < math.inf for one in self.std):
+            raise ValueError(f"a standard deviation is above 0: --std; got {min(self.std)}")
+        if not all(map(math.isfinite, self.mean)):
+            raise ValueError("a mean is a finite number: --mean")
 
 
 @dataclass(frozen=True, slots=True)

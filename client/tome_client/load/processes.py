@@ -14,6 +14,7 @@ import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tome_client.load.frames import Failed, Job, Message, Ready, Start, Stop, frame, receive
 from tome_client.load.outcome import LoadResult, Progress
@@ -97,7 +98,7 @@ async def run_in_processes(
 async def _prepare(server: Server, plan: LoadPlan, workers: list[_Worker], *, progress: bool) -> Wire:
     """Starts the processes, adds each to `workers`, and waits until all are ready to send."""
     # They find modules where this process does; an empty entry stands for the current folder.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)}
     for index in range(plan.processes):
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "tome_client.load.worker", str(index)),

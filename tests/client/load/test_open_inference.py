@@ -211,20 +211,8 @@ def test_the_command_speaks_it(folder: Path, tmp_path: Path, capsys: pytest.Capt
     pytest.importorskip("matplotlib", reason="needs the report extra")
     with OipPeer([("a", "FP32", [-1, 3, 2, 2]), ("b", "BYTES", [-1])]) as peer:
         argv = f"--target {peer.target} load --protocol oip --model m --images {folder} --rate 50 --warmup 0".split()
-        argv += [
-            "--arrivals",
-            "constant",
-            "--duration",
-            "0.4s",
-            "--budget",
-            "mix:20s,30s",
-            "--input",
-            "a",
-            "--mean",
-            "0.5",
-            "--std",
-            "0.5,0.5,0.5",
-        ]
+        argv += ["--arrivals", "constant", "--duration", "0.4s", "--budget", "mix:20s,30s", "--input", "a"]
+        argv += ["--mean", "0.5", "--std", "0.5,0.5,0.5"]
         assert main([*argv, "--report", str(tmp_path / "out")]) == 0
         out = capsys.readouterr().out
         assert re.search(r"^accuracy +\d", out, re.MULTILINE)
@@ -247,7 +235,8 @@ def test_the_command_speaks_it(folder: Path, tmp_path: Path, capsys: pytest.Capt
     [
         ("--input a", "--input is for --protocol oip, which is not given"),
         ("--mean 0.5", "--mean is for --protocol oip"),
-        ("--protocol oip --std 0", "--std"),
+        ("--protocol oip --std 0.5,0", "a standard deviation is above 0: --std; got 0.0"),
+        ("--protocol oip --mean nan", "a mean is a finite number: --mean"),
         ("--protocol oip --mean x", "'x' is not a number"),
         ("--protocol rest", "'rest' is none of tome, oip"),
         ("--protocol oip --datatype FP16", "'FP16' is none of BYTES, UINT8, FP32"),

@@ -43,7 +43,8 @@ PLAN = LoadPlan(SAMPLES, Renewal(100, cv2=0), parse_budgets("mix:20s,30s"), dura
 
 def children(parent: int) -> list[int]:
     """The load generator's processes that a process has started and that still run."""
-    return [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if is_worker(pid, parent)]
+    running = (int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdecimal())
+    return [pid for pid in running if is_worker(pid, parent)]
 
 
 def is_worker(pid: int, parent: int) -> bool:
