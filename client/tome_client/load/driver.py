@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterable
 import grpc
 
 from tome_client.channel import call_metadata
-from tome_client.load.outcome import LoadResult, Outcome, Progress
+from tome_client.load.outcome import LoadResult, Progress
 from tome_client.load.plan import LoadPlan
 from tome_client.load.processes import run_in_processes
 from tome_client.load.sending import RUN_UP, Server, connected, load_result
-
-__all__ = ["LoadResult", "Outcome", "Progress", "event_loop", "run_load"]
 
 
 async def run_load(

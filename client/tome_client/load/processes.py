@@ -38,7 +38,7 @@ class _Worker:
             self.process.stdin.write(message)
             await self.process.stdin.drain()
         except ConnectionError:
-            await self._raise_ended()
+            raise await self._ended() from None
 
     async def receive(self) -> Message:
         """Returns its next message.
@@ -51,16 +51,16 @@ class _Worker:
         try:
             message: Message = await receive(self.process.stdout)
         except EOFError:
-            await self._raise_ended()
-            raise
+            raise await self._ended() from None
         if isinstance(message, Failed):
             raise message.error
         return message
 
-    async def _raise_ended(self) -> None:
+    async def _ended(self) -> ChildProcessError:
+        """Returns the error of a process that has ended too early."""
         status = await self.process.wait()
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with {status}"
-        raise ChildProcessError(
+        return ChildProcessError(
             f"{self.name} of the load generator {how} before its requests ended; without them the run has no figures"
         )
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import grpc
 
@@ -23,13 +23,15 @@ from tome_client.load.native import describe_native
 from tome_client.load.open_inference import describe_open_inference
 from tome_client.load.outcome import LoadResult, Outcome, Progress
 from tome_client.load.plan import LoadPlan, PlannedRequest
-from tome_client.load.wire import Wire
+from tome_client.load.wire import Answer, Wire
 
 _Result = TypeVar("_Result")
 
 Ended: TypeAlias = tuple[int, float, float, str, str | None, bytes]
 """A request's number in the schedule, its lag, latency, code, reason and answer. The garbage collector does not track
 tuples of plain values; walking through as many dataclasses would halt a long run for tens of milliseconds."""
+
+_Call: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
 
 RUN_UP = 0.05
 """Seconds between reading the clock and the first request."""
@@ -102,7 +104,7 @@ class Sender:
         self.plan = plan
         self.wire = wire
         # Calls take and return bytes: messages are made before the run, and answers are read after it.
-        self.calls: list[Any] = [channel.unary_unary(wire.method) for channel in channels]
+        self.calls: list[_Call] = [channel.unary_unary(wire.method) for channel in channels]
         self.requests = requests
         self.options = {budget: wire.options(budget) for budget in {one.budget for _, one in requests}}
         self.images: dict[int, bytes] = {}
@@ -152,7 +154,7 @@ class Sender:
                 await asyncio.sleep(max(0.0, self.start + request.at - time.perf_counter()))
                 in_flight.create_task(self._send(number, request, self.calls[position % len(self.calls)]))
 
-    async def _send(self, number: int, request: PlannedRequest, call: Any) -> None:
+    async def _send(self, number: int, request: PlannedRequest, call: _Call) -> None:
         due = self.start + request.at
         lag = time.perf_counter() - due
         measured = request.at >= 0
@@ -251,7 +253,9 @@ def load_result(plan: LoadPlan, wire: Wire, parts: Sequence[Sent]) -> LoadResult
 def _outcome(plan: LoadPlan, wire: Wire, request: PlannedRequest, ended: Ended) -> Outcome:
     number, lag, latency, code, reason, message = ended
     sample = plan.samples[request.sample]
-    answer = wire.read(message, sample) if code == "OK" else None
+    # A failure is a wrong answer, where there is one to compare with.
+    unanswered = Answer(None, None, right=False if wire.judged(sample) else None)
+    answer = wire.read(message, sample) if code == "OK" else unanswered
     return Outcome(
         at=request.at,
         lag=lag,
@@ -260,8 +264,8 @@ def _outcome(plan: LoadPlan, wire: Wire, request: PlannedRequest, ended: Ended) 
         image=sample.name,
         code=code,
         reason=reason,
-        merging=answer.merging if answer else None,
-        timing=answer.timing if answer else None,
-        right=answer.right if answer else False if wire.judged(sample) else None,
+        merging=answer.merging,
+        timing=answer.timing,
+        right=answer.right,
         process=number % plan.processes,
     )
