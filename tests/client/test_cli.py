@@ -91,11 +91,19 @@ def test_what_is_not_given_is_left_to_the_server(image: str, peer: Peer) -> None
     assert request.top_k == 3
 
 
-def test_json_is_one_array_in_the_order_of_the_command_line(image: str, capsys: pytest.CaptureFixture[str]) -> None:
+def lines(text: str) -> list[dict]:
+    """Returns the objects of JSON lines."""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_json_is_a_line_for_each_image_that_is_answered_or_fails(
+    image: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["predict", image, "nowhere.png", image, "--json"]) == 1
     out, err = capsys.readouterr()
-    first, second, third = json.loads(out)
+    second, first, third = sorted(lines(out), key=lambda one: one["error"] is None)
     assert first["image"] == third["image"] == image
+    assert second["image"] == "nowhere.png"
     assert first["result"]["predictions"][0] == {"class_id": 4, "label": "Coat", "score": 0.75}
     assert first["error"] is None
     assert first["round_trip"] > 0
@@ -118,7 +126,7 @@ def test_a_score_that_is_no_number_is_null_in_json(
     out = capsys.readouterr().out
     assert "NaN" not in out
     assert "Infinity" not in out
-    assert [one["score"] for one in json.loads(out)[0]["result"]["predictions"]] == [None, 0.25]
+    assert [one["score"] for one in lines(out)[0]["result"]["predictions"]] == [None, 0.25]
 
 
 def test_each_failure_is_one_line_and_the_rest_are_answered(image: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,10 +155,7 @@ def test_a_broken_stream_is_one_line_however_many_images_it_held(
     peer.failures.extend([None, Failure(grpc.StatusCode.INTERNAL, "the stream broke")])
     assert main(["predict", "--json", image, image, image]) == 1
     out, err = capsys.readouterr()
-    first, *others = json.loads(out)
-    assert first["error"] is None
-    assert [one["error"]["message"] for one in others] == ["the stream broke"] * 2
-    assert [one["round_trip"] for one in others] == [None, None]
+    assert [one["error"] for one in lines(out)] == [None]
     assert err == "tome-client: 2 of 3 images have no answer: INTERNAL: the stream broke\n"
 
 
@@ -188,7 +193,7 @@ def test_a_folder_is_the_images_in_it(image: str, tmp_path: Path, capsys: pytest
     for name in ("b.PNG", "below/a.jpg", "notes.txt"):
         (folder / name).write_bytes(b"image")
     assert main(["predict", str(folder), image, "--json"]) == 0
-    named = [one["image"] for one in json.loads(capsys.readouterr().out)]
+    named = [one["image"] for one in lines(capsys.readouterr().out)]
     assert named == [str(folder / "b.PNG"), str(folder / "below/a.jpg"), image]
     assert main(["predict", str(empty), image]) == 1
     out, err = capsys.readouterr()
@@ -242,8 +247,7 @@ def test_ctrl_c_ends_json_too(image: str, peer: Peer) -> None:
     assert peer.called.wait(60)
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=60)
-    assert [one["error"]["code"] for one in json.loads(out)] == ["CANCELLED", "CANCELLED"]
-    assert err == "tome-client: interrupted; 2 of 2 images have no answer\n"
+    assert (out, err) == ("", "tome-client: interrupted; 2 of 2 images have no answer\n")
     assert running.returncode == 130
 
 
@@ -263,7 +267,7 @@ def test_results_are_printed_on_terminals_of_any_encoding(
         assert "Traceback" not in err
         assert "1 of 3 images failed: 1 INVALID_ARGUMENT" in err
         if flags:
-            assert [one["error"] is None for one in json.loads(out)] == [True, True, False]
+            assert sorted(one["error"] is None for one in lines(out)) == [False, True, True]
         else:
             assert len(out.splitlines()) == 3
             assert "197 -> 101" in out

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from tome_api.completion import add_completion
 from tome_api.parser import Parser
 from tome_api.terminal import never_refuse
 from tome_server.cli import demo, evaluate, models, plan, profile, serve, settings, tune
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, help="show the version and exit")
+    add_completion(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_to(commands)
