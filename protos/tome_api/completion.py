@@ -57,7 +57,7 @@ def completion(parser: argparse.ArgumentParser, shell: str) -> str:
     """Returns the script for one of SHELLS."""
     commands = list(_commands(parser, parser.prog))
     if shell == "fish":
-        return "".join(_fish(parser.prog, path, one) for path, one in commands)
+        return "".join(_fish(path.split(), one, [path.split() for path, _ in commands]) for path, one in commands)
     flags, choices = [], []
     for path, one in commands:
         words = " ".join([*_subcommands(one), "", *(flag for flag in _flags(one) if flag.startswith("--"))])
@@ -91,14 +91,14 @@ def _flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return {flag: one for flag, one in parser._option_string_actions.items() if one.help != argparse.SUPPRESS}
 
 
-def _fish(prog: str, path: str, parser: argparse.ArgumentParser) -> str:
-    """Returns the lines for one command."""
-    names = path.split()[1:]
+def _fish(words: list[str], parser: argparse.ArgumentParser, every: list[list[str]]) -> str:
+    """Returns the lines for the command that `words` name, one of `every`."""
     below = list(_subcommands(parser))
-    conditions = [f"__fish_seen_subcommand_from {name}" for name in names]
-    if below:
-        conditions.append(f"not __fish_seen_subcommand_from {' '.join(below)}")
-    start = f"complete -c {prog} -n {shlex.quote('; and '.join(conditions) or 'true')}"
+    # fish only knows which words were seen: a command of the same name, but below another, is told by the other's.
+    others = [one[-2] for one in every if one[-1] == words[-1] and len(one) > len(words)]
+    conditions = [f"__fish_seen_subcommand_from {name}" for name in words[1:]]
+    conditions += [f"not __fish_seen_subcommand_from {' '.join(names)}" for names in (below, others) if names]
+    start = f"complete -c {words[0]} -n {shlex.quote('; and '.join(conditions) or 'true')}"
     lines = [f"{start} -f -a {shlex.quote(' '.join(below))}"] if below else []
     for flag, action in _flags(parser).items():
         if flag.startswith("--"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 import time
 from collections import deque
@@ -96,7 +97,8 @@ class Peer(inference_pb2_grpc.InferenceServicer):
     """Answers with the model's name; before that, with one of `failures` each call, None for no failure.
 
     A request for the model "missing" gets NOT_FOUND. In a stream, one for "late" is answered after the next,
-    one for "fatal" ends the stream with an error and one for "end" without.
+    one for "fatal" ends the stream with an error and one for "end" without. The features are the number of the image's
+    bytes, r, and 0.5.
     """
 
     def __init__(self, credentials: grpc.ServerCredentials | None = None, health: Health | None = None) -> None:
@@ -106,6 +108,7 @@ class Peer(inference_pb2_grpc.InferenceServicer):
         self.hold.set()
         # As many calls do not wait for `hold`.
         self.free = 0
+        self.models = [MODEL.summary]
         self.called = threading.Event()
         self.cancelled = threading.Event()
         self._server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.max_receive_message_length", -1)])
@@ -155,7 +158,7 @@ class Peer(inference_pb2_grpc.InferenceServicer):
     @override
     def ListModels(self, request, context):
         self._begin(request, context)
-        return inference_pb2.ListModelsResponse(models=[MODEL.summary])
+        return inference_pb2.ListModelsResponse(models=self.models)
 
     @override
     def GetModel(self, request, context):
@@ -189,7 +192,13 @@ def answer(request: inference_pb2.PredictRequest) -> inference_pb2.PredictRespon
         inference_pb2.Prediction(class_id=2, label="Trouser", score=0.25),
     ]
     token_map = inference_pb2.TokenMap(grid_height=2, grid_width=2, token=[1, 1, 2, 3])
+    features = (len(request.image), request.r, 0.5)
+    half = inference_pb2.Tensor(
+        data_type=inference_pb2.Tensor.DATA_TYPE_FLOAT16, shape=[3], data=struct.pack("<3e", *features)
+    )
     return inference_pb2.PredictResponse(
+        features=features if request.return_features and not request.float16_features else None,
+        features_float16=half if request.return_features and request.float16_features else None,
         model=request.model or "first",
         predictions=predictions[: request.top_k],
         merging=inference_pb2.Merging(r=request.r, tokens_in=197, tokens_out=101, flops=600, flops_saved=400),

@@ -97,7 +97,7 @@ def _missing(args: argparse.Namespace, connected: Connection, timeout: float) ->
         models = client.models(timeout=timeout)
     if args.model is None:
         loading = [one.name for one in models if not one.ready]
-        return f"{', '.join(loading)}: still loading" if loading else ""
+        return f"{', '.join(loading)} {'is' if len(loading) == 1 else 'are'} still loading" if loading else ""
     named = [one for one in models if one.name == args.model]
     if not named:
         names = [one.name for one in models]
