@@ -13,7 +13,7 @@ SHELLS = ("bash", "zsh", "fish")
 _BASH = """\
 {function}() {{
   local command={prog} words word
-  for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do
+  for word in "${{COMP_WORDS[@]:1:$((COMP_CWORD - 1))}}"; do
     case "$command $word" in
       {commands}) command="$command $word" ;;
     esac

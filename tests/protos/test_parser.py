@@ -59,3 +59,22 @@ def test_help_and_advice_know_the_new_name_alone(parser: Parser, capsys: pytest.
 def test_the_command_line_of_the_process_is_read_likewise(parser: Parser, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["outer", "command", "--thousands", "2"])
     assert parser.parse_args().count == 2000
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--count", "3", "command"], "outer: --count is a flag of command, and comes after the command"),
+        (["--name=x", "command", "--count", "3"], "outer: --name is a flag of command, and comes after the command"),
+        (["--cuont", "3", "command"], "outer: there is no flag --cuont"),
+        (["--help-me", "command", "--count", "3"], "outer: there is no flag --help-me; did you mean '--help'?"),
+        (["3", "command"], "outer: argument {command}: '3' is none of command"),
+    ],
+)
+def test_a_flag_of_a_command_that_comes_before_it_is_not_taken_for_a_command(
+    argv: list[str], said: str, parser: Parser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(argv)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.splitlines()[0] == said
