@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import grpc
@@ -174,3 +176,41 @@ def test_the_command_line_draws(server: ServerProcess, tmp_path: Path, image_fil
     with Image.open(picture) as drawn:
         assert drawn.size == (2 * 448 + 8, 448)
         assert len(drawn.getcolors(maxcolors=1 << 20)) > 10
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".jsonl"])
+def test_the_command_line_embeds_a_folder(
+    suffix: str, server: ServerProcess, client: Client, samples: dict[Path, str], tmp_path: Path
+) -> None:
+    """Row by row what a single request gives, in the order of the paths."""
+    output = tmp_path / f"samples{suffix}"
+    folder = str(min(samples).parent)
+    argv = ["--target", server.target, "embed", folder, "-o", str(output), "--r", "4", "--normalize"]
+    assert main(argv) == 0
+    if suffix == ".npy":
+        rows = np.load(output)
+        paths = (tmp_path / "samples.paths.txt").read_text().splitlines()
+    else:
+        written = [json.loads(line) for line in output.read_text().splitlines()]
+        rows = np.array([one["embedding"] for one in written])
+        paths = [one["path"] for one in written]
+        assert {one["r"] for one in written} == {4}
+    assert paths == sorted(map(str, samples))
+    assert np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-4)
+    alone = client.predict(paths[-1], r=4, features=True, normalize=True).features
+    assert np.allclose(rows[-1], alone, atol=1e-3)
+
+
+def test_the_command_line_waits_for_a_server(server: ServerProcess) -> None:
+    assert main(["--target", server.target, "wait", "--timeout", "none", "--model", "fashion"]) == 0
+
+
+def test_the_command_line_predicts_from_standard_input_and_a_list(server: ServerProcess, image_file: Path) -> None:
+    command = [sys.executable, "-m", "tome_client", "--target", server.target, "predict", "--json"]
+    one = subprocess.run([*command, "-"], input=image_file.read_bytes(), capture_output=True, check=True)
+    listed = f"{image_file}\n{image_file.parent}/*.png\n".encode()
+    several = subprocess.run([*command, "--from-file", "-"], input=listed, capture_output=True, check=True)
+    assert json.loads(one.stdout)["result"]["timing"]["slack"] is not None
+    answers = [json.loads(line) for line in several.stdout.splitlines()]
+    assert len(answers) == 1 + len(list(image_file.parent.glob("*.png")))
+    assert {one["result"]["timing"]["slack"] for one in answers} == {None}
