@@ -138,9 +138,12 @@ def _streamed(client: Client, images: NamedImages, options: PredictOptions, *, i
 
     def items() -> Iterator[StreamItem]:
         for number in range(len(images.names)):
-            if not in_order or (room.acquire() and not closed.is_set()):
-                sent[number] = time.perf_counter()
-                yield StreamItem(str(number), images.image(number), options)
+            if in_order:
+                room.acquire()
+            if closed.is_set():
+                return
+            sent[number] = time.perf_counter()
+            yield StreamItem(str(number), images.image(number), options)
 
     early: dict[int, Outcome] = {}
     due = 0

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import grpc
@@ -163,6 +166,30 @@ def test_an_output_that_can_not_be_written_is_said_before_anything_is_sent(
     assert embed(Path("nowhere/a.npy"), image) == 1
     assert "nowhere/a.npy.part: No such file or directory" in capsys.readouterr().err
     assert not peer.calls
+
+
+def test_ctrl_c_keeps_the_rows_that_were_answered(image: str, peer: Peer, tmp_path: Path) -> None:
+    """Also while images that failed wait for the one before them, as many as may."""
+    peer.free = 1
+    peer.hold.clear()
+    output = tmp_path / "a.jsonl"
+    running = subprocess.Popen(
+        [sys.executable, "-m", "tome_client", "embed", image, image, *["nowhere.png"] * 1000, "-o", str(output)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while len(peer.calls) < 2:
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert (out, err.splitlines()) == (
+        f"{output}: 1 × 3 float32\n",
+        ["tome-client: interrupted; 1001 of 1002 images have no answer"],
+    )
+    assert running.returncode == 130
+    assert len(output.read_text().splitlines()) == 1
 
 
 def test_what_waits_for_an_earlier_image_is_bounded(image: str, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
