@@ -328,14 +328,16 @@ NO_TARGET = "; --target names the server, as HOST:PORT\n"
 @pytest.mark.parametrize(
     ("target", "way_out"), [("localhost:1", NO_SERVER), ("nowhere.invalid:1", NO_TARGET), ("ipv4:127.1:1", NO_TARGET)]
 )
-@pytest.mark.parametrize("command", ["predict", "predict several", "models", "visualize", "load"])
+@pytest.mark.parametrize("command", ["predict", "predict several", "embed", "models", "visualize", "load", "wait"])
 def test_where_no_connection_can_be_made_the_way_out_is_said(
     command: str, target: str, way_out: str, image: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = {
         "predict": [image],
         "predict several": [image, image],
+        "embed": [image, "-o", str(tmp_path / "out.npy")],
         "models": [],
+        "wait": ["--timeout", "1ms"],
         "visualize": [image, "-o", str(tmp_path / "out.png")],
         "load": ["--images", str(Path(image).parent), "--rate", "10", "--budget", "100ms"],
     }
@@ -436,7 +438,7 @@ def test_help_has_examples_and_the_exit_statuses(capsys: pytest.CaptureFixture[s
     assert "Exits with 0" in out
 
 
-@pytest.mark.parametrize("command", ["predict", "models", "visualize", "load"])
+@pytest.mark.parametrize("command", ["predict", "embed", "models", "visualize", "load", "wait"])
 def test_a_commands_help_begins_with_its_own_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,17 @@ def test_a_shell_that_is_not_known_is_answered_with_those_that_are(capsys: pytes
     with pytest.raises(SystemExit):
         parser().parse_args(["--completion", "bsh"])
     assert "'bsh' is none of bash, zsh, fish; did you mean 'bash'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "offered"), [("client", ["em"], "embed"), ("server", ["models", "fit"], "fit-head")]
+)
+def test_both_commands_print_a_script_that_completes_them(command: str, words: list[str], offered: str) -> None:
+    if shutil.which("bash") is None:
+        pytest.skip("needs bash")
+    printed = [sys.executable, "-m", f"tome_{command}", "--completion", "bash"]
+    script = subprocess.run(printed, capture_output=True, text=True, check=True).stdout
+    line = " ".join([f"tome-{command}", *words])
+    complete = f'COMP_WORDS=({line}); COMP_CWORD={len(words)}; _tome_{command}; echo "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "--norc"], input=script + complete, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (f"{offered}\n", "")

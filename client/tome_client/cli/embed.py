@@ -16,6 +16,12 @@ from tome_client.cli.embedding_files import FORMATS, embedding_file
 from tome_client.cli.images import add_image_arguments, named_images
 from tome_client.requests import PredictOptions
 
+_DESCRIPTION = """\
+Writes the features (embeddings) of images to a file, in the order of the command line. This is bulk work: images have
+no deadline unless --budget sets one, and the server runs them when it has room. An image that fails is reported and has
+no row.
+"""
+
 _EXAMPLES = """\
 examples:
   tome-client embed photos/ -o photos.npy                an array, and photos.paths.txt with the path of each row
@@ -35,9 +41,7 @@ def add_to(commands: Commands, parent: Parser) -> None:
         parents=[parent],
         usage="%(prog)s [options] -o FILE IMAGE [IMAGE ...]",
         help="write the features of images to a file",
-        description="Writes the features (embeddings) of images to a file, in the order of the command line. This is "
-        "bulk work: images have no deadline unless --budget sets one, and the server runs them when it has room. "
-        "An image that fails is reported and has no row.",
+        description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

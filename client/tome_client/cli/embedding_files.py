@@ -29,8 +29,9 @@ class EmbeddingFile(ABC):
         self._path = path
         self._float16 = float16
         self._part = path.with_name(f"{path.name}.part")
-        self._rows = 0
         self._dim = 0
+        # Rows, and what `_write` returned after the last of them. One value, so that Ctrl-C can't part them.
+        self._written = (0, 0)
 
     def add(self, image: str, result: PredictResult) -> None:
         """Adds the features of an image.
@@ -48,8 +49,7 @@ class EmbeddingFile(ABC):
             raise ValueError(
                 f"{image}: got {len(features)} features, and {self._dim} for the images before; was the model replaced?"
             )
-        self._write(image, result, features)
-        self._rows += 1
+        self._written = (self._rows + 1, self._write(image, result, features))
 
     def description(self) -> str:
         """Returns what was written, for a person; an empty text if nothing was."""
@@ -66,6 +66,10 @@ class EmbeddingFile(ABC):
         """Closes the files, and removes those that were not moved."""
 
     @property
+    def _rows(self) -> int:
+        return self._written[0]
+
+    @property
     def _dtype(self) -> str:
         return "float16" if self._float16 else "float32"
 
@@ -73,8 +77,8 @@ class EmbeddingFile(ABC):
         return struct.pack(f"<{len(features)}{'e' if self._float16 else 'f'}", *features)
 
     @abstractmethod
-    def _write(self, image: str, result: PredictResult, features: Sequence[float]) -> None:
-        """Writes a row."""
+    def _write(self, image: str, result: PredictResult, features: Sequence[float]) -> int:
+        """Writes a row; returns where it ends in the file whose rows have no fixed length, if there is one."""
 
     @abstractmethod
     def _finish(self) -> None:
@@ -87,22 +91,21 @@ class _JsonLines(EmbeddingFile):
     def __init__(self, path: Path, *, float16: bool) -> None:
         super().__init__(path, float16=float16)
         self._file = self._part.open("wb")
-        self._end = 0
 
     def discard(self) -> None:
         self._file.close()
         self._part.unlink(missing_ok=True)
 
-    def _write(self, image: str, result: PredictResult, features: Sequence[float]) -> None:
+    def _write(self, image: str, result: PredictResult, features: Sequence[float]) -> int:
         # float16 and float32 have up to 5 and 9 digits, and Python would write all 17 of the double.
         digits = ".5g" if self._float16 else ".9g"
         values = [float(format(value, digits)) for value in features]
         row = {"path": image, "model": result.model, "r": result.merging.r, "embedding": values}
         self._file.write(json_line(row).encode() + b"\n")
-        self._end = self._file.tell()
+        return self._file.tell()
 
     def _finish(self) -> None:
-        self._file.truncate(self._end)
+        self._file.truncate(self._written[1])
         self._file.close()
 
 
@@ -116,7 +119,6 @@ class _Npy(EmbeddingFile):
         self._file = self._part.open("wb")
         self._file.write(b"\0" * _HEADER_BYTES)
         self._listed = self._paths_part.open("wb")
-        self._listed_end = 0
 
     def discard(self) -> None:
         self._file.close()
@@ -134,19 +136,19 @@ class _Npy(EmbeddingFile):
         if self._rows:
             self._paths_part.replace(self._paths)
 
-    def _write(self, image: str, result: PredictResult, features: Sequence[float]) -> None:  # noqa: ARG002
+    def _write(self, image: str, result: PredictResult, features: Sequence[float]) -> int:  # noqa: ARG002
         if len(image.splitlines()) != 1:
             raise ValueError(f"{image!r}: a path with a line break can't be listed in {self._paths}; write .jsonl")
         self._file.write(self._packed(features))
         self._listed.write(image.encode(errors="surrogateescape") + b"\n")
-        self._listed_end = self._listed.tell()
+        return self._listed.tell()
 
     def _finish(self) -> None:
         self._file.truncate(_HEADER_BYTES + self._rows * self._dim * (2 if self._float16 else 4))
         self._file.seek(0)
         self._file.write(_npy_header("<f2" if self._float16 else "<f4", (self._rows, self._dim)))
         self._file.close()
-        self._listed.truncate(self._listed_end)
+        self._listed.truncate(self._written[1])
         self._listed.close()
 
 
@@ -172,15 +174,17 @@ class _Parquet(EmbeddingFile):
             self._writer.close()
         self._part.unlink(missing_ok=True)
 
-    def _write(self, image: str, result: PredictResult, features: Sequence[float]) -> None:
+    def _write(self, image: str, result: PredictResult, features: Sequence[float]) -> int:
         # Parquet's texts are UTF-8, and the names of files may be any bytes.
         path = image.encode(errors="surrogateescape").decode(errors="replace")
         self._group.append((path, result.model, result.merging.r, self._packed(features)))
         if len(self._group) == _GROUP_ROWS:
             self._write_group()
+        return 0
 
     def _write_group(self) -> None:
         arrow = self._arrow
+        group, self._group = self._group, []
         values = arrow.float16() if self._float16 else arrow.float32()
         schema = arrow.schema(
             {
@@ -192,12 +196,11 @@ class _Parquet(EmbeddingFile):
         )
         if self._writer is None:
             self._writer = self._parquet.ParquetWriter(self._part, schema)
-        paths, models, merged, packed = zip(*self._group, strict=True)
+        paths, models, merged, packed = zip(*group, strict=True)
         numbers = arrow.Array.from_buffers(values, len(packed) * self._dim, [None, arrow.py_buffer(b"".join(packed))])
         embeddings = arrow.FixedSizeListArray.from_arrays(numbers, self._dim)
         columns = [arrow.array(paths), arrow.array(models), arrow.array(merged, arrow.int32()), embeddings]
         self._writer.write_table(arrow.Table.from_arrays(columns, schema=schema))
-        self._group.clear()
 
     def _finish(self) -> None:
         if self._group:

@@ -16,6 +16,12 @@ from tome_client.json_text import json_line
 from tome_client.requests import PredictOptions
 from tome_client.tables import prediction_header, prediction_line
 
+_DESCRIPTION = """\
+Classifies images and shows, for each, how much the server merged. Several images share one stream, and each result is
+printed as soon as it arrives. An image that can't be answered within --budget is refused immediately, and the refusal
+says which budget would have been accepted.
+"""
+
 _EXAMPLES = """\
 examples:
   tome-client predict shirt.png                          one image, within the model's default budget
@@ -36,9 +42,7 @@ def add_to(commands: Commands, parent: Parser) -> None:
         parents=[parent],
         usage=f"%(prog)s {IMAGE_USAGE}",
         help="classify images",
-        description="Classifies images and shows, for each, how much the server merged. Several images share one "
-        "stream, and each result is printed as soon as it arrives. An image that can't be answered within --budget is "
-        "refused immediately, and the refusal says which budget would have been accepted.",
+        description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

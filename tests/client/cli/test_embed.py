@@ -60,6 +60,13 @@ def test_a_parquet_file_is_a_table(photos: Path, tmp_path: Path) -> None:
         assert table.schema.field("embedding").type.value_type.bit_width == 8 * size
 
 
+def test_a_parquet_file_of_several_groups_has_every_row(photos: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the parquet extra")
+    output = tmp_path / "photos.parquet"
+    assert embed(output, *[str(photos)] * 300) == 0
+    assert parquet.read_table(output)["path"].to_pylist() == in_order(photos) * 300
+
+
 def test_parquet_without_pyarrow_says_what_to_install_before_anything_is_sent(
     photos: Path, tmp_path: Path, peer: Peer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
