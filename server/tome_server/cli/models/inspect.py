@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from tome_api.tables import table
 from tome_server.cli.flags import Commands, add_json, add_stored_model
-from tome_server.config.model_overrides import ModelOverrides
 
 if TYPE_CHECKING:
+    from tome_server.config.model_overrides import ModelOverrides
     from tome_server.models.loaded import LoadedModel
     from tome_server.models.repository import Repository
     from tome_server.models.spec import ModelSpec
@@ -82,7 +82,7 @@ def _fields(repository: "Repository", spec: "ModelSpec", model: "LoadedModel") -
     }
 
 
-def _set(overrides: ModelOverrides | None) -> dict[str, Any]:
+def _set(overrides: "ModelOverrides | None") -> dict[str, Any]:
     """Return the overrides that are set, those in sections beside the others."""
     settings = overrides.model_dump(exclude_none=True) if overrides else {}
     return {**settings.pop("batching", {}), **settings.pop("limits", {}), **settings}
