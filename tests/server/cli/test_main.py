@@ -60,6 +60,7 @@ def config(monkeypatch: pytest.MonkeyPatch, *flags: str) -> ServerConfig:
         return 0
 
     monkeypatch.setattr(app, "serve", serve)
+    monkeypatch.setattr("tome_server.cli.serve.leave", sys.exit)  # it would end this process
     with pytest.raises(SystemExit) as caught:
         main.main(["serve", *flags])
     assert caught.value.code == 0
