@@ -52,42 +52,14 @@ async def serve(config: ServerConfig) -> int:
     ModelLoadError or PortInUseError, in words for the operator, if it can't start.
     """
     began = time.monotonic()
-    wanted, connections = find_models(config), config.connections
-    bounds = connection_bounds(
-        raise_limit(),
-        connections.max_connections,
-        connections.max_http_connections,
-        connections.max_http_connections_per_address,
-    )
-    batching, decode_threads = config.batching, available_cpus()
+    wanted = find_models(config)
     async with AsyncExitStack() as stack:
         device = Device()
         stopping = _Stopping(device, config.drain_timeout + LEAVE_TIMEOUT)
         stack.push_async_callback(device.kill)
-        metrics = Metrics()
-        engine = Engine(
-            device=device,
-            metrics=metrics,
-            max_delay=batching.max_delay,
-            max_pending=batching.max_pending,
-            reply_margin=config.reply_margin,
-            decode_threads=decode_threads,
-            decode_memory=config.limits.decode_memory,
-            names=[spec.name for spec in wanted.specs],
-            max_client_requests=config.limits.max_client_requests,
-            observers=[log_request, summary := Summary()],
-        )
-        stack.callback(summary.write)
-        if config.traces:
-            traces = _traces(config.traces)
-            engine.tracer = traces.begin
-            stack.push_async_callback(asyncio.to_thread, traces.close)
-        stack.callback(engine.close)
-        models, settings = ModelManager(device, engine, config), _rpc_settings(config, bounds.grpc)
-        service = OpenInference(engine, ModelControl(models) if config.model_control else None)
-        rpc = RpcServer(engine, service, settings)
-        http = _http_server(config, service, settings.tokens, bounds)
-        metrics_url = f"http://{http.address}/metrics" if http else None
+        engine = _engine(config, [spec.name for spec in wanted.specs], device, stack)
+        models = ModelManager(device, engine, config)
+        rpc, http = _servers(config, engine, models)
         if http:
             stack.push_async_callback(http.stop)
             await http.start()
@@ -107,10 +79,7 @@ async def serve(config: ServerConfig) -> int:
                 watching = asyncio.create_task(
                     watch_device(engine, device, config.hung_device_timeout, hangs=rpc.unready, answers=rpc.ready)
                 )
-                seconds = round(time.monotonic() - began, 3)
-                ready = {"grpc": rpc.address, "metrics": metrics_url, "seconds": seconds}
-                print(json.dumps({"ready": ready}), flush=True)
-                log.info("ready after %.1f s", seconds)
+                _say_ready(rpc, http, time.monotonic() - began)
                 await _first(dispatching, watching, *ends)
                 log.info("stopping; answering what is in flight, for at most %.0f s", config.drain_timeout)
                 grace, status = config.drain_timeout, 0
@@ -136,6 +105,50 @@ async def serve(config: ServerConfig) -> int:
         await device.close(max(0.0, end - time.monotonic()))
     log.info("stopped")
     return status
+
+
+def _engine(config: ServerConfig, names: list[str], device: Device, stack: AsyncExitStack) -> Engine:
+    """Return the engine, with what observes its requests; `stack` closes them. Raises ConfigError."""
+    batching = config.batching
+    engine = Engine(
+        device=device,
+        metrics=Metrics(),
+        max_delay=batching.max_delay,
+        max_pending=batching.max_pending,
+        reply_margin=config.reply_margin,
+        decode_threads=available_cpus(),
+        decode_memory=config.limits.decode_memory,
+        names=names,
+        max_client_requests=config.limits.max_client_requests,
+        observers=[log_request, summary := Summary()],
+    )
+    stack.callback(summary.write)
+    if config.traces:
+        traces = _traces(config.traces)
+        engine.tracer = traces.begin
+        stack.push_async_callback(asyncio.to_thread, traces.close)
+    stack.callback(engine.close)
+    return engine
+
+
+def _servers(config: ServerConfig, engine: Engine, models: ModelManager) -> tuple[RpcServer, HttpServer | None]:
+    """Return the servers of both protocols, not started yet. Raises ConfigError."""
+    connections = config.connections
+    bounds = connection_bounds(
+        raise_limit(),
+        connections.max_connections,
+        connections.max_http_connections,
+        connections.max_http_connections_per_address,
+    )
+    service = OpenInference(engine, ModelControl(models) if config.model_control else None)
+    settings = _rpc_settings(config, bounds.grpc)
+    return RpcServer(engine, service, settings), _http_server(config, service, settings.tokens, bounds)
+
+
+def _say_ready(rpc: RpcServer, http: HttpServer | None, seconds: float) -> None:
+    metrics = f"http://{http.address}/metrics" if http else None
+    print(json.dumps({"ready": {"grpc": rpc.address, "metrics": metrics, "seconds": round(seconds, 3)}}), flush=True)
+    log.info("ready after %.1f s", seconds)
 
 
 class _Stopping:

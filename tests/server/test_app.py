@@ -144,7 +144,7 @@ def test_what_cannot_be_served_is_said_in_a_sentence(taken: str, tmp_path: Path)
         input=json.dumps(list(cases.values())),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
         check=False,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
     )
