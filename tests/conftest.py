@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,6 +30,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A proxy of the environment is no way to what the tests start on this machine. Programs understand either spelling.
 for _name in ("no_proxy", "NO_PROXY"):
     os.environ[_name] = ",".join(filter(None, [os.environ.get(_name), "localhost", "127.0.0.1", "::1"]))
+
+# Shells have what they start in the background ignore SIGINT, and nohup SIGHUP, and processes inherit that.
+for _signum, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_signum) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(_signum, _handler)
 
 SAMPLES = Path(__file__).parents[1] / "server/tome_server/models/bundled/fashion/samples"
 

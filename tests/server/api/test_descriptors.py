@@ -36,16 +36,11 @@ def test_whatever_is_set_descriptors_are_kept_back(limit: int, grpc: int | None,
 def test_the_limit_of_open_files_is_raised_as_far_as_the_process_may() -> None:
     code = (
         "import resource\nfrom tome_server.api.descriptors import raise_limit\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 700))\n"
         "print(raise_limit(), resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, preexec_fn=lambda: limit(256, 700)
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "700 700\n"
-
-
-def limit(soft: int, hard: int) -> None:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_more_connections_than_open_files_leave_the_server_able_to_answer_and_fill_no_log(
@@ -55,7 +50,8 @@ def test_more_connections_than_open_files_leave_the_server_able_to_answer_and_fi
     log = tmp_path / "log"
     flags = [*FREE_PORTS, "--dtype", "float32", "--profile-time", "2s", "--default-budget", "60s"]
     with log.open("w") as stderr, ExitStack() as stack:
-        server = start(*flags, stderr=stderr, preexec_fn=lambda: limit(512, 512))
+        server = start(*flags, stderr=stderr)
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (512, 512))  # long before it looks
         stack.enter_context(server)
         stack.callback(server.kill)
         ready = when_ready(server)

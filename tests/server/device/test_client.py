@@ -291,9 +291,10 @@ async def test_a_model_that_was_measured_on_a_busy_machine_is_measured_again_on_
 async def test_threads_are_chosen_there_before_models_are_loaded_for_them(tmp_path: Path) -> None:
     device = Device()
     try:
-        threads = await device.choose_threads([(SPEC, 2)], tmp_path)
-        assert threads in (1, available_cpus())
-        assert await device.choose_threads([(SPEC, 2)], tmp_path) == threads
+        # What was measured while the machine was busy is measured again.
+        for _ in range(2):
+            threads = await device.choose_threads([(SPEC, 2)], tmp_path)
+            assert threads in (1, available_cpus())
         model = await device.load("fashion", SPEC, Limits(), SLOTS, max_batch=2, folder=tmp_path)
         assert bool(model.division) == (1 < threads <= MAX_WORKERS)
     finally:
